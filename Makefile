@@ -1,0 +1,33 @@
+# make demo | test | lint | clean. TORCH="torch==…" puts another torch into .venv.
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' requirements.txt)
+VENV := .venv
+# one stamp a torch version: naming another one installs again
+STAMP := $(VENV)/installed-$(subst =,-,$(TORCH))
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(VENV)/bin/stgp demo -o demo.png --force
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("stgridpool_kernels needs Python 3.10 or newer, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	grep -v '^torch==' requirements.txt | $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/installed-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo.png

@@ -1,0 +1,20 @@
+"""ST-GridPool (ICLR 2026) for video LLMs: `torch.ops.stgp.grid_pool(x)` on (T, H, W, C) visual tokens."""
+
+from .backends import available_backends, use_backend
+from .module import GridPool
+from .ops import grid_pool, norm_pool, temporal_grid, token_norm
+from .plan import GridPlan, grid_plan
+from .version import __version__
+
+__all__ = [
+    "GridPlan",
+    "GridPool",
+    "__version__",
+    "available_backends",
+    "grid_plan",
+    "grid_pool",
+    "norm_pool",
+    "temporal_grid",
+    "token_norm",
+    "use_backend",
+]

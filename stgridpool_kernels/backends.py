@@ -1,0 +1,132 @@
+"""Which backend runs a call: one ordered list, fastest first, with a reason for every one that is passed over."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .plan import GridPlan
+
+logger = logging.getLogger("stgridpool_kernels")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops.
+
+    why_not(x, plan) is None where the backend can run the call, else the reason in a few words; x is None when the
+    question is about the machine alone, and plan is None for token_norm.
+    The four ops write their result into `out`, a tensor of the right shape, dtype and device that does not overlap x.
+    backward(op, grad, x, …) is the gradient of op(x, …) in x; a backend without one of its own takes the reference's.
+    """
+
+    name: str
+    why_not: Callable[[Tensor | None, GridPlan | None], str | None]
+    grid_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
+    temporal_grid: Callable[[Tensor, GridPlan, Tensor], None]
+    norm_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
+    token_norm: Callable[[Tensor, float, bool, Tensor], None]
+    backward: Callable[..., Tensor]
+
+
+def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:
+    def run(*arguments: object) -> None:
+        *given, out = arguments
+        assert isinstance(out, Tensor)
+        out.copy_(function(*given))
+
+    return run
+
+
+REFERENCE = Backend(
+    name="reference",
+    why_not=lambda x, plan: None,
+    grid_pool=_into_out(reference.grid_pool),
+    temporal_grid=_into_out(reference.temporal_grid),
+    norm_pool=_into_out(reference.norm_pool),
+    token_norm=_into_out(reference.token_norm),
+    backward=reference.backward,
+)
+
+BACKENDS: list[Backend] = [REFERENCE]
+"""Fastest first; `auto` takes the first that can run."""
+
+_used: ContextVar[str | None] = ContextVar("stgridpool_kernels.backend", default=None)
+
+
+def check_backend(name: str, argument: str = "backend") -> None:
+    """Raises ValueError unless `name` is "auto" or a known backend."""
+    known = ["auto", *(backend.name for backend in BACKENDS)]
+    if name not in known:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {name!r}")
+
+
+class use_backend:
+    """Context manager: calls inside run on the backend `name` ("auto" lets the list decide).
+
+    Holds for the current thread or asyncio task and, as any context variable does, for what copies its context. It may
+    surround a call to a compiled function; entered inside one, it raises RuntimeError. Unknown names raise
+    ValueError at once; a backend that cannot run a call raises RuntimeError with its reason at that call.
+    """
+
+    def __init__(self, name: str) -> None:
+        check_backend(name)
+        self.name = name
+        self._tokens: list[Token[str | None]] = []
+
+    def __enter__(self) -> use_backend:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("the backend is chosen outside compiled functions: put use_backend around the call")
+        self._tokens.append(_used.set(self.name))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _used.reset(self._tokens.pop())
+
+
+def requested_backend() -> str:
+    """The name asked for here and now: that of `use_backend`, else of STGP_BACKEND, else "auto"."""
+    used = _used.get()
+    if used is not None:
+        return used
+    name = os.environ.get("STGP_BACKEND")
+    if not name:
+        return "auto"
+    check_backend(name, "STGP_BACKEND")
+    return name
+
+
+def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Backend:
+    """The backend that runs a call now. Raises RuntimeError with the reason where the one asked for cannot."""
+    requested = requested_backend()
+    for backend in BACKENDS:
+        if requested not in ("auto", backend.name):
+            continue
+        reason = backend.why_not(x, plan)
+        if reason is None:
+            logger.debug("%s runs", backend.name)
+            return backend
+        if requested == backend.name:
+            raise RuntimeError(f"backend {requested!r} cannot run this call: {reason}")
+        logger.debug("%s passed over: %s", backend.name, reason)
+    raise RuntimeError("no backend can run this call")
+
+
+def backend_reasons() -> dict[str, str | None]:
+    """Every backend in the order `auto` tries them, with None if it can run on this machine or the reason why not."""
+    return {backend.name: backend.why_not(None, None) for backend in BACKENDS}
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run on this machine, in the order `auto` tries them."""
+    return [name for name, reason in backend_reasons().items() if reason is None]

@@ -1,0 +1,470 @@
+"""START HERE. The ops `torch.ops.stgp.*`: schema → checks → `GridPlan` → backend → out.
+
+Each public op `name` is functional. Two private ops go with it: `_name_out` writes into a given tensor, and
+`_name_backward` is its gradient, one opaque op to compilers. All of them are Python: they check, plan, choose a backend
+and hand over. The public functions of the package are at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, choose_backend, requested_backend, use_backend
+from .plan import GridPlan, check_windows, grid_plan, level_shapes, pair, pooled_size
+
+Arguments = dict[str, Any]
+
+# ---- schemas: the one place where arguments and defaults are written ----
+
+_GRIDDING = 'int[] frame_strides=[2,4,8], int[] grid_shape=[2,2], str sampling="last", str resize="area"'
+_WINDOWS = (
+    "int[2] kernel_size=[2,2], int[2]? stride=None, int[2] padding=[0,0], bool ceil_mode=False, "
+    "bool count_include_pad=True, int[2]? output_size=None"
+)
+_NORM = "float norm_type=2.0, bool normalize_norm=True"
+_WEIGHTS = f"float temperature=1.0, {_NORM}"
+_COUNTS = "SymInt[]? frame_counts=None"
+
+ARGUMENTS = {
+    "grid_pool": f"{_GRIDDING}, {_WINDOWS}, {_WEIGHTS}, {_COUNTS}",
+    "temporal_grid": f"{_GRIDDING}, {_COUNTS}",
+    "norm_pool": f"{_WINDOWS}, {_WEIGHTS}",
+    "token_norm": _NORM,
+}
+
+# What the plan is told where an op has no gridding, or no pooling.
+_NO_GRIDDING: Arguments = {"frame_strides": (), "grid_shape": (2, 2), "sampling": "last", "resize": "area"}
+_NO_POOLING: Arguments = {
+    "kernel_size": (1, 1),
+    "stride": None,
+    "padding": (0, 0),
+    "ceil_mode": False,
+    "count_include_pad": True,
+    "output_size": None,
+}
+_SETTINGS = ("temperature", "norm_type", "normalize_norm")
+
+_library = torch.library.Library("stgp", "DEF")
+_defaults: dict[str, Arguments] = {}
+
+
+# ---- checks, on real and on symbolic sizes ----
+
+
+def _check_tokens(x: Tensor) -> None:
+    shape = tuple(x.shape)
+    if x.dim() not in (4, 5):
+        raise ValueError(f"x must have shape (T, H, W, C) or (B, T, H, W, C), got {shape}")
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise TypeError(f"x must have dtype bfloat16, float16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense (strided) tensor, got layout {x.layout}")
+    if any(size < 1 for size in shape[-3:]):
+        raise ValueError(f"x must have H, W and C of at least 1, got shape {shape}")
+
+
+def _check_settings(a: Arguments) -> None:
+    temperature, norm_type = a.get("temperature", 1.0), a["norm_type"]
+    if not math.isfinite(temperature):
+        raise ValueError(f"temperature must be finite, got {temperature}")
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be greater than 0 (inf is allowed), got {norm_type}")
+
+
+def check_arguments(arguments: Arguments) -> Arguments:
+    """Checks grid_pool's arguments as far as that needs no input; returns them with every sequence as a tuple."""
+    sequences = ("frame_strides", "grid_shape")
+    pairs = ("kernel_size", "stride", "padding", "output_size")
+    a = {
+        name: tuple(value) if name in sequences else pair(value) if name in pairs and value is not None else value
+        for name, value in arguments.items()
+    }
+    gridding, pooling = _plan_arguments("grid_pool", a)
+    level_shapes(**gridding)
+    check_windows(**pooling)
+    _check_settings(a)
+    return a
+
+
+def _video_lengths(x: Tensor, frame_counts: Sequence[int] | None) -> Sequence[int]:
+    """Frames of each video in x: given counts, or one video, or a batch of equal ones."""
+    if frame_counts is None:
+        return x.shape[:1] if x.dim() == 4 else (x.shape[1],) * x.shape[0]
+    if x.dim() == 5:
+        raise ValueError(
+            f"frame_counts packs videos along T of a (T, H, W, C) tensor and cannot go with 5-D x of shape "
+            f"{tuple(x.shape)}, got {list(frame_counts)}"
+        )
+    for count in frame_counts:
+        torch._check_value(count >= 0, lambda: f"frame_counts must not be negative, got {list(frame_counts)}")
+    total = sum(frame_counts)
+    torch._check_value(
+        total == x.shape[0],
+        lambda: f"frame_counts must sum to T = {x.shape[0]}, got {list(frame_counts)} with sum {total}",
+    )
+    return frame_counts
+
+
+def _check_out(out: Tensor, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if tuple(out.shape) != tuple(shape):
+        raise ValueError(f"out must have shape {tuple(shape)}, got {tuple(out.shape)}")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
+    if out.device != x.device:
+        raise ValueError(f"out must be on {x.device} as x is, got {out.device}")
+
+
+def _check_memory(out: Tensor, x: Tensor) -> None:
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out must not be expanded: strides {out.stride()} write one element more than once")
+    (out_low, out_high), (x_low, x_high) = _extent(out), _extent(x)
+    if out_low < x_high and x_low < out_high:
+        raise ValueError(
+            f"out must not overlap x in memory: out spans {out_high - out_low} bytes from {out_low:#x}, "
+            f"x {x_high - x_low} bytes from {x_low:#x}"
+        )
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """First and one past the last address that a tensor's elements may occupy."""
+    if t.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+# ---- what each op computes ----
+
+
+def _plan_arguments(name: str, a: Arguments) -> tuple[Arguments, Arguments]:
+    gridding = _NO_GRIDDING if name == "norm_pool" else {key: a[key] for key in _NO_GRIDDING}
+    pooling = _NO_POOLING if name == "temporal_grid" else {key: a[key] for key in _NO_POOLING}
+    return gridding, pooling
+
+
+def _prepare(name: str, x: Tensor, a: Arguments) -> tuple[GridPlan | None, list[Any]]:
+    """Checks everything; the plan, and what a backend's function takes between x and out."""
+    _check_tokens(x)
+    settings = [a[key] for key in _SETTINGS if key in a]
+    if settings:
+        _check_settings(a)
+    if name == "token_norm":
+        return None, settings
+    gridding, pooling = _plan_arguments(name, a)
+    plan = grid_plan(_video_lengths(x, a.get("frame_counts")), x.shape[-3], x.shape[-2], **gridding, **pooling)
+    return plan, [plan, *settings]
+
+
+def _result(name: str, x: Tensor, pooled: Sequence[int] | None) -> tuple[list[int], torch.dtype]:
+    """Shape and dtype of the result."""
+    if pooled is None:
+        return [*x.shape[:-1]], torch.float64 if x.dtype == torch.float64 else torch.float32
+    return [*x.shape[:-3], *pooled, x.shape[-1]], x.dtype
+
+
+def _run(name: str, x: Tensor, a: Arguments, out: Tensor | None) -> Tensor:
+    plan, given = _prepare(name, x, a)
+    shape, dtype = _result(name, x, None if plan is None else plan.pooled_size)
+    if out is None:
+        out = x.new_empty(shape, dtype=dtype)
+    else:
+        _check_out(out, x, shape, dtype)
+        _check_memory(out, x)
+    backend = choose_backend(x, plan)
+    if out.numel():
+        getattr(backend, name)(x, *given, out)
+    return out
+
+
+def _run_fake(name: str, x: Tensor, a: Arguments) -> Tensor:
+    """The checks of `_run` and an empty result, for sizes that may be symbolic. No plan: it would fix them."""
+    _check_tokens(x)
+    if "norm_type" in a:
+        _check_settings(a)
+    pooled = None
+    if name != "token_norm":
+        gridding, pooling = _plan_arguments(name, a)
+        level_shapes(**gridding)
+        pooled = pooled_size(x.shape[-3], x.shape[-2], **pooling)
+        if a.get("frame_counts") is not None:
+            _video_lengths(x, a["frame_counts"])
+    shape, dtype = _result(name, x, pooled)
+    return x.new_empty(shape, dtype=dtype)
+
+
+# ---- registration ----
+
+
+def _define(name: str) -> None:
+    arguments = ARGUMENTS[name]
+    _library.define(f"{name}(Tensor x, *, {arguments}) -> Tensor")
+    _library.define(f"_{name}_out(Tensor x, *, {arguments}, Tensor(a!) out) -> ()")
+    _library.define(f"_{name}_backward(Tensor grad, Tensor x, Tensor backend, *, {arguments}) -> Tensor")
+    schema = getattr(torch.ops.stgp, name).default._schema
+    # the dispatcher leaves out arguments that equal their default; `_defaults[name] | given` puts them back
+    _defaults[name] = {argument.name: argument.default_value for argument in schema.arguments if argument.kwarg_only}
+
+
+def _implement(name: str) -> None:
+    defaults = _defaults[name]
+
+    def forward(x: Tensor, **given: Any) -> Tensor:
+        return _run(name, x, defaults | given, None)
+
+    def forward_out(x: Tensor, *, out: Tensor, **given: Any) -> None:
+        _run(name, x, defaults | given, out)
+
+    def backward(grad: Tensor, x: Tensor, backend: Tensor, **given: Any) -> Tensor:
+        plan, settings = _prepare(name, x, defaults | given)
+        with use_backend(_backend_names()[int(backend)]):
+            chosen = choose_backend(x, plan)
+        # a dispatched kernel runs below autograd; a backend may want it to recompute the forward
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+            return chosen.backward(name, grad, x, *settings).contiguous()
+
+    _library.impl(name, forward, "CompositeExplicitAutograd")
+    _library.impl(f"_{name}_out", forward_out, "CompositeExplicitAutograd")
+    _library.impl(f"_{name}_backward", backward, "CompositeExplicitAutograd")
+
+
+def _fake(name: str) -> None:
+    defaults = _defaults[name]
+
+    def forward(x: Tensor, **given: Any) -> Tensor:
+        return _run_fake(name, x, defaults | given)
+
+    def forward_out(x: Tensor, *, out: Tensor, **given: Any) -> None:
+        result = _run_fake(name, x, defaults | given)
+        _check_out(out, x, result.shape, result.dtype)
+
+    def backward(grad: Tensor, x: Tensor, backend: Tensor, **given: Any) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    for op, fake in ((name, forward), (f"_{name}_out", forward_out), (f"_{name}_backward", backward)):
+        torch.library.register_fake(f"stgp::{op}", fake, lib=_library)
+
+
+def _differentiate(name: str) -> None:
+    backward_op = getattr(torch.ops.stgp, f"_{name}_backward")
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor], keyword_only_inputs: Arguments, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], torch.ops.stgp._requested_backend(inputs[0]))
+        ctx.arguments = keyword_only_inputs
+
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        gradient: Tensor = backward_op(grad, *ctx.saved_tensors, **ctx.arguments)
+        return gradient
+
+    def double_backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError(f"stgp::{name} can be differentiated once only: its backward has no gradient")
+
+    torch.library.register_autograd(f"stgp::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"stgp::_{name}_backward", double_backward, lib=_library)
+
+
+def _backend_names() -> list[str]:
+    return ["auto", *(backend.name for backend in BACKENDS)]
+
+
+# A backward uses the backend that its forward was asked to use. A compiled graph keeps only tensors from a forward to
+# its backward, so the request travels as one: the name's place in `_backend_names()`.
+_library.define("_requested_backend(Tensor x) -> Tensor")
+
+
+def _requested_backend(x: Tensor) -> Tensor:
+    return torch.tensor(_backend_names().index(requested_backend()))
+
+
+_library.impl("_requested_backend", _requested_backend, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "stgp::_requested_backend", lambda x: torch.empty((), dtype=torch.int64, device="cpu"), lib=_library
+)
+
+for _name in ARGUMENTS:
+    for _step in (_define, _implement, _fake, _differentiate):
+        _step(_name)
+
+
+# ---- the public functions ----
+
+
+def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: Any) -> Tensor:
+    if backend != "auto":
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"the backend is chosen outside compiled functions, got backend={backend!r} inside one")
+        with use_backend(backend):
+            return _call(name, x, out, "auto", **arguments)
+    if out is None:
+        result: Tensor = getattr(torch.ops.stgp, name)(x, **arguments)
+        return result
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise RuntimeError("out cannot be given while a gradient is required: use torch.no_grad(), or leave out=None")
+    getattr(torch.ops.stgp, f"_{name}_out")(x, out=out, **arguments)
+    return out
+
+
+def grid_pool(
+    x: Tensor,
+    *,
+    frame_strides: Sequence[int] = (2, 4, 8),
+    grid_shape: Sequence[int] = (2, 2),
+    sampling: str = "last",
+    resize: str = "area",
+    kernel_size: int | Sequence[int] = (2, 2),
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    output_size: int | Sequence[int] | None = None,
+    temperature: float = 1.0,
+    norm_type: float = 2.0,
+    normalize_norm: bool = True,
+    frame_counts: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """ST-GridPool: pyramid temporal gridding, then norm-based spatial pooling. The same as `torch.ops.stgp.grid_pool`.
+
+    x: (T, H, W, C) tokens of T frames, or (B, T, H, W, C) of B videos; bfloat16, float16, float32 or float64, any
+        strides. It is not modified. Result: (T, OH, OW, C) or (B, T, OH, OW, C), same dtype, contiguous, new.
+
+    Temporal gridding (PTG), level by level, each reading what the level before it left:
+
+    frame_strides: sample every so many frames; one level per entry, none for [].
+    grid_shape: (rows, cols) of the mosaic for every level, or 2 entries per level. rows · cols sampled frames make a
+        group; its target frame becomes their mosaic, shrunk to H × W. An incomplete group is dropped.
+    sampling: "last" takes the last frame of each stride, and the target is the last one sampled (published code,
+        figure 2); "first" takes the first frame of each stride, and the target ends the segment (the paper's text).
+    resize: "area" shrinks each frame by adaptive average pooling, joins and crops (published code); "bilinear" resizes
+        the mosaic (the paper's text).
+
+    Norm-based pooling (NSP), Σ α·t over each window with α = softmax(temperature · ‖t‖):
+
+    kernel_size, stride, padding, ceil_mode: windows of `torch.nn.AvgPool2d`; an integer stands for both directions.
+    count_include_pad: zero padding takes part in the softmax with norm 0; False leaves it out.
+    output_size: (OH, OW) with the windows of `torch.nn.AdaptiveAvgPool2d` in place of the five above.
+    temperature: 0 is average pooling; the larger, the closer to the token of the largest norm; below 0, the smallest.
+    norm_type: p of ‖t‖ = (mean_c |t_c|^p)^(1/p); any p > 0, inf is max_c |t_c|.
+    normalize_norm: True takes the mean over channels (published code), False the sum (the paper's formula).
+
+    frame_counts: frames of each video packed along T, in order; no summary mixes two videos. All share H and W. Not for
+        5-D x, which is a batch already.
+    out: where to write the result, of its shape, dtype and device, not overlapping x; returned.
+    backend: one of `available_backends()`; "auto" follows `use_backend`, then STGP_BACKEND, then takes the fastest.
+
+    Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the backend asked
+    for cannot run the call or a gradient is required together with `out`. Differentiable once in x.
+
+    Source: ST-GridPool (ICLR 2026), sections on PTG and NSP, and its published code, whose results the defaults give.
+    """
+    return _call(
+        "grid_pool",
+        x,
+        out,
+        backend,
+        frame_strides=frame_strides,
+        grid_shape=grid_shape,
+        sampling=sampling,
+        resize=resize,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        ceil_mode=ceil_mode,
+        count_include_pad=count_include_pad,
+        output_size=output_size,
+        temperature=temperature,
+        norm_type=norm_type,
+        normalize_norm=normalize_norm,
+        frame_counts=frame_counts,
+    )
+
+
+def temporal_grid(
+    x: Tensor,
+    *,
+    frame_strides: Sequence[int] = (2, 4, 8),
+    grid_shape: Sequence[int] = (2, 2),
+    sampling: str = "last",
+    resize: str = "area",
+    frame_counts: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Pyramid temporal gridding alone: x with every group's target frame replaced by the group's mosaic.
+
+    Arguments, errors and source as in `grid_pool`. Result: shape and dtype of x, contiguous, new.
+    """
+    return _call(
+        "temporal_grid",
+        x,
+        out,
+        backend,
+        frame_strides=frame_strides,
+        grid_shape=grid_shape,
+        sampling=sampling,
+        resize=resize,
+        frame_counts=frame_counts,
+    )
+
+
+def norm_pool(
+    x: Tensor,
+    *,
+    kernel_size: int | Sequence[int] = (2, 2),
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    output_size: int | Sequence[int] | None = None,
+    temperature: float = 1.0,
+    norm_type: float = 2.0,
+    normalize_norm: bool = True,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Norm-based spatial pooling alone: (T, H, W, C) → (T, OH, OW, C), or 5-D.
+
+    Arguments, errors and source as in `grid_pool`. A window that holds a NaN becomes NaN, no other does.
+    """
+    return _call(
+        "norm_pool",
+        x,
+        out,
+        backend,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        ceil_mode=ceil_mode,
+        count_include_pad=count_include_pad,
+        output_size=output_size,
+        temperature=temperature,
+        norm_type=norm_type,
+        normalize_norm=normalize_norm,
+    )
+
+
+def token_norm(
+    x: Tensor,
+    *,
+    norm_type: float = 2.0,
+    normalize_norm: bool = True,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The norm of every token that `norm_pool` weighs by: (T, H, W, C) → (T, H, W), or 5-D → 4-D.
+
+    Result: float32, or float64 for float64 x. Arguments, errors and source as in `grid_pool`.
+    """
+    return _call(
+        "token_norm",
+        x,
+        out,
+        backend,
+        norm_type=norm_type,
+        normalize_norm=normalize_norm,
+    )

@@ -1,0 +1,102 @@
+"""The oracle: ST-GridPool in plain PyTorch, differentiable, for every argument.
+
+Frame indices and window positions come from `GridPlan`; all arithmetic is here. It runs in float32, or float64 for
+float64 input, and needs a few times the memory of its input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .plan import GridPlan, Level, Runs
+
+
+def grid_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
+    """norm_pool ∘ temporal_grid: (…, T, H, W, C) → (…, T, OH, OW, C) in x.dtype."""
+    return norm_pool(temporal_grid(x, plan), plan, temperature, norm_type, normalize_norm)
+
+
+def temporal_grid(x: Tensor, plan: GridPlan) -> Tensor:
+    """Pyramid temporal gridding: the target of every group becomes a miniature of its frames. Same shape as x."""
+    frames = x.flatten(0, -4).clone()  # (T of all videos, H, W, C)
+    for level in plan.levels:
+        if level.targets:
+            groups = frames[torch.tensor(level.sources, device=x.device)]  # (G, S, H, W, C)
+            summaries = _shrink(_accumulate(groups), level, plan.resize)
+            frames[torch.tensor(level.targets, device=x.device)] = summaries.to(x.dtype)
+    return frames.view(x.shape)
+
+
+def _shrink(groups: Tensor, level: Level, resize: str) -> Tensor:
+    """(G, S, H, W, C) frames, laid row-major into a grid and shrunk to one frame each: (G, H, W, C)."""
+    G, _, H, W, C = groups.shape
+    m, n = level.rows, level.cols
+    if resize == "area":
+        h, w = math.ceil(H / m), math.ceil(W / n)
+        tiles = F.adaptive_avg_pool2d(groups.flatten(0, 1).permute(0, 3, 1, 2), (h, w)).permute(0, 2, 3, 1)
+        mosaic = tiles.reshape(G, m, n, h, w, C).transpose(2, 3).reshape(G, m * h, n * w, C)
+        return mosaic[:, :H, :W]
+    mosaic = groups.reshape(G, m, n, H, W, C).transpose(2, 3).reshape(G, H, m, W, n, C)
+    # Bilinear at an integer scale m samples the middle of every m rows: one row if m is odd, the mean of two if even.
+    return mosaic[:, :, (m - 1) // 2 : m // 2 + 1, :, (n - 1) // 2 : n // 2 + 1].mean((2, 4))
+
+
+def norm_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
+    """Norm-based spatial pooling: Σ softmax(temperature · ‖t‖) · t over every window of the plan."""
+    frames = _accumulate(x.flatten(0, -4))
+    norms = token_norm(frames, norm_type, normalize_norm)
+    rows, row_taken, top, bottom = _positions(plan.window_rows, plan.height, x.device)
+    cols, col_taken, left, right = _positions(plan.window_cols, plan.width, x.device)
+    frames = F.pad(frames, (0, 0, left, right, top, bottom))  # zero tokens, whose norm is 0
+    norms = F.pad(norms, (left, right, top, bottom))
+
+    # position (i, j) of every window at once; row and column indices broadcast to (OH, OW)
+    window = [(rows[:, i, None], cols[:, j]) for i in range(rows.shape[1]) for j in range(cols.shape[1])]
+    taken = torch.stack([r[:, None] & c for r in row_taken.T for c in col_taken.T], dim=-1)  # (OH, OW, window)
+    logits = torch.stack([temperature * norms[:, r, c] for r, c in window], dim=-1)  # (T, OH, OW, window)
+    weights = torch.where(taken, logits, -math.inf).softmax(-1)
+    pooled = sum(weight[..., None] * frames[:, r, c] for weight, (r, c) in zip(weights.unbind(-1), window, strict=True))
+    assert isinstance(pooled, Tensor)
+    return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
+
+
+def _positions(runs: Runs, size: int, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Runs as (padded positions (windows, longest run), which of them take part, zeros needed before, and after)."""
+    before = max(0, -min(runs.start))
+    after = max(0, max(map(sum, zip(runs.start, runs.count, strict=True))) - size)
+    start, count = torch.tensor(runs.start, device=device), torch.tensor(runs.count, device=device)
+    offset = torch.arange(max(runs.count), device=device)
+    # a shorter run repeats its last position, so that no window ever touches a token that is not its own
+    positions = before + start[:, None] + torch.minimum(offset, count[:, None] - 1)
+    return positions, offset < count[:, None], before, after
+
+
+def token_norm(x: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
+    """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean: (…, C) → (…), float32 or float64."""
+    magnitude = _accumulate(x).abs()
+    if norm_type == math.inf:
+        return magnitude.amax(-1)
+    powers = _power(magnitude, norm_type)
+    return _power(powers.mean(-1) if normalize_norm else powers.sum(-1), 1 / norm_type)
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """base ** exponent for base ≥ 0, with gradient 0 at 0 (where it would be infinite for an exponent below 1)."""
+    positive = base > 0
+    return torch.where(positive, torch.where(positive, base, 1).pow(exponent), base.detach())
+
+
+def _accumulate(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def backward(op: str, grad: Tensor, x: Tensor, *arguments: object) -> Tensor:
+    """Gradient of `op(x, *arguments)` in x, by recomputing it."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        result = globals()[op](leaf, *arguments)
+        return torch.autograd.grad(result, leaf, grad)[0]
