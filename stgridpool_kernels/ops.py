@@ -1,15 +1,15 @@
 """START HERE. The ops `torch.ops.stgp.*`: schema → checks → `GridPlan` → backend → out.
 
-Each public op `name` is functional. Two private ops go with it: `_name_out` writes into a given tensor, and
-`_name_backward` is its gradient, one opaque op to compilers. All of them are Python: they check, plan, choose a backend
-and hand over. The public functions of the package are at the end.
+Each public op `name` is functional. Three private ops take the same arguments: `_name_out` writes into a given tensor,
+`_name_recorded` stands in for the public op while a gradient is required, and `_name_backward` is that gradient. All of
+them are Python: they check, plan, choose a backend and hand over. The public functions of the package are at the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -200,10 +200,17 @@ def _run_fake(name: str, x: Tensor, a: Arguments) -> Tensor:
 # ---- registration ----
 
 
+def _ops(name: str) -> tuple[str, str, str, str]:
+    return name, f"_{name}_out", f"_{name}_recorded", f"_{name}_backward"
+
+
 def _define(name: str) -> None:
     arguments = ARGUMENTS[name]
     _library.define(f"{name}(Tensor x, *, {arguments}) -> Tensor")
     _library.define(f"_{name}_out(Tensor x, *, {arguments}, Tensor(a!) out) -> ()")
+    # A backward uses the backend that its forward was asked to use. A compiled graph keeps only tensors from a forward
+    # to its backward, so the request is one: its place in `_backend_names()`.
+    _library.define(f"_{name}_recorded(Tensor x, *, {arguments}) -> (Tensor out, Tensor backend)")
     _library.define(f"_{name}_backward(Tensor grad, Tensor x, Tensor backend, *, {arguments}) -> Tensor")
     schema = getattr(torch.ops.stgp, name).default._schema
     # the dispatcher leaves out arguments that equal their default; `_defaults[name] | given` puts them back
@@ -219,6 +226,10 @@ def _implement(name: str) -> None:
     def forward_out(x: Tensor, *, out: Tensor, **given: Any) -> None:
         _run(name, x, defaults | given, out)
 
+    def recorded(x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        requested = torch.tensor(_backend_names().index(requested_backend()))
+        return _run(name, x, defaults | given, None), requested
+
     def backward(grad: Tensor, x: Tensor, backend: Tensor, **given: Any) -> Tensor:
         plan, settings = _prepare(name, x, defaults | given)
         with use_backend(_backend_names()[int(backend)]):
@@ -227,9 +238,8 @@ def _implement(name: str) -> None:
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
             return chosen.backward(name, grad, x, *settings).contiguous()
 
-    _library.impl(name, forward, "CompositeExplicitAutograd")
-    _library.impl(f"_{name}_out", forward_out, "CompositeExplicitAutograd")
-    _library.impl(f"_{name}_backward", backward, "CompositeExplicitAutograd")
+    for op, kernel in zip(_ops(name), (forward, forward_out, recorded, backward), strict=True):
+        _library.impl(op, kernel, "CompositeExplicitAutograd")
 
 
 def _fake(name: str) -> None:
@@ -242,48 +252,46 @@ def _fake(name: str) -> None:
         result = _run_fake(name, x, defaults | given)
         _check_out(out, x, result.shape, result.dtype)
 
+    def recorded(x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        return forward(x, **given), torch.empty((), dtype=torch.int64, device="cpu")
+
     def backward(grad: Tensor, x: Tensor, backend: Tensor, **given: Any) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    for op, fake in ((name, forward), (f"_{name}_out", forward_out), (f"_{name}_backward", backward)):
+    fakes: tuple[Callable[..., Any], ...] = (forward, forward_out, recorded, backward)
+    for op, fake in zip(_ops(name), fakes, strict=True):
         torch.library.register_fake(f"stgp::{op}", fake, lib=_library)
 
 
 def _differentiate(name: str) -> None:
-    backward_op = getattr(torch.ops.stgp, f"_{name}_backward")
+    op, _, recorded_op, backward_op = (getattr(torch.ops.stgp, op).default for op in _ops(name))
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor], keyword_only_inputs: Arguments, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], torch.ops.stgp._requested_backend(inputs[0]))
+    def forward(keyset: Any, x: Tensor, **given: Any) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, recorded_op(x, **given)[0])
+        with torch._C._AutoDispatchBelowAutograd():
+            return cast(Tensor, op.redispatch(keyset & torch._C._after_autograd_keyset, x, **given))
+
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor], keyword_only_inputs: Arguments, output: tuple[Tensor, Tensor]
+    ) -> None:
+        ctx.save_for_backward(inputs[0], output[1])
         ctx.arguments = keyword_only_inputs
 
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gradient: Tensor = backward_op(grad, *ctx.saved_tensors, **ctx.arguments)
-        return gradient
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+        return cast(Tensor, backward_op(grad, *ctx.saved_tensors, **ctx.arguments))
 
     def double_backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise RuntimeError(f"stgp::{name} can be differentiated once only: its backward has no gradient")
 
-    torch.library.register_autograd(f"stgp::{name}", backward, setup_context=setup_context, lib=_library)
+    _library.impl(name, forward, "Autograd", with_keyset=True)
+    torch.library.register_autograd(f"stgp::_{name}_recorded", backward, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(f"stgp::_{name}_backward", double_backward, lib=_library)
 
 
 def _backend_names() -> list[str]:
     return ["auto", *(backend.name for backend in BACKENDS)]
 
-
-# A backward uses the backend that its forward was asked to use. A compiled graph keeps only tensors from a forward to
-# its backward, so the request travels as one: the name's place in `_backend_names()`.
-_library.define("_requested_backend(Tensor x) -> Tensor")
-
-
-def _requested_backend(x: Tensor) -> Tensor:
-    return torch.tensor(_backend_names().index(requested_backend()))
-
-
-_library.impl("_requested_backend", _requested_backend, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "stgp::_requested_backend", lambda x: torch.empty((), dtype=torch.int64, device="cpu"), lib=_library
-)
 
 for _name in ARGUMENTS:
     for _step in (_define, _implement, _fake, _differentiate):
@@ -300,8 +308,7 @@ def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: A
         with use_backend(backend):
             return _call(name, x, out, "auto", **arguments)
     if out is None:
-        result: Tensor = getattr(torch.ops.stgp, name)(x, **arguments)
-        return result
+        return cast(Tensor, getattr(torch.ops.stgp, name)(x, **arguments))
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise RuntimeError("out cannot be given while a gradient is required: use torch.no_grad(), or leave out=None")
     getattr(torch.ops.stgp, f"_{name}_out")(x, out=out, **arguments)

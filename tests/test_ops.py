@@ -1,0 +1,591 @@
+"""The ops as torch sees them: schema, fake tensors, compilation, export, gradients, backend choice, bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+import math
+import threading
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import stgridpool_kernels as stgp
+from stgridpool_kernels import backends
+from stgridpool_kernels.ops import ARGUMENTS
+
+NAMES = list(ARGUMENTS)
+CONFIGURATIONS = {
+    "grid_pool": [
+        {},
+        {"frame_counts": [5, 0, 4], "frame_strides": [1, 2], "sampling": "first", "resize": "bilinear"},
+        {"kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 1], "ceil_mode": True, "count_include_pad": False},
+        {"output_size": [4, 9], "temperature": -2.5, "norm_type": math.inf},
+        {"frame_strides": [1, 1], "grid_shape": [3, 1, 1, 2], "norm_type": 0.5, "normalize_norm": False},
+    ],
+    "temporal_grid": [{}, {"frame_strides": [1, 2], "grid_shape": [1, 2], "frame_counts": [4, 5]}],
+    "norm_pool": [{}, {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1]}, {"output_size": [1, 2]}],
+    "token_norm": [{}, {"norm_type": 3.0, "normalize_norm": False}],
+}
+CASES = [
+    pytest.param(name, arguments, id=f"{name}-{'-'.join(arguments) or 'defaults'}")
+    for name, configurations in CONFIGURATIONS.items()
+    for arguments in configurations
+]
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def op(name: str):
+    return getattr(torch.ops.stgp, name)
+
+
+# ---- schema ----
+
+
+def test_public_schemas_are_the_documented_ones():
+    ptg = 'int[] frame_strides=[2,4,8], int[] grid_shape=[2,2], str sampling="last", str resize="area"'
+    nsp = (
+        "int[2] kernel_size=[2,2], int[2]? stride=None, int[2] padding=[0,0], bool ceil_mode=False, "
+        "bool count_include_pad=True, int[2]? output_size=None, "
+        "float temperature=1.0, float norm_type=2.0, bool normalize_norm=True"
+    )
+    expected = {
+        "grid_pool": f"{ptg}, {nsp}, SymInt[]? frame_counts=None",
+        "temporal_grid": f"{ptg}, SymInt[]? frame_counts=None",
+        "norm_pool": nsp,
+        "token_norm": "float norm_type=2.0, bool normalize_norm=True",
+    }
+    for name, arguments in expected.items():
+        schema = torch._C.parse_schema(f"stgp::{name}(Tensor x, *, {arguments}) -> Tensor")
+        assert op(name).default._schema == schema
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_python_functions_have_the_arguments_of_the_schema(name):
+    schema = {a.name: a.default_value for a in op(name).default._schema.arguments if a.kwarg_only}
+    parameters = inspect.signature(getattr(stgp, name)).parameters
+    python = {key: p.default for key, p in parameters.items() if key not in ("x", "out", "backend")}
+    assert list(python) == list(schema)
+    assert {key: list(v) if isinstance(v, tuple) else v for key, v in python.items()} == schema
+
+
+@pytest.mark.parametrize("shape", [(9, 6, 7, 3), (2, 9, 6, 7, 3)], ids=["4d", "5d"])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_opcheck(name, arguments, requires_grad, shape):
+    if len(shape) == 5 and "frame_counts" in arguments:
+        arguments = {key: value for key, value in arguments.items() if key != "frame_counts"}
+    x = tokens(*shape).requires_grad_(requires_grad)
+    torch.library.opcheck(op(name).default, (x,), arguments)
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_opcheck_of_the_private_ops(name, arguments):
+    x = tokens(9, 6, 7, 3)
+    out = op(name)(x, **arguments)
+    torch.library.opcheck(op(f"_{name}_out").default, (x,), arguments | {"out": torch.empty_like(out)})
+    torch.library.opcheck(op(f"_{name}_recorded").default, (x.requires_grad_(),), arguments)
+    x = x.detach()
+    torch.library.opcheck(op(f"_{name}_backward").default, (tokens(*out.shape), x, torch.tensor(0)), arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_tensors_give_the_shape_without_computing(name):
+    x = torch.empty(64, 27, 27, 3584, device="meta", dtype=torch.bfloat16)
+    result = op(name)(x)
+    expected = {"grid_pool": (64, 13, 13, 3584), "norm_pool": (64, 13, 13, 3584), "temporal_grid": x.shape}
+    assert result.device.type == "meta"
+    assert result.shape == expected.get(name, (64, 27, 27))
+    assert result.dtype == (torch.float32 if name == "token_norm" else torch.bfloat16)
+
+
+# ---- compilation and export ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_graph_for_changing_frame_counts(name):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: op(name)(x) * 2, fullgraph=True, dynamic=True, backend=counter)
+    for T in (8, 16, 33, 64):
+        x = tokens(T, 6, 7, 5)
+        assert torch.equal(compiled(x), op(name)(x) * 2)
+    assert counter.frame_count == 1
+
+
+def test_one_graph_when_only_frames_change_under_automatic_dynamic_shapes():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(stgp.GridPool(ceil_mode=True), fullgraph=True, backend=counter)
+    for T in (8, 16, 33, 64):
+        x = tokens(T, 6, 7, 5)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(compiled(x), stgp.grid_pool(x, ceil_mode=True))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"output_size": 2}], ids=str)
+def test_compiled_public_function(arguments):
+    x = tokens(16, 6, 7, 5)
+    compiled = torch.compile(lambda x: stgp.grid_pool(x, **arguments), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), stgp.grid_pool(x, **arguments))
+
+
+def test_compiled_with_packed_videos():
+    def pool(x, first, second):
+        return torch.ops.stgp.grid_pool(x, frame_counts=[first, second])
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(pool, fullgraph=True, dynamic=True, backend=counter)
+    for first, second in ((8, 16), (33, 9), (20, 31)):
+        x = tokens(first + second, 6, 7, 5)
+        assert torch.equal(compiled(x, first, second), pool(x, first, second))
+    assert counter.frame_count == 1
+
+
+def test_compiled_with_out():
+    def pool(x, out):
+        return stgp.grid_pool(x, out=out) + 1
+
+    x, out = tokens(16, 6, 7, 5), torch.full((16, 3, 3, 5), math.nan)
+    compiled = torch.compile(pool, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, out), stgp.grid_pool(x) + 1)
+    assert torch.equal(out, stgp.grid_pool(x))
+
+
+def test_compiled_gradient_equals_eager():
+    x, grad = tokens(17, 6, 7, 5), tokens(17, 3, 3, 5, seed=1)
+    gradients = []
+    for run in (stgp.grid_pool, torch.compile(stgp.grid_pool, fullgraph=True, dynamic=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        run(leaf).backward(grad)
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_inductor():
+    x = tokens(16, 6, 7, 5)
+    compiled = torch.compile(lambda x: torch.ops.stgp.grid_pool(x.relu()) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(x), torch.ops.stgp.grid_pool(x.relu()) * 2)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_with_dynamic_frames(strict):
+    frames = torch.export.Dim("frames", min=2, max=4096)
+    program = torch.export.export(
+        stgp.GridPool(), (tokens(16, 6, 7, 5),), dynamic_shapes={"x": {0: frames}}, strict=strict
+    )
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.stgp.grid_pool.default]
+    for T in (8, 33):
+        x = tokens(T, 6, 7, 5)
+        assert torch.equal(program.module()(x), stgp.grid_pool(x))
+
+
+def test_errors_appear_when_compiling():
+    compiled = torch.compile(lambda x: torch.ops.stgp.grid_pool(x, sampling="middle"), fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="sampling must be one of 'last', 'first', got 'middle'"):
+        compiled(tokens(8, 6, 7, 5))
+
+
+# ---- gradients ----
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 4, 2), (2, 9, 3, 4, 2)], ids=["4d", "5d"])
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_gradcheck(name, arguments, shape):
+    if len(shape) == 5 and "frame_counts" in arguments:
+        arguments = {key: value for key, value in arguments.items() if key != "frame_counts"}
+    x = tokens(*shape, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: op(name)(x, **arguments), x)
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1.0, 1.5, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("name", ["norm_pool", "token_norm"])
+def test_gradient_is_finite_at_zero_tokens_and_zero_elements(name, norm_type):
+    x = tokens(3, 4, 4, 6)
+    x[0] = 0
+    x[1, 1] = 0
+    x[2, :, :, ::2] = 0
+    x.requires_grad_()
+    out = op(name)(x, norm_type=norm_type)
+    (gradient,) = torch.autograd.grad(out, x, tokens(*out.shape, seed=1))
+    assert gradient.isfinite().all()
+    if name == "token_norm":
+        # the gradient of the norm: 0 at a zero token, and for p < 1 at zero elements too
+        assert (gradient[0] == 0).all()
+        assert (gradient[1, 1] == 0).all()
+        assert (gradient[2, :, :, ::2] == 0).all()
+        assert (gradient[2, :, :, 1::2] != 0).any()
+
+
+def test_overwritten_frames_pass_their_gradient_to_their_sources():
+    x = tokens(8, 4, 4, 2, dtype=torch.float64).requires_grad_()
+    stgp.temporal_grid(x, frame_strides=[2])[7].sum().backward()
+    # each token of the summary is the mean of 4 tokens of one of the frames 1, 3, 5, 7
+    expected = torch.zeros(8, 4, 4, 2, dtype=torch.float64)
+    expected[1::2] = 0.25
+    assert torch.allclose(x.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_gradient(dtype):
+    exact = tokens(16, 5, 5, 8, dtype=dtype).double().requires_grad_()
+    x = exact.detach().to(dtype).requires_grad_()
+    for leaf in (exact, x):
+        stgp.grid_pool(leaf).sum().backward()
+    assert x.grad.dtype == dtype
+    assert (x.grad - exact.grad).norm() / exact.grad.norm() < 4 * torch.finfo(dtype).eps
+
+
+def test_double_backward_raises():
+    x = tokens(8, 4, 4, 2, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(stgp.grid_pool(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        gradient.sum().backward()
+
+
+# ---- backends ----
+
+
+@contextlib.contextmanager
+def changed_backends():
+    """Restores the list of backends, which is changed in place as every module holds the same one."""
+    kept = list(backends.BACKENDS)
+    try:
+        yield
+    finally:
+        backends.BACKENDS[:] = kept
+
+
+@pytest.fixture
+def recorder():
+    """A second backend, fastest of all, that computes as the reference does and notes what it ran."""
+    calls: list[str] = []
+
+    def note(name):
+        function = getattr(backends.REFERENCE, name)
+
+        def run(*arguments):
+            calls.append(name)
+            return function(*arguments)
+
+        return run
+
+    functions = {name: note(name) for name in [*NAMES, "backward"]}
+    recorder = dataclasses.replace(backends.REFERENCE, name="recorder", **functions)
+    with changed_backends():
+        backends.BACKENDS.insert(0, recorder)
+        yield calls
+
+
+def test_auto_takes_the_first_that_can_run_and_logs_why(recorder, caplog):
+    first, second = backends.BACKENDS
+    caplog.set_level(logging.DEBUG, "stgridpool_kernels")
+    stgp.grid_pool(tokens(8, 4, 4, 2))
+    assert recorder == ["grid_pool"]
+    backends.BACKENDS[0] = dataclasses.replace(first, why_not=lambda x, plan: "no such device")
+    stgp.grid_pool(tokens(8, 4, 4, 2))
+    assert recorder == ["grid_pool"]
+    assert caplog.messages == ["recorder runs", "recorder passed over: no such device", "reference runs"]
+    assert stgp.available_backends() == [second.name]
+    with pytest.raises(RuntimeError, match="backend 'recorder' cannot run this call: no such device"):
+        stgp.grid_pool(tokens(8, 4, 4, 2), backend="recorder")
+
+
+def test_precedence_is_argument_then_context_then_environment(recorder, monkeypatch):
+    x = tokens(8, 4, 4, 2)
+    monkeypatch.setenv("STGP_BACKEND", "reference")
+    stgp.norm_pool(x)
+    assert recorder == []
+    with stgp.use_backend("recorder"):
+        stgp.norm_pool(x)
+        assert recorder == ["norm_pool"]
+        stgp.norm_pool(x, backend="reference")
+        assert recorder == ["norm_pool"]
+        with stgp.use_backend("reference"):
+            stgp.token_norm(x)
+            stgp.token_norm(x, backend="recorder")
+        assert recorder == ["norm_pool", "token_norm"]
+        stgp.temporal_grid(x)
+        assert recorder == ["norm_pool", "token_norm", "temporal_grid"]
+    stgp.norm_pool(x)
+    with stgp.use_backend("auto"):  # stands above the environment
+        stgp.norm_pool(x)
+    assert recorder == ["norm_pool", "token_norm", "temporal_grid", "norm_pool"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_backward_uses_the_backend_of_its_forward(recorder, compiled):
+    pool = torch.compile(stgp.grid_pool, fullgraph=True, backend="aot_eager") if compiled else stgp.grid_pool
+    x = tokens(8, 4, 4, 2).requires_grad_()
+    # compiled while the other backend is in use: nothing of that may stick to the graph
+    with stgp.use_backend("reference"):
+        pool(x).sum().backward()
+        assert recorder == []
+    with stgp.use_backend("recorder"):
+        result = pool(x)
+    with stgp.use_backend("reference"):
+        result.sum().backward()
+    assert recorder == ["grid_pool", "backward"]
+
+
+def test_backward_in_another_thread_uses_the_backend_of_its_forward(recorder):
+    x = tokens(8, 4, 4, 2).requires_grad_()
+    with stgp.use_backend("recorder"):
+        loss = stgp.grid_pool(x).sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert recorder == ["grid_pool", "backward"]
+    assert x.grad.isfinite().all()
+
+
+def test_use_backend_holds_for_its_own_thread_only(recorder):
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        with stgp.use_backend("reference"):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    stgp.grid_pool(tokens(8, 4, 4, 2))
+    done.set()
+    thread.join()
+    assert recorder == ["grid_pool"]
+
+
+def test_use_backend_around_a_compiled_function(recorder):
+    compiled = torch.compile(stgp.grid_pool, fullgraph=True, backend="aot_eager")
+    x = tokens(8, 4, 4, 2)
+    with stgp.use_backend("reference"):
+        compiled(x)
+    assert recorder == []
+    with stgp.use_backend("recorder"):
+        compiled(x)
+    assert recorder == ["grid_pool"]
+
+
+def test_choosing_a_backend_inside_a_compiled_function_raises():
+    def with_argument(x):
+        return stgp.grid_pool(x, backend="reference")
+
+    def with_context(x):
+        with stgp.use_backend("reference"):
+            return stgp.grid_pool(x)
+
+    for function in (with_argument, with_context):
+        with pytest.raises(Exception, match="chosen outside compiled functions"):
+            torch.compile(function, fullgraph=True, backend="eager")(tokens(8, 4, 4, 2))
+
+
+def test_use_backend_restores_after_an_error_and_can_be_entered_again():
+    chosen = stgp.use_backend("reference")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), chosen:
+            1 / (backends.requested_backend() != "reference")
+        assert backends.requested_backend() == "auto"
+    with chosen, chosen:
+        assert backends.requested_backend() == "reference"
+    assert backends.requested_backend() == "auto"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        pytest.param(lambda x: stgp.grid_pool(x, backend="opencl"), id="argument"),
+        pytest.param(lambda x: stgp.use_backend("opencl"), id="context"),
+    ],
+)
+def test_unknown_backend_lists_the_known_ones(ask):
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', .*'reference', got 'opencl'"):
+        ask(tokens(8, 4, 4, 2))
+
+
+def test_unknown_backend_in_the_environment(monkeypatch):
+    monkeypatch.setenv("STGP_BACKEND", "opencl")
+    with pytest.raises(ValueError, match=r"STGP_BACKEND must be one of 'auto', .*'reference', got 'opencl'"):
+        stgp.grid_pool(tokens(8, 4, 4, 2))
+
+
+# ---- the module ----
+
+
+def test_module_repr():
+    assert repr(stgp.GridPool()) == (
+        "GridPool(frame_strides=(2, 4, 8), grid_shape=(2, 2), kernel_size=(2, 2), temperature=1.0)"
+    )
+    assert repr(stgp.GridPool(output_size=[5, 6], temperature=2, frame_strides=[], norm_type=math.inf)) == (
+        "GridPool(frame_strides=(), grid_shape=(2, 2), output_size=(5, 6), temperature=2, norm_type=inf)"
+    )
+
+
+def test_module_equals_the_function_and_has_no_state():
+    arguments = {"frame_strides": [1, 2], "kernel_size": 3, "padding": 1, "temperature": 2.0}
+    module = stgp.GridPool(**arguments)
+    x = tokens(12, 6, 7, 5)
+    assert torch.equal(module(x), stgp.grid_pool(x, **arguments))
+    assert torch.equal(module(x, frame_counts=[5, 7]), stgp.grid_pool(x, frame_counts=[5, 7], **arguments))
+    assert not module.state_dict()
+
+
+def test_module_takes_every_argument_of_the_function():
+    left_out = {"x", "frame_counts", "out", "backend"}
+    expected = [name for name in inspect.signature(stgp.grid_pool).parameters if name not in left_out]
+    assert list(inspect.signature(stgp.GridPool).parameters) == expected
+    with pytest.raises(TypeError, match="kernel"):
+        stgp.GridPool(kernel=3)
+
+
+# ---- bad input ----
+
+GRIDDING_ERRORS = [
+    ({"frame_strides": [2, 0]}, r"frame_strides must be at least 1, got \[2, 0\]"),
+    ({"frame_strides": [-1]}, r"frame_strides must be at least 1, got \[-1\]"),
+    ({"grid_shape": [2, 0]}, r"grid_shape must have rows and cols of at least 1, got \[2, 0\]"),
+    ({"grid_shape": [2, 2, 3]}, r"grid_shape must have 2 entries \(rows, cols\) or 6 .*, got \[2, 2, 3\]"),
+    ({"grid_shape": []}, r"grid_shape must have 2 entries .*, got \[\]"),
+    ({"sampling": "middle"}, "sampling must be one of 'last', 'first', got 'middle'"),
+    ({"resize": "cubic"}, "resize must be one of 'area', 'bilinear', got 'cubic'"),
+]
+WINDOW_ERRORS = [
+    ({"kernel_size": [0, 2]}, r"kernel_size must be 2 integers .* at least 1, got \[0, 2\]"),
+    ({"kernel_size": [2, 2, 2]}, r"kernel_size must be 2 integers .*, got \[2, 2, 2\]"),
+    ({"kernel_size": [9, 2]}, r"kernel_size=\[9, 2\] .* leaves no window on a 6 × 7 frame"),
+    ({"kernel_size": [2, 9], "padding": [0, 0]}, r"kernel_size=\[2, 9\] .* leaves no window"),
+    ({"stride": [2, 0]}, r"stride must be 2 integers .* at least 1, got \[2, 0\]"),
+    ({"padding": [-1, 0]}, r"padding must be 2 integers .* at least 0, got \[-1, 0\]"),
+    ({"padding": [0, 2]}, r"padding must be at most half of kernel_size=\[2, 2\], got \[0, 2\]"),
+    ({"output_size": [0, 2]}, r"output_size must be 2 integers .* at least 1, got \[0, 2\]"),
+    ({"output_size": [2, 2], "kernel_size": [3, 3]}, r"output_size=\[2, 2\] .* got kernel_size=\[3, 3\]"),
+    ({"output_size": [2, 2], "stride": [2, 2]}, r"output_size=\[2, 2\] .* stride=\[2, 2\]"),
+    ({"output_size": [2, 2], "padding": [1, 0]}, r"output_size=\[2, 2\] .* padding=\[1, 0\]"),
+    ({"output_size": [2, 2], "ceil_mode": True}, r"output_size=\[2, 2\] .* ceil_mode=True"),
+    ({"output_size": [2, 2], "count_include_pad": False}, r"output_size=\[2, 2\] .* count_include_pad=False"),
+]
+NORM_ERRORS = [
+    ({"norm_type": 0.0}, "norm_type must be greater than 0 .*, got 0.0"),
+    ({"norm_type": -1.0}, "norm_type must be greater than 0 .*, got -1.0"),
+    ({"norm_type": math.nan}, "norm_type must be greater than 0 .*, got nan"),
+]
+TEMPERATURE_ERRORS = [
+    ({"temperature": math.inf}, "temperature must be finite, got inf"),
+    ({"temperature": math.nan}, "temperature must be finite, got nan"),
+]
+COUNT_ERRORS = [
+    ({"frame_counts": [4, -1, 6]}, r"frame_counts must not be negative, got \[4, -1, 6\]"),
+    ({"frame_counts": [4, 4]}, r"frame_counts must sum to T = 9, got \[4, 4\] with sum 8"),
+    ({"frame_counts": []}, r"frame_counts must sum to T = 9, got \[\] with sum 0"),
+]
+ERRORS = {
+    "grid_pool": GRIDDING_ERRORS + WINDOW_ERRORS + NORM_ERRORS + TEMPERATURE_ERRORS + COUNT_ERRORS,
+    "temporal_grid": GRIDDING_ERRORS + COUNT_ERRORS,
+    "norm_pool": WINDOW_ERRORS + NORM_ERRORS + TEMPERATURE_ERRORS,
+    "token_norm": NORM_ERRORS,
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        pytest.param(name, arguments, message, id=f"{name}-{arguments}")
+        for name, errors in ERRORS.items()
+        for arguments, message in errors
+    ],
+)
+def test_bad_arguments(name, arguments, message, device):
+    x = torch.zeros(9, 6, 7, 3, device=device)
+    with pytest.raises(ValueError, match=message):
+        op(name)(x, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(arguments, message, id=str(arguments))
+        for arguments, message in GRIDDING_ERRORS + WINDOW_ERRORS + NORM_ERRORS + TEMPERATURE_ERRORS
+        if "leaves no window" not in message
+    ],
+)
+def test_module_refuses_bad_arguments_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        stgp.GridPool(**arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        pytest.param(torch.zeros(6, 7, 3), ValueError, r"x must have shape .* got \(6, 7, 3\)", id="rank 3"),
+        pytest.param(torch.zeros(1, 1, 1, 6, 7, 3), ValueError, r"x must have shape .* got", id="rank 6"),
+        pytest.param(torch.zeros(8, 0, 7, 3), ValueError, r"H, W and C of at least 1, got shape \(8, 0, 7", id="H = 0"),
+        pytest.param(torch.zeros(8, 6, 0, 3), ValueError, "H, W and C of at least 1", id="W = 0"),
+        pytest.param(torch.zeros(2, 8, 6, 7, 0), ValueError, "H, W and C of at least 1", id="C = 0"),
+        pytest.param(torch.zeros(8, 6, 7, 3, dtype=torch.int32), TypeError, "got torch.int32", id="integer"),
+        pytest.param(torch.zeros(8, 6, 7, 3, dtype=torch.complex64), TypeError, "got torch.complex64", id="complex"),
+        pytest.param(torch.zeros(8, 6, 7, 3).to_sparse(), TypeError, "got layout torch.sparse_coo", id="sparse"),
+    ],
+)
+def test_bad_tokens(name, x, error, message):
+    with pytest.raises(error, match=message):
+        op(name)(x)
+
+
+@pytest.mark.parametrize("name", ["grid_pool", "temporal_grid"])
+def test_frame_counts_do_not_go_with_a_batch(name):
+    with pytest.raises(ValueError, match=r"frame_counts packs videos .* got \[9\]"):
+        op(name)(torch.zeros(1, 9, 6, 7, 3), frame_counts=[9])
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        pytest.param(torch.empty(9, 3, 3, 4), ValueError, r"out must have shape \(9, 3, 3, 3\), got \(9, 3, 3, 4\)"),
+        pytest.param(torch.empty(9, 3, 3, 3, dtype=torch.float64), TypeError, "out must have dtype torch.float32, got"),
+        pytest.param(torch.empty(9, 3, 3, 3, device="meta"), ValueError, "out must be on cpu as x is, got meta"),
+        pytest.param(torch.empty(9, 3, 3, 1).expand(9, 3, 3, 3), ValueError, "out must not be expanded"),
+    ],
+    ids=["shape", "dtype", "device", "expanded"],
+)
+def test_bad_out(out, error, message):
+    with pytest.raises(error, match=message):
+        stgp.grid_pool(torch.zeros(9, 6, 7, 3), out=out)
+
+
+@pytest.mark.parametrize("first", [0, 100, 9 * 6 * 7 * 3 - 1], ids=["start", "middle", "last element"])
+def test_out_overlapping_x(first):
+    storage = torch.zeros(4000)
+    x = storage[: 9 * 6 * 7 * 3].view(9, 6, 7, 3)
+    with pytest.raises(ValueError, match="out must not overlap x"):
+        stgp.grid_pool(x, out=storage[first : first + 9 * 3 * 3 * 3].view(9, 3, 3, 3))
+    assert (storage == 0).all()
+    beside = storage[x.numel() : x.numel() + 9 * 3 * 3 * 3].view(9, 3, 3, 3)
+    assert stgp.grid_pool(x, out=beside) is beside
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_while_a_gradient_is_required(name):
+    x = tokens(9, 6, 7, 3)
+    out = torch.empty_like(op(name)(x))
+    with pytest.raises(RuntimeError, match="out cannot be given while a gradient is required"):
+        getattr(stgp, name)(x.clone().requires_grad_(), out=out)
+    with pytest.raises(RuntimeError, match="out cannot be given while a gradient is required"):
+        getattr(stgp, name)(x, out=out.clone().requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(getattr(stgp, name)(x.clone().requires_grad_(), out=out), op(name)(x))
+
+
+def test_nothing_is_computed_before_the_checks(recorder):
+    for name, errors in ERRORS.items():
+        for arguments, message in errors:
+            with pytest.raises(ValueError, match=message):
+                op(name)(torch.zeros(9, 6, 7, 3), **arguments)
+    assert recorder == []
