@@ -3,8 +3,8 @@
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
 VENV := .venv
-# one stamp a torch version: naming another one installs again
-STAMP := $(VENV)/installed-$(subst =,-,$(TORCH))
+# one stamp for each torch asked for: naming another one installs again
+STAMP := $(VENV)/installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
