@@ -234,6 +234,8 @@ def _implement(name: str) -> None:
         plan, settings = _prepare(name, x, defaults | given)
         with use_backend(_backend_names()[int(backend)]):
             chosen = choose_backend(x, plan)
+        if x.numel() == 0:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
         # a dispatched kernel runs below autograd; a backend may want it to recompute the forward
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
             return chosen.backward(name, grad, x, *settings).contiguous()

@@ -1,4 +1,4 @@
-"""The oracle: ST-GridPool in plain PyTorch, differentiable, for every argument.
+"""The oracle: ST-GridPool in plain PyTorch, differentiable, for every argument, on at least one frame.
 
 Frame indices and window positions come from `GridPlan`; all arithmetic is here. It runs in float32, or float64 for
 float64 input, and needs a few times the memory of its input.
@@ -76,8 +76,16 @@ def _positions(runs: Runs, size: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def token_norm(x: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
-    """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean: (…, C) → (…), float32 or float64."""
-    magnitude = _accumulate(x).abs()
+    """‖t‖ of every token: (…, T, H, W, C) → (…, T, H, W) in float32 or float64."""
+    # Frame by frame, since torch's vectorised pow may round the tail of a tensor differently: all frames at once, a
+    # frame's last bit would depend on how many others come with it.
+    norms = [_norm(frame, norm_type, normalize_norm) for frame in x.flatten(0, -4)]
+    return torch.stack(norms).view(x.shape[:-1])
+
+
+def _norm(tokens: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
+    """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean; max_c |t_c| for p = inf: (…, C) → (…)."""
+    magnitude = _accumulate(tokens).abs()
     if norm_type == math.inf:
         return magnitude.amax(-1)
     powers = _power(magnitude, norm_type)

@@ -177,7 +177,7 @@ def temporal_grid(
     x = np.asarray(x, dtype=np.float64)
     if x.ndim == 5:
         options = (frame_strides, grid_shape, sampling, resize, frame_counts, round_to)
-        return np.stack([temporal_grid(clip, *options) for clip in x])
+        return np.array([temporal_grid(clip, *options) for clip in x]).reshape(x.shape)
     if x.ndim != 4:
         raise ValueError(f"x must have 4 or 5 dimensions, not {x.ndim}")
     if sampling not in ("last", "first"):

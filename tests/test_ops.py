@@ -242,6 +242,14 @@ def test_half_precision_gradient(dtype):
     assert (x.grad - exact.grad).norm() / exact.grad.norm() < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 4, 2), (0, 8, 4, 4, 2), (2, 0, 4, 4, 2)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_of_no_frames(name, shape):
+    x = torch.zeros(shape, requires_grad=True)
+    op(name)(x).sum().backward()
+    assert x.grad.shape == shape
+
+
 def test_double_backward_raises():
     x = tokens(8, 4, 4, 2, dtype=torch.float64).requires_grad_()
     (gradient,) = torch.autograd.grad(stgp.grid_pool(x).square().sum(), x, create_graph=True)

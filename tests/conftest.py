@@ -1,0 +1,38 @@
+"""Fixtures of the suite: every backend on every device, and how many examples hypothesis draws.
+
+`pytest --hypothesis-profile=thorough` draws many fresh examples; the default draws a few, the same ones every time.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from stgridpool_kernels.backends import BACKENDS, Backend
+
+settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True, database=None)
+settings.register_profile("thorough", max_examples=400, deadline=None)
+settings.load_profile("quick")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU; `pytest -m gpu` runs only these")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the tensors of a test live."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session", params=BACKENDS, ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """The name of a backend that can run here on `device`; skipped with its own reason where it cannot."""
+    tested: Backend = request.param
+    reason = tested.why_not(None, None) or tested.why_not(torch.empty(1, 1, 1, 8, device=device), None)
+    if reason is not None:
+        pytest.skip(f"{tested.name}: {reason}")
+    return tested.name
