@@ -640,7 +640,8 @@ def _frame(axes: Axes, colour: str) -> None:
 def _tidy_bar(bar: Colorbar, label: str) -> None:
     bar.set_label(label, fontsize=_SMALL)
     bar.ax.tick_params(labelsize=_SMALL, length=2)
-    bar.outline.set_visible(False)
+    outline: Any = bar.outline  # which some versions' type hints take for something else
+    outline.set_visible(False)
 
 
 def _colour_map(name: str) -> Any:
