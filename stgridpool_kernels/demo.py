@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from . import reference
 from .backends import choose_backend
 from .baselines import llava_avg_pool, naive_grid_pool
 from .data import load_fixture
-from .figure import check_picture
+from .figure import check_picture, require_matplotlib, save_figure
+from .inspection import inspect_tokens
+from .ops import grid_pool
 from .plan import GridPlan, grid_plan
 
 NUM_FRAMES = 32
@@ -48,16 +48,16 @@ def encoded_clip(console: Console) -> Clip:
     from .encoder import PATCH, Encoder, find_sample_video
     from .video import read_frames
 
+    video, encoder = find_sample_video("bigbuckbunny.mp4"), Encoder()
+    size = (GRID[0] * PATCH, GRID[1] * PATCH)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         decoding = progress.add_task("decode", total=NUM_FRAMES)
         encoding = progress.add_task("encode", total=NUM_FRAMES)
-        video = find_sample_video("bigbuckbunny.mp4")
-        size = (GRID[0] * PATCH, GRID[1] * PATCH)
         frames = read_frames(
             video, NUM_FRAMES, size=size, progress=lambda done, total: progress.update(decoding, completed=done)
         )
-        tokens = Encoder()(frames, progress=lambda done, total: progress.update(encoding, completed=done))
+        tokens = encoder(frames, progress=lambda done, total: progress.update(encoding, completed=done))
     origin = f"{len(frames)} frames of {video.name}, {size[0]} × {size[1]} pixels"
     return Clip(torch.from_numpy(tokens), frames, origin)
 
@@ -71,10 +71,10 @@ class Accuracy:
     largest: float
 
 
-def accuracy(tokens: Tensor, plan: GridPlan, dtype: torch.dtype) -> Accuracy:
+def accuracy(tokens: Tensor, dtype: torch.dtype) -> Accuracy:
     """Error of `grid_pool` on `tokens` in `dtype`, against the oracle on the same values in float64."""
     x = tokens.to(dtype)
-    exact = reference.grid_pool(x.double(), plan, 1.0, 2.0, True)
+    exact = grid_pool(x.double(), backend="reference")
     error = torch.ops.stgp.grid_pool(x).double() - exact
     return Accuracy(dtype, (error.norm() / exact.norm()).item(), error.abs().max().item())
 
@@ -95,9 +95,12 @@ def median_times(functions: dict[str, Callable[[Tensor], Tensor]], x: Tensor, ro
 
 def demo_command(output: Path, *, offline_tokens: bool, force: bool, console: Console) -> None:
     """Runs the chain, prints the table and writes the picture. Errors as in `encoded_clip` and `refuse_existing`."""
-    drawable = find_spec("matplotlib") is not None
-    if drawable:
+    try:
+        require_matplotlib()
         check_picture(output, force)
+        drawable = True
+    except ImportError:
+        drawable = False
     clip = packaged_clip() if offline_tokens else encoded_clip(console)
     x = clip.tokens
     plan = grid_plan((len(x),), x.shape[1], x.shape[2])
@@ -113,7 +116,7 @@ def demo_command(output: Path, *, offline_tokens: bool, force: bool, console: Co
     table.add_row("change from average pooling", _difference(x, pooled, plan))
     table.add_section()
     for dtype in (torch.float32, torch.bfloat16):
-        error = accuracy(x, plan, dtype)
+        error = accuracy(x, dtype)
         name = str(dtype).removeprefix("torch.")
         table.add_row(
             f"error, {name}",
@@ -141,9 +144,6 @@ def demo_command(output: Path, *, offline_tokens: bool, force: bool, console: Co
     console.print("\n".join(notes), style="dim", highlight=False)
 
     if drawable:
-        from .figure import save_figure
-        from .inspection import inspect_tokens
-
         save_figure(inspect_tokens(x), clip.frames, output, force=force, name="bigbuckbunny.mp4", credit=CREDIT)
         console.print(f"picture: {output.resolve()}", soft_wrap=True, highlight=False)
     else:

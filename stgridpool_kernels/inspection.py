@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ops import temporal_grid, token_norm
+from .module import GridPool
+from .ops import check_tokens, temporal_grid, token_norm
 from .plan import GridPlan, Runs, grid_plan
 from .token_files import load_input
 
@@ -32,9 +33,7 @@ WEIGHT_BINS = np.linspace(0, 1, 101)
 """Edges of the histograms of the largest weight."""
 
 _TOP_SHARE = 0.05
-_GRIDDING = ("frame_strides", "grid_shape", "sampling", "resize")
-_POOLING = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "output_size")
-_WEIGHTING: dict[str, Any] = {"temperature": 1.0, "norm_type": 2.0, "normalize_norm": True}
+_NORM = ("norm_type", "normalize_norm")
 
 # Beyond this |temperature · norm| only differences far below a bfloat16 step would still separate tokens.
 _LARGEST_LOGIT = 1e5
@@ -142,22 +141,18 @@ def inspect_tokens(x: Tensor, **options: Any) -> Inspection:
 
     `options` are those of `grid_pool` without `frame_counts` and `out`. Needs, beside x, one gridded copy of it.
 
-    Raises TypeError for an unknown option, and ValueError for an x that is no float tensor of 4 dimensions, none of
-    them 0, or an option that is out of range.
+    Raises TypeError or ValueError for another x or for an option that is unknown or out of range.
     """
-    _check_tokens(x)
-    unknown = sorted(options.keys() - {*_GRIDDING, *_POOLING, *_WEIGHTING, "backend"})
-    if unknown:
-        raise TypeError(f"inspect_tokens takes the options of grid_pool for one video, got {', '.join(unknown)}")
-    gridding = {key: options[key] for key in _GRIDDING if key in options}
-    pooling = {key: options[key] for key in _POOLING if key in options}
-    weighting = {key: options.get(key, default) for key, default in _WEIGHTING.items()}
-    temperature = float(weighting.pop("temperature"))
-    if not math.isfinite(temperature):
-        raise ValueError(f"temperature must be finite, got {temperature}")
-    plan = grid_plan(x.shape[:1], x.shape[1], x.shape[2], **gridding, **pooling)
+    check_tokens(x)
+    if x.dim() != 4 or len(x) == 0:
+        raise ValueError(f"one video of at least one frame is inspected, (T, H, W, C), got shape {tuple(x.shape)}")
+    backend = options.pop("backend", "auto")
+    arguments = GridPool(**options).arguments
+    temperature, weighting = float(arguments["temperature"]), {name: arguments[name] for name in _NORM}
+    tables = {name: value for name, value in arguments.items() if name not in ("temperature", *_NORM)}
+    plan = grid_plan(x.shape[:1], x.shape[1], x.shape[2], **tables)
 
-    stage_norms = _stage_norms(x.detach(), plan, weighting, options.get("backend", "auto"))
+    stage_norms = _stage_norms(x.detach(), plan, weighting, backend)
     windows, inside, total = _counted_windows(stage_norms[-1], plan)
     temperatures = sorted({*TEMPERATURES, temperature})
     largest_weights = tuple(_largest_weights(windows, temperature) for temperature in temperatures)
@@ -187,16 +182,6 @@ def inspect_tokens(x: Tensor, **options: Any) -> Inspection:
         advice=_advice(windows, temperature, norms.size, found),
         **found,
     )
-
-
-def _check_tokens(x: Tensor) -> None:
-    shape = tuple(x.shape)
-    if x.dim() != 4:
-        raise ValueError(f"one video has shape (T, H, W, C), got {shape}")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"tokens must be of a float dtype, got {x.dtype}")
-    if 0 in shape:
-        raise ValueError(f"there is no token to inspect in shape {shape}")
 
 
 def _stage_norms(x: Tensor, plan: GridPlan, norm: dict[str, Any], backend: str) -> np.ndarray:
@@ -476,7 +461,7 @@ def inspect_command(
     """`stgp inspect`: inspects a file's tokens, or those of a video it is encoded into, prints and draws what it found.
 
     options: those of `grid_pool` except `out`. The others say how to read the file, see `load_input`. Of a batch
-    (B, T, H, W, C) and of packed videos (`frame_counts`) the first video is inspected, and the output says so.
+    (B, T, H, W, C) and of packed videos (`frame_counts`) the first with frames is inspected, and the output says so.
 
     Raises FileExistsError, ImportError, TypeError or ValueError before anything is written.
     """
@@ -502,21 +487,22 @@ def inspect_command(
 def _first_video(
     x: Tensor, frames: np.ndarray | None, frame_counts: Sequence[int] | None
 ) -> tuple[Tensor, np.ndarray | None, str]:
-    """The first video of a batch or of packed ones, its frames, and words for which one it is."""
+    """The first video of a batch, or of packed ones that have frames, its frames, and words for which one it is."""
     if frame_counts is not None:
         if x.dim() != 4 or not frame_counts or sum(frame_counts) != len(x) or min(frame_counts) < 0:
             raise ValueError(
                 f"frame_counts must pack the frames of a (T, H, W, C) tensor, got {list(frame_counts)} for shape "
                 f"{tuple(x.shape)}"
             )
-        first, videos = frame_counts[0], len(frame_counts)
+        number, videos = next((k for k, count in enumerate(frame_counts) if count), 0), len(frame_counts)
+        first = frame_counts[number]
         x, frames = x[:first], None if frames is None else frames[:first]
     elif x.dim() == 5 and len(x):
-        videos = len(x)
+        number, videos = 0, len(x)
         x, frames = x[0], None if frames is None or frames.ndim != 5 else frames[0]
     else:
         return x, frames, ""
-    return x, frames, f", video 1 of {videos}" if videos > 1 else ""
+    return x, frames, f", video {number + 1} of {videos}" if videos > 1 else ""
 
 
 def _print(inspection: Inspection, name: str, console: Console) -> None:
@@ -527,17 +513,17 @@ def _print(inspection: Inspection, name: str, console: Console) -> None:
     shape, pooled = show_shape(inspection.shape), show_shape(inspection.pooled_shape)
     table.add_row("tokens", f"{shape} {inspection.dtype} → {pooled}")
     table.add_row("frames overwritten", f"{len(inspection.overwritten)} of {inspection.shape[0]}")
-    largest = show_number(inspection.max_over_median)
-    table.add_row(f"norm ({inspection.norm_name})", f"largest is {largest} × the median")
+    if math.isfinite(inspection.max_over_median):
+        largest = f"largest is {show_number(inspection.max_over_median)} × the median"
+        table.add_row(f"norm ({inspection.norm_name})", largest)
     if inspection.nonfinite:
         table.add_row("NaN or infinite norms", f"{inspection.nonfinite} of {inspection.norms.size} tokens")
-    spread = f"p50 {show_number(inspection.spread_p50)}, p95 {show_number(inspection.spread_p95)}"
-    table.add_row("spread inside windows", spread)
-    for weights in inspection.largest_weights:
-        table.add_row(
-            f"largest weight at {weights.temperature:g}",
-            f"p5 {weights.p5:.2f}, p50 {weights.p50:.2f}, p95 {weights.p95:.2f}",
-        )
+    if inspection.counted:
+        spread = f"p50 {show_number(inspection.spread_p50)}, p95 {show_number(inspection.spread_p95)}"
+        table.add_row("spread inside windows", spread)
+        for weights in inspection.largest_weights:
+            quantiles = f"p5 {weights.p5:.2f}, p50 {weights.p50:.2f}, p95 {weights.p95:.2f}"
+            table.add_row(f"largest weight at {weights.temperature:g}", quantiles)
     table.add_row("counted", counted_windows(inspection))
     console.print(table)
     console.print(inspection.advice, markup=False, highlight=False)

@@ -7,17 +7,21 @@ them are Python: they check, plan, choose a backend and hand over. The public fu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .backends import BACKENDS, choose_backend, requested_backend, use_backend
-from .plan import GridPlan, check_windows, grid_plan, level_shapes, pair, pooled_size
+from .backends import backend_names, choose_backend, requested_backend, use_backend
+from .plan import GridPlan, grid_plan, level_shapes, pooled_size
 
 Arguments = dict[str, Any]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What tokens may be."""
 
 # ---- schemas: the one place where arguments and defaults are written ----
 
@@ -56,11 +60,12 @@ _defaults: dict[str, Arguments] = {}
 # ---- checks, on real and on symbolic sizes ----
 
 
-def _check_tokens(x: Tensor) -> None:
+def check_tokens(x: Tensor) -> None:
+    """Raises ValueError or TypeError unless x is what every op takes."""
     shape = tuple(x.shape)
     if x.dim() not in (4, 5):
         raise ValueError(f"x must have shape (T, H, W, C) or (B, T, H, W, C), got {shape}")
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if x.dtype not in DTYPES:
         raise TypeError(f"x must have dtype bfloat16, float16, float32 or float64, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"x must be a dense (strided) tensor, got layout {x.layout}")
@@ -68,33 +73,29 @@ def _check_tokens(x: Tensor) -> None:
         raise ValueError(f"x must have H, W and C of at least 1, got shape {shape}")
 
 
-def _check_settings(a: Arguments) -> None:
-    temperature, norm_type = a.get("temperature", 1.0), a["norm_type"]
-    if not math.isfinite(temperature):
-        raise ValueError(f"temperature must be finite, got {temperature}")
-    if not norm_type > 0:
-        raise ValueError(f"norm_type must be greater than 0 (inf is allowed), got {norm_type}")
+def check_arguments(arguments: Arguments) -> None:
+    """Checks grid_pool's arguments as far as that needs no input: types by its schema, then ranges."""
+    torch.ops.stgp.grid_pool(torch.empty(1, 1 << 20, 1 << 20, 1, device="meta"), **arguments)
 
 
-def check_arguments(arguments: Arguments) -> Arguments:
-    """Checks grid_pool's arguments as far as that needs no input; returns them with every sequence as a tuple."""
-    sequences = ("frame_strides", "grid_shape")
-    pairs = ("kernel_size", "stride", "padding", "output_size")
-    a = {
-        name: tuple(value) if name in sequences else pair(value) if name in pairs and value is not None else value
-        for name, value in arguments.items()
-    }
-    gridding, pooling = _plan_arguments("grid_pool", a)
-    level_shapes(**gridding)
-    check_windows(**pooling)
-    _check_settings(a)
-    return a
+def _check(name: str, x: Tensor, a: Arguments) -> None:
+    """Checks all that the plan does not: tokens, weights and frame counts."""
+    check_tokens(x)
+    arithmetic = _arithmetic(x)
+    if "temperature" in a and not abs(a["temperature"]) <= torch.finfo(arithmetic).max:
+        shown = str(arithmetic).removeprefix("torch.")
+        raise ValueError(f"temperature must be finite in {shown} arithmetic, got {a['temperature']}")
+    if "norm_type" in a and not a["norm_type"] > 0:
+        raise ValueError(f"norm_type must be greater than 0 (inf is allowed), got {a['norm_type']}")
+    if a.get("frame_counts") is not None:
+        _check_frame_counts(x, a["frame_counts"])
 
 
-def _video_lengths(x: Tensor, frame_counts: Sequence[int] | None) -> Sequence[int]:
-    """Frames of each video in x: given counts, or one video, or a batch of equal ones."""
-    if frame_counts is None:
-        return x.shape[:1] if x.dim() == 4 else (x.shape[1],) * x.shape[0]
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_frame_counts(x: Tensor, frame_counts: Sequence[int]) -> None:
     if x.dim() == 5:
         raise ValueError(
             f"frame_counts packs videos along T of a (T, H, W, C) tensor and cannot go with 5-D x of shape "
@@ -107,26 +108,33 @@ def _video_lengths(x: Tensor, frame_counts: Sequence[int] | None) -> Sequence[in
         total == x.shape[0],
         lambda: f"frame_counts must sum to T = {x.shape[0]}, got {list(frame_counts)} with sum {total}",
     )
-    return frame_counts
 
 
-def _check_out(out: Tensor, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    if tuple(out.shape) != tuple(shape):
-        raise ValueError(f"out must have shape {tuple(shape)}, got {tuple(out.shape)}")
+def _check_out(out: Tensor, x: Tensor, pooled: Sequence[int] | None) -> None:
+    shape, dtype = _result(x, pooled)
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must have shape {shape}, got {tuple(out.shape)}")
     if out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
     if out.device != x.device:
         raise ValueError(f"out must be on {x.device} as x is, got {out.device}")
+    if out.layout != torch.strided:
+        raise TypeError(f"out must be a dense (strided) tensor, got layout {out.layout}")
 
 
 def _check_memory(out: Tensor, x: Tensor) -> None:
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"out must not be expanded: strides {out.stride()} write one element more than once")
+    """Every element of out has its own place, away from x."""
+    span = 1
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                raise ValueError(f"out must not overlap itself, got shape {tuple(out.shape)} of strides {out.stride()}")
+            span += (size - 1) * stride
     (out_low, out_high), (x_low, x_high) = _extent(out), _extent(x)
     if out_low < x_high and x_low < out_high:
         raise ValueError(
-            f"out must not overlap x in memory: out spans {out_high - out_low} bytes from {out_low:#x}, "
-            f"x {x_high - x_low} bytes from {x_low:#x}"
+            f"out must not overlap x: from first to last element, out spans {out_high - out_low} bytes from "
+            f"{out_low:#x}, x {x_high - x_low} bytes from {x_low:#x}"
         )
 
 
@@ -141,60 +149,58 @@ def _extent(t: Tensor) -> tuple[int, int]:
 # ---- what each op computes ----
 
 
-def _plan_arguments(name: str, a: Arguments) -> tuple[Arguments, Arguments]:
-    gridding = _NO_GRIDDING if name == "norm_pool" else {key: a[key] for key in _NO_GRIDDING}
-    pooling = _NO_POOLING if name == "temporal_grid" else {key: a[key] for key in _NO_POOLING}
-    return gridding, pooling
+def _gridding(name: str, a: Arguments) -> Arguments:
+    return _NO_GRIDDING if name == "norm_pool" else {key: a[key] for key in _NO_GRIDDING}
 
 
-def _prepare(name: str, x: Tensor, a: Arguments) -> tuple[GridPlan | None, list[Any]]:
-    """Checks everything; the plan, and what a backend's function takes between x and out."""
-    _check_tokens(x)
-    settings = [a[key] for key in _SETTINGS if key in a]
-    if settings:
-        _check_settings(a)
+def _pooling(name: str, a: Arguments) -> Arguments:
+    return _NO_POOLING if name == "temporal_grid" else {key: a[key] for key in _NO_POOLING}
+
+
+def _plan(name: str, x: Tensor, a: Arguments) -> GridPlan | None:
     if name == "token_norm":
-        return None, settings
-    gridding, pooling = _plan_arguments(name, a)
-    plan = grid_plan(_video_lengths(x, a.get("frame_counts")), x.shape[-3], x.shape[-2], **gridding, **pooling)
-    return plan, [plan, *settings]
+        return None
+    frame_counts = a.get("frame_counts")
+    if frame_counts is None:  # one video, or a batch of equal ones
+        frame_counts = x.shape[:1] if x.dim() == 4 else (x.shape[1],) * x.shape[0]
+    return grid_plan(frame_counts, x.shape[-3], x.shape[-2], **_gridding(name, a), **_pooling(name, a))
 
 
-def _result(name: str, x: Tensor, pooled: Sequence[int] | None) -> tuple[list[int], torch.dtype]:
-    """Shape and dtype of the result."""
+def _backend_arguments(plan: GridPlan | None, a: Arguments) -> list[Any]:
+    """What a backend's function takes between x and out."""
+    settings = [a[key] for key in _SETTINGS if key in a]
+    return settings if plan is None else [plan, *settings]
+
+
+def _result(x: Tensor, pooled: Sequence[int] | None) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a result: tokens on frames of `pooled` rows and columns, or norms."""
     if pooled is None:
-        return [*x.shape[:-1]], torch.float64 if x.dtype == torch.float64 else torch.float32
-    return [*x.shape[:-3], *pooled, x.shape[-1]], x.dtype
+        return tuple(x.shape[:-1]), _arithmetic(x)
+    return (*x.shape[:-3], *pooled, x.shape[-1]), x.dtype
 
 
 def _run(name: str, x: Tensor, a: Arguments, out: Tensor | None) -> Tensor:
-    plan, given = _prepare(name, x, a)
-    shape, dtype = _result(name, x, None if plan is None else plan.pooled_size)
+    _check(name, x, a)
+    plan = _plan(name, x, a)
+    pooled = None if plan is None else plan.pooled_size
     if out is None:
+        shape, dtype = _result(x, pooled)
         out = x.new_empty(shape, dtype=dtype)
     else:
-        _check_out(out, x, shape, dtype)
+        _check_out(out, x, pooled)
         _check_memory(out, x)
     backend = choose_backend(x, plan)
     if out.numel():
-        getattr(backend, name)(x, *given, out)
+        getattr(backend, name)(x, *_backend_arguments(plan, a), out)
     return out
 
 
-def _run_fake(name: str, x: Tensor, a: Arguments) -> Tensor:
-    """The checks of `_run` and an empty result, for sizes that may be symbolic. No plan: it would fix them."""
-    _check_tokens(x)
-    if "norm_type" in a:
-        _check_settings(a)
-    pooled = None
-    if name != "token_norm":
-        gridding, pooling = _plan_arguments(name, a)
-        level_shapes(**gridding)
-        pooled = pooled_size(x.shape[-3], x.shape[-2], **pooling)
-        if a.get("frame_counts") is not None:
-            _video_lengths(x, a["frame_counts"])
-    shape, dtype = _result(name, x, pooled)
-    return x.new_empty(shape, dtype=dtype)
+def _symbolic_pooled_size(name: str, x: Tensor, a: Arguments) -> tuple[int, int] | None:
+    """The plan's checks and `pooled_size`, for sizes that may be symbolic: a plan would fix them."""
+    if name == "token_norm":
+        return None
+    level_shapes(**_gridding(name, a))
+    return pooled_size(x.shape[-3], x.shape[-2], **_pooling(name, a))
 
 
 # ---- registration ----
@@ -209,7 +215,7 @@ def _define(name: str) -> None:
     _library.define(f"{name}(Tensor x, *, {arguments}) -> Tensor")
     _library.define(f"_{name}_out(Tensor x, *, {arguments}, Tensor(a!) out) -> ()")
     # A backward uses the backend that its forward was asked to use. A compiled graph keeps only tensors from a forward
-    # to its backward, so the request is one: its place in `_backend_names()`.
+    # to its backward, so the request is one: its place in `backend_names()`.
     _library.define(f"_{name}_recorded(Tensor x, *, {arguments}) -> (Tensor out, Tensor backend)")
     _library.define(f"_{name}_backward(Tensor grad, Tensor x, Tensor backend, *, {arguments}) -> Tensor")
     schema = getattr(torch.ops.stgp, name).default._schema
@@ -227,18 +233,19 @@ def _implement(name: str) -> None:
         _run(name, x, defaults | given, out)
 
     def recorded(x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-        requested = torch.tensor(_backend_names().index(requested_backend()))
+        requested = torch.tensor(backend_names().index(requested_backend()), device="cpu")
         return _run(name, x, defaults | given, None), requested
 
     def backward(grad: Tensor, x: Tensor, backend: Tensor, **given: Any) -> Tensor:
-        plan, settings = _prepare(name, x, defaults | given)
-        with use_backend(_backend_names()[int(backend)]):
+        a = defaults | given
+        plan = _plan(name, x, a)
+        with use_backend(backend_names()[int(backend)]):
             chosen = choose_backend(x, plan)
         if x.numel() == 0:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
         # a dispatched kernel runs below autograd; a backend may want it to recompute the forward
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-            return chosen.backward(name, grad, x, *settings).contiguous()
+            return chosen.backward(name, grad, x, *_backend_arguments(plan, a)).contiguous()
 
     for op, kernel in zip(_ops(name), (forward, forward_out, recorded, backward), strict=True):
         _library.impl(op, kernel, "CompositeExplicitAutograd")
@@ -248,11 +255,15 @@ def _fake(name: str) -> None:
     defaults = _defaults[name]
 
     def forward(x: Tensor, **given: Any) -> Tensor:
-        return _run_fake(name, x, defaults | given)
+        a = defaults | given
+        _check(name, x, a)
+        shape, dtype = _result(x, _symbolic_pooled_size(name, x, a))
+        return x.new_empty(shape, dtype=dtype)
 
     def forward_out(x: Tensor, *, out: Tensor, **given: Any) -> None:
-        result = _run_fake(name, x, defaults | given)
-        _check_out(out, x, result.shape, result.dtype)
+        a = defaults | given
+        _check(name, x, a)
+        _check_out(out, x, _symbolic_pooled_size(name, x, a))
 
     def recorded(x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
         return forward(x, **given), torch.empty((), dtype=torch.int64, device="cpu")
@@ -269,6 +280,8 @@ def _differentiate(name: str) -> None:
     op, _, recorded_op, backward_op = (getattr(torch.ops.stgp, op).default for op in _ops(name))
 
     def forward(keyset: Any, x: Tensor, **given: Any) -> Tensor:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(f"stgp::{name} has no forward-mode derivative")
         if torch.is_grad_enabled() and x.requires_grad:
             return cast(Tensor, recorded_op(x, **given)[0])
         with torch._C._AutoDispatchBelowAutograd():
@@ -291,10 +304,6 @@ def _differentiate(name: str) -> None:
     torch.library.register_autograd(f"stgp::_{name}_backward", double_backward, lib=_library)
 
 
-def _backend_names() -> list[str]:
-    return ["auto", *(backend.name for backend in BACKENDS)]
-
-
 for _name in ARGUMENTS:
     for _step in (_define, _implement, _fake, _differentiate):
         _step(_name)
@@ -304,17 +313,17 @@ for _name in ARGUMENTS:
 
 
 def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: Any) -> Tensor:
-    if backend != "auto":
-        if torch.compiler.is_compiling():
-            raise RuntimeError(f"the backend is chosen outside compiled functions, got backend={backend!r} inside one")
-        with use_backend(backend):
-            return _call(name, x, out, "auto", **arguments)
-    if out is None:
-        return cast(Tensor, getattr(torch.ops.stgp, name)(x, **arguments))
-    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+    if backend != "auto" and torch.compiler.is_compiling():
+        raise RuntimeError(f"the backend is chosen outside compiled functions, got backend={backend!r} inside one")
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out is not None and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise RuntimeError("out cannot be given while a gradient is required: use torch.no_grad(), or leave out=None")
-    getattr(torch.ops.stgp, f"_{name}_out")(x, out=out, **arguments)
-    return out
+    with use_backend(backend) if backend != "auto" else nullcontext():
+        if out is None:
+            return cast(Tensor, getattr(torch.ops.stgp, name)(x, **arguments))
+        getattr(torch.ops.stgp, f"_{name}_out")(x, out=out, **arguments)
+        return out
 
 
 def grid_pool(

@@ -59,8 +59,9 @@ def norm_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, n
     taken = torch.stack([r[:, None] & c for r in row_taken.T for c in col_taken.T], dim=-1)  # (OH, OW, window)
     logits = torch.stack([temperature * norms[:, r, c] for r, c in window], dim=-1)  # (T, OH, OW, window)
     weights = torch.where(taken, logits, -math.inf).softmax(-1)
-    pooled = sum(weight[..., None] * frames[:, r, c] for weight, (r, c) in zip(weights.unbind(-1), window, strict=True))
-    assert isinstance(pooled, Tensor)
+    pooled = frames.new_zeros(())
+    for weight, (r, c) in zip(weights.unbind(-1), window, strict=True):
+        pooled = pooled + weight[..., None] * frames[:, r, c]
     return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
 
 
@@ -85,7 +86,7 @@ def token_norm(x: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
 
 def _norm(tokens: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
     """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean; max_c |t_c| for p = inf: (…, C) → (…)."""
-    magnitude = _accumulate(tokens).abs()
+    magnitude = _accumulate(tokens).abs().contiguous()  # the sum's order, so its last bit, follows the strides
     if norm_type == math.inf:
         return magnitude.amax(-1)
     powers = _power(magnitude, norm_type)

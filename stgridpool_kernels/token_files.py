@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .ops import DTYPES
 from .video import VideoError, read_frames
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 
 KEY = "tokens"
 """The name a written tensor gets in formats that name their tensors."""
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # A .npy header is a line of text; NumPy itself reads none above 10 000 bytes.
 _NPY_HEADER = 1 << 16
@@ -86,7 +85,7 @@ def read_tokens(path: str | os.PathLike[str], key: str | None = None) -> Tensor:
         raise TokenFileError(f"{file}: token files end in {', '.join(SUFFIXES)}, got {file.suffix or 'no suffix'}")
     _check_file(file)
     tensor = reader(file, key)
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise TokenFileError(_wrong_dtype(file, tensor.dtype))
     _check_shape(file, tuple(tensor.shape))
     return tensor
@@ -282,7 +281,7 @@ def _wrong_dtype(file: Path, dtype: object) -> str:
 def _choose(file: Path, names: Collection[str], key: str | None) -> str:
     listed = ", ".join(sorted(names))
     if not names:
-        raise TokenFileError(f"{file}: holds no tensor")
+        raise TokenFileError(f"{file}: holds no tensor; allowed are a tensor, or several by name")
     if key is not None:
         if key not in names:
             raise TokenFileError(f"{file}: holds no tensor {key!r}; it has {listed}")

@@ -255,7 +255,10 @@ def test_inputs_that_all_fail_leave_no_folder() -> None:
 
 BEFORE_WORK = {
     "option of the op": (["a.npy", "-o", "x.npy", "--kernel-size", "0"], "kernel_size must be 2 integers"),
-    "temperature": (["a.npy", "-o", "x.npy", "--temperature", "nan"], "temperature must be finite, got nan"),
+    "temperature": (
+        ["a.npy", "-o", "x.npy", "--temperature", "nan"],
+        "temperature must be finite in float32 arithmetic, got nan",
+    ),
     "two inputs, one file": (["a.npy", "b.npy", "-o", "x.npy"], "-o x.npy names a file, but there are 2 inputs"),
     "same output": (["a.npy", "sub/a.npy", "-o", "out"], "out/a.npy would be the output of 2 inputs: a.npy, sub/a.npy"),
     "same output by format": (["a.npy", "a.pt", "-o", "out", "--format", "npz"], "out/a.npz would be the output of 2"),
@@ -548,7 +551,7 @@ def test_piped_output_has_no_colours_bars_or_cursor_movements() -> None:
     assert done.returncode == 1
     assert "\x1b" not in done.stdout + done.stderr
     assert done.stderr == "stgp pool: 1 of 2 inputs failed:\nstgp pool: none.npy: no such file\n"
-    assert "written: out" in done.stdout
+    assert "written into: out" in done.stdout
 
 
 def test_a_narrow_ascii_terminal_loses_no_text() -> None:

@@ -237,10 +237,10 @@ def test_nonfinite_windows_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("x", "options", "error", "words"),
     [
-        (torch.zeros(0, 4, 4, 4), {}, ValueError, "no token to inspect in shape \\(0, 4, 4, 4\\)"),
-        (torch.zeros(4, 4, 4, 4, dtype=torch.int64), {}, ValueError, "float dtype, got torch.int64"),
-        (torch.zeros(2, 4, 4, 4, 4), {}, ValueError, "one video has shape"),
-        (torch.zeros(4, 4, 4, 4), {"frame_counts": [2, 2]}, TypeError, "for one video, got frame_counts"),
+        (torch.zeros(0, 4, 4, 4), {}, ValueError, "at least one frame .* got shape \\(0, 4, 4, 4\\)"),
+        (torch.zeros(4, 4, 4, 4, dtype=torch.int64), {}, TypeError, "x must have dtype .* got torch.int64"),
+        (torch.zeros(2, 4, 4, 4, 4), {}, ValueError, "one video of at least one frame"),
+        (torch.zeros(4, 4, 4, 4), {"frame_counts": [2, 2]}, TypeError, "unexpected keyword argument 'frame_counts'"),
         (torch.zeros(4, 4, 4, 4), {"temperature": math.nan}, ValueError, "temperature must be finite"),
         (torch.zeros(4, 4, 4, 4), {"norm_type": 0.0}, ValueError, "norm_type"),
         (torch.zeros(4, 1, 1, 4), {}, ValueError, "leaves no window"),

@@ -85,6 +85,23 @@ def test_opcheck(name, arguments, requires_grad, shape):
     torch.library.opcheck(op(name).default, (x,), arguments)
 
 
+LAYOUTS = {
+    "permuted": lambda: tokens(9, 3, 6, 7).permute(0, 2, 3, 1),
+    "expanded": lambda: tokens(9, 1, 7, 3).expand(9, 6, 7, 3),
+    "sliced": lambda: tokens(18, 6, 9, 3)[::2, :, 1:-1],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_of_other_layouts(name, layout):
+    x = LAYOUTS[layout]()
+    torch.library.opcheck(op(name).default, (x,))
+    torch.library.opcheck(op(name).default, (x.requires_grad_(),))
+    backward = op(f"_{name}_backward").default
+    torch.library.opcheck(backward, (op(name)(x.detach()), x.detach(), torch.tensor(0)))
+
+
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_opcheck_of_the_private_ops(name, arguments):
     x = tokens(9, 6, 7, 3)
@@ -118,14 +135,20 @@ def test_one_graph_for_changing_frame_counts(name):
     assert counter.frame_count == 1
 
 
-def test_one_graph_when_only_frames_change_under_automatic_dynamic_shapes():
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "marked"])
+@pytest.mark.parametrize("pool", [stgp.GridPool(ceil_mode=True), stgp.grid_pool], ids=["module", "function"])
+def test_module_and_function_are_compiled_once(pool, dynamic):
+    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(stgp.GridPool(ceil_mode=True), fullgraph=True, backend=counter)
+    compiled = torch.compile(pool, fullgraph=True, dynamic=dynamic, backend=counter)
+    compiled_after_the_first = None
     for T in (8, 16, 33, 64):
         x = tokens(T, 6, 7, 5)
-        torch._dynamo.mark_dynamic(x, 0)
-        assert torch.equal(compiled(x), stgp.grid_pool(x, ceil_mode=True))
-    assert counter.frame_count == 1
+        if dynamic is None:
+            torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(compiled(x), pool(x))
+        compiled_after_the_first = compiled_after_the_first or counter.frame_count
+    assert counter.frame_count == compiled_after_the_first
 
 
 @pytest.mark.parametrize("arguments", [{}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"output_size": 2}], ids=str)
@@ -195,7 +218,7 @@ def test_errors_appear_when_compiling():
 # ---- gradients ----
 
 
-@pytest.mark.parametrize("shape", [(9, 3, 4, 2), (2, 9, 3, 4, 2)], ids=["4d", "5d"])
+@pytest.mark.parametrize("shape", [(9, 3, 4, 2), (2, 8, 2, 3, 2)], ids=["4d", "5d"])
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_gradcheck(name, arguments, shape):
     if len(shape) == 5 and "frame_counts" in arguments:
@@ -255,6 +278,27 @@ def test_double_backward_raises():
     (gradient,) = torch.autograd.grad(stgp.grid_pool(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         gradient.sum().backward()
+
+
+def test_forward_mode_raises_instead_of_being_zero():
+    x = tokens(8, 4, 4, 2)
+    for name in NAMES:
+        with pytest.raises(RuntimeError, match=f"stgp::{name} has no forward-mode derivative"):
+            torch.func.jvp(op(name), (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_other_layouts(layout):
+    x = LAYOUTS[layout]().double()
+    results = []
+    for run in (stgp.grid_pool, torch.compile(stgp.grid_pool, fullgraph=True, backend="aot_eager")):
+        leaf = x.detach().requires_grad_()
+        run(leaf).square().sum().backward()
+        results.append(leaf.grad)
+    contiguous = x.contiguous().requires_grad_()
+    stgp.grid_pool(contiguous).square().sum().backward()
+    assert torch.equal(*results)
+    torch.testing.assert_close(results[0], contiguous.grad, rtol=1e-12, atol=1e-12)
 
 
 # ---- backends ----
@@ -368,6 +412,35 @@ def test_use_backend_holds_for_its_own_thread_only(recorder):
     done.set()
     thread.join()
     assert recorder == ["grid_pool"]
+
+
+def test_one_use_backend_serves_several_threads(recorder):
+    shared, turns = stgp.use_backend("reference"), [threading.Event() for _ in range(4)]
+    failures: list[BaseException] = []
+
+    def enter_and_leave(enter, entered, leave, left):
+        try:
+            assert enter.wait(10)
+            with shared:
+                entered.set()
+                assert leave.wait(10)
+                assert backends.requested_backend() == "reference"
+            assert backends.requested_backend() == "auto"
+            left.set()
+        except BaseException as failure:
+            failures.append(failure)
+
+    start = threading.Event()
+    # the first enters, the second enters, the first leaves, the second leaves
+    first = threading.Thread(target=enter_and_leave, args=(start, turns[0], turns[1], turns[2]))
+    second = threading.Thread(target=enter_and_leave, args=(turns[0], turns[1], turns[2], turns[3]))
+    first.start()
+    second.start()
+    start.set()
+    first.join(30)
+    second.join(30)
+    assert not failures
+    assert all(turn.is_set() for turn in turns)
 
 
 def test_use_backend_around_a_compiled_function(recorder):
@@ -484,8 +557,9 @@ NORM_ERRORS = [
     ({"norm_type": math.nan}, "norm_type must be greater than 0 .*, got nan"),
 ]
 TEMPERATURE_ERRORS = [
-    ({"temperature": math.inf}, "temperature must be finite, got inf"),
-    ({"temperature": math.nan}, "temperature must be finite, got nan"),
+    ({"temperature": math.inf}, "temperature must be finite in float32 arithmetic, got inf"),
+    ({"temperature": math.nan}, "temperature must be finite in float32 arithmetic, got nan"),
+    ({"temperature": -1e300}, r"temperature must be finite in float32 arithmetic, got -1e\+300"),
 ]
 COUNT_ERRORS = [
     ({"frame_counts": [4, -1, 6]}, r"frame_counts must not be negative, got \[4, -1, 6\]"),
@@ -528,6 +602,26 @@ def test_module_refuses_bad_arguments_at_once(arguments, message):
         stgp.GridPool(**arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": (2.5, 2)},
+        {"ceil_mode": "yes"},
+        {"temperature": "1"},
+        {"frame_strides": 2},
+        {"sampling": None},
+        {"grid_shape": "22"},
+    ],
+    ids=str,
+)
+def test_wrong_types_name_the_argument(arguments):
+    (name,) = arguments
+    with pytest.raises((TypeError, RuntimeError), match=rf"argument '{name}'"):
+        stgp.grid_pool(torch.zeros(9, 6, 7, 3), **arguments)
+    with pytest.raises((TypeError, RuntimeError), match=rf"argument '{name}'"):
+        stgp.GridPool(**arguments)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("x", "error", "message"),
@@ -559,9 +653,16 @@ def test_frame_counts_do_not_go_with_a_batch(name):
         pytest.param(torch.empty(9, 3, 3, 4), ValueError, r"out must have shape \(9, 3, 3, 3\), got \(9, 3, 3, 4\)"),
         pytest.param(torch.empty(9, 3, 3, 3, dtype=torch.float64), TypeError, "out must have dtype torch.float32, got"),
         pytest.param(torch.empty(9, 3, 3, 3, device="meta"), ValueError, "out must be on cpu as x is, got meta"),
-        pytest.param(torch.empty(9, 3, 3, 1).expand(9, 3, 3, 3), ValueError, "out must not be expanded"),
+        pytest.param(torch.empty(9, 3, 3, 1).expand(9, 3, 3, 3), ValueError, "out must not overlap itself"),
+        pytest.param(
+            torch.empty(300).as_strided((9, 3, 3, 3), (5, 1, 9, 3)),
+            ValueError,
+            r"itself, got .* strides \(5, 1, 9, 3\)",
+        ),
+        pytest.param(torch.zeros(9, 3, 3, 3).to_sparse(), TypeError, "out must be .* got layout torch.sparse_coo"),
+        pytest.param(5, TypeError, "out must be a tensor, got int"),
     ],
-    ids=["shape", "dtype", "device", "expanded"],
+    ids=["shape", "dtype", "device", "expanded", "overlapping itself", "sparse", "no tensor"],
 )
 def test_bad_out(out, error, message):
     with pytest.raises(error, match=message):
