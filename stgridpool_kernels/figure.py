@@ -291,9 +291,9 @@ def _weights_panel(material: _Material) -> _Panel:
     last = len(plan.levels)
     frames = _two_frames(inspection)
     norms = [inspection.gridded_norms[frame] for frame in frames]
-    temperatures = {f"weights at {inspection.temperature:g}": inspection.temperature}
+    temperatures = {f"temperature {inspection.temperature:g}": inspection.temperature}
     if inspection.target_temperature is not None:
-        temperatures.setdefault(f"weights at {inspection.target_temperature:.2g}", inspection.target_temperature)
+        temperatures.setdefault(f"temperature {inspection.target_temperature:.2g}", inspection.target_temperature)
     weights = {
         label: [window_weights(frame_norms, plan, temperature) for frame_norms in norms]
         for label, temperature in temperatures.items()

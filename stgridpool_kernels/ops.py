@@ -376,9 +376,11 @@ def grid_pool(
     backend: one of `available_backends()`; "auto" follows `use_backend`, then STGP_BACKEND, then takes the fastest.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the backend asked
-    for cannot run the call or a gradient is required together with `out`. Differentiable once in x.
+    for cannot run the call, a gradient is required together with `out`, or (from torch) an argument has a wrong type.
+    Differentiable once in x.
 
-    Source: ST-GridPool (ICLR 2026), sections on PTG and NSP, and its published code, whose results the defaults give.
+    Source: ST-GridPool (ICLR 2026, arXiv 2605.22078), sections on PTG and NSP. Defaults are its settings, computed as
+    its published code does.
     """
     return _call(
         "grid_pool",
