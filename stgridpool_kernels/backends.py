@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, triton_backend
 from .plan import GridPlan
 
 logger = logging.getLogger("stgridpool_kernels")
@@ -26,6 +26,7 @@ class Backend:
     question is about the machine alone, and plan is None for token_norm.
     The four ops write their result into `out`, a tensor of the right shape, dtype and device that does not overlap x.
     backward(op, grad, x, …) is the gradient of op(x, …) in x; a backend without one of its own takes the reference's.
+    only_by_name() is a reason for which `auto` passes over the backend although it could run, or None.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Backend:
     norm_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
     token_norm: Callable[[Tensor, float, bool, Tensor], None]
     backward: Callable[..., Tensor]
+    only_by_name: Callable[[], str | None] = lambda: None
 
 
 def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:
@@ -56,7 +58,18 @@ REFERENCE = Backend(
     backward=reference.backward,
 )
 
-BACKENDS: list[Backend] = [REFERENCE]
+TRITON = Backend(
+    name="triton",
+    why_not=triton_backend.why_not,
+    grid_pool=triton_backend.grid_pool,
+    temporal_grid=triton_backend.temporal_grid,
+    norm_pool=triton_backend.norm_pool,
+    token_norm=triton_backend.token_norm,
+    backward=reference.backward,
+    only_by_name=triton_backend.only_by_name,
+)
+
+BACKENDS: list[Backend] = [TRITON, REFERENCE]
 """Fastest first; `auto` takes the first that can run."""
 
 _used: ContextVar[tuple[str, ...]] = ContextVar("stgridpool_kernels.backends", default=())
@@ -120,6 +133,8 @@ def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Bac
         if requested not in ("auto", backend.name):
             continue
         reason = backend.why_not(x, plan)
+        if requested == "auto":
+            reason = reason or backend.only_by_name()
         if reason is None:
             logger.debug("%s runs", backend.name)
             return backend

@@ -1,0 +1,128 @@
+"""What a plan leaves to compute: the summaries that a result depends on, and the cells of miniatures these depend on.
+
+A *content* is what a frame holds at some time, as one integer: t ≥ 0 is frame t as given, ~s is summary s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from .plan import GridPlan, Runs
+
+Box = tuple[int, int]
+"""The first so many rows and columns of a frame or of a miniature."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mosaic of the contents `sources`, row-major, that level number `level` puts in frame `target`."""
+
+    level: int
+    target: int
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """summaries: in the order they can be computed, without those that are overwritten before anything reads them.
+    final: the content that every frame ends with.
+    """
+
+    summaries: tuple[Summary, ...]
+    final: tuple[int, ...]
+
+    def by_level(self) -> list[list[int]]:
+        """Numbers of the summaries of each level that has any."""
+        numbers = range(len(self.summaries))
+        return [list(group) for _, group in groupby(numbers, key=lambda s: self.summaries[s].level)]
+
+    @staticmethod
+    def none(plan: GridPlan) -> Schedule:
+        """Without temporal gridding."""
+        return Schedule((), tuple(range(sum(plan.frame_counts))))
+
+    @staticmethod
+    def of(plan: GridPlan) -> Schedule:
+        """Of temporal gridding by `plan`."""
+        contents = list(range(sum(plan.frame_counts)))
+        summaries: list[Summary] = []
+        for number, level in enumerate(plan.levels):
+            groups = [tuple(contents[frame] for frame in sources) for sources in level.sources]
+            for target, sources in zip(level.targets, groups, strict=True):
+                contents[target] = ~len(summaries)
+                summaries.append(Summary(number, target, sources))
+
+        live = {content for content in contents if content < 0}
+        for s in reversed(range(len(summaries))):
+            if ~s in live:
+                live.update(summaries[s].sources)
+        kept = [s for s in range(len(summaries)) if ~s in live]
+        renamed = {~s: ~new for new, s in enumerate(kept)}
+        return Schedule(
+            tuple(
+                Summary(summaries[s].level, summaries[s].target, tuple(renamed.get(c, c) for c in summaries[s].sources))
+                for s in kept
+            ),
+            tuple(renamed.get(content, content) for content in contents),
+        )
+
+
+def pools_pairs(plan: GridPlan) -> bool:
+    """Whether the windows are 2 × 2 at stride 2, the last ones possibly cut by the frame's edge."""
+    return all(
+        runs.start == tuple(range(0, 2 * len(runs), 2)) and runs.count == tuple(min(2, size - s) for s in runs.start)
+        for runs, size in ((plan.window_rows, plan.height), (plan.window_cols, plan.width))
+    )
+
+
+def shrinks_by_halves(plan: GridPlan) -> bool:
+    """Whether every summary is tiled 2 × 2 from area-shrunk miniatures, of which a content has only one then."""
+    levels = [level for level in plan.levels if level.targets]
+    return plan.resize == "area" and all((level.rows, level.cols) == (2, 2) for level in levels)
+
+
+def needed_cells(plan: GridPlan, steps: Schedule) -> dict[int, tuple[int, ...]]:
+    """For every content that is shrunk: how many cells of each row of its miniature a pooled token depends on.
+
+    A miniature has ⌈H/2⌉ × ⌈W/2⌉ cells. The mosaic is cropped, windows may leave out the last row and column, and a
+    summary may be sampled itself, so that not every cell is needed. Needs start at the first row and column always.
+    """
+    rows, cols = (_cell_ends(size) for size in (plan.height, plan.width))
+    h, w = len(rows), len(cols)
+    pooled = (min(_reach(plan.window_rows), plan.height), min(_reach(plan.window_cols), plan.width))
+    tokens: dict[int, set[Box]] = {content: {pooled} for content in steps.final}
+    cells: dict[int, set[Box]] = {}
+    for s in reversed(range(len(steps.summaries))):
+        boxes = _widest(tokens.pop(~s))
+        for tile, source in enumerate(steps.summaries[s].sources):
+            for box in boxes:
+                a, b = (min(box[0] - tile // 2 * h, h), min(box[1] - tile % 2 * w, w))
+                if a > 0 and b > 0:
+                    cells.setdefault(source, set()).add((a, b))
+                    tokens.setdefault(source, set()).add((rows[a - 1], cols[b - 1]))
+    stairs = {
+        boxes: tuple(max((b for a, b in boxes if a > i), default=0) for i in range(h))
+        for boxes in map(frozenset, cells.values())
+    }
+    return {content: stairs[frozenset(boxes)] for content, boxes in cells.items()}
+
+
+def _cell_ends(size: int) -> list[int]:
+    """One past the last row that each cell of a miniature averages: adaptive average pooling to ⌈size/2⌉."""
+    half = -(-size // 2)
+    return [-(-(i + 1) * size // half) for i in range(half)]
+
+
+def _reach(runs: Runs) -> int:
+    return max(start + count for start, count in zip(runs.start, runs.count, strict=True))
+
+
+def _widest(boxes: Iterable[Box]) -> list[Box]:
+    """The boxes that no other box covers."""
+    kept: list[Box] = []
+    for box in sorted(boxes, reverse=True):
+        if not kept or box[1] > kept[-1][1]:
+            kept.append(box)
+    return kept

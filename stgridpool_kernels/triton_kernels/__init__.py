@@ -1,0 +1,53 @@
+"""Triton kernels for every op, and which of them a call takes. One file per idea, each a kernel and then its launches:
+
+fused: grid_pool and norm_pool at the published settings. summaries: temporal_grid. pool: norm_pool with any windows.
+token_norm. Tiles and the arithmetic on them are in tiles, sizes in config, what happens between a call and the device
+in launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..plan import GridPlan, grid_plan
+from ..schedule import Schedule, pools_pairs, shrinks_by_halves
+from . import config, fused, pool, summaries, token_norm
+from .launch import Call, Request, run
+
+INTERPRETED = not isinstance(fused.grid_pool_kernel, triton.JITFunction)
+"""Whether the kernels run in triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when they were imported."""
+
+NO_PLAN = grid_plan((), 1, 1, frame_strides=(), kernel_size=1)
+"""What token_norm follows."""
+
+
+def execute(op: str, x: Tensor, plan: GridPlan | None, settings: tuple[float, float, bool], out: Tensor) -> None:
+    """`op` of x by the plan into out; settings are (temperature, norm_type, normalize_norm)."""
+    layout = (x.shape, x.stride(), out.stride(), x.data_ptr() % 16, out.data_ptr() % 16)
+    key = (op, id(plan), settings, layout, x.dtype, x.device)
+    run(key, lambda: prepare(op, x, plan, settings, out), x, out)
+
+
+def prepare(
+    op: str,
+    x: Tensor,
+    plan: GridPlan | None,
+    settings: tuple[float, float, bool],
+    out: Tensor,
+    capability: tuple[int, int] | None = None,
+) -> Call:
+    """What `op` launches for tensors like these on a device of that compute capability, by default the one of x."""
+    if capability is None:
+        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    plan = plan or NO_PLAN
+    steps = Schedule.of(plan) if op in ("grid_pool", "temporal_grid") else Schedule.none(plan)
+    request = Request(op, x, out, plan, steps, *settings, capability)
+    if op == "token_norm":
+        return token_norm.prepare(request)
+    if op == "temporal_grid":
+        return summaries.prepare(request)
+    if pools_pairs(plan) and shrinks_by_halves(plan) and x.shape[-1] <= config.MAX_BLOCK:
+        return fused.prepare(request)
+    return pool.prepare(request)

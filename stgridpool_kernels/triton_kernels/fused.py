@@ -1,0 +1,240 @@
+"""grid_pool at the published settings: 2 × 2 windows at stride 2 and 2 × 2 grids shrunk by area. Tokens are read once.
+
+Summaries are tiled from *miniatures*: D(frame) is the frame average-pooled to ⌈H/2⌉ × ⌈W/2⌉ cells, the same for every
+level. Cell (i, j) averages rows 2i, 2i + 1 and columns 2j, 2j + 1, which are window (i, j); where H is odd also row
+2i − 1, and where W is odd also column 2j − 1 (so ⌈27/2⌉ = 14 cells overlap by one row and one column).
+
+The kernel is launched for the frames of x, then for the summaries of each level, which it reads as mosaics of
+miniatures. A launch pools what a frame ends with, and shrinks what a later level samples:
+
+    x ──► pooled frames                 frames that no summary replaces
+      └─► D ──► level 1 ──► pooled      summaries that no later level replaces
+           ▲          │
+           └────◄─────┘ D of summaries that a later level samples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+
+from ..schedule import needed_cells
+from .config import WALK_REGISTERS, fused_config
+from .launch import Call, Launch, Request, tables_on
+from .tiles import pool_tile, store_token
+
+ENTRY: tl.constexpr = tl.constexpr(8)
+"""Integers of an entry of the table: the frame to read, the frame to pool into or −1, the slot of its miniature, where
+its row counts of needed cells start, and the four slots that a mosaic is tiled from."""
+
+
+@triton.jit
+def grid_pool_kernel(
+    x,  # (…, T, H, W, C)
+    out,  # (…, T, OH, OW, C)
+    scratch,  # miniatures: (slots, h, w, C)
+    tables,
+    entries,  # where the entries of this launch start in `tables`
+    walked,  # how many of them have a miniature; these come first
+    T,
+    H,
+    W,
+    h,
+    w,
+    OH,
+    OW,
+    x_video,
+    x_frame,
+    x_row,
+    x_col,
+    x_channel,
+    out_video,
+    out_frame,
+    out_row,
+    out_col,
+    out_channel,
+    temperature,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CELLS: tl.constexpr,
+    STAGES: tl.constexpr,
+    ODD_H: tl.constexpr,
+    ODD_W: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MOSAIC: tl.constexpr,
+    PLAIN: tl.constexpr,
+    WIDE: tl.constexpr,
+    MEAN: tl.constexpr,
+    NORM: tl.constexpr,
+    P: tl.constexpr,
+):
+    """out[t, i, j] = Σ α·x[t, r, c] over window (i, j) and D[t, i, j] = mean x[t, r, c] over cell (i, j).
+
+    The first programs walk: each takes row i of the cells of one entry, or CELLS of it where rows are SPLIT, from left
+    to right, and carries the last column of a step to the next as a sum. The others take one window each of the entries
+    without a miniature.
+
+    MOSAIC: the frames are summaries, tiled from miniatures; else frames of x. PLAIN: each frame is an entry without a
+    miniature, and there is no table.
+    """
+    x_strides = (x_video, x_frame, x_row, x_col, x_channel)
+    out_strides = (out_video, out_frame, out_row, out_col, out_channel)
+    channels = tl.arange(0, BLOCK)
+    token = tl.arange(0, 4)
+    spans = tl.cdiv(w, CELLS) if SPLIT else 1
+    program = tl.program_id(0)
+    walks = walked * h * spans
+
+    if program < walks:
+        entry = tables + entries + program // (h * spans) * ENTRY
+        frame, target, slot = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        i = program // spans % h
+        needed = tl.load(tables + tl.load(entry + 3) + i)
+        pooled = (target >= 0) & (i < OH)
+        stop = tl.maximum(needed, tl.where(pooled, OW, 0))
+        first = 0
+        if SPLIT:
+            first = program % spans * CELLS
+            stop = tl.minimum(stop, first + CELLS)
+
+        image = scratch if MOSAIC else frame_of(x, frame, T, x_strides)
+        rows = 2 * i + token // 2
+        top = tl.maximum(2 * i - 1, 0) if ODD_H else 2 * i
+        height = tl.minimum(2 * i + 2, H) - top
+        carried = tl.zeros((BLOCK,), tl.float32)
+        if ODD_W and SPLIT:
+            side = 2 * i - 1 + token
+            bottom = tl.where((first > 0) & (first < needed), tl.minimum(2 * i + 2, H), 0)
+            beside = (side >= top) & (side < bottom)
+            left = places_in(side, 2 * first - 1 + 0 * token, entry, h, w, x_strides, C, MOSAIC, WIDE)
+            carried = tl.sum(load_tile(image, left, beside, channels, x_strides, C, MOSAIC, WIDE), 0)
+
+        miniature = scratch + (slot.to(tl.int64) * h + i) * w * C
+        for step in tl.range(first, stop, num_stages=STAGES):
+            j = i * 0 + step
+            cols = 2 * j + token % 2
+            taken = (rows < H) & (cols < W)
+            window = places_in(rows, cols, entry, h, w, x_strides, C, MOSAIC, WIDE)
+            tile = load_tile(image, window, taken, channels, x_strides, C, MOSAIC, WIDE)
+            if pooled:
+                result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
+                store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
+
+            cell = tl.sum(tile, 0)
+            right = tl.sum(tl.where((token % 2 == 1)[:, None], tile, 0.0), 0)
+            width = tl.minimum(2 * j + 2, W) - 2 * j
+            if ODD_H:
+                two = tl.arange(0, 2)
+                over = 2 * j + two < tl.where((i > 0) & (j < needed), W, 0)
+                above = places_in(2 * i - 1 + 0 * two, 2 * j + two, entry, h, w, x_strides, C, MOSAIC, WIDE)
+                halo = load_tile(image, above, over, channels, x_strides, C, MOSAIC, WIDE)
+                cell += tl.sum(halo, 0)
+                right += tl.sum(tl.where((two == 1)[:, None], halo, 0.0), 0)
+            if ODD_W:
+                cell += carried
+                carried = right
+                width += tl.minimum(j, 1)
+            tl.store(
+                miniature + j.to(tl.int64) * C + channels,
+                (cell * (1.0 / (height * width).to(tl.float32))).to(scratch.dtype.element_ty),
+                mask=channels < tl.where(j < needed, C, 0),
+                eviction_policy="evict_last",
+            )
+    elif not MOSAIC:
+        window_number = program - walks
+        i, j = window_number // OW % OH, window_number % OW
+        target = walked + window_number // (OH * OW)
+        if not PLAIN:
+            target = tl.load(tables + entries + target * ENTRY + 1)
+        rows, cols = 2 * i + token // 2, 2 * j + token % 2
+        taken = (rows < H) & (cols < W)
+        window = places_in(rows, cols, tables, h, w, x_strides, C, MOSAIC, WIDE)
+        tile = load_tile(frame_of(x, target, T, x_strides), window, taken, channels, x_strides, C, MOSAIC, WIDE)
+        result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
+        store_token(out, target, i, j, T, out_strides, channels, channels < C, result)
+
+
+@triton.jit
+def frame_of(x, frame, T, strides):
+    """Frame number `frame` of all videos of T frames."""
+    t = frame.to(tl.int64)
+    return x + t // T * strides[0] + t % T * strides[1]
+
+
+@triton.jit
+def places_in(rows, cols, entry, h, w, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr, WIDE: tl.constexpr):
+    """Where tokens start: in a frame of x, or in scratch for the mosaic of the four miniatures of an entry."""
+    if MOSAIC:
+        below, beside = (rows >= h).to(tl.int32), (cols >= w).to(tl.int32)
+        slots = tl.load(entry + 4 + 2 * below + beside).to(tl.int64)
+        places = ((slots * h + rows - below * h) * w + cols - beside * w) * C
+    elif WIDE:
+        places = rows.to(tl.int64) * x_strides[2] + cols.to(tl.int64) * x_strides[3]
+    else:
+        places = rows * x_strides[2] + cols * x_strides[3]
+    return places
+
+
+@triton.jit
+def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr, WIDE: tl.constexpr):
+    """Tokens as float32, 0 where not taken. Those of x are not needed again, miniatures may be."""
+    mask = taken[:, None] & (channels < C)[None, :]
+    if MOSAIC:
+        tile = tl.load(image + places[:, None] + channels[None, :], mask=mask, other=0.0)
+    else:
+        offsets = channels.to(tl.int64) * x_strides[4] if WIDE else channels * x_strides[4]
+        pointers = image + (places[:, None] + offsets[None, :])
+        tile = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+    return tile.to(tl.float32)
+
+
+def prepare(request: Request) -> Call:
+    """One launch for the frames of x, then one for the mosaics of each level."""
+    H, W, C = request.x.shape[-3:]
+    h, w = -(-H // 2), -(-W // 2)
+    OH, OW = request.plan.pooled_size
+    steps = request.steps
+    config = fused_config(C, request.x.element_size(), request.capability)
+    shared = request.sizes() | request.weights() | {"h": h, "w": w, "OH": OH, "OW": OW, "BLOCK": config.block}
+    shared |= {"ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1, "WIDE": reach_in_frame(request) >= 1 << 31}
+    shared["PLAIN"] = not steps.summaries
+    options = {"maxnreg": WALK_REGISTERS} if W % 2 else {}
+
+    none_needed = (0,) * h
+    needed = needed_cells(request.plan, steps)
+    slots = {content: slot for slot, content in enumerate(needed)}
+    tables: list[int] = []
+    rows: dict[tuple[int, ...], int] = {}
+    for counts in () if shared["PLAIN"] else (none_needed, *needed.values()):
+        if counts not in rows:
+            rows[counts] = len(tables)
+            tables += counts
+    ends = {content: frame for frame, content in enumerate(steps.final)}
+
+    def launch(walked: Sequence[int], pooled: Sequence[int], cells: int, **arguments: object) -> Launch:
+        entries = len(tables)
+        for content in walked if shared["PLAIN"] else (*walked, *pooled):
+            sources = steps.summaries[~content].sources if content < 0 else ()
+            tables.extend((content, ends.get(content, -1), slots.get(content, -1)))
+            tables.append(rows[needed.get(content, none_needed)])
+            tables.extend([slots.get(source, -1) for source in sources] or [-1] * 4)
+        programs = len(walked) * h * triton.cdiv(w, cells) + len(pooled) * OH * OW
+        arguments |= {"entries": entries, "walked": len(walked), "CELLS": cells, "SPLIT": cells < w}
+        return Launch(grid_pool_kernel, (programs, 1, 1), shared | arguments, num_warps=config.num_warps, **options)
+
+    sampled = [content for content in needed if content >= 0]
+    pooled = [frame for frame, content in enumerate(steps.final) if content == frame and frame not in needed]
+    # a column is carried from cell to cell: the longer the walk, the less is read twice
+    cells, stages = (w, config.stages) if W % 2 else (1, 1)
+    launches = [launch(sampled, pooled, cells, STAGES=stages, MOSAIC=False)]
+    # mosaics are few and in the cache: rather more programs than fewer bytes
+    launches += [launch([~s for s in level], (), 1, STAGES=1, MOSAIC=True) for level in steps.by_level()]
+    return Call(request.plan, launches, len(slots) * h * w * C, tables_on(request, tables))
+
+
+def reach_in_frame(request: Request) -> int:
+    """The largest offset of an element of x from the start of its frame."""
+    x = request.x
+    return sum((size - 1) * stride for size, stride in zip(x.shape[-3:], x.stride()[-3:], strict=True))

@@ -1,0 +1,189 @@
+"""From a prepared call to the device: launches, scratch, tables, and the caches that keep the next call short."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from ..plan import GridPlan
+from ..schedule import Schedule
+from .tiles import norm_kind
+
+MAX_CALLS = 256
+"""Prepared calls, and so tables, that are kept; the least recently used goes first."""
+
+
+Arguments = dict[str, Any]
+"""Of a kernel, by name."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call is prepared for: tensors of which only shape, strides, dtype and device count, and settings."""
+
+    op: str
+    x: Tensor
+    out: Tensor
+    plan: GridPlan
+    steps: Schedule
+    temperature: float
+    norm_type: float
+    normalize_norm: bool
+    capability: tuple[int, int]
+
+    def sizes(self) -> Arguments:
+        """H, W, C, T and the strides of x and out by the names that every kernel uses."""
+        T, H, W, C = self.x.shape[-4:]
+        found: Arguments = {"T": T, "H": H, "W": W, "C": C}
+        for name, tensor in (("x", self.x), ("out", self.out)):
+            strides = tensor.stride() if self.x.dim() == 5 else (0, *tensor.stride())
+            axes = ("video", "frame", "row", "col", "channel")
+            found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
+        return found
+
+    def weights(self) -> Arguments:
+        """What turns tokens into weights."""
+        kind = norm_kind(self.norm_type)
+        return {
+            "temperature": self.temperature,
+            "MEAN": self.normalize_norm,
+            "NORM": kind,
+            "P": self.norm_type if kind == "power" else 0.0,
+        }
+
+
+class Launch:
+    """One launch of a kernel, whose first parameters are (x, out, scratch, tables); `arguments` names the others."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: Arguments, **options: Any) -> None:
+        self.kernel = kernel
+        self.grid = grid
+        self.arguments = tuple(arguments[name] for name in kernel.arg_names[4:])
+        self.options = {"enable_fp_fusion": True, **options}
+        self._compiled: Callable[..., None] | None = None
+
+    def __call__(self, x: Tensor, out: Tensor, scratch: Tensor | None, tables: Tensor | None, stream: int) -> None:
+        # The first time, triton compiles or finds the kernel for these types, alignments and constants. The caches'
+        # keys hold all of them, so what it found stays right, and finding it is most of the time of a launch.
+        if self._compiled is None:
+            compiled = self.kernel[self.grid](x, out, scratch, tables, *self.arguments, **self.options)
+            if compiled is not None:  # the interpreter compiles nothing
+                self._compiled = compiled[self.grid]
+        else:
+            self._compiled(x, out, scratch, tables, *self.arguments, stream=stream)
+
+
+class Tables:
+    """A plan's tables on a device: int32, uploaded without waiting.
+
+    Every stream that uses them waits for the upload, until it is known to be over, and keeps their memory from being
+    used again too early. A captured graph reads them whenever it is replayed, so from a capture on they are kept.
+    """
+
+    def __init__(self, plan: object, values: Sequence[int], device: torch.device) -> None:
+        self.plan = plan  # the caches know plans by identity: this one must stay while anything goes by its name
+        host = torch.tensor(values, dtype=torch.int32)
+        self.streams: set[int] = set()
+        if device.type == "cpu":
+            self.tensor, self.uploaded = host, None
+        else:
+            self.tensor = host.pin_memory().to(device, non_blocking=True)
+            self.uploaded = torch.cuda.Event(external=True)  # may be waited for in a capture it is not part of
+            self.uploaded.record(torch.cuda.current_stream(device))
+            self.streams.add(torch.cuda.current_stream(device).cuda_stream)
+
+    def use(self, stream: int, capturing: bool) -> None:
+        """Makes the work that is queued next on the current stream, whose handle is `stream`, see the tables."""
+        if capturing:
+            _captured.add(self)
+            if self.uploaded is not None:
+                torch.cuda.current_stream(self.tensor.device).wait_event(self.uploaded)
+            return
+        if self.uploaded is not None and self.uploaded.query():
+            self.uploaded = None
+        if stream not in self.streams:
+            current = torch.cuda.current_stream(self.tensor.device)
+            if self.uploaded is not None:
+                current.wait_event(self.uploaded)
+            self.tensor.record_stream(current)
+            self.streams.add(stream)
+
+
+class Call:
+    """All launches of a call with given sizes, strides, dtype, alignment and settings; `scratch` is in elements."""
+
+    def __init__(self, plan: object, launches: Sequence[Launch], scratch: int, tables: Tables | None) -> None:
+        self.plan = plan
+        self.launches = tuple(launches)
+        self.scratch = scratch
+        self.tables = tables
+
+    def __call__(self, x: Tensor, out: Tensor, stream: int, capturing: bool) -> None:
+        scratch = torch.empty(self.scratch, dtype=x.dtype, device=x.device) if self.scratch else None
+        tables = None
+        if self.tables is not None:
+            tables = self.tables.tensor
+            if x.is_cuda:
+                self.tables.use(stream, capturing)
+        for launch in self.launches:
+            launch(x, out, scratch, tables, stream)
+
+
+_lock = threading.Lock()
+_calls: OrderedDict[Hashable, Call] = OrderedDict()
+_tables: WeakValueDictionary[Hashable, Tables] = WeakValueDictionary()
+_captured: set[Tables] = set()
+
+
+def run(key: Hashable, prepare: Callable[[], Call], x: Tensor, out: Tensor) -> None:
+    """Runs the call known as `key`, which `prepare` makes the first time, on the current stream of x's device."""
+    if not x.is_cuda:
+        with np.errstate(all="ignore"):  # triton's interpreter computes with NumPy, which warns of NaN and overflow
+            _find(key, prepare, False)(x, out, 0, False)
+        return
+    other_device = x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if other_device else nullcontext():
+        capturing = torch.cuda.is_current_stream_capturing()
+        call = _find(key, prepare, capturing)
+        call(x, out, triton.runtime.driver.active.get_current_stream(x.device.index), capturing)
+
+
+def _find(key: Hashable, prepare: Callable[[], Call], capturing: bool) -> Call:
+    with _lock:
+        call = _calls.get(key)
+        if call is not None:
+            _calls.move_to_end(key)
+            return call
+    if capturing:
+        raise RuntimeError(
+            "warm up first: a CUDA graph cannot capture the first call with a given plan, shape, layout, dtype and "
+            "settings, which compiles kernels and uploads tables; run it once before the capture"
+        )
+    call = prepare()
+    with _lock:
+        _calls[key] = call
+        while len(_calls) > MAX_CALLS:
+            _calls.popitem(last=False)
+    return call
+
+
+def tables_on(request: Request, values: Sequence[int]) -> Tables | None:
+    """Tables of a plan on the device of x; calls that differ in dtype, layout or settings share them."""
+    if not values:
+        return None
+    key = (request.x.device, id(request.plan), request.op)
+    with _lock:
+        tables = _tables.get(key)
+        if tables is None:
+            tables = _tables[key] = Tables(request.plan, values, request.x.device)
+        return tables

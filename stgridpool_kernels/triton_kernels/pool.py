@@ -1,0 +1,172 @@
+"""norm_pool with any windows, over frames of x or the summaries that replace them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .config import tile_config
+from .launch import Call, Launch, Request, tables_on
+from .summaries import launch_summaries
+from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, pool_tile, softmax, store_token
+
+
+@triton.jit
+def norm_pool_kernel(
+    x,  # (…, T, H, W, C)
+    out,  # (…, T, OH, OW, C)
+    scratch,  # summaries: (S, H, W, C)
+    tables,
+    row_starts,  # where in `tables`: OH starts of windows, OH counts, OW starts, OW counts
+    T,
+    H,
+    W,
+    OH,
+    OW,
+    x_video,
+    x_frame,
+    x_row,
+    x_col,
+    x_channel,
+    out_video,
+    out_frame,
+    out_row,
+    out_col,
+    out_channel,
+    temperature,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEPS: tl.constexpr,
+    SUMMARIES: tl.constexpr,
+    MEAN: tl.constexpr,
+    NORM: tl.constexpr,
+    P: tl.constexpr,
+):
+    """out[t, i, j] = Σ α·x[t, r, c] over window (i, j), α = softmax(temperature · ‖x[t, r, c]‖). One window a program.
+
+    A window's tokens are read TOKENS at a time, their channels BLOCK at a time. Where that is one step, they are read
+    once and stay in registers; else a second pass reads them again, from the caches, with all weights known.
+    SUMMARIES: some frames end as summaries; `tables` starts with what each ends with.
+    """
+    x_strides = (x_video, x_frame, x_row, x_col, x_channel)
+    out_strides = (out_video, out_frame, out_row, out_col, out_channel)
+    program = tl.program_id(0)
+    i, j = program // OW % OH, program % OW
+    frame = program // (OH * OW)
+    content = tl.load(tables + frame) if SUMMARIES else frame
+    top, height = tl.load(tables + row_starts + i), tl.load(tables + row_starts + OH + i)
+    left, width = tl.load(tables + row_starts + 2 * OH + j), tl.load(tables + row_starts + 2 * OH + OW + j)
+    window = height * width
+    steps = tl.cdiv(window, TOKENS)
+    position = tl.arange(0, TOKENS)
+    channels = tl.arange(0, BLOCK)
+
+    if STEPS == 1 and CHUNKS == 1:
+        tile = load_window(
+            x, scratch, content, 0, position, top, left, width, window, channels, T, H, W, x_strides, C, SUMMARIES
+        )
+        result = pool_tile(tile, position < window, temperature, C, MEAN, NORM, P)
+        store_token(out, frame, i, j, T, out_strides, channels, channels < C, result)
+    else:
+        step_of = tl.arange(0, STEPS)
+        norms = tl.zeros((STEPS, TOKENS), tl.float32)
+        for step in range(steps):
+            total = no_norms(TOKENS, NORM)
+            for chunk in range(CHUNKS):
+                part = load_window(
+                    x,
+                    scratch,
+                    content,
+                    step,
+                    position,
+                    top,
+                    left,
+                    width,
+                    window,
+                    chunk * BLOCK + channels,
+                    T,
+                    H,
+                    W,
+                    x_strides,
+                    C,
+                    SUMMARIES,
+                )
+                total = join_norms(total, partial_norms(part, NORM, P), NORM)
+            found = finish_norms(total, C, MEAN, NORM, P)
+            norms = tl.where((step_of == step)[:, None], found[None, :], norms)
+        number = step_of[:, None] * TOKENS + position[None, :]
+        weights = softmax(temperature * norms, number < window)
+
+        for chunk in range(CHUNKS):
+            pooled = tl.zeros((BLOCK,), tl.float32)
+            for step in range(steps):
+                weight = tl.sum(tl.where((step_of == step)[:, None], weights, 0.0), 0)
+                again = load_window(
+                    x,
+                    scratch,
+                    content,
+                    step,
+                    position,
+                    top,
+                    left,
+                    width,
+                    window,
+                    chunk * BLOCK + channels,
+                    T,
+                    H,
+                    W,
+                    x_strides,
+                    C,
+                    SUMMARIES,
+                )
+                pooled += tl.sum(weight[:, None] * again, 0)
+            here = chunk * BLOCK + channels
+            store_token(out, frame, i, j, T, out_strides, here, here < C, pooled)
+
+
+@triton.jit
+def load_window(
+    x,
+    scratch,
+    content,
+    step,
+    position,
+    top,
+    left,
+    width,
+    window,
+    channels,
+    T,
+    H,
+    W,
+    x_strides,
+    C: tl.constexpr,
+    SUMMARIES: tl.constexpr,
+):
+    """Tokens number step·TOKENS, … of a window as float32; those in the padding are 0."""
+    number = step * position.shape[0] + position
+    rows, cols = top + number // width, left + number % width
+    taken = (number < window) & (rows >= 0) & (rows < H) & (cols >= 0) & (cols < W)
+    contents = content + 0 * number
+    return load_tokens(x, scratch, contents, rows, cols, taken, channels, T, H, W, x_strides, C, SUMMARIES).to(
+        tl.float32
+    )
+
+
+def prepare(request: Request) -> Call:
+    """The summaries of every level in full, then one program per window."""
+    plan, C = request.plan, request.x.shape[-1]
+    OH, OW = plan.pooled_size
+    largest = max(plan.window_rows.count) * max(plan.window_cols.count)
+    config = tile_config(C, largest)
+    launches, tables, scratch = launch_summaries(request)
+    arguments = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "row_starts": len(tables)}
+    arguments |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
+    arguments |= {"STEPS": triton.next_power_of_2(triton.cdiv(largest, config.tokens)), "SUMMARIES": scratch > 0}
+    for runs in (plan.window_rows, plan.window_cols):
+        tables += (*runs.start, *runs.count)
+    grid = (len(request.steps.final) * OH * OW, 1, 1)
+    launches.append(Launch(norm_pool_kernel, grid, arguments, num_warps=config.num_warps))
+    return Call(plan, launches, scratch, tables_on(request, tables))

@@ -1,0 +1,117 @@
+"""What the kernels share: tiles of tokens in registers, their norms, and their weighted sums.
+
+A tile is (tokens, BLOCK channels); tokens that are not taken and channels from C on are 0. Arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+
+def norm_kind(norm_type: float) -> str:
+    """How |t|^p is computed: "l1", "l2" and "max" need no power."""
+    return {1.0: "l1", 2.0: "l2", math.inf: "max"}.get(norm_type, "power")
+
+
+@triton.jit
+def token_places(frames, rows, cols, T, strides):
+    """Where tokens start in a tensor with (video, frame, row, column, …) strides and T frames per video."""
+    t = frames.to(tl.int64)
+    return t // T * strides[0] + t % T * strides[1] + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def load_tokens(
+    x,
+    scratch,
+    contents,
+    rows,
+    cols,
+    taken,
+    channels,
+    T,
+    H,
+    W,
+    x_strides,
+    C: tl.constexpr,
+    SUMMARIES: tl.constexpr,
+):
+    """Tokens (row, col) of contents: frame t of x for t ≥ 0, summary s in scratch (…, H, W, C) for ~s. In x.dtype."""
+    wanted = taken[:, None] & (channels < C)[None, :]
+    places = token_places(contents, rows, cols, T, x_strides)
+    places = places[:, None] + channels.to(tl.int64)[None, :] * x_strides[4]
+    if not SUMMARIES:
+        return tl.load(x + places, mask=wanted, other=0.0)
+    given = (contents >= 0)[:, None]
+    of_x = tl.load(x + places, mask=wanted & given, other=0.0)
+    places = (((-1 - contents).to(tl.int64) * H + rows) * W + cols) * C
+    of_summaries = tl.load(
+        scratch + places[:, None] + channels[None, :], mask=wanted & (contents < 0)[:, None], other=0.0
+    )
+    return tl.where(given, of_x, of_summaries)
+
+
+@triton.jit
+def partial_norms(tile, NORM: tl.constexpr, P: tl.constexpr):
+    """Σ_c |t_c|^p of every token, or the bits of max_c |t_c|: to be joined over channels, then finished."""
+    if NORM == "l2":
+        return tl.sum(tile * tile, 1)
+    magnitudes = tl.abs(tile)
+    if NORM == "l1":
+        return tl.sum(magnitudes, 1)
+    if NORM == "max":
+        # without their sign, floats are in the order of their bits, and NaN is above infinity: no maximum loses it
+        return tl.max(magnitudes.to(tl.int32, bitcast=True), 1)
+    # what log2 and exp2 lose where |t|^p is far from 1 would be seen in float32
+    return tl.sum(tl.exp2(P * tl.log2(magnitudes.to(tl.float64))).to(tl.float32), 1)
+
+
+@triton.jit
+def no_norms(TOKENS: tl.constexpr, NORM: tl.constexpr):
+    """`partial_norms` of no channels."""
+    return tl.zeros((TOKENS,), tl.int32 if NORM == "max" else tl.float32)
+
+
+@triton.jit
+def join_norms(left, right, NORM: tl.constexpr):
+    """`partial_norms` of all the channels of two."""
+    return tl.maximum(left, right) if NORM == "max" else left + right
+
+
+@triton.jit
+def finish_norms(total, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
+    """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean, from `partial_norms` of all channels."""
+    if NORM == "max":
+        return total.to(tl.float32, bitcast=True)
+    if MEAN:
+        total = tl.div_rn(total, tl.full(total.shape, C, tl.float32))
+    if NORM == "l1":
+        return total
+    if NORM == "l2":
+        return tl.sqrt_rn(total)
+    return tl.exp2(tl.log2(total.to(tl.float64)) / P).to(tl.float32)
+
+
+@triton.jit
+def softmax(logits, taken):
+    """e^l / Σ e^l over the tokens taken, 0 for the others."""
+    logits = tl.where(taken, logits, float("-inf"))
+    powers = tl.exp(logits - tl.max(logits))
+    return powers / tl.sum(powers)
+
+
+@triton.jit
+def pool_tile(tile, taken, temperature, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
+    """Σ α·t over the tokens taken, α = softmax(temperature · ‖t‖): (BLOCK,)"""
+    norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P)
+    return tl.sum(softmax(temperature * norms, taken)[:, None] * tile, 0)
+
+
+@triton.jit
+def store_token(out, frame, row, col, T, strides, channels, mask, token):
+    """out[frame, row, col] = token, for (video, frame, row, column, channel) strides and T frames per video."""
+    place = token_places(frame, row, col, T, strides)
+    tl.store(out + place + channels.to(tl.int64) * strides[4], token.to(out.dtype.element_ty), mask=mask)
