@@ -95,7 +95,7 @@ def needed_cells(plan: GridPlan, steps: Schedule) -> dict[int, tuple[int, ...]]:
     tokens: dict[int, set[Box]] = {content: {pooled} for content in steps.final}
     cells: dict[int, set[Box]] = {}
     for s in reversed(range(len(steps.summaries))):
-        boxes = _widest(tokens.pop(~s))
+        boxes = _widest(tokens.get(~s, ()))  # none where only cropped tiles show it
         for tile, source in enumerate(steps.summaries[s].sources):
             for box in boxes:
                 a, b = (min(box[0] - tile // 2 * h, h), min(box[1] - tile % 2 * w, w))

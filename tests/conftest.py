@@ -5,11 +5,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
+from benchmarks.interpreter import hasten_interpreter, repair_interpreter, use_interpreter
 from stgridpool_kernels.backends import BACKENDS, Backend
+
+use_interpreter()
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    repair_interpreter()
+    hasten_interpreter()
 
 settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=400, deadline=None)
@@ -36,3 +45,9 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     if reason is not None:
         pytest.skip(f"{tested.name}: {reason}")
     return tested.name
+
+
+@pytest.fixture(scope="session")
+def size(backend: str, device: torch.device) -> tuple[int, int, int]:
+    """(T, H, W) of most tests: smaller for kernels in triton's interpreter, which takes milliseconds for a window."""
+    return (17, 3, 5) if backend == "triton" and device.type == "cpu" else (21, 5, 7)

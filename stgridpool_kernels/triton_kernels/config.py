@@ -34,16 +34,23 @@ class Row:
 # Every row gives a thread 64 values of its window, in pieces of 8 neighbouring channels: 16 bytes of a 16-bit type.
 # That leaves room for 16 resident warps on a multiprocessor, at no more than 128 registers each.
 ROWS = (
-    Row(512, 2, (8, 0), 1, 2, "a single warp needs no barrier"),
-    Row(1024, 2, (8, 0), 2, 2, ""),
-    Row(2048, 2, (8, 0), 4, 2, ""),
-    Row(4096, 2, (8, 0), 8, 2, "48 KiB of prefetched tokens: two blocks fit on every device from 100 KiB on"),
-    Row(8192, 2, (8, 0), 16, 1, "prefetching would take 96 KiB, more than some devices have"),
-    Row(512, 4, (8, 0), 1, 1, "4-byte values are in flight in registers, where they are wanted as they are"),
-    Row(1024, 4, (8, 0), 2, 1, ""),
-    Row(2048, 4, (8, 0), 4, 1, ""),
-    Row(4096, 4, (8, 0), 8, 1, ""),
-    Row(8192, 4, (8, 0), 16, 1, ""),
+    Row(512, 2, (8, 0), 1, 2, "one warp: norms need no barrier"),
+    Row(1024, 2, (8, 0), 2, 2, "64 values per thread; a prefetched step of 6 tokens takes 12 KiB"),
+    Row(2048, 2, (8, 0), 4, 2, "64 values per thread; a prefetched step takes 24 KiB"),
+    Row(4096, 2, (8, 0), 8, 2, "64 values per thread; two prefetched steps of 48 KiB fit on every capability"),
+    Row(8192, 2, (8, 0), 16, 1, "a prefetched step of 96 KiB would not fit on capability 8.6 and 8.9"),
+    Row(512, 4, (8, 0), 1, 1, "one warp; a prefetched step takes what two of 16-bit tokens take: left to registers"),
+    Row(1024, 4, (8, 0), 2, 1, "64 values per thread; no prefetch, as above"),
+    Row(2048, 4, (8, 0), 4, 1, "64 values per thread; no prefetch, as above"),
+    Row(
+        4096,
+        4,
+        (8, 0),
+        8,
+        1,
+        "64 values per thread; two prefetched steps of 96 KiB fit on capability 9.0 and 10.0 only",
+    ),
+    Row(8192, 4, (8, 0), 16, 1, "64 values per thread; a prefetched step of 192 KiB fits once, if at all"),
 )
 
 MAX_BLOCK = ROWS[-1].block

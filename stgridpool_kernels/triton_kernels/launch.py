@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
@@ -94,8 +95,8 @@ class Tables:
         self.plan = plan  # the caches know plans by identity: this one must stay while anything goes by its name
         host = torch.tensor(values, dtype=torch.int32)
         self.streams: set[int] = set()
-        if device.type == "cpu":
-            self.tensor, self.uploaded = host, None
+        if device.type != "cuda":
+            self.tensor, self.uploaded = host.to(device), None
         else:
             self.tensor = host.pin_memory().to(device, non_blocking=True)
             self.uploaded = torch.cuda.Event(external=True)  # may be waited for in a capture it is not part of
@@ -148,7 +149,9 @@ _captured: set[Tables] = set()
 def run(key: Hashable, prepare: Callable[[], Call], x: Tensor, out: Tensor) -> None:
     """Runs the call known as `key`, which `prepare` makes the first time, on the current stream of x's device."""
     if not x.is_cuda:
-        with np.errstate(all="ignore"):  # triton's interpreter computes with NumPy, which warns of NaN and overflow
+        # triton's interpreter computes with NumPy, which warns of NaN and overflow
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
             _find(key, prepare, False)(x, out, 0, False)
         return
     other_device = x.device.index != torch.cuda.current_device()

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .config import channelwise_config
 from .launch import Call, Launch, Request, tables_on
-from .tiles import load_tokens, token_places
+from .tiles import load_tokens, reciprocal, token_places
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def summary_kernel(
         contents = tl.load(tables + sources + s * (rows * cols) + tile, mask=taken, other=0)
         tokens = load_tokens(x, scratch, contents, row % H, col % W, taken, channels, T, H, W, x_strides, C, SUMMARIES)
         total += tokens.to(tl.float32)
-    mean = total * (1.0 / (height * width).to(tl.float32))[:, None]
+    mean = total * reciprocal(height * width)[:, None]
     places = (((first + s).to(tl.int64) * H + r) * W + c) * C
     mask = some[:, None] & (channels < C)[None, :]
     tl.store(scratch + places[:, None] + channels[None, :], mean.to(scratch.dtype.element_ty), mask=mask)

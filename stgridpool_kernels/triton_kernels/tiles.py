@@ -19,8 +19,8 @@ def norm_kind(norm_type: float) -> str:
 @triton.jit
 def token_places(frames, rows, cols, T, strides):
     """Where tokens start in a tensor with (video, frame, row, column, …) strides and T frames per video."""
-    t = frames.to(tl.int64)
-    return t // T * strides[0] + t % T * strides[1] + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
+    places = (frames // T).to(tl.int64) * strides[0] + (frames % T).to(tl.int64) * strides[1]
+    return places + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
 
 
 @triton.jit
@@ -43,30 +43,33 @@ def load_tokens(
     wanted = taken[:, None] & (channels < C)[None, :]
     places = token_places(contents, rows, cols, T, x_strides)
     places = places[:, None] + channels.to(tl.int64)[None, :] * x_strides[4]
-    if not SUMMARIES:
-        return tl.load(x + places, mask=wanted, other=0.0)
-    given = (contents >= 0)[:, None]
-    of_x = tl.load(x + places, mask=wanted & given, other=0.0)
-    places = (((-1 - contents).to(tl.int64) * H + rows) * W + cols) * C
-    of_summaries = tl.load(
-        scratch + places[:, None] + channels[None, :], mask=wanted & (contents < 0)[:, None], other=0.0
-    )
-    return tl.where(given, of_x, of_summaries)
+    if SUMMARIES:
+        given = (contents >= 0)[:, None]
+        of_x = tl.load(x + places, mask=wanted & given, other=0.0)
+        places = (((-1 - contents).to(tl.int64) * H + rows) * W + cols) * C
+        places = places[:, None] + channels[None, :]
+        of_summaries = tl.load(scratch + places, mask=wanted & (contents < 0)[:, None], other=0.0)
+        tokens = tl.where(given, of_x, of_summaries)
+    else:
+        tokens = tl.load(x + places, mask=wanted, other=0.0)
+    return tokens
 
 
 @triton.jit
 def partial_norms(tile, NORM: tl.constexpr, P: tl.constexpr):
     """Σ_c |t_c|^p of every token, or the bits of max_c |t_c|: to be joined over channels, then finished."""
     if NORM == "l2":
-        return tl.sum(tile * tile, 1)
-    magnitudes = tl.abs(tile)
-    if NORM == "l1":
-        return tl.sum(magnitudes, 1)
-    if NORM == "max":
+        partial = tl.sum(tile * tile, 1)
+    elif NORM == "l1":
+        partial = tl.sum(tl.abs(tile), 1)
+    elif NORM == "max":
         # without their sign, floats are in the order of their bits, and NaN is above infinity: no maximum loses it
-        return tl.max(magnitudes.to(tl.int32, bitcast=True), 1)
-    # what log2 and exp2 lose where |t|^p is far from 1 would be seen in float32
-    return tl.sum(tl.exp2(P * tl.log2(magnitudes.to(tl.float64))).to(tl.float32), 1)
+        partial = tl.max(tl.abs(tile).to(tl.int32, bitcast=True), 1)
+    else:
+        # what log2 and exp2 lose where |t|^p is far from 1 would be seen in float32
+        powers = tl.exp2(P * tl.log2(tl.abs(tile).to(tl.float64)))
+        partial = tl.sum(powers.to(tl.float32), 1)
+    return partial
 
 
 @triton.jit
@@ -85,14 +88,14 @@ def join_norms(left, right, NORM: tl.constexpr):
 def finish_norms(total, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
     """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean, from `partial_norms` of all channels."""
     if NORM == "max":
-        return total.to(tl.float32, bitcast=True)
-    if MEAN:
-        total = tl.div_rn(total, tl.full(total.shape, C, tl.float32))
-    if NORM == "l1":
-        return total
-    if NORM == "l2":
-        return tl.sqrt_rn(total)
-    return tl.exp2(tl.log2(total.to(tl.float64)) / P).to(tl.float32)
+        norms = total.to(tl.float32, bitcast=True)
+    else:
+        norms = tl.div_rn(total, tl.full(total.shape, C, tl.float32)) if MEAN else total
+        if NORM == "l2":
+            norms = tl.sqrt_rn(norms)
+        elif NORM == "power":
+            norms = tl.exp2(tl.log2(norms.to(tl.float64)) / P).to(tl.float32)
+    return norms
 
 
 @triton.jit
@@ -100,7 +103,14 @@ def softmax(logits, taken):
     """e^l / Σ e^l over the tokens taken, 0 for the others."""
     logits = tl.where(taken, logits, float("-inf"))
     powers = tl.exp(logits - tl.max(logits))
-    return powers / tl.sum(powers)
+    return powers / tl.sum(powers)  # division that rounds correctly would cost 25 registers
+
+
+@triton.jit
+def reciprocal(n):
+    """1 / n of an integer or of integers, rounded once: for powers of 2 it is exact."""
+    n = n.to(tl.float32)
+    return tl.div_rn(n * 0 + 1, n)
 
 
 @triton.jit

@@ -1,0 +1,385 @@
+"""What the triton backend promises besides right results: traffic, launches, memory, caches, offsets, refusals."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_backends import CALLS, Arguments, calls, tokens
+from tolerance import assert_accurate, assert_same_bits
+from torch import Tensor
+
+import stgridpool_kernels
+from benchmarks.interpreter import check_integers, counted_traffic
+from stgridpool_kernels import backends, grid_plan, triton_backend
+
+pytest.importorskip("triton")
+from stgridpool_kernels import triton_kernels
+from stgridpool_kernels.triton_kernels import config, fused, launch
+
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.skipif(not triton_kernels.INTERPRETED, reason="the kernels run on a GPU, not in the interpreter"),
+]
+
+
+def run(op: str, x: Tensor, **arguments: Any) -> Tensor:
+    return getattr(stgridpool_kernels, op)(x, backend="triton", **arguments)
+
+
+@pytest.fixture(autouse=True)
+def forget_calls() -> Iterator[None]:
+    """Prepared calls of one test, whose limits may be changed, are not for the next."""
+    yield
+    launch._calls.clear()
+    launch._captured.clear()
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated for scratch, and for results, holds NaN."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def fill(tensor: Tensor) -> Tensor:
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(empty(*args, **kwargs)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: fill(new_empty(*args, **kwargs)))
+
+
+def prepared(op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> launch.Call:
+    """What a call with tensors of that shape launches; nothing is allocated."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    plan = grid_plan(arguments.pop("frame_counts", shape[:1]), *shape[1:3], **arguments)
+    out = torch.empty(shape[0], *plan.pooled_size, shape[3], dtype=dtype, device="meta")
+    return triton_kernels.prepare(op, x, plan, (1.0, 2.0, True), out)
+
+
+# ---- results where the common suite does not look ----
+
+
+@calls
+def test_scratch_is_written_before_it_is_read(op: str, arguments: Arguments, poisoned_memory: None) -> None:
+    x = tokens(33, 3, 5, 11)
+    assert_accurate(run(op, x, **arguments), op, x, **arguments)
+
+
+@pytest.mark.parametrize("H", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("W", [1, 2, 3, 4, 5])
+def test_every_parity_of_height_and_width(H: int, W: int, poisoned_memory: None) -> None:
+    x = tokens(16, H, W, 3)
+    for ceil_mode in (False, True):
+        if ceil_mode or min(H, W) > 1:
+            assert_accurate(run("grid_pool", x, ceil_mode=ceil_mode), "grid_pool", x, ceil_mode=ceil_mode)
+
+
+@calls
+def test_no_integer_overflows(op: str, arguments: Arguments) -> None:
+    """The interpreter compares every int32 result with the int64 one."""
+    check_integers(True)
+    try:
+        run(op, tokens(12, 3, 4, 5), **arguments)
+    finally:
+        check_integers(False)
+
+
+@calls
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tokens_longer_than_a_tile(
+    op: str, arguments: Arguments, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """Channels in chunks and windows in steps, as for more than 8192 channels."""
+    monkeypatch.setattr(config, "MAX_BLOCK", 16)
+    monkeypatch.setattr(config, "TILE", 64)
+    x = tokens(17, 3, 5, 37, dtype=dtype)
+    assert_accurate(run(op, x, **arguments), op, x, **arguments)
+
+
+def test_channels_beyond_a_tile() -> None:
+    x = tokens(4, 2, 3, config.MAX_BLOCK + 1, dtype=torch.bfloat16)
+    assert_accurate(run("grid_pool", x, frame_strides=(1,)), "grid_pool", x, frame_strides=(1,))
+    assert prepared("grid_pool", (8, 4, 4, 8192)).launches[0].kernel is fused.grid_pool_kernel
+    assert prepared("grid_pool", (8, 4, 4, 8193)).launches[-1].kernel is not fused.grid_pool_kernel
+
+
+@pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed", "token_norm-p1"])
+@pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
+def test_offsets_beyond_32_bits(axis: int, op: str) -> None:
+    """One stride alone leads past 2³¹ elements; of the memory between, nothing is touched."""
+    shape = (4, 3, 3, 3)
+    strides = [27, 9, 3, 1]
+    strides[axis] = (1 << 31) // (shape[axis] - 1) + 8
+    name, arguments = CALLS[op]
+    x = torch.empty((1 << 31) + 200, dtype=torch.bfloat16).as_strided(shape, strides)
+    x.copy_(tokens(*shape, dtype=torch.bfloat16))
+    arguments = arguments | ({"frame_strides": (1,), "grid_shape": (2, 2)} if "grid" in name else {})
+    assert_same_bits(run(name, x, **arguments), run(name, x.contiguous(), **arguments))
+
+
+# ---- traffic, launches, scratch ----
+
+
+@pytest.mark.parametrize(("size", "limit"), [(8, 1.45), (9, 1.75)])
+def test_traffic(size: int, limit: float) -> None:
+    """Bytes loaded and stored, tables included, to bytes of x and of the result."""
+    x = tokens(32, size, size, 128, dtype=torch.bfloat16)
+    with counted_traffic() as traffic:
+        out = run("grid_pool", x)
+    assert traffic.loaded > x.nbytes * (0.7 if size == 9 else 1)
+    assert traffic.stored > out.nbytes
+    assert traffic.loaded + traffic.stored <= limit * (x.nbytes + out.nbytes)
+
+
+def test_norm_pool_reads_every_token_once() -> None:
+    x = tokens(4, 8, 8, 128, dtype=torch.bfloat16)
+    with counted_traffic() as traffic:
+        out = run("norm_pool", x)
+    assert (traffic.loaded, traffic.stored) == (x.nbytes, out.nbytes)
+    with counted_traffic() as traffic:
+        run("norm_pool", x[:, :7, :7])
+    assert traffic.loaded == x[:, :6, :6].numel() * 2
+
+
+@pytest.mark.parametrize("frame_counts", [[64], [32, 8, 24], [4] * 16, [256]], ids=str)
+@pytest.mark.parametrize("levels", range(4))
+def test_launches(levels: int, frame_counts: list[int]) -> None:
+    arguments = {"frame_strides": (2, 4, 8)[:levels], "frame_counts": frame_counts}
+    shape = (sum(frame_counts), 27, 27, 3584)
+    assert len(prepared("grid_pool", shape, **arguments).launches) <= 1 + levels
+    assert len(prepared("grid_pool", shape, kernel_size=3, **arguments).launches) <= 1 + levels
+
+
+def scratch_bytes(op: str, shape: tuple[int, ...], **arguments: Any) -> int:
+    return prepared(op, shape, **arguments).scratch * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ((64, 27, 27, 3584), {}),
+        ((64, 27, 27, 3584), {"ceil_mode": True}),
+        ((32, 27, 27, 3584), {"ceil_mode": True}),
+        ((64, 24, 24, 4096), {}),
+    ],
+    ids=str,
+)
+def test_scratch_is_at_most_a_fifth_of_the_input(shape: tuple[int, ...], arguments: Arguments) -> None:
+    assert 0 < scratch_bytes("grid_pool", shape, **arguments) <= 0.2 * math.prod(shape) * 2
+
+
+def test_scratch_formulas() -> None:
+    """As docs/kernels.md has them: a miniature per shrunk content, or a frame per summary."""
+    h, w, C = 14, 14, 896
+    # raw: 32 sampled frames; summaries that are sampled: 8 of level 1, 4 of level 2
+    assert scratch_bytes("grid_pool", (64, 27, 27, C)) == (32 + 8 + 4) * h * w * C * 2
+    # every summary that is not replaced unread: 8 + 4 + 2
+    assert scratch_bytes("grid_pool", (64, 27, 27, C), kernel_size=3) == 14 * 27 * 27 * C * 2
+    assert scratch_bytes("temporal_grid", (64, 27, 27, C)) == 14 * 27 * 27 * C * 2
+    assert scratch_bytes("norm_pool", (64, 27, 27, C)) == 0
+    assert scratch_bytes("grid_pool", (7, 27, 27, C)) == 0
+
+
+def test_launches_depend_on_nothing_that_packing_changes() -> None:
+    """A video's frames go through the same kernels, tiles and walks whatever comes with it."""
+
+    def recipe(call: launch.Call) -> list[Any]:
+        changing = {"entries", "walked", "T", "x_video", "out_video"}
+        return [
+            {k: v for k, v in zip(one.kernel.arg_names[4:], one.arguments, strict=True) if k not in changing}
+            for one in call.launches
+        ]
+
+    alone = recipe(prepared("grid_pool", (32, 27, 27, 3584)))
+    assert recipe(prepared("grid_pool", (1600, 27, 27, 3584), frame_counts=[32] * 50)) == alone
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize("C", [1, 3, 11, 64, 512, 896, 1152, 3584, 4096, 8192, 8193, 20000])
+@pytest.mark.parametrize("value_bytes", [2, 4])
+def test_configurations_fit(C: int, value_bytes: int) -> None:
+    found = [config.tile_config(C, wanted) for wanted in (1, 4, 9, 729)] + [config.channelwise_config(C)]
+    if C <= config.MAX_BLOCK:
+        found += [config.fused_config(C, value_bytes, capability) for capability in ((8, 0), (9, 0), (10, 0), (12, 0))]
+    for one in found:
+        assert one.block & (one.block - 1) == 0 == one.tokens & (one.tokens - 1)
+        assert one.block * one.chunks >= C > one.block * (one.chunks - 1)
+        assert one.num_warps in (1, 2, 4, 8, 16)
+        assert one.tokens * one.block <= 64 * 32 * max(one.num_warps, 1)
+
+
+def test_rows_say_why() -> None:
+    assert all(row.reason for row in config.ROWS)
+
+
+# ---- between the call and the device ----
+
+
+@pytest.mark.parametrize("call", ["grid_pool-published", "grid_pool-overlapping", "norm_pool-published"])
+def test_time_from_call_to_first_launch(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a warm process, with the launcher replaced by one that takes the time: at most 30 µs."""
+    launched: list[float] = []
+    monkeypatch.setattr(launch.Launch, "__call__", lambda *args: launched.append(time.perf_counter()))
+    op, arguments = CALLS[call]
+    x = tokens(64, 9, 9, 16, dtype=torch.bfloat16)
+    public = getattr(torch.ops.stgp, op)
+    arguments = {k: [v] * 2 if k in ("kernel_size", "stride", "padding") else v for k, v in arguments.items()}
+    times = []
+    with stgridpool_kernels.use_backend("triton"):
+        for _ in range(500):
+            launched.clear()
+            start = time.perf_counter()
+            public(x, **arguments)
+            times.append(launched[0] - start)
+    print(f"{call}: {min(times) * 1e6:.1f} µs at best, {statistics.median(times) * 1e6:.1f} µs in the median")
+    assert min(times[10:]) <= 30e-6
+
+
+def test_prepared_calls_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MAX_CALLS", 3)
+    for T in (8, 9, 10, 8, 11):
+        run("grid_pool", tokens(T, 2, 2, 3))
+    kept = [key[3][0][0] for key in launch._calls]
+    assert kept == [10, 8, 11]  # 9 was used longest ago
+    assert len(launch._tables) == 3
+
+
+def test_calls_share_the_tables_of_a_plan() -> None:
+    x = tokens(8, 2, 2, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        for temperature in (1.0, 2.0):
+            run("grid_pool", x.to(dtype), temperature=temperature)
+    assert (len(launch._calls), len(launch._tables)) == (4, 1)
+
+
+class FakeEvent:
+    """An event whose upload ends when it is told so."""
+
+    def __init__(self, log: list[Any], **options: bool) -> None:
+        self.log, self.over = log, False
+        assert options == {"external": True}
+
+    def record(self, stream: Any) -> None:
+        self.log.append(("record", stream.cuda_stream))
+
+    def query(self) -> bool:
+        return self.over
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stand-in for torch.cuda as Tables uses it: the current stream, and what it was told to do."""
+    log: list[Any] = []
+    fake = SimpleNamespace(current=7, log=log)
+
+    def current_stream(device: Any) -> SimpleNamespace:
+        number = fake.current
+        return SimpleNamespace(cuda_stream=number, wait_event=lambda event: log.append(("wait", number)))
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: FakeEvent(log, **options))
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: log.append("pin") or self)
+    monkeypatch.setattr(
+        Tensor,
+        "to",
+        lambda self, device, non_blocking: log.append(("upload", non_blocking)) or self,
+    )
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: log.append(("keep", stream.cuda_stream)))
+    return fake
+
+
+def test_streams_wait_for_the_upload_of_tables(streams: SimpleNamespace) -> None:
+    tables = launch.Tables(None, [1, 2, 3], torch.device("cuda", 0))
+    assert streams.log == ["pin", ("upload", True), ("record", 7)]
+    streams.log.clear()
+    tables.use(7, capturing=False)
+    assert streams.log == []  # the stream that uploads is in order by itself
+    streams.current = 8
+    tables.use(8, capturing=False)
+    tables.use(8, capturing=False)
+    assert streams.log == [("wait", 8), ("keep", 8)]
+    streams.log.clear()
+    tables.uploaded.over = True
+    streams.current = 9
+    tables.use(9, capturing=False)
+    assert streams.log == [("keep", 9)]
+    assert tables.uploaded is None
+
+
+def test_captured_tables_are_kept(streams: SimpleNamespace) -> None:
+    """A graph may be replayed on any stream, so it waits by itself while the upload may still be under way."""
+    tables = launch.Tables(None, [1, 2, 3], torch.device("cuda", 0))
+    streams.log.clear()
+    tables.use(7, capturing=True)
+    assert streams.log == [("wait", 7)]
+    assert tables in launch._captured
+    tables.uploaded.over = True
+    tables.use(7, capturing=False)
+    streams.log.clear()
+    tables.use(7, capturing=True)
+    assert streams.log == []
+
+
+def test_first_call_under_capture_is_refused() -> None:
+    never: Callable[[], Any] = lambda: pytest.fail("prepared under capture")  # noqa: E731
+    with pytest.raises(RuntimeError, match="warm up first"):
+        launch._find("unseen", never, capturing=True)
+
+
+# ---- which calls it takes ----
+
+
+def test_auto_leaves_the_interpreter_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "stgridpool_kernels"):
+        assert backends.choose_backend(tokens(1, 2, 2, 3)).name != "triton"
+    assert "triton passed over: TRITON_INTERPRET=1 runs the kernels on the CPU, slowly" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("x", "arguments", "reason"),
+    [
+        (torch.empty(1, 2, 2, 3, dtype=torch.float64), {}, "float64 runs on the reference only"),
+        (torch.empty(1, 2, 2, 3, device="meta"), {}, "x is on meta"),
+        (torch.empty(1).expand(1 << 15, 1 << 8, 1 << 8, 3), {}, "has 2147483648 tokens"),
+        (torch.empty(1).expand(1, 257, 256, 1), {"output_size": (1, 1)}, "a window has 65792 tokens"),
+    ],
+    ids=["float64", "device", "tokens", "window"],
+)
+def test_refusals_name_the_reason(x: Tensor, arguments: Arguments, reason: str) -> None:
+    plan = grid_plan(x.shape[:1], *x.shape[1:3], **arguments)
+    assert reason in triton_backend.why_not(x, plan)
+
+
+def test_refused_call_raises() -> None:
+    x = tokens(1, 2, 2, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call: float64 runs on the reference only"):
+        stgridpool_kernels.grid_pool(x, backend="triton")
+    assert stgridpool_kernels.grid_pool(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("3.5.1", "triton 3.5.1 is older than 3.6"), ("3.6.0", None), ("4.0.0+git", None), (None, "not installed")],
+)
+def test_versions_of_triton(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(name: str) -> str:
+        if version is None:
+            raise triton_backend.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(triton_backend.importlib.metadata, "version", found)
+    said = triton_backend._why_not_here.__wrapped__(True)
+    assert said == reason or (reason is not None and reason in said)
+
+
+def test_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton_backend._why_not_here.__wrapped__(False) == "no CUDA device"
