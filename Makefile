@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. TORCH="torch==…" puts another torch into .venv.
+# make demo | test | lint | gpu-check | clean. TORCH="torch==…" puts another torch into .venv.
 
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
@@ -6,19 +6,23 @@ VENV := .venv
 # one stamp for each torch asked for: naming another one installs again
 STAMP := $(VENV)/installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	$(VENV)/bin/stgp demo -o demo.png --force
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# with the Python that has torch for the GPU, as it is: a checkout needs no installation
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("stgridpool_kernels needs Python 3.10 or newer, found " + sys.version)'

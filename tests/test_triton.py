@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import statistics
@@ -100,6 +101,21 @@ def test_tokens_longer_than_a_tile(
     monkeypatch.setattr(config, "TILE", 64)
     x = tokens(17, 3, 5, 37, dtype=dtype)
     assert_accurate(run(op, x, **arguments), op, x, **arguments)
+
+
+@pytest.mark.parametrize("size", [(3, 5), (4, 7), (5, 4), (6, 6)], ids=str)
+@pytest.mark.parametrize(
+    "choice", [{"spread": True}, {"mosaic_cells": 2}, {"mosaic_cells": 8, "spread": True}], ids=str
+)
+def test_choices_of_configuration_change_no_bit(
+    choice: dict[str, Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    x = tokens(40, *size, 11, dtype=torch.bfloat16)
+    expected = run("grid_pool", x, frame_counts=[33, 7])
+    chosen = config.fused_config
+    monkeypatch.setattr(fused, "fused_config", lambda *args: dataclasses.replace(chosen(*args), **choice))
+    launch._calls.clear()
+    assert_same_bits(run("grid_pool", x, frame_counts=[33, 7]), expected)
 
 
 def test_channels_beyond_a_tile() -> None:
@@ -206,14 +222,16 @@ def test_launches_depend_on_nothing_that_packing_changes() -> None:
 @pytest.mark.parametrize("C", [1, 3, 11, 64, 512, 896, 1152, 3584, 4096, 8192, 8193, 20000])
 @pytest.mark.parametrize("value_bytes", [2, 4])
 def test_configurations_fit(C: int, value_bytes: int) -> None:
-    found = [config.tile_config(C, wanted) for wanted in (1, 4, 9, 729)] + [config.channelwise_config(C)]
-    if C <= config.MAX_BLOCK:
-        found += [config.fused_config(C, value_bytes, capability) for capability in ((8, 0), (9, 0), (10, 0), (12, 0))]
-    for one in found:
+    for one in [config.tile_config(C, wanted) for wanted in (1, 4, 9, 729)] + [config.channelwise_config(C)]:
         assert one.block & (one.block - 1) == 0 == one.tokens & (one.tokens - 1)
         assert one.block * one.chunks >= C > one.block * (one.chunks - 1)
         assert one.num_warps in (1, 2, 4, 8, 16)
-        assert one.tokens * one.block <= 64 * 32 * max(one.num_warps, 1)
+        assert one.tokens * one.block <= 64 * 32 * one.num_warps
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+        if C <= config.MAX_BLOCK:
+            chosen = config.fused_config(C, value_bytes, capability)
+            assert C <= chosen.block <= max(16, 2 * C)
+            assert 4 * chosen.block <= 64 * 32 * chosen.num_warps
 
 
 def test_rows_say_why() -> None:

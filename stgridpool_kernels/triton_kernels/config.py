@@ -9,14 +9,27 @@ import triton
 
 @dataclass(frozen=True)
 class Config:
-    """tokens, block: rows and channels of a tile. chunks: tiles that cover C. num_warps: of 32 threads. stages: of a
-    walk's pipeline; from 2 on, tokens of later steps are copied to shared memory meanwhile."""
+    """tokens, block: rows and channels of a tile. chunks: tiles that cover C. num_warps: of 32 threads."""
 
     tokens: int
     block: int
     chunks: int
     num_warps: int
-    stages: int = 1
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """block, num_warps: as above; a tile is a window of 4 tokens. stages: of a walk's pipeline; from 2 on, tokens of
+    later steps are copied to shared memory meanwhile. walk_registers: per thread, for walks that carry a column.
+    mosaic_cells: that a program of a level's launch walks. spread: windows of frames that are not sampled are shared
+    out among all launches, where they run beside the few programs of a level; else all are in the first."""
+
+    block: int
+    num_warps: int
+    stages: int
+    walk_registers: int = 128
+    mosaic_cells: int = 1
+    spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,8 @@ class Row:
 
 
 # Every row gives a thread 64 values of its window, in pieces of 8 neighbouring channels: 16 bytes of a 16-bit type.
-# That leaves room for 16 resident warps on a multiprocessor, at no more than 128 registers each.
+# That leaves room for 16 resident warps on a multiprocessor, at no more than 128 registers each; a walk that carries a
+# column would take some 160 by itself.
 ROWS = (
     Row(512, 2, (8, 0), 1, 2, "one warp: norms need no barrier"),
     Row(1024, 2, (8, 0), 2, 2, "64 values per thread; a prefetched step of 6 tokens takes 12 KiB"),
@@ -59,15 +73,12 @@ MAX_BLOCK = ROWS[-1].block
 TILE = 4 * 4096
 """Values of a tile that holds more than 4 tokens."""
 
-WALK_REGISTERS = 128
-"""What a walk that carries a column may take; it would take some 160, which leaves one block of 8 warps."""
 
-
-def fused_config(C: int, value_bytes: int, capability: tuple[int, int]) -> Config:
+def fused_config(C: int, value_bytes: int, capability: tuple[int, int]) -> FusedConfig:
     """For the windows of 4 tokens of the fused kernel."""
     block = _block(C, MAX_BLOCK)
     row = next(row for row in ROWS if block <= row.block and value_bytes <= row.bytes and capability >= row.capability)
-    return Config(4, block, 1, row.num_warps, row.stages)
+    return FusedConfig(block, row.num_warps, row.stages)
 
 
 def tile_config(C: int, wanted: int) -> Config:

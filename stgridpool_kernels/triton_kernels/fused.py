@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..schedule import needed_cells
-from .config import WALK_REGISTERS, fused_config
+from .config import fused_config
 from .launch import Call, Launch, Request, tables_on
 from .tiles import pool_tile, store_token
 
@@ -64,6 +64,7 @@ def grid_pool_kernel(
     ODD_W: tl.constexpr,
     SPLIT: tl.constexpr,
     MOSAIC: tl.constexpr,
+    WINDOWS: tl.constexpr,
     PLAIN: tl.constexpr,
     WIDE: tl.constexpr,
     MEAN: tl.constexpr,
@@ -76,8 +77,8 @@ def grid_pool_kernel(
     to right, and carries the last column of a step to the next as a sum. The others take one window each of the entries
     without a miniature.
 
-    MOSAIC: the frames are summaries, tiled from miniatures; else frames of x. PLAIN: each frame is an entry without a
-    miniature, and there is no table.
+    MOSAIC: the frames to walk are summaries, tiled from miniatures; else frames of x. WINDOWS: there are entries
+    without a miniature. PLAIN: each frame of x is one, and there is no table.
     """
     x_strides = (x_video, x_frame, x_row, x_col, x_channel)
     out_strides = (out_video, out_frame, out_row, out_col, out_channel)
@@ -142,7 +143,7 @@ def grid_pool_kernel(
                 mask=channels < tl.where(j < needed, C, 0),
                 eviction_policy="evict_last",
             )
-    elif not MOSAIC:
+    elif WINDOWS:
         window_number = program - walks
         i, j = window_number // OW % OH, window_number % OW
         target = walked + window_number // (OH * OW)
@@ -150,8 +151,9 @@ def grid_pool_kernel(
             target = tl.load(tables + entries + target * ENTRY + 1)
         rows, cols = 2 * i + token // 2, 2 * j + token % 2
         taken = (rows < H) & (cols < W)
-        window = places_in(rows, cols, tables, h, w, x_strides, C, MOSAIC, WIDE)
-        tile = load_tile(frame_of(x, target, T, x_strides), window, taken, channels, x_strides, C, MOSAIC, WIDE)
+        image = frame_of(x, target, T, x_strides)
+        window = places_in(rows, cols, tables, h, w, x_strides, C, False, WIDE)
+        tile = load_tile(image, window, taken, channels, x_strides, C, False, WIDE)
         result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
         store_token(out, target, i, j, T, out_strides, channels, channels < C, result)
 
@@ -205,7 +207,7 @@ def prepare(request: Request) -> Call:
     shared = request.sizes() | request.weights() | {"h": h, "w": w, "OH": OH, "OW": OW, "BLOCK": config.block}
     shared |= {"ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1, "WIDE": reach_in_frame(request) >= 1 << 31}
     shared["PLAIN"] = not steps.summaries
-    options = {"maxnreg": WALK_REGISTERS} if W % 2 else {}
+    options = {"maxnreg": config.walk_registers} if W % 2 else {}
 
     none_needed = (0,) * h
     needed = needed_cells(request.plan, steps)
@@ -226,18 +228,22 @@ def prepare(request: Request) -> Call:
             tables.append(rows[needed.get(content, none_needed)])
             tables.extend([slots.get(source, -1) for source in sources] or [-1] * 4)
         programs = len(walked) * h * triton.cdiv(w, cells) + len(pooled) * OH * OW
-        arguments |= {"entries": entries, "walked": len(walked), "CELLS": cells, "SPLIT": cells < w}
+        arguments |= {"entries": entries, "walked": len(walked), "WINDOWS": len(pooled) > 0}
+        arguments |= {"SPLIT": cells < w, "CELLS": cells if cells < w else 0}
         return Launch(grid_pool_kernel, (programs, 1, 1), shared | arguments, num_warps=config.num_warps, **options)
 
     sampled = sorted(content for content in needed if content >= 0)
     pooled = [frame for frame, content in enumerate(steps.final) if content == frame and frame not in needed]
+    levels = [[~s for s in level if ~s in needed or ~s in ends] for level in steps.by_level()]
+    levels = [mosaics for mosaics in levels if mosaics]
+    parts = len(levels) + 1 if config.spread else 1
+    shares = [pooled[part::parts] if part < parts else [] for part in range(len(levels) + 1)]
     # a column is carried from cell to cell: the longer the walk, the less is read twice
     cells, stages = (w, config.stages) if W % 2 else (1, 1)
-    launches = [launch(sampled, pooled, cells, STAGES=stages, MOSAIC=False)]
-    for level in steps.by_level():
-        mosaics = [~s for s in level if ~s in needed or ~s in ends]
-        if mosaics:  # they are few and in the cache: rather more programs than fewer bytes
-            launches.append(launch(mosaics, (), 1, STAGES=1, MOSAIC=True))
+    launches = [launch(sampled, shares[0], cells, STAGES=stages, MOSAIC=False)]
+    # mosaics are few and in the cache: rather more programs than fewer bytes
+    for mosaics, share_of_windows in zip(levels, shares[1:], strict=True):
+        launches.append(launch(mosaics, share_of_windows, config.mosaic_cells, STAGES=1, MOSAIC=True))
     return Call(request.plan, launches, len(slots) * h * w * C, tables_on(request, tables))
 
 
