@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -300,10 +301,12 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def current_stream(device: Any) -> SimpleNamespace:
         number = fake.current
-        return SimpleNamespace(cuda_stream=number, wait_event=lambda event: log.append(("wait", number)))
+        wait = lambda event: log.append(("wait", number))  # noqa: E731
+        return SimpleNamespace(cuda_stream=number, device=device, wait_event=wait)
 
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: FakeEvent(log, **options))
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: log.append("pin") or self)
     monkeypatch.setattr(
         Tensor,

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -93,15 +94,21 @@ class Tables:
 
     def __init__(self, plan: object, values: Sequence[int], device: torch.device) -> None:
         self.plan = plan  # the caches know plans by identity: this one must stay while anything goes by its name
-        host = torch.tensor(values, dtype=torch.int32)
+        self.tensor = torch.tensor(values, dtype=torch.int32)
+        self.uploaded: torch.cuda.Event | None = None
         self.streams: set[int] = set()
-        if device.type != "cuda":
-            self.tensor, self.uploaded = host.to(device), None
-        else:
-            self.tensor = host.pin_memory().to(device, non_blocking=True)
-            self.uploaded = torch.cuda.Event(external=True)  # may be waited for in a capture it is not part of
-            self.uploaded.record(torch.cuda.current_stream(device))
-            self.streams.add(torch.cuda.current_stream(device).cuda_stream)
+        if device.type == "cuda":
+            # While torch.compile records a CUDA graph, what its thread allocates belongs to the graph, and must not
+            # outlive it: another thread allocates.
+            with ThreadPoolExecutor(1) as other:
+                other.submit(self._upload, torch.cuda.current_stream(device)).result()
+
+    def _upload(self, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            self.tensor = self.tensor.pin_memory().to(stream.device, non_blocking=True)
+            self.uploaded = torch.cuda.Event(external=True)  # a capture that it is not part of may wait for it
+            self.uploaded.record(stream)
+        self.streams.add(stream.cuda_stream)
 
     def use(self, stream: int, capturing: bool) -> None:
         """Makes the work that is queued next on the current stream, whose handle is `stream`, see the tables."""
@@ -151,7 +158,7 @@ def run(key: Hashable, prepare: Callable[[], Call], x: Tensor, out: Tensor) -> N
     if not x.is_cuda:
         # triton's interpreter computes with NumPy, which warns of NaN and overflow
         with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
+            warnings.simplefilter("ignore")
             _find(key, prepare, False)(x, out, 0, False)
         return
     other_device = x.device.index != torch.cuda.current_device()
