@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def llava_avg_pool(x: Tensor, kernel_size: int = 2) -> Tensor:
+def llava_avg_pool(x: Tensor, kernel_size: int = 2, ceil_mode: bool = False) -> Tensor:
     """Average pooling as LLaVA calls it: (T, H, W, C) → (T, OH, OW, C) through a channel-first copy."""
-    pooled = F.avg_pool2d(x.permute(0, 3, 1, 2).contiguous(), kernel_size)
+    pooled = F.avg_pool2d(x.permute(0, 3, 1, 2).contiguous(), kernel_size, ceil_mode=ceil_mode)
     return pooled.permute(0, 2, 3, 1).contiguous()
 
 

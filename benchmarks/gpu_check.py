@@ -1,0 +1,469 @@
+"""Everything that needs a GPU, in one command: tests, memory checker, timing, byte counters, then goals met or not.
+
+`python -m benchmarks.gpu_check` in the root of a checkout; nothing has to be installed beyond torch, triton, numpy,
+pytest and hypothesis. Each stage runs in processes of its own, which are ended when the stage's time is over. What was
+found until then is kept in one JSON file in benchmarks/results/. Logs are in the folder $OUT, with a copy of that file,
+or in a temporary one where OUT is not set.
+
+Exit code: 0 if all stages passed or were skipped with a reason, 1 if not, 2 without a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .contenders import CHOICES, WORKLOADS
+from .gpu_bench import COUNTED_CALLS, SMALL_CALLS_RIGHT, jobs, tune_jobs
+from .gpu_report import OURS, ROOT, Rows, bars, describe, format_table, new_results_file, save
+from .lower_bound import Traffic
+
+RESULTS = Path(__file__).with_name("results")
+LIMIT_SECONDS = 470
+LEAST_SECONDS = 5
+"""A process is not started for less."""
+
+
+# ---- processes ----
+
+
+@dataclass(frozen=True)
+class Finished:
+    """code: exit status, None if the process was ended because its time was over. output: stdout and stderr."""
+
+    code: int | None
+    output: str
+
+    def last_lines(self, count: int = 3) -> str:
+        return " | ".join(line.strip() for line in self.output.strip().splitlines()[-count:])[-600:]
+
+
+def run_limited(
+    command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str] | None = None, patience: float = 2
+) -> Finished:
+    """Runs a command in a process group of its own, for at most `seconds`, and appends its output to `log`.
+
+    `patience` seconds before that it is interrupted, as by Ctrl-C, so that it can say how far it came; then the group
+    is killed, as is whatever a finished command leaves behind.
+    """
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+    variables |= {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    with log.open("ab") as file:
+        begin = file.tell()
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=variables | dict(environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        code: int | None = None
+        try:
+            code = process.wait(max(seconds - patience, 1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    with log.open("rb") as file:
+        file.seek(begin)
+        return Finished(code, file.read().decode(errors="replace"))
+
+
+# ---- stages ----
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """status: passed, failed, skipped (it cannot run here) or unfinished (its time was over)."""
+
+    status: str
+    summary: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """run(seconds, logs) ends within `seconds` of whatever it is given and writes logs into a folder."""
+
+    name: str
+    seconds: float
+    run: Callable[[float, Path], Outcome]
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    limit: float,
+    logs: Path,
+    report: Callable[[Stage, Outcome, float], None],
+    now: Callable[[], float] = time.monotonic,
+) -> None:
+    """Runs stages one after another; each may take what the later ones do not need, so at least its own time."""
+    deadline = now() + limit
+    for number, stage in enumerate(stages):
+        begin = now()
+        allowed = deadline - begin - sum(later.seconds for later in stages[number + 1 :])
+        if allowed < LEAST_SECONDS:
+            outcome = Outcome("unfinished", "not begun: no time was left")
+        else:
+            try:
+                outcome = stage.run(allowed, logs)
+            except Exception as error:
+                outcome = Outcome("failed", f"{type(error).__name__}: {error}")
+        report(stage, outcome, now() - begin)
+
+
+def worst(statuses: Iterable[str]) -> str:
+    """failed, else unfinished, else passed, else skipped."""
+    found = set(statuses)
+    return next(status for status in ("failed", "unfinished", "passed", "skipped") if status in found)
+
+
+class Clock:
+    """Shares a stage's time among steps: each gets its part of all there is, and what earlier ones left."""
+
+    def __init__(self, seconds: float) -> None:
+        self.begin, self.seconds, self.promised = time.monotonic(), seconds, 0.0
+
+    def left(self, part: float = 1.0) -> float:
+        self.promised = min(1.0, self.promised + part)
+        return self.begin + self.promised * self.seconds - time.monotonic()
+
+
+# ---- tests ----
+
+TEST_STEPS = (
+    ("test_gpu", ["tests/test_gpu.py"], 0.5, False),
+    ("backends", ["tests/test_backends.py", "-k", "triton and not random"], 0.25, True),
+    ("backends, random calls", ["tests/test_backends.py", "-k", "triton and random"], 0.15, True),
+    ("backends, reference", ["tests/test_backends.py", "-k", "reference"], 0.1, True),
+)
+"""Name, what of the suite, share of the time, and whether several processes may share the GPU."""
+
+
+def run_tests(seconds: float, logs: Path) -> Outcome:
+    """`pytest -m gpu`, what only a GPU can show first."""
+    clock, found = Clock(seconds), {}
+    parallel = importlib.util.find_spec("xdist") is not None
+    workers = max(1, min(12, (os.cpu_count() or 1) - 2))
+    for name, selected, part, shared in TEST_STEPS:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--maxfail=20", "--tb=short"]
+        command += ["-p", "no:cacheprovider", *selected]
+        if shared and parallel:
+            command += ["-n", str(workers), "--dist", "worksteal"]
+        left = clock.left(part)
+        if left < LEAST_SECONDS:
+            found[name] = {"status": "unfinished", "summary": "not begun: no time was left"}
+            continue
+        threads = {"OMP_NUM_THREADS": "1"} if shared and parallel else {}
+        found[name] = read_pytest(run_limited(command, left, logs / "tests.log", threads, patience=8))
+        print(f"  {name}: {found[name]['status']}, {found[name]['summary']}", flush=True)
+        for failure in found[name]["failures"][:10]:
+            print(f"    {failure[:200]}", flush=True)
+    summary = "; ".join(f"{name}: {step['summary']}" for name, step in found.items())
+    return Outcome(worst(step["status"] for step in found.values()), summary, {"steps": found})
+
+
+def read_pytest(done: Finished) -> dict[str, Any]:
+    """Counts and failures. A process that was killed left no summary: then what `-v` printed counts."""
+    summaries = re.findall(
+        r"^=+ (.*\b(?:passed|failed|skipped|error|deselected)s?\b.* in [\d.]+.*?) =+$", done.output, re.M
+    )
+    if summaries:
+        counts = {
+            kind.rstrip("s"): int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", summaries[-1])
+        }
+    else:
+        states = re.findall(r"^(?:tests/\S+.* |\[gw\d+\].* )(PASSED|FAILED|SKIPPED|ERROR)\b", done.output, re.M)
+        counts = {state.lower(): states.count(state) for state in dict.fromkeys(states)}
+    failures = re.findall(r"^(?:FAILED|ERROR) (tests/.*)$", done.output, re.M)
+    summary = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no test was run"
+    if counts.get("failed") or counts.get("error"):
+        status = "failed"
+    elif done.code is None:
+        status = "unfinished"
+    elif done.code == 0 and counts.get("passed"):
+        status = "passed"
+    else:
+        status, summary = "failed", f"{summary}: {done.last_lines()}"
+    if done.code is None:
+        summary += " until the time was over"
+    return {"status": status, "summary": summary, "counts": counts, "failures": failures[:40]}
+
+
+# ---- memory checker ----
+
+
+def run_sanitizer(seconds: float, logs: Path) -> Outcome:
+    """Small calls as they are, which also compiles them, then under compute-sanitizer."""
+    clock, log = Clock(seconds), logs / "sanitizer.log"
+    small = [sys.executable, "-m", "benchmarks.gpu_bench", "small"]
+    plain = run_limited(small, clock.left(0.4), log)
+    if plain.code != 0 or SMALL_CALLS_RIGHT not in plain.output:
+        status = "unfinished" if plain.code is None else "failed"
+        return Outcome(status, f"small calls, not watched: {plain.last_lines()}")
+    tool = find_tool("compute-sanitizer")
+    if tool is None:
+        return Outcome("skipped", "compute-sanitizer is not installed; the small calls are right")
+    # every tensor is an allocation of its own, and what lies between two of them is nobody's
+    memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    common = [tool, "--target-processes", "application-only", "--error-exitcode", "86"]
+    checks = {
+        "memcheck": [*common, "--tool", "memcheck", "--report-api-errors", "no", "--padding", "256"],
+        "racecheck": [*common, "--tool", "racecheck"],
+    }
+    found = {}
+    for (check, command), part in zip(checks.items(), (0.3, 0.3), strict=True):
+        left = clock.left(part)
+        if left < LEAST_SECONDS:
+            found[check] = Outcome("unfinished", "not begun: no time was left")
+        else:
+            found[check] = read_sanitizer(check, run_limited([*command, *small], left, log, memory))
+        print(f"  {check}: {found[check].status}, {found[check].summary}", flush=True)
+    summary = "; ".join(f"{check}: {outcome.summary}" for check, outcome in found.items())
+    details = {check: asdict(outcome) for check, outcome in found.items()}
+    return Outcome(worst(outcome.status for outcome in found.values()), summary, details)
+
+
+def read_sanitizer(check: str, done: Finished) -> Outcome:
+    """Passed only if the tool says that it found nothing and the calls under it came to their end."""
+    pattern = r"RACECHECK SUMMARY: .*" if check == "racecheck" else r"ERROR SUMMARY: .*"
+    summaries = re.findall(pattern, done.output)
+    if done.code is None:
+        return Outcome("unfinished", "its time was over")
+    if "Device not supported" in done.output:
+        return Outcome("skipped", "Device not supported")
+    if not summaries:
+        return Outcome("skipped", f"no verdict, exit code {done.code}: {done.last_lines()}")
+    errors = [int(count) for count in re.findall(r"(\d+) errors?\b", summaries[-1])]
+    if any(errors) or SMALL_CALLS_RIGHT not in done.output or done.code != 0:
+        first = re.search(r"^=+ ((?:Invalid|Error|Race|Program hit|Potential).*)$", done.output, re.M)
+        return Outcome("failed", f"{summaries[-1]}: {first[1] if first else done.last_lines()}")
+    return Outcome("passed", summaries[-1])
+
+
+def find_tool(name: str) -> str | None:
+    """A program in PATH or where CUDA is usually installed."""
+    folders = [
+        os.environ.get("PATH", ""),
+        "/usr/local/cuda/bin",
+        *map(str, Path("/opt/nvidia").glob("nsight-compute/*")),
+    ]
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+# ---- timing ----
+
+
+def run_bench(seconds: float, logs: Path) -> Outcome:
+    """Every shape and contender."""
+    return run_jobs(jobs(), seconds, logs / "bench-rows.jsonl", logs / "bench.log")
+
+
+def run_tune(seconds: float, logs: Path) -> Outcome:
+    """grid_pool as configured and with every other choice of configuration."""
+    return run_jobs(tune_jobs(), seconds, logs / "tune-rows.jsonl", logs / "tune.log")
+
+
+def run_jobs(names: Sequence[str], seconds: float, rows_file: Path, log: Path) -> Outcome:
+    """All jobs in one process; if that ends early, those that it had not begun in another one."""
+    clock = Clock(seconds)
+    rows_file.unlink(missing_ok=True)  # of an earlier run with the same folder
+    pending, ends = list(names), []
+    while pending and clock.left() > LEAST_SECONDS:
+        command = [sys.executable, "-m", "benchmarks.gpu_bench", "time", str(rows_file), *pending]
+        done = run_limited(command, clock.left(), log)
+        begun = [line["job"] for line in read_lines(rows_file) if line.get("state") == "begun"]
+        if done.code != 0:
+            ends.append(f"exit code {done.code} in {begun[-1] if begun else 'no job'}: {done.last_lines()}")
+        if pending[0] not in begun:
+            break  # it does not get as far as a job: it will not the next time
+        pending = [job for job in pending if job not in begun]
+    return read_bench(read_lines(rows_file), ends, names)
+
+
+def read_bench(lines: Sequence[Mapping[str, Any]], ends: Sequence[str], names: Sequence[str]) -> Outcome:
+    """The last row of every contender and shape; `ends` says how processes ended that did not end well."""
+    rows = {(line["workload"], line["contender"]): dict(line) for line in lines if "workload" in line}
+    for line in lines:
+        if "launches_of" in line and tuple(line["launches_of"]) in rows:
+            rows[tuple(line["launches_of"])]["kernel_launches"] = line["kernels"]
+    finished = {line["job"] for line in lines if line.get("state") == "done"}
+    unfinished = [job for job in names if job not in finished]
+    bad = [f"{where} {who}: {row['check']}" for (where, who), row in rows.items() if row["check"] != "ok"]
+    ours = [row["check"] for (_, contender), row in rows.items() if contender in (*OURS, *CHOICES)]
+    if not ours or any(check != "ok" for check in ours) or any("wrong" in reason for reason in bad):
+        status = "failed"
+    else:
+        status = "unfinished" if unfinished else "passed"
+    summary = f"{len(finished)} of {len(names)} jobs finished, {len(bad)} contenders without a right result"
+    details = {"not_right": bad, "unfinished": unfinished, "ends": list(ends), "rows": list(rows.values())}
+    return Outcome(status, summary, details)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a file has of JSON lines; the last may be cut."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+# ---- byte counters ----
+
+COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
+
+
+def run_counters(seconds: float, logs: Path) -> Outcome:
+    """Bytes that grid_pool and norm_pool move to and from memory on the first shape, next to the lower bound."""
+    tool = find_tool("ncu")
+    if tool is None:
+        return Outcome("skipped", "ncu is not installed")
+    workload, clock = next(iter(WORKLOADS.values())), Clock(seconds)
+    found: dict[str, Any] = {}
+    for op in OURS:
+        command = [tool, "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off"]
+        command += ["--target-processes", "application-only", "--metrics", ",".join(COUNTERS)]
+        command += ["--csv", "--print-units", "base"]
+        left = clock.left(0.5)
+        if left < LEAST_SECONDS:
+            return Outcome("unfinished", f"{op} not begun: no time was left", found)
+        command += [sys.executable, "-m", "benchmarks.gpu_bench", "counted", op]
+        done = run_limited(command, left, logs / "counters.log")
+        kernels = read_counters(done.output)
+        if not kernels or len(kernels) % COUNTED_CALLS:
+            status = "unfinished" if done.code is None else "skipped"
+            said = f"{len(kernels)} kernels counted, exit code {done.code}: {done.last_lines()}"
+            return Outcome(status, f"{op}: {said}", found)
+        found[op] = per_call(kernels, workload.bound(op))
+        print(f"  {op}: {show_counters(found[op])}", flush=True)
+    return Outcome("passed", "; ".join(f"{op}: {show_counters(counted)}" for op, counted in found.items()), found)
+
+
+def read_counters(text: str) -> list[dict[str, Any]]:
+    """Kernels in order of launch, from what `ncu --csv` writes: one line per kernel and metric."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    kernels: dict[str, dict[str, Any]] = {}
+    for line in csv.DictReader(lines):
+        if line.get("Metric Name") in COUNTERS:
+            kernel = kernels.setdefault(str(line["ID"]), {"kernel": line["Kernel Name"]})
+            factor = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}[line["Metric Unit"]]
+            kernel[line["Metric Name"]] = float(line["Metric Value"].replace(",", "")) * factor
+    return [kernel for kernel in kernels.values() if all(counter in kernel for counter in COUNTERS)]
+
+
+def per_call(kernels: Sequence[Mapping[str, Any]], bound: Traffic) -> dict[str, Any]:
+    """Bytes per call in the steady state: the first call finds nothing of an earlier one in the cache, so it is left
+    out; each of the others writes back what the one before it left there."""
+    launches = len(kernels) // COUNTED_CALLS
+    counted = kernels[launches:]
+    read, written = (sum(kernel[counter] for kernel in counted) / (COUNTED_CALLS - 1) for counter in COUNTERS)
+    return {
+        "kernel_launches": launches,
+        "read_bytes": read,
+        "write_bytes": written,
+        "lower_bound_read_bytes": bound.read_bytes,
+        "lower_bound_write_bytes": bound.write_bytes,
+        "kernels": list(counted[:launches]),
+    }
+
+
+def show_counters(counted: Mapping[str, Any]) -> str:
+    read, written, low_read, low_written = (
+        counted[key] / 1e6 for key in ("read_bytes", "write_bytes", "lower_bound_read_bytes", "lower_bound_write_bytes")
+    )
+    ratio = (read + written) / (low_read + low_written)
+    launches = counted["kernel_launches"]
+    shown = f"{read:.1f} MB read ({low_read:.1f}), {written:.1f} written ({low_written:.1f}), {ratio:.2f} of the bound"
+    return f"{shown}, {launches} launches"
+
+
+STAGES = (
+    Stage("tests", 175, run_tests),
+    Stage("sanitizer", 80, run_sanitizer),
+    Stage("bench", 170, run_bench),
+    Stage("counters", 45, run_counters),
+    Stage("tune", 60, run_tune),
+)
+ASKED_FOR = ("tune",)
+"""Stages that run only if they are named."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--stage",
+        nargs="+",
+        choices=[stage.name for stage in STAGES],
+        help=f"only these; all but {', '.join(ASKED_FOR)} by default",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results; must not exist")
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="for all (%(default)s)")
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was measured", file=sys.stderr)
+        return 2
+
+    chosen = given.stage or [stage.name for stage in STAGES if stage.name not in ASKED_FOR]
+    stages = [stage for stage in STAGES if stage.name in chosen]
+    utc = datetime.now(timezone.utc)
+    report: dict[str, Any] = {"format": 1, "utc": utc.isoformat(timespec="seconds"), **describe(), "stages": {}}
+    if given.json is None:
+        path = new_results_file(RESULTS, report["device"]["name"], utc)
+    else:
+        path = given.json
+        if path.exists():
+            parser.error(f"{path} exists")
+    out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
+    logs = out or Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    save(report, path, out)
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    print(f"{report['device']['name']}, {versions}\nresults: {path}\nlogs: {logs}", flush=True)
+
+    rows: Rows = {}
+
+    def add(stage: Stage, outcome: Outcome, seconds: float) -> None:
+        details = dict(outcome.details)
+        rows.update({(row["workload"], row["contender"]): row for row in details.pop("rows", ())})
+        found = {"status": outcome.status, "summary": outcome.summary, "seconds": round(seconds, 1), **details}
+        report["stages"][stage.name] = found
+        report["rows"], report["bars"] = list(rows.values()), [asdict(bar) for bar in bars(rows)]
+        save(report, path, out)
+        print(f"{stage.name}: {outcome.status} in {seconds:.0f} s: {outcome.summary}", flush=True)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end: no stage's process outlives this one
+    run_stages(stages, given.limit, logs, add)
+    print(format_table(rows))
+    for bar in bars(rows):
+        print(f"{bar.status:13}{bar.name}: {bar.detail}")
+    statuses = {stage["status"] for stage in report["stages"].values()}
+    return 0 if statuses <= {"passed", "skipped"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
