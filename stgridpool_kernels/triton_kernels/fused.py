@@ -109,8 +109,8 @@ def grid_pool_kernel(
             side = 2 * i - 1 + token
             bottom = tl.where((first > 0) & (first < needed), tl.minimum(2 * i + 2, H), 0)
             beside = (side >= top) & (side < bottom)
-            left = places_in(side, 2 * first - 1 + 0 * token, entry, h, w, x_strides, C, MOSAIC, WIDE)
-            carried = tl.sum(load_tile(image, left, beside, channels, x_strides, C, MOSAIC, WIDE), 0)
+            column = places_in(side, 2 * first - 1 + 0 * token, entry, h, w, x_strides, C, MOSAIC, WIDE)
+            carried = tl.sum(load_tile(image, column, beside, channels, x_strides, C, MOSAIC, WIDE), 0)
 
         miniature = scratch + (slot.to(tl.int64) * h + i) * w * C
         for step in tl.range(first, stop, num_stages=STAGES):
@@ -123,20 +123,20 @@ def grid_pool_kernel(
                 result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
                 store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
 
-            cell = tl.sum(tile, 0)
-            right = tl.sum(tl.where((token % 2 == 1)[:, None], tile, 0.0), 0)
+            columns = tl.sum(tl.reshape(tile, (2, 2, BLOCK)), 0)  # sums of rows, for columns 2j and 2j + 1
             width = tl.minimum(2 * j + 2, W) - 2 * j
             if ODD_H:
                 two = tl.arange(0, 2)
                 over = 2 * j + two < tl.where((i > 0) & (j < needed), W, 0)
                 above = places_in(2 * i - 1 + 0 * two, 2 * j + two, entry, h, w, x_strides, C, MOSAIC, WIDE)
-                halo = load_tile(image, above, over, channels, x_strides, C, MOSAIC, WIDE)
-                cell += tl.sum(halo, 0)
-                right += tl.sum(tl.where((two == 1)[:, None], halo, 0.0), 0)
+                columns += load_tile(image, above, over, channels, x_strides, C, MOSAIC, WIDE)
             if ODD_W:
-                cell += carried
+                left, right = tl.split(tl.trans(columns))
+                cell = carried + left + right
                 carried = right
                 width += tl.minimum(j, 1)
+            else:
+                cell = tl.sum(columns, 0)
             tl.store(
                 miniature + j.to(tl.int64) * C + channels,
                 (cell * (share(height) * share(width))).to(scratch.dtype.element_ty),

@@ -94,7 +94,7 @@ def norm_pool_kernel(
                     SUMMARIES,
                 )
                 total = join_norms(total, partial_norms(part, NORM, P), NORM)
-            found = finish_norms(total, C, MEAN, NORM, P)
+            found = finish_norms(total, C, MEAN, NORM, P, False)
             norms = tl.where((step_of == step)[:, None], found[None, :], norms)
         number = step_of[:, None] * TOKENS + position[None, :]
         weights = softmax(temperature * norms, number < window)

@@ -85,14 +85,23 @@ def join_norms(left, right, NORM: tl.constexpr):
 
 
 @triton.jit
-def finish_norms(total, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
-    """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean, from `partial_norms` of all channels."""
+def finish_norms(total, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr, EXACT: tl.constexpr):
+    """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean, from `partial_norms` of all channels.
+
+    EXACT: division and root round correctly. They call functions then, for which a kernel that holds a window of tokens
+    has no registers left; for weights, an error in the last place or two does as well.
+    """
     if NORM == "max":
         norms = total.to(tl.float32, bitcast=True)
     else:
-        norms = tl.div_rn(total, tl.full(total.shape, C, tl.float32)) if MEAN else total
+        if not MEAN:
+            norms = total
+        elif EXACT:
+            norms = tl.div_rn(total, tl.full(total.shape, C, tl.float32))
+        else:
+            norms = total * (1.0 / C)
         if NORM == "l2":
-            norms = tl.sqrt_rn(norms)
+            norms = tl.sqrt_rn(norms) if EXACT else tl.sqrt(norms)
         elif NORM == "power":
             norms = tl.exp2(tl.log2(norms.to(tl.float64)) / P).to(tl.float32)
     return norms
@@ -116,7 +125,7 @@ def reciprocal(n):
 @triton.jit
 def pool_tile(tile, taken, temperature, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
     """Σ α·t over the tokens taken, α = softmax(temperature · ‖t‖): (BLOCK,)"""
-    norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P)
+    norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P, False)
     return tl.sum(softmax(temperature * norms, taken)[:, None] * tile, 0)
 
 

@@ -47,7 +47,7 @@ def token_norm_kernel(
         tile = load_tokens(x, x, frames, rows, cols, number < n, channels, T, H, W, x_strides, C, False).to(tl.float32)
         total = join_norms(total, partial_norms(tile, NORM, P), NORM)
     places = token_places(frames, rows, cols, T, (out_video, out_frame, out_row, out_col))
-    tl.store(out + places, finish_norms(total, C, MEAN, NORM, P), mask=number < n)
+    tl.store(out + places, finish_norms(total, C, MEAN, NORM, P, True), mask=number < n)
 
 
 def prepare(request: Request) -> Call:
