@@ -119,6 +119,13 @@ def test_choices_of_configuration_change_no_bit(
     assert_same_bits(run("grid_pool", x, frame_counts=[33, 7]), expected)
 
 
+def test_tables_of_other_kernels_for_the_same_plan() -> None:
+    """The same plan is followed by the fused kernel or by the general ones, as the number of channels has it."""
+    long = tokens(8, 2, 2, config.MAX_BLOCK + 1)
+    for x in (long[..., :3].contiguous(), long):
+        assert_accurate(run("grid_pool", x), "grid_pool", x)
+
+
 def test_channels_beyond_a_tile() -> None:
     x = tokens(4, 2, 3, config.MAX_BLOCK + 1, dtype=torch.bfloat16)
     assert_accurate(run("grid_pool", x, frame_strides=(1,)), "grid_pool", x, frame_strides=(1,))
@@ -318,7 +325,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_streams_wait_for_the_upload_of_tables(streams: SimpleNamespace) -> None:
-    tables = launch.Tables(None, [1, 2, 3], torch.device("cuda", 0))
+    tables = launch.Tables([1, 2, 3], torch.device("cuda", 0))
     assert streams.log == ["pin", ("upload", True), ("record", 7)]
     streams.log.clear()
     tables.use(7, capturing=False)
@@ -337,7 +344,7 @@ def test_streams_wait_for_the_upload_of_tables(streams: SimpleNamespace) -> None
 
 def test_captured_tables_are_kept(streams: SimpleNamespace) -> None:
     """A graph may be replayed on any stream, so it waits by itself while the upload may still be under way."""
-    tables = launch.Tables(None, [1, 2, 3], torch.device("cuda", 0))
+    tables = launch.Tables([1, 2, 3], torch.device("cuda", 0))
     streams.log.clear()
     tables.use(7, capturing=True)
     assert streams.log == [("wait", 7)]

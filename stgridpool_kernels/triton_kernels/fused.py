@@ -244,7 +244,7 @@ def prepare(request: Request) -> Call:
     # mosaics are few and in the cache: rather more programs than fewer bytes
     for mosaics, share_of_windows in zip(levels, shares[1:], strict=True):
         launches.append(launch(mosaics, share_of_windows, config.mosaic_cells, STAGES=1, MOSAIC=True))
-    return Call(request.plan, launches, len(slots) * h * w * C, tables_on(request, tables))
+    return Call(request.plan, launches, len(slots) * h * w * C, tables_on(request.x.device, tables))
 
 
 def reach_in_frame(request: Request) -> int:

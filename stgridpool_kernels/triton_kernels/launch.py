@@ -92,8 +92,7 @@ class Tables:
     used again too early. A captured graph reads them whenever it is replayed, so from a capture on they are kept.
     """
 
-    def __init__(self, plan: object, values: Sequence[int], device: torch.device) -> None:
-        self.plan = plan  # the caches know plans by identity: this one must stay while anything goes by its name
+    def __init__(self, values: Sequence[int], device: torch.device) -> None:
         self.tensor = torch.tensor(values, dtype=torch.int32)
         self.uploaded: torch.cuda.Event | None = None
         self.streams: set[int] = set()
@@ -131,7 +130,7 @@ class Call:
     """All launches of a call with given sizes, strides, dtype, alignment and settings; `scratch` is in elements."""
 
     def __init__(self, plan: object, launches: Sequence[Launch], scratch: int, tables: Tables | None) -> None:
-        self.plan = plan
+        self.plan = plan  # the cache knows plans by identity: this one must stay while its call is kept
         self.launches = tuple(launches)
         self.scratch = scratch
         self.tables = tables
@@ -187,13 +186,13 @@ def _find(key: Hashable, prepare: Callable[[], Call], capturing: bool) -> Call:
     return call
 
 
-def tables_on(request: Request, values: Sequence[int]) -> Tables | None:
-    """Tables of a plan on the device of x; calls that differ in dtype, layout or settings share them."""
+def tables_on(device: torch.device, values: Sequence[int]) -> Tables | None:
+    """Tables with these values on a device; calls that differ in dtype, layout or settings share them."""
     if not values:
         return None
-    key = (request.x.device, id(request.plan), request.op)
+    key = (device, tuple(values))
     with _lock:
         tables = _tables.get(key)
         if tables is None:
-            tables = _tables[key] = Tables(request.plan, values, request.x.device)
+            tables = _tables[key] = Tables(values, device)
         return tables

@@ -169,4 +169,4 @@ def prepare(request: Request) -> Call:
         tables += (*runs.start, *runs.count)
     grid = (len(request.steps.final) * OH * OW, 1, 1)
     launches.append(Launch(norm_pool_kernel, grid, arguments, num_warps=config.num_warps))
-    return Call(plan, launches, scratch, tables_on(request, tables))
+    return Call(plan, launches, scratch, tables_on(request.x.device, tables))

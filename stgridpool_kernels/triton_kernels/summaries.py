@@ -139,4 +139,4 @@ def prepare(request: Request) -> Call:
     arguments = request.sizes() | {"n": n, "SUMMARIES": scratch > 0, "BLOCK": config.block, "TOKENS": config.tokens}
     grid = (triton.cdiv(n * H * W, config.tokens), config.chunks, 1)
     launches.append(Launch(final_frames_kernel, grid, arguments, num_warps=config.num_warps))
-    return Call(request.plan, launches, scratch, tables_on(request, tables))
+    return Call(request.plan, launches, scratch, tables_on(request.x.device, tables))
