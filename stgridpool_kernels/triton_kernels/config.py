@@ -45,8 +45,8 @@ class Row:
 
 
 # Every row gives a thread 64 values of its window, in pieces of 8 neighbouring channels: 16 bytes of a 16-bit type.
-# That leaves room for 16 resident warps on a multiprocessor, at no more than 128 registers each; a walk that carries a
-# column would take some 160 by itself.
+# That leaves room for 16 resident warps on a multiprocessor, at no more than 128 registers each, to which walks that
+# carry a column have to be held.
 ROWS = (
     Row(512, 2, (8, 0), 1, 2, "one warp: norms need no barrier"),
     Row(1024, 2, (8, 0), 2, 2, "64 values per thread; a prefetched step of 6 tokens takes 12 KiB"),

@@ -66,7 +66,6 @@ def grid_pool_kernel(
     MOSAIC: tl.constexpr,
     WINDOWS: tl.constexpr,
     PLAIN: tl.constexpr,
-    WIDE: tl.constexpr,
     MEAN: tl.constexpr,
     NORM: tl.constexpr,
     P: tl.constexpr,
@@ -109,27 +108,28 @@ def grid_pool_kernel(
             side = 2 * i - 1 + token
             bottom = tl.where((first > 0) & (first < needed), tl.minimum(2 * i + 2, H), 0)
             beside = (side >= top) & (side < bottom)
-            column = places_in(side, 2 * first - 1 + 0 * token, entry, h, w, x_strides, C, MOSAIC, WIDE)
-            carried = tl.sum(load_tile(image, column, beside, channels, x_strides, C, MOSAIC, WIDE), 0)
+            column = places_in(side, 2 * first - 1 + 0 * token, entry, h, w, x_strides, C, MOSAIC)
+            carried = tl.sum(load_tile(image, column, beside, channels, x_strides, C, MOSAIC), 0)
 
         miniature = scratch + (slot.to(tl.int64) * h + i) * w * C
         for step in tl.range(first, stop, num_stages=STAGES):
             j = i * 0 + step
             cols = 2 * j + token % 2
             taken = (rows < H) & (cols < W)
-            window = places_in(rows, cols, entry, h, w, x_strides, C, MOSAIC, WIDE)
-            tile = load_tile(image, window, taken, channels, x_strides, C, MOSAIC, WIDE)
-            if pooled:
-                result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
-                store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
+            window = places_in(rows, cols, entry, h, w, x_strides, C, MOSAIC)
+            tile = load_tile(image, window, taken, channels, x_strides, C, MOSAIC)
+            if ODD_W:  # what is carried leaves no registers for the sums below while weights are computed
+                if pooled:
+                    result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
+                    store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
 
             columns = tl.sum(tl.reshape(tile, (2, 2, BLOCK)), 0)  # sums of rows, for columns 2j and 2j + 1
             width = tl.minimum(2 * j + 2, W) - 2 * j
             if ODD_H:
                 two = tl.arange(0, 2)
                 over = 2 * j + two < tl.where((i > 0) & (j < needed), W, 0)
-                above = places_in(2 * i - 1 + 0 * two, 2 * j + two, entry, h, w, x_strides, C, MOSAIC, WIDE)
-                columns += load_tile(image, above, over, channels, x_strides, C, MOSAIC, WIDE)
+                above = places_in(2 * i - 1 + 0 * two, 2 * j + two, entry, h, w, x_strides, C, MOSAIC)
+                columns += load_tile(image, above, over, channels, x_strides, C, MOSAIC)
             if ODD_W:
                 left, right = tl.split(tl.trans(columns))
                 cell = carried + left + right
@@ -143,6 +143,10 @@ def grid_pool_kernel(
                 mask=channels < tl.where(j < needed, C, 0),
                 eviction_policy="evict_last",
             )
+            if not ODD_W:  # the other way round takes fewer registers
+                if pooled:
+                    result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
+                    store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
     elif WINDOWS:
         window_number = program - walks
         i, j = window_number // OW % OH, window_number % OW
@@ -152,15 +156,15 @@ def grid_pool_kernel(
         rows, cols = 2 * i + token // 2, 2 * j + token % 2
         taken = (rows < H) & (cols < W)
         image = frame_of(x, target, T, x_strides)
-        window = places_in(rows, cols, tables, h, w, x_strides, C, False, WIDE)
-        tile = load_tile(image, window, taken, channels, x_strides, C, False, WIDE)
+        window = places_in(rows, cols, tables, h, w, x_strides, C, False)
+        tile = load_tile(image, window, taken, channels, x_strides, C, False)
         result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
         store_token(out, target, i, j, T, out_strides, channels, channels < C, result)
 
 
 @triton.jit
 def share(n):
-    """1 / n of the 1, 2 or 3 rows or columns of a cell. Exact for 1 and 2; a division would cost 30 registers."""
+    """1 / n of the 1, 2 or 3 rows or columns of a cell: rounded once, exact for 1 and 2, and no division."""
     return tl.where(n == 3, 1 / 3, tl.where(n == 2, 0.5, 1.0))
 
 
@@ -171,29 +175,26 @@ def frame_of(x, frame, T, strides):
 
 
 @triton.jit
-def places_in(rows, cols, entry, h, w, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr, WIDE: tl.constexpr):
+def places_in(rows, cols, entry, h, w, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr):
     """Where tokens start: in a frame of x, or in scratch for the mosaic of the four miniatures of an entry."""
     if MOSAIC:
         below, beside = (rows >= h).to(tl.int32), (cols >= w).to(tl.int32)
         slots = tl.load(entry + 4 + 2 * below + beside).to(tl.int64)
         places = ((slots * h + rows - below * h) * w + cols - beside * w) * C
-    elif WIDE:
-        places = rows.to(tl.int64) * x_strides[2] + cols.to(tl.int64) * x_strides[3]
     else:
-        places = rows * x_strides[2] + cols * x_strides[3]
+        places = rows.to(tl.int64) * x_strides[2] + cols.to(tl.int64) * x_strides[3]
     return places
 
 
 @triton.jit
-def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr, WIDE: tl.constexpr):
-    """Tokens as float32, 0 where not taken. Those of x are not needed again, miniatures may be."""
+def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr):
+    """Tokens as float32, 0 where not taken. Of x, only the row above a walk is read twice; miniatures may be often."""
     mask = taken[:, None] & (channels < C)[None, :]
     if MOSAIC:
         tile = tl.load(image + places[:, None] + channels[None, :], mask=mask, other=0.0)
     else:
-        offsets = channels.to(tl.int64) * x_strides[4] if WIDE else channels * x_strides[4]
-        pointers = image + (places[:, None] + offsets[None, :])
-        tile = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+        places = places[:, None] + channels.to(tl.int64)[None, :] * x_strides[4]
+        tile = tl.load(image + places, mask=mask, other=0.0, eviction_policy="evict_first")
     return tile.to(tl.float32)
 
 
@@ -205,7 +206,7 @@ def prepare(request: Request) -> Call:
     steps = request.steps
     config = fused_config(C, request.x.element_size(), request.capability)
     shared = request.sizes() | request.weights() | {"h": h, "w": w, "OH": OH, "OW": OW, "BLOCK": config.block}
-    shared |= {"ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1, "WIDE": reach_in_frame(request) >= 1 << 31}
+    shared |= {"ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1}
     shared["PLAIN"] = not steps.summaries
     options = {"maxnreg": config.walk_registers} if W % 2 else {}
 
@@ -245,9 +246,3 @@ def prepare(request: Request) -> Call:
     for mosaics, share_of_windows in zip(levels, shares[1:], strict=True):
         launches.append(launch(mosaics, share_of_windows, config.mosaic_cells, STAGES=1, MOSAIC=True))
     return Call(request.plan, launches, len(slots) * h * w * C, tables_on(request.x.device, tables))
-
-
-def reach_in_frame(request: Request) -> int:
-    """The largest offset of an element of x from the start of its frame."""
-    x = request.x
-    return sum((size - 1) * stride for size, stride in zip(x.shape[-3:], x.stride()[-3:], strict=True))

@@ -112,7 +112,7 @@ def softmax(logits, taken):
     """e^l / Σ e^l over the tokens taken, 0 for the others."""
     logits = tl.where(taken, logits, float("-inf"))
     powers = tl.exp(logits - tl.max(logits))
-    return powers / tl.sum(powers)  # division that rounds correctly would cost 25 registers
+    return powers / tl.sum(powers)  # to round this division correctly would take registers
 
 
 @triton.jit
