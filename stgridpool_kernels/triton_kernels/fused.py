@@ -118,10 +118,9 @@ def grid_pool_kernel(
             taken = (rows < H) & (cols < W)
             window = places_in(rows, cols, entry, h, w, x_strides, C, MOSAIC)
             tile = load_tile(image, window, taken, channels, x_strides, C, MOSAIC)
-            if ODD_W:  # what is carried leaves no registers for the sums below while weights are computed
-                if pooled:
-                    result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
-                    store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
+            if ODD_W and pooled:  # first: what is carried leaves no registers for the sums below as well
+                result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
+                store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
 
             columns = tl.sum(tl.reshape(tile, (2, 2, BLOCK)), 0)  # sums of rows, for columns 2j and 2j + 1
             width = tl.minimum(2 * j + 2, W) - 2 * j
@@ -143,10 +142,9 @@ def grid_pool_kernel(
                 mask=channels < tl.where(j < needed, C, 0),
                 eviction_policy="evict_last",
             )
-            if not ODD_W:  # the other way round takes fewer registers
-                if pooled:
-                    result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
-                    store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
+            if not ODD_W and pooled:  # last: the sums above are done with
+                result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
+                store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
     elif WINDOWS:
         window_number = program - walks
         i, j = window_number // OW % OH, window_number % OW
