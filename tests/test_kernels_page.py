@@ -1,0 +1,57 @@
+"""docs/kernels.md says what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.contenders import WORKLOADS
+from stgridpool_kernels import grid_plan
+
+pytest.importorskip("triton")
+from stgridpool_kernels import triton_kernels
+from stgridpool_kernels.triton_kernels import config, launch
+
+PAGE = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
+TEXT = " ".join(PAGE.split())
+
+
+def test_rows_of_the_configuration() -> None:
+    found = re.findall(r"^\| (\d+) \| (\d) \| (\d+) \| (\d) \| (.+) \|$", PAGE, re.MULTILINE)
+    rows = [(row.block, row.bytes, row.num_warps, row.stages, row.reason) for row in config.ROWS]
+    assert [(*map(int, numbers), reason) for *numbers, reason in found] == rows
+    assert f"up to {config.MAX_BLOCK} channels" in TEXT
+    assert f"The {launch.MAX_CALLS} used last are kept" in TEXT
+
+
+@pytest.mark.parametrize(("path", "kernel_size"), [("fused", 2), ("general", 3)])
+def test_scratch(path: str, kernel_size: int) -> None:
+    plan = grid_plan([64], 27, 27, kernel_size=kernel_size)
+    x = torch.empty(64, 27, 27, 896, dtype=torch.bfloat16, device="meta")
+    out = torch.empty(64, *plan.pooled_size, 896, dtype=x.dtype, device="meta")
+    scratch = triton_kernels.prepare("grid_pool", x, plan, (1.0, 2.0, True), out).scratch * 2
+    formula, megabytes = re.findall(rf"^\| {path} \| ([\d ()+×]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)[0]
+    assert eval(formula.replace("×", "*")) == scratch
+    assert f"{scratch / 1e6:.1f}" == megabytes
+    assert f"{scratch / (x.numel() * 2):.1%}".replace("%", " %") in TEXT
+
+
+@pytest.mark.parametrize("name", ["64x27x27x3584", "64x24x24x4096"])
+def test_counted_bytes_are_of_this_plan(name: str) -> None:
+    """The counts themselves are those of `python -m benchmarks.traffic`, which takes minutes."""
+    bound = WORKLOADS[name].bound("grid_pool")
+    table = PAGE.split(f"\n{name.replace('x', ' × ')} bfloat16", 1)[1].split("If no column", 1)[0]
+    numbers = {row: float(mb) for row, mb in re.findall(r"^\| (\S.*?): .*?\| +([\d.]+) \|", table, re.MULTILINE)}
+    assert numbers["lower bound"] == numbers["estimate 1"] == round(bound.total_bytes / 1e6, 1)
+
+
+def test_files_and_commands_exist() -> None:
+    root = Path(__file__).parents[1]
+    assert (root / "docs" / "kernels.png").exists()
+    for module in set(re.findall(r"python -m benchmarks\.(\w+)", PAGE)):
+        assert (root / "benchmarks" / f"{module}.py").exists()
+    for name in re.findall(r"`(\w+\.py)`", PAGE):
+        assert list((root / "stgridpool_kernels").rglob(name)), name
