@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(VENV)/bin/stgp demo -o demo.png --force
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

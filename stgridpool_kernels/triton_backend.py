@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
+import re
 from functools import cache
 from types import ModuleType
 
@@ -34,6 +36,9 @@ def why_not(x: Tensor | None, plan: GridPlan | None) -> str | None:
     if x.numel() // x.shape[-1] >= 1 << 31:
         return f"x has {x.numel() // x.shape[-1]} tokens, the kernels count fewer than 2³¹"
     if plan is not None:
+        windows = x.numel() // math.prod(x.shape[-3:]) * math.prod(plan.pooled_size)
+        if windows >= 1 << 31:
+            return f"the result has {windows} tokens, the kernels count fewer than 2³¹"
         largest = max(plan.window_rows.count) * max(plan.window_cols.count)
         if largest > LARGEST_WINDOW:
             return f"a window has {largest} tokens, at most {LARGEST_WINDOW} are supported"
@@ -50,7 +55,7 @@ def _why_not_here(interpret: bool) -> str | None:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "triton is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
         return f"triton {version} is older than {OLDEST[0]}.{OLDEST[1]}"
     return None
 

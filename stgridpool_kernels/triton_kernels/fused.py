@@ -30,7 +30,7 @@ ENTRY: tl.constexpr = tl.constexpr(8)
 its row counts of needed cells start, and the four slots that a mosaic is tiled from."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "walked", "T"])  # what changes with the videos
 def grid_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)

@@ -43,6 +43,11 @@ class Request:
     normalize_norm: bool
     capability: tuple[int, int]
 
+    @property
+    def gridded(self) -> bool:
+        """Whether frames may end as summaries, however many there are."""
+        return self.op in ("grid_pool", "temporal_grid") and bool(self.plan.levels)
+
     def sizes(self) -> Arguments:
         """H, W, C, T and the strides of x and out by the names that every kernel uses."""
         T, H, W, C = self.x.shape[-4:]
@@ -111,17 +116,18 @@ class Tables:
 
     def use(self, stream: int, capturing: bool) -> None:
         """Makes the work that is queued next on the current stream, whose handle is `stream`, see the tables."""
+        uploaded = self.uploaded
         if capturing:
             _captured.add(self)
-            if self.uploaded is not None:
-                torch.cuda.current_stream(self.tensor.device).wait_event(self.uploaded)
+            if uploaded is not None:
+                torch.cuda.current_stream(self.tensor.device).wait_event(uploaded)
             return
-        if self.uploaded is not None and self.uploaded.query():
-            self.uploaded = None
+        if uploaded is not None and self not in _captured and uploaded.query():
+            uploaded = self.uploaded = None  # but an event that a graph waits for has to outlive it
         if stream not in self.streams:
             current = torch.cuda.current_stream(self.tensor.device)
-            if self.uploaded is not None:
-                current.wait_event(self.uploaded)
+            if uploaded is not None:
+                current.wait_event(uploaded)
             self.tensor.record_stream(current)
             self.streams.add(stream)
 
@@ -132,6 +138,7 @@ class Call:
     def __init__(self, plan: object, launches: Sequence[Launch], scratch: int, tables: Tables | None) -> None:
         self.plan = plan  # the cache knows plans by identity: this one must stay while its call is kept
         self.launches = tuple(launches)
+        self.has_run = False
         self.scratch = scratch
         self.tables = tables
 
@@ -144,6 +151,7 @@ class Call:
                 self.tables.use(stream, capturing)
         for launch in self.launches:
             launch(x, out, scratch, tables, stream)
+        self.has_run = True
 
 
 _lock = threading.Lock()
@@ -172,7 +180,8 @@ def _find(key: Hashable, prepare: Callable[[], Call], capturing: bool) -> Call:
         call = _calls.get(key)
         if call is not None:
             _calls.move_to_end(key)
-            return call
+    if call is not None and (call.has_run or not capturing):
+        return call
     if capturing:
         raise RuntimeError(
             "warm up first: a CUDA graph cannot capture the first call with a given plan, shape, layout, dtype and "

@@ -11,7 +11,7 @@ from .summaries import launch_summaries
 from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, pool_tile, softmax, store_token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_starts", "T"])  # what changes with the videos
 def norm_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)
@@ -58,101 +58,49 @@ def norm_pool_kernel(
     content = tl.load(tables + frame) if SUMMARIES else frame
     top, height = tl.load(tables + row_starts + i), tl.load(tables + row_starts + OH + i)
     left, width = tl.load(tables + row_starts + 2 * OH + j), tl.load(tables + row_starts + 2 * OH + OW + j)
-    window = height * width
-    steps = tl.cdiv(window, TOKENS)
+    image = (x, scratch, content, T, H, W, x_strides)
+    window = (top, left, height, width)
     position = tl.arange(0, TOKENS)
     channels = tl.arange(0, BLOCK)
 
     if STEPS == 1 and CHUNKS == 1:
-        tile = load_window(
-            x, scratch, content, 0, position, top, left, width, window, channels, T, H, W, x_strides, C, SUMMARIES
-        )
-        result = pool_tile(tile, position < window, temperature, C, MEAN, NORM, P)
+        tile = load_window(image, window, position, channels, C, SUMMARIES)
+        result = pool_tile(tile, position < height * width, temperature, C, MEAN, NORM, P)
         store_token(out, frame, i, j, T, out_strides, channels, channels < C, result)
     else:
         step_of = tl.arange(0, STEPS)
         norms = tl.zeros((STEPS, TOKENS), tl.float32)
+        steps = tl.cdiv(height * width, TOKENS)
         for step in range(steps):
             total = no_norms(TOKENS, NORM)
             for chunk in range(CHUNKS):
-                part = load_window(
-                    x,
-                    scratch,
-                    content,
-                    step,
-                    position,
-                    top,
-                    left,
-                    width,
-                    window,
-                    chunk * BLOCK + channels,
-                    T,
-                    H,
-                    W,
-                    x_strides,
-                    C,
-                    SUMMARIES,
-                )
+                part = load_window(image, window, step * TOKENS + position, chunk * BLOCK + channels, C, SUMMARIES)
                 total = join_norms(total, partial_norms(part, NORM, P), NORM)
             found = finish_norms(total, C, MEAN, NORM, P, False)
             norms = tl.where((step_of == step)[:, None], found[None, :], norms)
         number = step_of[:, None] * TOKENS + position[None, :]
-        weights = softmax(temperature * norms, number < window)
+        weights = softmax(temperature * norms, number < height * width)
 
         for chunk in range(CHUNKS):
+            here = chunk * BLOCK + channels
             pooled = tl.zeros((BLOCK,), tl.float32)
             for step in range(steps):
                 weight = tl.sum(tl.where((step_of == step)[:, None], weights, 0.0), 0)
-                again = load_window(
-                    x,
-                    scratch,
-                    content,
-                    step,
-                    position,
-                    top,
-                    left,
-                    width,
-                    window,
-                    chunk * BLOCK + channels,
-                    T,
-                    H,
-                    W,
-                    x_strides,
-                    C,
-                    SUMMARIES,
-                )
+                again = load_window(image, window, step * TOKENS + position, here, C, SUMMARIES)
                 pooled += tl.sum(weight[:, None] * again, 0)
-            here = chunk * BLOCK + channels
             store_token(out, frame, i, j, T, out_strides, here, here < C, pooled)
 
 
 @triton.jit
-def load_window(
-    x,
-    scratch,
-    content,
-    step,
-    position,
-    top,
-    left,
-    width,
-    window,
-    channels,
-    T,
-    H,
-    W,
-    x_strides,
-    C: tl.constexpr,
-    SUMMARIES: tl.constexpr,
-):
-    """Tokens number step·TOKENS, … of a window as float32; those in the padding are 0."""
-    number = step * position.shape[0] + position
+def load_window(image, window, number, channels, C: tl.constexpr, SUMMARIES: tl.constexpr):
+    """Tokens of these numbers in a (top, left, height, width) window as float32; those in the padding are 0."""
+    x, scratch, content, T, H, W, x_strides = image
+    top, left, height, width = window
     rows, cols = top + number // width, left + number % width
-    taken = (number < window) & (rows >= 0) & (rows < H) & (cols >= 0) & (cols < W)
+    taken = (number < height * width) & (rows >= 0) & (rows < H) & (cols >= 0) & (cols < W)
     contents = content + 0 * number
-    return load_tokens(x, scratch, contents, rows, cols, taken, channels, T, H, W, x_strides, C, SUMMARIES).to(
-        tl.float32
-    )
+    tokens = load_tokens(x, scratch, contents, rows, cols, taken, channels, T, H, W, x_strides, C, SUMMARIES)
+    return tokens.to(tl.float32)
 
 
 def prepare(request: Request) -> Call:
@@ -164,7 +112,10 @@ def prepare(request: Request) -> Call:
     launches, tables, scratch = launch_summaries(request)
     arguments = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "row_starts": len(tables)}
     arguments |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
-    arguments |= {"STEPS": triton.next_power_of_2(triton.cdiv(largest, config.tokens)), "SUMMARIES": scratch > 0}
+    arguments |= {"STEPS": triton.next_power_of_2(triton.cdiv(largest, config.tokens))}
+    # A load from scratch may change the order of sums over channels: so it is there by the settings, whether or not
+    # these videos are long enough for a summary, and a video alone gives the same bits as packed with a longer one.
+    arguments["SUMMARIES"] = request.gridded
     for runs in (plan.window_rows, plan.window_cols):
         tables += (*runs.start, *runs.count)
     grid = (len(request.steps.final) * OH * OW, 1, 1)

@@ -10,7 +10,7 @@ from .launch import Call, Launch, Request, tables_on
 from .tiles import load_tokens, reciprocal, token_places
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first", "sources", "runs", "T"])  # what changes with the videos
 def summary_kernel(
     x,  # (…, T, H, W, C)
     out,  # unused
@@ -65,7 +65,7 @@ def summary_kernel(
     tl.store(scratch + places[:, None] + channels[None, :], mean.to(scratch.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "T"])  # what changes with the videos
 def final_frames_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, H, W, C)
@@ -108,12 +108,12 @@ def final_frames_kernel(
 
 def launch_summaries(request: Request) -> tuple[list[Launch], list[int], int]:
     """Launches that put every summary into scratch, one a level; their tables, which start with the content that each
-    frame ends with; and the elements of scratch. All empty where there is no summary."""
+    frame ends with; and the elements of scratch. All empty without gridding."""
     H, W, C = request.x.shape[-3:]
     steps = request.steps
     config = channelwise_config(C)
     launches: list[Launch] = []
-    tables = list(steps.final) if steps.summaries else []
+    tables = list(steps.final) if request.gridded else []
     for numbers in steps.by_level():
         level = request.plan.levels[steps.summaries[numbers[0]].level]
         arguments = request.sizes() | {"n": len(numbers), "first": numbers[0], "rows": level.rows, "cols": level.cols}
@@ -127,7 +127,7 @@ def launch_summaries(request: Request) -> tuple[list[Launch], list[int], int]:
             tables += (*runs.start, *runs.count)
         grid = (triton.cdiv(len(numbers) * H * W, config.tokens), config.chunks, 1)
         launches.append(Launch(summary_kernel, grid, arguments, num_warps=config.num_warps))
-    return launches, tables, len(steps.summaries) * H * W * C
+    return launches, tables, max(len(steps.summaries), int(request.gridded)) * H * W * C
 
 
 def prepare(request: Request) -> Call:
@@ -136,7 +136,7 @@ def prepare(request: Request) -> Call:
     n = len(request.steps.final)
     config = channelwise_config(C)
     launches, tables, scratch = launch_summaries(request)
-    arguments = request.sizes() | {"n": n, "SUMMARIES": scratch > 0, "BLOCK": config.block, "TOKENS": config.tokens}
+    arguments = request.sizes() | {"n": n, "SUMMARIES": request.gridded, "BLOCK": config.block, "TOKENS": config.tokens}
     grid = (triton.cdiv(n * H * W, config.tokens), config.chunks, 1)
     launches.append(Launch(final_frames_kernel, grid, arguments, num_warps=config.num_warps))
     return Call(request.plan, launches, scratch, tables_on(request.x.device, tables))

@@ -10,7 +10,7 @@ from .launch import Call, Launch, Request
 from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, token_places
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "T"])  # what changes with the videos
 def token_norm_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, H, W)
