@@ -1,4 +1,4 @@
-# make demo | test | lint | gpu-check | clean. TORCH="torch==…" puts another torch into .venv.
+# make demo | test | lint | compile-check | gpu-check | clean. TORCH="torch==…" puts another torch into .venv.
 
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
@@ -6,7 +6,7 @@ VENV := .venv
 # one stamp for each torch asked for: naming another one installs again
 STAMP := $(VENV)/installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test lint gpu-check clean
+.PHONY: demo test lint compile-check gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -19,6 +19,11 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# what the kernels compile to with the oldest Triton that is supported; `make test` asks the pinned one
+compile-check: $(STAMP)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/oldest-triton triton==3.6.0
+	PYTHONPATH=build/oldest-triton $(VENV)/bin/python -m pytest tests/test_compile_report.py
 
 # with the Python that has torch for the GPU, as it is: a checkout needs no installation
 gpu-check:
