@@ -147,7 +147,7 @@ def variants(workload: Workload) -> list[Contender]:
 
 
 def _with_choice(workload: Workload, name: str) -> Callable[..., Tensor]:
-    from stgridpool_kernels import triton_kernels
+    from stgridpool_kernels import device_tables, triton_kernels
     from stgridpool_kernels.triton_kernels import fused, launch
 
     plan, configured = workload.plan("grid_pool"), fused.fused_config
@@ -157,7 +157,7 @@ def _with_choice(workload: Workload, name: str) -> Callable[..., Tensor]:
         if out is None:
             out = x.new_empty((x.shape[0], *plan.pooled_size, x.shape[3]))
         if not prepared:
-            launch._tables.clear()  # with another configuration, other tables belong to the plan
+            device_tables._tables.clear()  # with another configuration, other tables belong to the plan
             with patch.object(fused, "fused_config", lambda *given: replace(configured(*given), **CHOICES[name])):
                 prepared.append(triton_kernels.prepare("grid_pool", x, plan, (1.0, 2.0, True), out))
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0

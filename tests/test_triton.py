@@ -20,7 +20,7 @@ from torch import Tensor
 
 import stgridpool_kernels
 from benchmarks.interpreter import check_integers, counted_traffic
-from stgridpool_kernels import backends, grid_plan, triton_backend
+from stgridpool_kernels import backends, device_tables, grid_plan, triton_backend
 
 pytest.importorskip("triton")
 from stgridpool_kernels import triton_kernels
@@ -41,7 +41,7 @@ def forget_calls() -> Iterator[None]:
     """Prepared calls of one test, whose limits may be changed, are not for the next."""
     yield
     launch._calls.clear()
-    launch._captured.clear()
+    device_tables._captured.clear()
 
 
 @pytest.fixture
@@ -318,7 +318,7 @@ def test_prepared_calls_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) 
         run("grid_pool", tokens(T, 2, 2, 3))
     kept = [key[3][0][0] for key in launch._calls]
     assert kept == [10, 8, 11]  # 9 was used longest ago
-    assert len(launch._tables) == 3
+    assert len(device_tables._tables) == 3
 
 
 def test_calls_share_the_tables_of_a_plan() -> None:
@@ -326,7 +326,7 @@ def test_calls_share_the_tables_of_a_plan() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for temperature in (1.0, 2.0):
             run("grid_pool", x.to(dtype), temperature=temperature)
-    assert (len(launch._calls), len(launch._tables)) == (4, 1)
+    assert (len(launch._calls), len(device_tables._tables)) == (4, 1)
 
 
 class FakeEvent:
@@ -368,7 +368,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_streams_wait_for_the_upload_of_tables(streams: SimpleNamespace) -> None:
-    tables = launch.Tables([1, 2, 3], torch.device("cuda", 0))
+    tables = device_tables.Tables([1, 2, 3], torch.device("cuda", 0))
     assert streams.log == ["pin", ("upload", True), ("record", 7)]
     streams.log.clear()
     tables.use(7, capturing=False)
@@ -387,11 +387,11 @@ def test_streams_wait_for_the_upload_of_tables(streams: SimpleNamespace) -> None
 
 def test_captured_tables_are_kept(streams: SimpleNamespace) -> None:
     """A graph may be replayed on any stream, so it waits by itself while the upload may still be under way."""
-    tables = launch.Tables([1, 2, 3], torch.device("cuda", 0))
+    tables = device_tables.Tables([1, 2, 3], torch.device("cuda", 0))
     streams.log.clear()
     tables.use(7, capturing=True)
     assert streams.log == [("wait", 7)]
-    assert tables in launch._captured
+    assert tables in device_tables._captured
     tables.uploaded.over = True
     tables.use(7, capturing=False)
     assert tables.uploaded is not None, "the graph waits for it at every replay"

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
+from ..device_tables import tables_on
 from ..schedule import needed_cells
 from .config import fused_config
-from .launch import Call, Launch, Request, tables_on
+from .launch import Call, Launch, Request
 from .tiles import pool_tile, store_token
 
 ENTRY: tl.constexpr = tl.constexpr(8)

@@ -1,4 +1,4 @@
-"""From a prepared call to the device: launches, scratch, tables, and the caches that keep the next call short."""
+"""From a prepared call to the device: launches, scratch, and the cache that keeps the next call short."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 import triton
 from torch import Tensor
 
+from ..device_tables import Tables
 from ..plan import GridPlan
 from ..schedule import Schedule
 from .tiles import norm_kind
@@ -90,48 +89,6 @@ class Launch:
             self._compiled(x, out, scratch, tables, *self.arguments, stream=stream)
 
 
-class Tables:
-    """A plan's tables on a device: int32, uploaded without waiting.
-
-    Every stream that uses them waits for the upload, until it is known to be over, and keeps their memory from being
-    used again too early. A captured graph reads them whenever it is replayed, so from a capture on they are kept.
-    """
-
-    def __init__(self, values: Sequence[int], device: torch.device) -> None:
-        self.tensor = torch.tensor(values, dtype=torch.int32)
-        self.uploaded: torch.cuda.Event | None = None
-        self.streams: set[int] = set()
-        if device.type == "cuda":
-            # While torch.compile records a CUDA graph, what its thread allocates belongs to the graph, and must not
-            # outlive it: another thread allocates.
-            with ThreadPoolExecutor(1) as other:
-                other.submit(self._upload, torch.cuda.current_stream(device)).result()
-
-    def _upload(self, stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream):
-            self.tensor = self.tensor.pin_memory().to(stream.device, non_blocking=True)
-            self.uploaded = torch.cuda.Event(external=True)  # a capture that it is not part of may wait for it
-            self.uploaded.record(stream)
-        self.streams.add(stream.cuda_stream)
-
-    def use(self, stream: int, capturing: bool) -> None:
-        """Makes the work that is queued next on the current stream, whose handle is `stream`, see the tables."""
-        uploaded = self.uploaded
-        if capturing:
-            _captured.add(self)
-            if uploaded is not None:
-                torch.cuda.current_stream(self.tensor.device).wait_event(uploaded)
-            return
-        if uploaded is not None and self not in _captured and uploaded.query():
-            uploaded = self.uploaded = None  # but an event that a graph waits for has to outlive it
-        if stream not in self.streams:
-            current = torch.cuda.current_stream(self.tensor.device)
-            if uploaded is not None:
-                current.wait_event(uploaded)
-            self.tensor.record_stream(current)
-            self.streams.add(stream)
-
-
 class Call:
     """All launches of a call with given sizes, strides, dtype, alignment and settings; `scratch` is in elements."""
 
@@ -156,8 +113,6 @@ class Call:
 
 _lock = threading.Lock()
 _calls: OrderedDict[Hashable, Call] = OrderedDict()
-_tables: WeakValueDictionary[Hashable, Tables] = WeakValueDictionary()
-_captured: set[Tables] = set()
 
 
 def run(key: Hashable, prepare: Callable[[], Call], x: Tensor, out: Tensor) -> None:
@@ -193,15 +148,3 @@ def _find(key: Hashable, prepare: Callable[[], Call], capturing: bool) -> Call:
         while len(_calls) > MAX_CALLS:
             _calls.popitem(last=False)
     return call
-
-
-def tables_on(device: torch.device, values: Sequence[int]) -> Tables | None:
-    """Tables with these values on a device; calls that differ in dtype, layout or settings share them."""
-    if not values:
-        return None
-    key = (device, tuple(values))
-    with _lock:
-        tables = _tables.get(key)
-        if tables is None:
-            tables = _tables[key] = Tables(values, device)
-        return tables

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..device_tables import tables_on
 from .config import tile_config
-from .launch import Call, Launch, Request, tables_on
+from .launch import Call, Launch, Request
 from .summaries import launch_summaries
 from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, pool_tile, softmax, store_token
 

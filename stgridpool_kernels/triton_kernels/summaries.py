@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..device_tables import tables_on
 from .config import channelwise_config
-from .launch import Call, Launch, Request, tables_on
+from .launch import Call, Launch, Request
 from .tiles import load_tokens, reciprocal, token_places
 
 
