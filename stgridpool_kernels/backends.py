@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from . import reference, triton_backend
+from . import compiled, reference, triton_backend
 from .plan import GridPlan
 
 logger = logging.getLogger("stgridpool_kernels")
@@ -69,7 +69,20 @@ TRITON = Backend(
     only_by_name=triton_backend.only_by_name,
 )
 
-BACKENDS: list[Backend] = [TRITON, REFERENCE]
+CUDA, CPU = (
+    Backend(
+        name=name,
+        why_not=why_not,
+        grid_pool=compiled.grid_pool,
+        temporal_grid=compiled.temporal_grid,
+        norm_pool=compiled.norm_pool,
+        token_norm=compiled.token_norm,
+        backward=reference.backward,
+    )
+    for name, why_not in (("cuda", compiled.why_not_on_cuda), ("cpu", compiled.why_not_on_cpu))
+)
+
+BACKENDS: list[Backend] = [TRITON, CUDA, CPU, REFERENCE]
 """Fastest first; `auto` takes the first that can run."""
 
 _used: ContextVar[tuple[str, ...]] = ContextVar("stgridpool_kernels.backends", default=())

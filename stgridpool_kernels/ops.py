@@ -2,7 +2,8 @@
 
 Each public op `name` is functional. Three private ops take the same arguments: `_name_out` writes into a given tensor,
 `_name_recorded` stands in for the public op while a gradient is required, and `_name_backward` is that gradient. All of
-them are Python: they check, plan, choose a backend and hand over. The public functions of the package are at the end.
+them are Python: they check, plan, choose a backend and hand over. The ops of the compiled library, which take a plan as
+tables, are declared after them. The public functions of the package are at the end.
 """
 
 from __future__ import annotations
@@ -307,6 +308,16 @@ def _differentiate(name: str) -> None:
 for _name in ARGUMENTS:
     for _step in (_define, _implement, _fake, _differentiate):
         _step(_name)
+
+# Of the compiled library, for CPU and CUDA tensors: x and out have been checked, and the tables follow from the plan
+# (tables.py). device_tables are the same on the device of x, if that is not the CPU.
+_PLAN = "Tensor tables, Tensor? device_tables"
+_library.define(
+    f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
+    "Tensor(a!) out) -> ()"
+)
+_library.define(f"_temporal_grid_by_tables(Tensor x, {_PLAN}, Tensor(a!) out) -> ()")
+_library.define("_token_norm_compiled(Tensor x, float norm_type, bool normalize_norm, Tensor(a!) out) -> ()")
 
 
 # ---- the public functions ----

@@ -1,0 +1,314 @@
+// How a call is cut into rows of tokens, and rows are given to threads.
+
+#include "../grid_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <initializer_list>
+#include <iterator>
+#include <thread>
+
+#include "../tables.h"
+#include "kernels.h"
+
+namespace stgp::cpu {
+
+namespace {
+
+using Provider = const Kernels* (*)(DType);
+
+bool runs_here(Provider provider) {
+#ifdef STGP_X86_64
+  if (provider == avx512_kernels) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  if (provider == avx2_kernels) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return provider == portable_kernels;
+}
+
+// From the widest.
+constexpr Provider PROVIDERS[] = {
+#ifdef STGP_X86_64
+    avx512_kernels,
+    avx2_kernels,
+#endif
+    portable_kernels,
+};
+
+std::atomic<Provider> chosen{nullptr};
+
+Provider provider() {
+  Provider found = chosen.load(std::memory_order_relaxed);
+  if (found == nullptr) {
+    found = *std::find_if(std::begin(PROVIDERS), std::end(PROVIDERS), runs_here);
+    chosen.store(found, std::memory_order_relaxed);
+  }
+  return found;
+}
+
+// Below so many bytes for a thread, waking it takes longer than its work.
+constexpr int64_t BYTES_PER_THREAD = 128 << 10;
+
+// Results from so many bytes on are written past the cache: they would push out what is still to be read, and their
+// lines would be read before they are written.
+constexpr int64_t STREAM_BYTES = 4 << 20;
+
+// Sums are kept in whole blocks of channels; the widest vectors have blocks of so many.
+constexpr int64_t WIDEST_BLOCK = 32;
+
+int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t miniature_bytes(const int32_t* t, const Call& call) {
+  const int64_t cells = ((int64_t{t[H_HEIGHT]} + 1) / 2) * ((int64_t{t[H_WIDTH]} + 1) / 2);
+  return aligned(t[H_SLOTS] * cells * call.C * element_size(call.dtype));
+}
+
+int64_t summary_bytes(const int32_t* t, const Call& call) {
+  return aligned(int64_t{t[H_SUMMARIES]} * t[H_HEIGHT] * t[H_WIDTH] * call.C * element_size(call.dtype));
+}
+
+// What one thread needs, by the most tokens that are looked at together.
+struct Room {
+  int64_t gathered = 0;  // bytes of tokens that are copied because their channels are not neighbours
+  int64_t carried = 0;   // bytes of a column of sums
+  int64_t taps = 0;      // tokens; 0 where no list of them is kept
+  int64_t norms = 0;
+
+  int64_t bytes() const {
+    return aligned(gathered) + aligned(carried) + aligned(taps * sizeof(void*)) + aligned(taps * sizeof(float)) +
+           aligned(norms * sizeof(float));
+  }
+
+  Workspace at(char* memory) const {
+    const auto take = [&](int64_t bytes) {
+      char* const taken = memory;
+      memory += aligned(bytes);
+      return static_cast<void*>(taken);
+    };
+    Workspace w;
+    w.gathered = static_cast<char*>(take(gathered));
+    w.carried = take(carried);
+    w.taps = static_cast<const void**>(take(taps * sizeof(void*)));
+    w.weights = static_cast<float*>(take(taps * sizeof(float)));
+    w.norms = static_cast<float*>(take(norms * sizeof(float)));
+    return w;
+  }
+};
+
+Room room(Op op, const int32_t* t, const Call& call) {
+  Room room;
+  int64_t tokens = 1;
+  if (op == Op::grid_pool && t[H_NUM_STEPS] > 0) {
+    tokens = 9;
+    if (t[H_SLOTS] > 0 && t[H_WIDTH] % 2 == 1) room.carried = (call.C + WIDEST_BLOCK) * sizeof(float);
+  } else if (op != Op::token_norm) {
+    for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
+      const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
+      const int32_t *heights = t + level[L_ROW_RUNS] + t[H_HEIGHT], *widths = t + level[L_COL_RUNS] + t[H_WIDTH];
+      tokens = std::max(tokens, int64_t{*std::max_element(heights, heights + t[H_HEIGHT])} *
+                                    *std::max_element(widths, widths + t[H_WIDTH]));
+    }
+    if (op == Op::grid_pool) {
+      room.norms = int64_t{t[H_HEIGHT]} * t[H_WIDTH];
+      tokens = std::max(tokens, std::min<int64_t>(t[H_LARGEST_WINDOW], room.norms));  // padding is never looked at
+    }
+    room.taps = tokens;
+  }
+  if (call.x_strides.channel != 1) {
+    room.gathered = (1 + tokens) * call.C * element_size(call.dtype);
+  } else if (call.out_strides.channel != 1) {
+    room.gathered = call.C * element_size(call.dtype);
+  }
+  return room;
+}
+
+int64_t stored_bytes(Op op, const int32_t* t, const Call& call) {
+  if (op == Op::token_norm) return 0;
+  return op == Op::grid_pool && t[H_NUM_STEPS] > 0 ? miniature_bytes(t, call) : summary_bytes(t, call);
+}
+
+// Rows of `count` frames or summaries, each `height` rows, that wait for the first `after` stages of the call.
+struct Stage {
+  int64_t count, height, row_bytes;
+  int64_t after;
+
+  int64_t band = 0, pieces = 0;         // rows of a piece of work, and how many pieces there are
+  std::atomic<int64_t> unfinished = 0;  // pieces
+
+  Stage(int64_t count, int64_t height, int64_t row_bytes, int64_t after)
+      : count(count), height(height), row_bytes(row_bytes), after(after) {}
+
+  int64_t bands() const { return (height + band - 1) / band; }
+};
+
+using Stages = std::deque<Stage>;  // atomics cannot move
+
+// Runs `work(stage, n, first, last, workspace)` for rows [first, last) of every n in [0, count) of every stage. Pieces
+// are begun in order, each by the next thread that is free: they differ in time, and so do threads. A piece waits for
+// stages before it only, whose pieces have been begun: so whoever waits, somebody works.
+template <typename F>
+class Runner {
+ public:
+  Runner(Stages& stages, const Room& room, void* memory, const F& work)
+      : stages(stages), room(room), memory(static_cast<char*>(memory)), work(work) {}
+
+  void run(const Threads& threads) {
+    int64_t bytes = 0, most = 0;
+    for (const Stage& stage : stages) {
+      bytes += stage.count * stage.height * stage.row_bytes;
+      most = std::max(most, stage.count * stage.height);
+    }
+    const int64_t useful = (bytes + BYTES_PER_THREAD - 1) / BYTES_PER_THREAD;
+    const int64_t workers = std::min<int64_t>({threads.run == nullptr ? 1 : threads.count, useful, most});
+    for (Stage& stage : stages) {
+      // four pieces a thread even out their times; not smaller, since a piece may read a row that another has read
+      stage.band = workers <= 1 ? stage.height
+                                : std::clamp<int64_t>(stage.count * stage.height / (4 * workers), 1, stage.height);
+      stage.pieces = stage.unfinished = stage.count * stage.bands();
+    }
+    if (workers <= 1) {
+      task(0, this);
+    } else {
+      threads.run(static_cast<int>(workers), task, this, threads.pool);
+    }
+  }
+
+ private:
+  static void task(int thread, void* runner) { static_cast<Runner*>(runner)->take_pieces(thread); }
+
+  void take_pieces(int thread) {
+    const Workspace workspace = room.at(memory + thread * room.bytes());
+    int64_t first_piece = 0, s = 0;
+    for (;;) {
+      const int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
+      while (s < static_cast<int64_t>(stages.size()) && piece >= first_piece + stages[s].pieces) {
+        first_piece += stages[s++].pieces;
+      }
+      if (s == static_cast<int64_t>(stages.size())) return;
+      Stage& stage = stages[s];
+      wait_for(stage.after);
+      const int64_t bands = stage.bands(), n = (piece - first_piece) / bands;
+      const int64_t first = (piece - first_piece) % bands * stage.band;
+      work(s, n, first, std::min(first + stage.band, stage.height), workspace);
+      stage.unfinished.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void wait_for(int64_t count) {
+    for (int64_t s = finished.load(std::memory_order_acquire); s < count; ++s) {
+      for (int spins = 0; stages[s].unfinished.load(std::memory_order_acquire) > 0; ++spins) {
+        if (spins > SPINS) std::this_thread::yield();
+      }
+      finished.store(s + 1, std::memory_order_release);
+    }
+  }
+
+  static constexpr int SPINS = 2000;  // microseconds: a piece takes some tens of them
+
+  Stages& stages;
+  const Room room;
+  char* const memory;
+  const F& work;
+  std::atomic<int64_t> next = 0, finished = 0;
+};
+
+// Room for threads is behind what a call stores.
+template <typename F>
+void run_stages(Op op, const int32_t* tables, const Call& call, const Threads& threads, Stages& stages, const F& work) {
+  char* const memory = static_cast<char*>(call.scratch) + stored_bytes(op, tables, call);
+  Runner<F>(stages, room(op, tables, call), memory, work).run(threads);
+}
+
+void add_summaries(const int32_t* t, int64_t row_bytes, Stages& stages) {
+  for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
+    const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
+    stages.emplace_back(level[L_COUNT], t[H_HEIGHT], row_bytes * level[L_ROWS] * level[L_COLS], l);
+  }
+}
+
+}  // namespace
+
+const char* capability() { return provider()(DType::float32)->name; }
+
+bool use_capability(const char* name) {
+  for (const Provider provider : PROVIDERS) {
+    if (std::strcmp(provider(DType::float32)->name, name) == 0 && runs_here(provider)) {
+      chosen.store(provider);
+      return true;
+    }
+  }
+  return false;
+}
+
+int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call, const Threads& threads) {
+  return stored_bytes(op, tables, call) + std::max(threads.count, 1) * room(op, tables, call).bytes();
+}
+
+void grid_pool(const int32_t* t, const Call& call, const Threads& threads) {
+  const Kernels& kernels = *provider()(call.dtype);
+  const int64_t H = t[H_HEIGHT], OH = t[H_OUT_ROWS], OW = t[H_OUT_COLS], frames = t[H_FRAMES], levels = t[H_NUM_LEVELS];
+  const int64_t token_bytes = call.C * element_size(call.dtype), row_bytes = t[H_WIDTH] * token_bytes;
+  const bool stream = frames * OH * OW * token_bytes >= STREAM_BYTES;
+  Stages stages;
+  if (t[H_NUM_STEPS] > 0) {
+    const int32_t* steps = t + t[H_STEPS];
+    for (int s = 0; s < t[H_NUM_STEPS]; ++s) {
+      const int32_t* step = steps + s * STEP_WORDS;
+      stages.emplace_back(step[S_COUNT], (H + 1) / 2, 2 * row_bytes, step[S_AFTER]);
+    }
+    run_stages(Op::grid_pool, t, call, threads, stages,
+               [&](int64_t s, int64_t e, int64_t first, int64_t last, const Workspace& workspace) {
+                 const int32_t* step = steps + s * STEP_WORDS;
+                 const int32_t* entry = t + step[S_ENTRIES] + e * ENTRY_WORDS;
+                 kernels.fused_rows(t, call, entry, step[S_MOSAIC] != 0, first, last, stream, workspace);
+               });
+    return;
+  }
+  add_summaries(t, row_bytes, stages);
+  stages.emplace_back(frames, OH, H * row_bytes / OH, levels);
+  run_stages(Op::grid_pool, t, call, threads, stages,
+             [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
+               if (s < levels) {
+                 kernels.summary_rows(t, call, t + t[H_LEVELS] + s * LEVEL_WORDS, n, first, last, workspace);
+               } else {
+                 kernels.pooled_rows(t, call, n, first, last, stream, workspace);
+               }
+             });
+}
+
+void temporal_grid(const int32_t* t, const Call& call, const Threads& threads) {
+  const Kernels& kernels = *provider()(call.dtype);
+  const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype), levels = t[H_NUM_LEVELS];
+  const bool stream = int64_t{t[H_FRAMES]} * t[H_HEIGHT] * row_bytes >= STREAM_BYTES;
+  Stages stages;
+  add_summaries(t, row_bytes, stages);
+  stages.emplace_back(t[H_FRAMES], t[H_HEIGHT], row_bytes, levels);
+  run_stages(Op::temporal_grid, t, call, threads, stages,
+             [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
+               if (s < levels) {
+                 kernels.summary_rows(t, call, t + t[H_LEVELS] + s * LEVEL_WORDS, n, first, last, workspace);
+               } else {
+                 kernels.final_rows(t, call, n, first, last, stream, workspace);
+               }
+             });
+}
+
+void token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, const Threads& threads) {
+  const Kernels& kernels = *provider()(call.dtype);
+  Stages stages;
+  stages.emplace_back(frames, H, W * call.C * element_size(call.dtype), 0);
+  run_stages(Op::token_norm, nullptr, call, threads, stages,
+             [&](int64_t, int64_t frame, int64_t first, int64_t last, const Workspace& workspace) {
+               kernels.norm_rows(call, W, frame, first, last, workspace);
+             });
+}
+
+}  // namespace stgp::cpu

@@ -1,0 +1,433 @@
+// The arithmetic of the CPU kernels, compiled once for every set of vector instructions (see vector.h). It is in the
+// loops over channels at the top: a token's norm, a sum of tokens, and both results of a window at once. The rest says
+// which tokens they take.
+
+#include "kernels.h"
+
+#include <math.h>
+
+#include "../tables.h"
+#include "vector.h"
+
+namespace stgp::cpu {
+
+namespace {
+
+// ---- loops over channels ----
+
+// Sum over the channels of f(|t_c|). Two blocks at a time hide the latency of additions; their order is fixed.
+template <typename T, typename F>
+inline float reduce(const T* token, int64_t C, F f) {
+  Block even{}, odd{};
+  int64_t c = 0;
+  for (; c + 2 * BLOCK <= C; c += 2 * BLOCK) {
+    const Block v = load(token + c), w = load(token + c + BLOCK);
+    even.a += f(v.a), even.b += f(v.b), odd.a += f(w.a), odd.b += f(w.b);
+  }
+  if (c + BLOCK <= C) {
+    const Block v = load(token + c);
+    even.a += f(v.a), even.b += f(v.b);
+    c += BLOCK;
+  }
+  if (c < C) {
+    const Block v = load_some(token + c, C - c);
+    odd.a += f(v.a), odd.b += f(v.b);
+  }
+  return sum_lanes((even.a + odd.a) + (even.b + odd.b));
+}
+
+// Without their sign, floats are in the order of their bits, and NaN is above infinity: no maximum loses it.
+template <typename T>
+inline float largest_magnitude(const T* token, int64_t C) {
+  Ints largest{};
+  for (int64_t c = 0; c < C; c += BLOCK) {
+    const Block v = C - c < BLOCK ? load_some(token + c, C - c) : load(token + c);
+    const Ints a = bit_cast<Ints>(absolute(v.a)), b = bit_cast<Ints>(absolute(v.b));
+    largest = a > largest ? a : largest;
+    largest = b > largest ? b : largest;
+  }
+  int32_t all = 0;
+  for (int i = 0; i < LANES; ++i) all = largest[i] > all ? largest[i] : all;
+  return bit_cast<float>(all);
+}
+
+// `BLOCKS` blocks of sum_k weights[k] * taps[k] * scale.
+template <int BLOCKS, typename T>
+inline void sum_blocks(const T* const* taps, const float* weights, int64_t n, float scale, int64_t c, Block* sums) {
+  for (int i = 0; i < BLOCKS; ++i) sums[i] = Block{};
+  for (int64_t k = 0; k < n; ++k) {
+    for (int i = 0; i < BLOCKS; ++i) {
+      const Block v = load(taps[k] + c + i * BLOCK);
+      sums[i].a += weights[k] * v.a;
+      sums[i].b += weights[k] * v.b;
+    }
+  }
+  for (int i = 0; i < BLOCKS; ++i) sums[i].a *= scale, sums[i].b *= scale;
+}
+
+// to = sum_k weights[k] * taps[k] * scale. N is n where it is known, so that the sum over k is unrolled.
+template <int N, typename T>
+void weighted_sum(const T* const* taps, const float* weights, int64_t n, float scale, int64_t C, T* to, bool stream) {
+  constexpr int BLOCKS = 4;
+  if (N > 0) n = N;
+  Block sums[BLOCKS];
+  int64_t c = 0;
+  for (; c + BLOCKS * BLOCK <= C; c += BLOCKS * BLOCK) {
+    sum_blocks<BLOCKS>(taps, weights, n, scale, c, sums);
+    for (int i = 0; i < BLOCKS; ++i) store(to + c + i * BLOCK, sums[i], stream);
+  }
+  for (; c + BLOCK <= C; c += BLOCK) {
+    sum_blocks<1>(taps, weights, n, scale, c, sums);
+    store(to + c, sums[0], stream);
+  }
+  if (c < C) {
+    Block sum{};
+    for (int64_t k = 0; k < n; ++k) {
+      const Block v = load_some(taps[k] + c, C - c);
+      sum.a += weights[k] * v.a;
+      sum.b += weights[k] * v.b;
+    }
+    sum.a *= scale, sum.b *= scale;
+    store_some(to + c, sum, C - c);
+  }
+}
+
+// One step of a walk along a row of cells, at a whole window of tokens (left, right, lower left, lower right) that are
+// read once for two results: pooled = sum_k weights[k] * window[k], where POOL, and cell = share * the sum of the
+// window, of the two tokens `above` it and of the column to the left of it, which is `carried` from the step before as
+// a sum. What is carried to the next is the sum of the right column. `above` and `carried` may be nullptr.
+template <bool POOL, typename T>
+void walk_step(const T* const* window, const float* weights, T* pooled, bool stream, const T* const* above,
+               Block* carried, float share, int64_t C, T* cell) {
+  const auto step = [=](int64_t c, const auto& load_at, const auto& store_at) {
+    const Block v0 = load_at(window[0] + c), v1 = load_at(window[1] + c);
+    const Block v2 = load_at(window[2] + c), v3 = load_at(window[3] + c);
+    if (POOL) {
+      const Block sum = {weights[0] * v0.a + weights[1] * v1.a + weights[2] * v2.a + weights[3] * v3.a,
+                         weights[0] * v0.b + weights[1] * v1.b + weights[2] * v2.b + weights[3] * v3.b};
+      store_at(pooled + c, sum, stream);
+    }
+    Block left = {v0.a + v2.a, v0.b + v2.b}, right = {v1.a + v3.a, v1.b + v3.b};
+    if (above != nullptr) {
+      const Block l = load_at(above[0] + c), r = load_at(above[1] + c);
+      left.a += l.a, left.b += l.b, right.a += r.a, right.b += r.b;
+    }
+    if (carried != nullptr) {
+      Block& column = carried[c / BLOCK];
+      left.a += column.a, left.b += column.b;
+      column = right;
+    }
+    store_at(cell + c, Block{(left.a + right.a) * share, (left.b + right.b) * share}, false);
+  };
+  int64_t c = 0;
+  for (; c + BLOCK <= C; c += BLOCK) {
+    step(c, [](const T* token) { return load(token); }, [](T* token, Block v, bool past) { store(token, v, past); });
+  }
+  if (c < C) {
+    step(
+        c, [=](const T* token) { return load_some(token, C - c); },
+        [=](T* token, Block v, bool) { store_some(token, v, C - c); });
+  }
+}
+
+// ---- tokens ----
+
+// A frame of x, or what stands for one: tokens (row, col) of it.
+template <typename T>
+struct Frame {
+  const T* data;
+  int64_t row, col, channel;
+
+  const T* at(int64_t r, int64_t c) const { return data + r * row + c * col; }
+};
+
+template <typename T>
+Frame<T> frame_of_x(const Call& call, int64_t frame) {
+  const Strides& s = call.x_strides;
+  const T* data = static_cast<const T*>(call.x) + frame / call.T * s.video + frame % call.T * s.frame;
+  return {data, s.row, s.col, s.channel};
+}
+
+// A content of the general form: summaries are stored in full.
+template <typename T>
+Frame<T> content(const int32_t* tables, const Call& call, int64_t number) {
+  if (number >= 0) return frame_of_x<T>(call, number);
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
+  return {static_cast<const T*>(call.scratch) + (-1 - number) * H * W * call.C, W * call.C, call.C, 1};
+}
+
+// The token itself where its channels are neighbours, else a copy in place `place` of the workspace.
+template <typename T>
+inline const T* gather(const T* token, int64_t channel_stride, int64_t C, const Workspace& w, int64_t place) {
+  if (channel_stride == 1) return token;
+  T* copy = reinterpret_cast<T*>(w.gathered) + place * C;
+  for (int64_t c = 0; c < C; ++c) copy[c] = token[c * channel_stride];
+  return copy;
+}
+
+// Where a token of out is written: in place, or first beside it where its channels are not neighbours.
+template <typename T>
+struct Target {
+  T* token;
+  T* buffer;
+  int64_t channel_stride;
+
+  Target(const Call& call, int64_t frame, int64_t row, int64_t col, const Workspace& w) {
+    const Strides& s = call.out_strides;
+    token = static_cast<T*>(call.out) + frame / call.T * s.video + frame % call.T * s.frame + row * s.row + col * s.col;
+    channel_stride = s.channel;
+    buffer = s.channel == 1 ? token : reinterpret_cast<T*>(w.gathered);
+  }
+
+  void finish(int64_t C) const {
+    if (buffer == token) return;
+    for (int64_t c = 0; c < C; ++c) token[c * channel_stride] = buffer[c];
+  }
+};
+
+// The first token of the workspace belongs to Target.
+constexpr int64_t FIRST_TAP = 1;
+
+// ---- weights ----
+
+// (mean_c |t_c|^p)^(1/p), or the sum in place of the mean.
+template <typename T>
+float token_norm(const T* token, const Call& call) {
+  const int64_t C = call.C;
+  const double p = call.norm_type;
+  if (p == HUGE_VAL) return largest_magnitude(token, C);
+  float total;
+  if (p == 2) {
+    total = reduce(token, C, [](Floats v) { return v * v; });
+  } else if (p == 1) {
+    total = reduce(token, C, [](Floats v) { return absolute(v); });
+  } else {
+    const float exponent = static_cast<float>(p);
+    total = reduce(token, C, [exponent](Floats v) {
+      for (int i = 0; i < LANES; ++i) v[i] = powf(fabsf(v[i]), exponent);
+      return v;
+    });
+  }
+  if (call.normalize_norm) total /= static_cast<float>(C);
+  if (p == 1) return total;
+  return p == 2 ? sqrtf(total) : static_cast<float>(pow(total, 1 / p));
+}
+
+// Norms become weights: softmax(temperature * norm) over n tokens and `zeros` more that have norm 0.
+void softmax(float* weights, int64_t n, int64_t zeros, float temperature) {
+  float largest = zeros > 0 ? 0.0f : -HUGE_VALF;
+  for (int64_t k = 0; k < n; ++k) {
+    weights[k] *= temperature;
+    largest = weights[k] > largest ? weights[k] : largest;
+  }
+  float total = zeros > 0 ? static_cast<float>(zeros) * expf(0.0f - largest) : 0.0f;
+  for (int64_t k = 0; k < n; ++k) total += weights[k] = expf(weights[k] - largest);
+  for (int64_t k = 0; k < n; ++k) weights[k] /= total;
+}
+
+// ---- fused form ----
+
+// The mosaic of four miniatures, or a frame, which is a single tile then.
+template <typename T>
+struct Mosaic {
+  const T* tiles[4];
+  int64_t h, w;  // of a tile
+  int64_t row, col;
+
+  const T* at(int64_t r, int64_t c) const {
+    const int64_t below = r >= h, beside = c >= w;
+    return tiles[2 * below + beside] + (r - below * h) * row + (c - beside * w) * col;
+  }
+};
+
+template <typename T>
+void fused_rows(const int32_t* tables, const Call& call, const int32_t* entry, bool mosaic, int64_t first, int64_t last,
+                bool stream, const Workspace& workspace) {
+  static constexpr float ONES[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1};
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], h = (H + 1) / 2, w = (W + 1) / 2, C = call.C;
+  const int64_t OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS];
+  T* const miniatures = static_cast<T*>(call.scratch);
+  T* const miniature = miniatures + int64_t{entry[E_SLOT]} * h * w * C;
+  Mosaic<T> image;
+  int64_t channel = 1;
+  if (mosaic) {
+    for (int k = 0; k < 4; ++k) image.tiles[k] = miniatures + int64_t{entry[E_SOURCES + k]} * h * w * C;
+    image.h = h, image.w = w, image.row = w * C, image.col = C;
+  } else {
+    const Frame<T> frame = frame_of_x<T>(call, entry[E_CONTENT]);
+    image = {{frame.data}, H, W, frame.row, frame.col};
+    channel = frame.channel;
+  }
+
+  const auto token = [&](int64_t r, int64_t c, int64_t place) {
+    return gather(image.at(r, c), channel, C, workspace, FIRST_TAP + place);
+  };
+  Block* const carried = W % 2 == 1 ? static_cast<Block*>(workspace.carried) : nullptr;
+
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t needed = entry[E_SLOT] >= 0 ? tables[entry[E_NEEDED] + i] : 0;
+    const int64_t pooled = entry[E_TARGET] >= 0 && i < OH ? OW : 0;
+    const bool halo = H % 2 == 1 && i > 0;  // a row above
+    const int64_t bottom = 2 * i + 2 < H ? 2 * i + 2 : H;
+    if (carried != nullptr && needed > 0) __builtin_memset(carried, 0, (C + BLOCK - 1) / BLOCK * sizeof(Block));
+    for (int64_t j = 0; j < (needed > pooled ? needed : pooled); ++j) {
+      const int64_t right = 2 * j + 2 < W ? 2 * j + 2 : W;
+      const T* taps[9];
+      int64_t n = 0;
+      for (int64_t r = 2 * i; r < bottom; ++r) {
+        for (int64_t c = 2 * j; c < right; ++c, ++n) taps[n] = token(r, c, n);
+      }
+      float weights[4];
+      if (j < pooled) {
+        for (int64_t k = 0; k < n; ++k) weights[k] = token_norm(taps[k], call);
+        softmax(weights, n, 0, call.temperature);
+      }
+      if (j < needed && n == 4) {
+        const T** const above = halo ? taps + 4 : nullptr;
+        if (halo) above[0] = token(2 * i - 1, 2 * j, 4), above[1] = token(2 * i - 1, 2 * j + 1, 5);
+        const float share = 1.0f / static_cast<float>((2 + halo) * (2 + (carried != nullptr && j > 0)));
+        T* const cell = miniature + (i * w + j) * C;
+        if (j < pooled) {
+          const Target<T> target(call, entry[E_TARGET], i, j, workspace);
+          walk_step<true>(taps, weights, target.buffer, stream, above, carried, share, C, cell);
+          target.finish(C);
+        } else {
+          walk_step<false>(taps, weights, cell, false, above, carried, share, C, cell);
+        }
+        continue;
+      }
+      if (j < pooled) {
+        const Target<T> target(call, entry[E_TARGET], i, j, workspace);
+        if (n == 4) {
+          weighted_sum<4>(taps, weights, n, 1.0f, C, target.buffer, stream);
+        } else {
+          weighted_sum<0>(taps, weights, n, 1.0f, C, target.buffer, stream);
+        }
+        target.finish(C);
+      }
+      if (j < needed) {  // a cell that the frame's edge cuts
+        const int64_t left = carried != nullptr && j > 0 ? 2 * j - 1 : 2 * j;
+        for (int64_t r = halo ? 2 * i - 1 : 2 * i; r < bottom; ++r) {
+          for (int64_t c = left; c < (r < 2 * i ? right : 2 * j); ++c, ++n) taps[n] = token(r, c, n);
+        }
+        weighted_sum<0>(taps, ONES, n, 1.0f / static_cast<float>(n), C, miniature + (i * w + j) * C, false);
+      }
+    }
+  }
+  if (stream) finish_stores();
+}
+
+// ---- general form ----
+
+template <typename T>
+void summary_rows(const int32_t* tables, const Call& call, const int32_t* level, int64_t s, int64_t first, int64_t last,
+                  const Workspace& workspace) {
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], C = call.C;
+  const int64_t rows = level[L_ROWS], cols = level[L_COLS];
+  const int32_t *sources = tables + level[L_SOURCES] + s * rows * cols, *row_runs = tables + level[L_ROW_RUNS],
+                *col_runs = tables + level[L_COL_RUNS];
+  const T** taps = reinterpret_cast<const T**>(workspace.taps);
+  T* const summary = static_cast<T*>(call.scratch) + (level[L_FIRST] + s) * H * W * C;
+  for (int64_t i = first; i < last; ++i) {
+    for (int64_t j = 0; j < W; ++j) {
+      int64_t n = 0;
+      for (int64_t r = row_runs[i]; r < row_runs[i] + row_runs[H + i]; ++r) {
+        for (int64_t c = col_runs[j]; c < col_runs[j] + col_runs[W + j]; ++c, ++n) {
+          const Frame<T> frame = content<T>(tables, call, sources[r / H * cols + c / W]);
+          taps[n] = gather(frame.at(r % H, c % W), frame.channel, C, workspace, FIRST_TAP + n);
+          workspace.weights[n] = 1;
+        }
+      }
+      const float share = 1.0f / static_cast<float>(n);
+      weighted_sum<0>(taps, workspace.weights, n, share, C, summary + (i * W + j) * C, false);
+    }
+  }
+}
+
+template <typename T>
+void pooled_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t first, int64_t last, bool stream,
+                 const Workspace& workspace) {
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], C = call.C;
+  const int32_t *row_runs = tables + tables[H_WINDOW_ROWS], *col_runs = tables + tables[H_WINDOW_COLS];
+  const Frame<T> image = content<T>(tables, call, tables[tables[H_FINAL] + frame]);
+  const T** taps = reinterpret_cast<const T**>(workspace.taps);
+  int64_t known = 0;  // rows from here on have places for norms that are below 0
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t top = row_runs[i] > 0 ? row_runs[i] : 0;
+    const int64_t end = row_runs[i] + row_runs[OH + i], bottom = end < H ? end : H;
+    known = known > top ? known : top;
+    for (; known < bottom; ++known) {
+      for (int64_t c = 0; c < W; ++c) workspace.norms[known * W + c] = -1;
+    }
+    for (int64_t j = 0; j < OW; ++j) {
+      const int64_t left = col_runs[j] > 0 ? col_runs[j] : 0;
+      const int64_t stop = col_runs[j] + col_runs[OW + j], right = stop < W ? stop : W;
+      int64_t n = 0;
+      for (int64_t r = top; r < bottom; ++r) {
+        for (int64_t c = left; c < right; ++c, ++n) {
+          taps[n] = gather(image.at(r, c), image.channel, C, workspace, FIRST_TAP + n);
+          float& norm = workspace.norms[r * W + c];
+          if (norm < 0) norm = token_norm(taps[n], call);
+          workspace.weights[n] = norm;
+        }
+      }
+      softmax(workspace.weights, n, int64_t{row_runs[OH + i]} * col_runs[OW + j] - n, call.temperature);
+      const Target<T> target(call, frame, i, j, workspace);
+      weighted_sum<0>(taps, workspace.weights, n, 1.0f, C, target.buffer, stream);
+      target.finish(C);
+    }
+  }
+  if (stream) finish_stores();
+}
+
+template <typename T>
+void final_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t first, int64_t last, bool stream,
+                const Workspace& workspace) {
+  const int64_t W = tables[H_WIDTH], C = call.C;
+  const Frame<T> image = content<T>(tables, call, tables[tables[H_FINAL] + frame]);
+  constexpr int64_t PIECE = STGP_VECTOR_BYTES / sizeof(T);
+  for (int64_t i = first; i < last; ++i) {
+    for (int64_t j = 0; j < W; ++j) {
+      const T* token = gather(image.at(i, j), image.channel, C, workspace, FIRST_TAP);
+      const Target<T> target(call, frame, i, j, workspace);
+      int64_t c = 0;
+      for (; c + PIECE <= C; c += PIECE) store_bytes(target.buffer + c, load_bytes<Words>(token + c), stream);
+      __builtin_memcpy(target.buffer + c, token + c, (C - c) * sizeof(T));
+      target.finish(C);
+    }
+  }
+  if (stream) finish_stores();
+}
+
+template <typename T>
+void norm_rows(const Call& call, int64_t W, int64_t frame, int64_t first, int64_t last, const Workspace& workspace) {
+  const Frame<T> image = frame_of_x<T>(call, frame);
+  const Strides& s = call.out_strides;
+  float* const norms = static_cast<float*>(call.out) + frame / call.T * s.video + frame % call.T * s.frame;
+  for (int64_t i = first; i < last; ++i) {
+    for (int64_t j = 0; j < W; ++j) {
+      norms[i * s.row + j * s.col] =
+          token_norm(gather(image.at(i, j), image.channel, call.C, workspace, FIRST_TAP), call);
+    }
+  }
+}
+
+template <typename T>
+constexpr Kernels KERNELS = {
+    STGP_CAPABILITY, fused_rows<T>, summary_rows<T>, pooled_rows<T>, final_rows<T>, norm_rows<T>,
+};
+
+}  // namespace
+
+const Kernels* STGP_KERNELS(DType dtype) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return &KERNELS<BFloat16>;
+    case DType::float16:
+      return &KERNELS<Float16>;
+    default:
+      return &KERNELS<float>;
+  }
+}
+
+}  // namespace stgp::cpu

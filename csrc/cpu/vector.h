@@ -1,0 +1,210 @@
+// Vectors of floats as wide as STGP_VECTOR_BYTES, and how tokens become them. The compiler's vector types give the
+// arithmetic on every architecture; intrinsics are left for conversions of float16 and for stores past the cache.
+//
+// kernels.cpp is compiled once for every set of instructions. Everything here and there is in an unnamed namespace, and
+// no header of the C++ library is used: a function that two of these objects shared could be linked from the wrong one.
+
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "little-endian only: pairs of bfloat16 are taken apart by shifting"
+#endif
+
+namespace {
+
+constexpr int LANES = STGP_VECTOR_BYTES / 4;
+constexpr int BLOCK = 2 * LANES;  // channels that are loaded and stored at once
+
+typedef float Floats __attribute__((vector_size(STGP_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(STGP_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(STGP_VECTOR_BYTES)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The BLOCK channels of a token from some channel on. Which channel is in which lane depends on the type of the token:
+// load and store agree on it, and arithmetic on channels does not mind.
+struct Block {
+  Floats a, b;
+};
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, from);
+}
+
+template <typename V>
+inline V load_bytes(const void* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats absolute(Floats v) { return bit_cast<Floats>(bit_cast<Ints>(v) & 0x7fffffff); }
+
+inline float sum_lanes(Floats v) {
+  float lanes[LANES];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (int width = LANES / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// ---- stores: past the cache where `stream` and the address allow it ----
+
+template <typename V>
+inline void store_bytes(void* to, V v, bool stream) {
+#if defined(__SSE2__)
+  if (stream && reinterpret_cast<uintptr_t>(to) % sizeof(V) == 0) {
+#if STGP_VECTOR_BYTES == 64
+    _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(v));
+#elif STGP_VECTOR_BYTES == 32
+    _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(v));
+#else
+    _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(v));
+#endif
+    return;
+  }
+#else
+  (void)stream;
+#endif
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+// After the last of them: others see the stores that went past the cache before they see what follows.
+inline void finish_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// ---- float32 ----
+
+inline Block load(const float* token) { return {load_bytes<Floats>(token), load_bytes<Floats>(token + LANES)}; }
+
+inline void store(float* token, Block v, bool stream) {
+  store_bytes(token, v.a, stream);
+  store_bytes(token + LANES, v.b, stream);
+}
+
+// ---- bfloat16: even channels and odd channels, so that 16 bits are moved within their word only ----
+
+inline Block load(const BFloat16* token) {
+  const Words pairs = load_bytes<Words>(token);
+  return {bit_cast<Floats>(pairs << 16), bit_cast<Floats>(pairs & 0xffff0000u)};
+}
+
+// In the upper half of every word: the nearest bfloat16, ties to even. NaN stays NaN.
+inline Words round_to_bfloat16(Floats v) {
+  const Words bits = bit_cast<Words>(v);
+  const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return v == v ? rounded : Words{} + 0x7fc00000u;
+}
+
+inline void store(BFloat16* token, Block v, bool stream) {
+  store_bytes(token, (round_to_bfloat16(v.a) >> 16) | (round_to_bfloat16(v.b) & 0xffff0000u), stream);
+}
+
+// ---- float16 ----
+
+#if STGP_VECTOR_BYTES == 64
+
+inline Block load(const Float16* token) {
+  return {_mm512_cvtph_ps(load_bytes<__m256i>(token)), _mm512_cvtph_ps(load_bytes<__m256i>(token + LANES))};
+}
+
+inline void store(Float16* token, Block v, bool stream) {
+  const __m256i a = _mm512_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT),
+                b = _mm512_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT);
+  store_bytes(token, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1), stream);
+}
+
+#elif STGP_VECTOR_BYTES == 32
+
+inline Block load(const Float16* token) {
+  return {_mm256_cvtph_ps(load_bytes<__m128i>(token)), _mm256_cvtph_ps(load_bytes<__m128i>(token + LANES))};
+}
+
+inline void store(Float16* token, Block v, bool stream) {
+  const __m128i a = _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT),
+                b = _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT);
+  store_bytes(token, _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1), stream);
+}
+
+#else
+
+// Exponent and fraction move to their places in a float; multiplying by a power of 2 then corrects the exponent's bias,
+// exactly for subnormal numbers too.
+inline float to_float(Float16 value) {
+  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16, magnitude = uint32_t{value.bits & 0x7fffu} << 13;
+  if (magnitude >= 0x0f800000) return bit_cast<float>(sign | magnitude | 0x7f800000);  // infinity, NaN
+  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f));
+}
+
+// The nearest float16, ties to even. NaN stays NaN.
+inline Float16 to_float16(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffff;
+  uint32_t rounded;
+  if (magnitude > 0x7f800000) {
+    rounded = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
+    rounded = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 1/2 leaves units of 2^-24 in the fraction
+    rounded = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    rounded = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
+  }
+  return {static_cast<uint16_t>(rounded | (bits >> 16 & 0x8000))};
+}
+
+inline Block load(const Float16* token) {
+  Block v;
+  for (int i = 0; i < LANES; ++i) {
+    v.a[i] = to_float(token[i]);
+    v.b[i] = to_float(token[i + LANES]);
+  }
+  return v;
+}
+
+inline void store(Float16* token, Block v, bool stream) {
+  Float16 rounded[BLOCK];
+  for (int i = 0; i < LANES; ++i) {
+    rounded[i] = to_float16(v.a[i]);
+    rounded[i + LANES] = to_float16(v.b[i]);
+  }
+  store_bytes(token, load_bytes<Words>(rounded), stream);
+}
+
+#endif
+
+// ---- the last channels, fewer than BLOCK: the others are 0 ----
+
+template <typename T>
+inline Block load_some(const T* token, int64_t channels) {
+  T padded[BLOCK] = {};
+  __builtin_memcpy(padded, token, channels * sizeof(T));
+  return load(padded);
+}
+
+template <typename T>
+inline void store_some(T* token, Block v, int64_t channels) {
+  T padded[BLOCK];
+  store(padded, v, false);
+  __builtin_memcpy(token, padded, channels * sizeof(T));
+}
+
+}  // namespace

@@ -1,0 +1,47 @@
+// stgridpool_kernels._C: what is no op. Importing it also registers the ops of binding.cpp.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "grid_pool.h"
+#include "tables.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of stgridpool_kernels: how they were built, and which CPU instructions they use.";
+
+  m.attr("TABLES_VERSION") = stgp::VERSION;
+
+  m.def(
+      "build_info",
+      [] {
+        return std::map<std::string, std::string>{
+            {"version", STGP_BUILD_VERSION},
+            {"compiler", STGP_BUILD_COMPILER},
+            {"torch", STGP_BUILD_TORCH},
+            {"stable ABI", STGP_BUILD_ABI},
+            {"cuda", STGP_BUILD_CUDA},
+            {"cuda architectures", STGP_BUILD_CUDA_ARCHITECTURES},
+            {"cpu capabilities", STGP_BUILD_CPU_CAPABILITIES},
+        };
+      },
+      "How this library was built; \"cuda\" is empty where it holds no CUDA kernels.");
+
+  m.def("cpu_capability", &stgp::cpu::capability,
+        "The vector instructions in use: \"avx512\", \"avx2\" or \"portable\".");
+
+  m.def(
+      "use_cpu_capability",
+      [](const std::string& name) {
+        if (!stgp::cpu::use_capability(name.c_str())) {
+          throw std::invalid_argument("name must be one of " STGP_BUILD_CPU_CAPABILITIES " that this CPU runs, got '" +
+                                      name + "'");
+        }
+      },
+      pybind11::arg("name"),
+      "Use these vector instructions from now on, in every thread. Raises ValueError where this CPU does not run "
+      "them.");
+}

@@ -1,0 +1,105 @@
+#include "tables.h"
+
+#include <algorithm>
+
+#include "grid_pool.h"
+
+namespace stgp {
+
+namespace {
+
+// Whether `count` words from `offset` on are inside the tables.
+bool inside(int64_t offset, int64_t count, int64_t words) {
+  return offset >= HEADER_WORDS && count >= 0 && offset + count <= words;
+}
+
+bool all_between(const int32_t* values, int64_t count, int64_t low, int64_t high) {
+  return std::all_of(values, values + count, [=](int64_t value) { return low <= value && value < high; });
+}
+
+// Runs of windows: from the first position of the frame's padding on, none empty, no further than a frame beyond it.
+bool runs_fit(const int32_t* t, int64_t words, int64_t offset, int64_t count, int64_t low, int64_t high) {
+  if (!inside(offset, 2 * count, words)) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = t[offset + i], length = t[offset + count + i];
+    if (start < low || length < 1 || start + length > high) return false;
+  }
+  return true;
+}
+
+const char* check_levels(const int32_t* t, int64_t words) {
+  const int64_t H = t[H_HEIGHT], W = t[H_WIDTH];
+  int64_t summaries = 0;
+  for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
+    const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
+    const int64_t rows = level[L_ROWS], cols = level[L_COLS], count = level[L_COUNT];
+    if (rows < 1 || cols < 1 || count < 1 || level[L_FIRST] != summaries) return "a level's sizes are out of range";
+    if (rows > words || cols > words || !inside(level[L_SOURCES], count * rows * cols, words) ||
+        !all_between(t + level[L_SOURCES], count * rows * cols, -summaries, t[H_FRAMES])) {
+      return "a level's sources are out of range";
+    }
+    if (!runs_fit(t, words, level[L_ROW_RUNS], H, 0, rows * H) ||
+        !runs_fit(t, words, level[L_COL_RUNS], W, 0, cols * W)) {
+      return "a level's runs are out of range";
+    }
+    summaries += count;
+  }
+  return summaries == t[H_SUMMARIES] ? nullptr : "the levels do not hold all summaries";
+}
+
+const char* check_steps(const int32_t* t, int64_t words) {
+  const int64_t h = (t[H_HEIGHT] + 1) / 2, w = (t[H_WIDTH] + 1) / 2;
+  for (int s = 0; s < t[H_NUM_STEPS]; ++s) {
+    const int32_t* step = t + t[H_STEPS] + s * STEP_WORDS;
+    const int64_t count = step[S_COUNT], walked = step[S_WALKED];
+    if (count < 1 || walked < 0 || walked > count || step[S_AFTER] < 0 || step[S_AFTER] > s ||
+        !inside(step[S_ENTRIES], count * ENTRY_WORDS, words)) {
+      return "a step's entries are out of range";
+    }
+    for (int64_t e = 0; e < count; ++e) {
+      const int32_t* entry = t + step[S_ENTRIES] + e * ENTRY_WORDS;
+      const bool mosaic = step[S_MOSAIC] != 0;
+      if (!all_between(entry + E_CONTENT, 1, mosaic ? -int64_t{t[H_SUMMARIES]} : 0, mosaic ? 0 : t[H_FRAMES]) ||
+          !all_between(entry + E_TARGET, 1, -1, t[H_FRAMES]) ||
+          !all_between(entry + E_SLOT, 1, e < walked ? 0 : -1, e < walked ? t[H_SLOTS] : 0) ||
+          !all_between(entry + E_SOURCES, 4, -1, t[H_SLOTS]) || !inside(entry[E_NEEDED], h, words) ||
+          !all_between(t + entry[E_NEEDED], h, 0, w + 1)) {
+        return "an entry is out of range";
+      }
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* check_tables(const int32_t* t, int64_t words) {
+  if (t == nullptr || words < HEADER_WORDS || t[H_MAGIC] != MAGIC) return "these are no tables of a plan";
+  if (t[H_VERSION] != VERSION) return "the tables have another version";
+  if (t[H_WORDS] != words) return "the tables have another length";
+  constexpr int64_t MOST = 1 << 24;  // rows or columns: products of two fit into 64 bits many times over
+  if (!all_between(t + H_HEIGHT, 4, 1, MOST) || !all_between(t + H_FRAMES, 1, 0, words) ||
+      !all_between(t + H_SUMMARIES, 1, 0, words) || !all_between(t + H_NUM_LEVELS, 1, 0, words) ||
+      !all_between(t + H_NUM_STEPS, 1, 0, words) || !all_between(t + H_SLOTS, 1, 0, words)) {
+    return "a size in the tables is out of range";
+  }
+  if (!inside(t[H_FINAL], t[H_FRAMES], words) ||
+      !all_between(t + t[H_FINAL], t[H_FRAMES], -int64_t{t[H_SUMMARIES]}, t[H_FRAMES])) {
+    return "the final contents are out of range";
+  }
+  const int64_t H = t[H_HEIGHT], W = t[H_WIDTH], OH = t[H_OUT_ROWS], OW = t[H_OUT_COLS];
+  if (!runs_fit(t, words, t[H_WINDOW_ROWS], OH, -MOST, 2 * MOST) ||
+      !runs_fit(t, words, t[H_WINDOW_COLS], OW, -MOST, 2 * MOST)) {
+    return "the windows are out of range";
+  }
+  const int32_t *heights = t + t[H_WINDOW_ROWS] + OH, *widths = t + t[H_WINDOW_COLS] + OW;
+  const int64_t largest = int64_t{*std::max_element(heights, heights + OH)} * *std::max_element(widths, widths + OW);
+  if (largest != t[H_LARGEST_WINDOW]) return "the largest window has another size";
+  if (!inside(t[H_LEVELS], int64_t{t[H_NUM_LEVELS]} * LEVEL_WORDS, words)) return "the levels are out of range";
+  if (const char* wrong = check_levels(t, words)) return wrong;
+  if (!inside(t[H_STEPS], int64_t{t[H_NUM_STEPS]} * STEP_WORDS, words)) return "the steps are out of range";
+  if (t[H_NUM_STEPS] > 0 && (OH > (H + 1) / 2 || OW > (W + 1) / 2)) return "there are more windows than pairs";
+  return check_steps(t, words);
+}
+
+}  // namespace stgp

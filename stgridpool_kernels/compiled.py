@@ -1,0 +1,126 @@
+"""The backends `cpu` and `cuda`: kernels in C++, in the library `stgridpool_kernels._C` where that was built.
+
+The library is loaded with the package. It implements private ops that `ops.py` declares, which take a plan as tables.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache, lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .device_tables import Tables, tables_on
+from .plan import GridPlan
+from .tables import VERSION, plan_tables
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _load() -> ModuleType | None:
+    """The compiled library; None where there is none. Raises ImportError with the cause if it does not load."""
+    name = f"{__package__}._C"
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return None
+    advice = f"Build it again with this torch ({torch.__version__}), or remove it: {spec.origin}"
+    try:
+        library = importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"the compiled library is there but does not load: {error}. {advice}") from error
+    if library.TABLES_VERSION != VERSION:
+        built = library.build_info()["version"]
+        raise ImportError(f"the compiled library is of version {built} and takes other tables. {advice}")
+    return library
+
+
+LIBRARY = _load()
+"""The compiled library, or None."""
+
+
+def why_not_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
+    """None where the CPU kernels can run the call, else the reason; x is None for the question about the machine."""
+    if LIBRARY is None:
+        return "the compiled library was not built (pip install -v says why)"
+    if x is None:
+        return None
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    return _why_not_dtype(x)
+
+
+def why_not_on_cuda(x: Tensor | None, plan: GridPlan | None) -> str | None:
+    """The same of the CUDA kernels."""
+    reason = _why_not_cuda_here()
+    if reason is not None or x is None:
+        return reason
+    if not x.is_cuda:
+        return f"x is on {x.device}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
+    return _why_not_dtype(x)
+
+
+@cache
+def _why_not_cuda_here() -> str | None:
+    if LIBRARY is None:
+        return "the compiled library was not built (pip install -v says why)"
+    if not LIBRARY.build_info()["cuda"]:
+        return "the compiled library was built without CUDA kernels"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _why_not_dtype(x: Tensor) -> str | None:
+    return None if x.dtype in DTYPES else f"{str(x.dtype).removeprefix('torch.')} runs on the reference only"
+
+
+@lru_cache(maxsize=256)
+def _tables(plan: GridPlan, gridding: bool, frames_per_step: int | None) -> Tensor:
+    return torch.frombuffer(plan_tables(plan, gridding, frames_per_step), dtype=torch.int32)
+
+
+@lru_cache(maxsize=256)
+def _device_tables(plan: GridPlan, gridding: bool, device: torch.device) -> Tables:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "warm up first: a CUDA graph cannot capture the first call with a given plan, which uploads its tables; "
+            "run it once before the capture"
+        )
+    tables = tables_on(device, plan_tables(plan, gridding))
+    assert tables is not None
+    return tables
+
+
+def _run(op: Callable[..., None], x: Tensor, plan: GridPlan, gridding: bool, *rest: object) -> None:
+    if not x.is_cuda:
+        # few frames at a time keep their miniatures in the cache, but every thread should find work
+        op(x, _tables(plan, gridding, 2 * torch.get_num_threads()), None, *rest)
+        return
+    with torch.cuda.device(x.device):
+        op(x, _tables(plan, gridding, None), _device_tables(plan, gridding, x.device).use_now(), *rest)
+
+
+def grid_pool(
+    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
+) -> None:
+    op = torch.ops.stgp._grid_pool_by_tables.default
+    _run(op, x, plan, True, temperature, norm_type, normalize_norm, out)
+
+
+def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
+    _run(torch.ops.stgp._temporal_grid_by_tables.default, x, plan, True, out)
+
+
+def norm_pool(
+    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
+) -> None:
+    op = torch.ops.stgp._grid_pool_by_tables.default
+    _run(op, x, plan, False, temperature, norm_type, normalize_norm, out)
+
+
+def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
+    torch.ops.stgp._token_norm_compiled.default(x, norm_type, normalize_norm, out)

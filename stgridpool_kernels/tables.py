@@ -1,0 +1,143 @@
+"""A plan as one array of int32, which the C++ kernels follow and `GridPlan.save` writes. csrc/tables.h has its form."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from functools import lru_cache
+from heapq import heappop, heappush
+
+from .plan import GridPlan, Runs
+from .schedule import Schedule, needed_cells, pools_pairs, shrinks_by_halves
+
+MAGIC = int.from_bytes(b"STGP", "little")
+VERSION = 1
+HEADER_WORDS = 18
+STEP_WORDS = 5
+
+
+@lru_cache(maxsize=256)
+def plan_tables(plan: GridPlan, gridding: bool = True, frames_per_step: int | None = None) -> array[int]:
+    """The tables of a plan; without gridding, of its windows alone.
+
+    frames_per_step: read at least so many frames, then make the summaries that these complete, and so on: few
+        miniatures are kept at a time, for a CPU's cache. None reads all frames first, then makes the summaries level by
+        level: few steps, for a GPU.
+    """
+    steps = Schedule.of(plan) if gridding else Schedule.none(plan)
+    words = [0] * HEADER_WORDS
+
+    final = len(words)
+    words += steps.final
+    records: list[int] = []
+    for numbers in steps.by_level():
+        level = plan.levels[steps.summaries[numbers[0]].level]
+        records += (level.rows, level.cols, numbers[0], len(numbers), len(words))
+        for s in numbers:
+            words += steps.summaries[s].sources
+        records += (_append(words, level.row_runs), _append(words, level.col_runs))
+    levels = len(words)
+    words += records
+    window_rows, window_cols = _append(words, plan.window_rows), _append(words, plan.window_cols)
+
+    fused: list[int] = []
+    slots = 0
+    if pools_pairs(plan) and shrinks_by_halves(plan):
+        fused, slots = _fused(words, plan, steps, frames_per_step)
+    first_step = len(words)
+    words += fused
+
+    words[:HEADER_WORDS] = (
+        *(MAGIC, VERSION, len(words)),
+        *(len(steps.final), plan.height, plan.width, *plan.pooled_size),
+        max(plan.window_rows.count) * max(plan.window_cols.count),
+        *(len(steps.summaries), final, levels, len(steps.by_level()), window_rows, window_cols),
+        *(first_step, len(fused) // STEP_WORDS, slots),
+    )
+    return array("i", words)
+
+
+def _append(words: list[int], runs: Runs) -> int:
+    start = len(words)
+    words += (*runs.start, *runs.count)
+    return start
+
+
+def _fused(words: list[int], plan: GridPlan, steps: Schedule, frames_per_step: int | None) -> tuple[list[int], int]:
+    """Steps of the fused form, whose entries are added to `words`, and how many slots they use."""
+    needed = needed_cells(plan, steps)
+    ends = {content: frame for frame, content in enumerate(steps.final)}
+    none_needed = (0,) * -(-plan.height // 2)
+    rows: dict[tuple[int, ...], int] = {}
+    for counts in (none_needed, *needed.values()):
+        if counts not in rows:
+            rows[counts] = len(words)
+            words += counts
+
+    def sources(content: int) -> tuple[int, ...]:
+        return steps.summaries[~content].sources if content < 0 else ()
+
+    frames = [frame for frame in range(len(steps.final)) if frame in needed or frame in ends]
+    levels = [[~s for s in level if ~s in needed or ~s in ends] for level in steps.by_level()]
+    if frames_per_step is None:
+        order = [frames, *levels]
+    else:
+        order = list(_interleaved(steps, frames, levels, set(needed), frames_per_step))
+    order = [contents for contents in order if contents]
+
+    made = {content: step for step, contents in enumerate(order) for content in contents}
+    last_use = {source: step for step, contents in enumerate(order) for c in contents for source in sources(c)}
+    records: list[int] = []
+    slot: dict[int, int] = {}
+    free: list[int] = []
+    freed: list[int] = []  # for every slot, how many steps must be complete before it may be written again
+    for step, contents in enumerate(order):
+        walked = [content for content in contents if content in needed]
+        for content in walked:
+            if not free:
+                heappush(free, len(freed))
+                freed.append(0)
+            slot[content] = heappop(free)
+        after = max(
+            [made.get(source, -1) + 1 for content in contents for source in sources(content)]
+            + [freed[slot[content]] for content in walked],
+            default=0,
+        )
+        records += (int(contents[0] < 0), len(words), len(contents), len(walked), after)
+        for content in (*walked, *(content for content in contents if content not in needed)):
+            words += (content, ends.get(content, -1), slot.get(content, -1), rows[needed.get(content, none_needed)])
+            words += [slot.get(source, -1) for source in sources(content)] or [-1] * 4
+        for content in [content for content in slot if last_use[content] == step]:
+            freed[slot[content]] = step + 1
+            heappush(free, slot.pop(content))
+    return records, len(freed)
+
+
+def _interleaved(
+    steps: Schedule, frames: list[int], levels: list[list[int]], sampled: set[int], frames_per_step: int
+) -> Iterator[list[int]]:
+    """Contents in steps, each as little dependent on the step just before it as possible: no thread waits for another.
+
+    Frames are taken in batches that end with a target. A batch is its sampled frames, which the summaries wait for,
+    between others, which nothing waits for; levels follow one by one, with frames between them.
+    """
+    targets = sorted({summary.target for summary in steps.summaries})
+    waiting: deque[list[int]] = deque()
+    while frames:
+        stop = next((t + 1 for t in targets if t + 1 >= frames[0] + frames_per_step), frames[-1] + 1)
+        batch, frames = [f for f in frames if f < stop], [f for f in frames if f >= stop]
+        others = [frame for frame in batch if frame not in sampled]
+        first = max(0, len(others) - frames_per_step // 2)
+        for part in (others[:first], [frame for frame in batch if frame in sampled], others[first:]):
+            if part:
+                yield part
+                if waiting:
+                    yield waiting.popleft()
+        for level in levels:
+            waiting.append([s for s in level if steps.summaries[~s].target < stop])
+            level[:] = [s for s in level if steps.summaries[~s].target >= stop]
+        waiting = deque(filter(None, waiting))
+        if waiting:
+            yield waiting.popleft()
+    yield from waiting
