@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from benchmarks import cuda_emulation
 from benchmarks.interpreter import hasten_interpreter, repair_interpreter, use_interpreter
 from stgridpool_kernels.backends import BACKENDS, Backend
 
@@ -19,6 +20,10 @@ use_interpreter()
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     repair_interpreter()
     hasten_interpreter()
+
+# Without a GPU, the source of the CUDA kernels runs on the CPU.
+if not torch.cuda.is_available() and cuda_emulation.find_compiler() is not None:
+    BACKENDS[[tested.name for tested in BACKENDS].index("cuda")] = cuda_emulation.backend()
 
 settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=400, deadline=None)

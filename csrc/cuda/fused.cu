@@ -1,0 +1,335 @@
+// grid_pool where windows are 2 x 2 at stride 2 and grids 2 x 2 shrunk by area. Tokens are read once, but for halos.
+//
+// Summaries are tiled from miniatures: D(content) is the content average-pooled to h x w = ceil(H / 2) x ceil(W / 2)
+// cells, the same for every level. Cell (i, j) averages rows 2i, 2i + 1 and columns 2j, 2j + 1, which are window (i,
+// j); where H is odd also row 2i - 1, and where W is odd also column 2j - 1.
+//
+// A launch per step of the tables: the frames of x, then the summaries of each level, read as mosaics of miniatures.
+
+#include "norms.cuh"
+
+namespace stgp::cuda {
+namespace {
+
+// Cells or windows of a row that a block walks where it need not walk the whole row. While it works on one, the next is
+// being loaded; yet many blocks even out better than few. Not measured.
+constexpr int32_t CELLS = 4;
+
+// Of a thread. A multiprocessor has room for 24 warps at 80, and for 16 at 128.
+template <class T, Access A>
+constexpr int REGISTERS = sizeof(T) == 2 && A == Access::pieces ? 80 : 128;
+
+template <class T>
+struct Fused {
+  Frames<const T> x;
+  Frames<T> out;
+  T* scratch;                     // miniatures: (slots, h, w, C)
+  const int32_t* tables;          // the offsets in entries count from here
+  const int32_t* entries;         // of this launch
+  int32_t walked;                 // how many of them have a miniature; these come first
+  int32_t cells, spans;           // of a row, for those that have a miniature: cells of a block, and blocks
+  int32_t windows, window_spans;  // the same of the others
+  int32_t H, W, h, w, OH, OW, C;
+  Norm norm;
+  float share, temperature;
+};
+
+// 1 / n of the 1, 2 or 3 rows or columns of a cell: rounded once, exact for 1 and 2, and no division.
+__device__ __forceinline__ float share_of(int32_t n) { return n == 3 ? 1.0f / 3.0f : n == 2 ? 0.5f : 1.0f; }
+
+// Where the tokens of an entry are: in a frame of x, or in the four miniatures that a summary is tiled from.
+template <class T, bool MOSAIC>
+struct Image {
+  const Fused<T>& p;
+  const T* frame;
+  int32_t slots[4];
+
+  __device__ __forceinline__ Image(const Fused<T>& p, const int32_t* entry) : p(p) {
+    if constexpr (MOSAIC) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) slots[n] = entry[E_SOURCES + n];
+    } else {
+      frame = p.x.frame(entry[E_CONTENT]);
+    }
+  }
+
+  __device__ __forceinline__ const T* token(int32_t row, int32_t col) const {
+    if constexpr (MOSAIC) {
+      const bool below = row >= p.h, beside = col >= p.w;
+      const int64_t slot = below ? (beside ? slots[3] : slots[2]) : (beside ? slots[1] : slots[0]);
+      if (below) row -= p.h;
+      if (beside) col -= p.w;
+      return p.scratch + ((slot * p.h + row) * p.w + col) * p.C;
+    } else {
+      return p.x.token(frame, row, col);
+    }
+  }
+};
+
+// Whether blocks take more than a cell or a window each.
+__host__ __device__ constexpr bool walks(Access access, bool mosaic) { return access == Access::pieces && !mosaic; }
+
+template <class T>
+__device__ __forceinline__ void add_word(float (&sums)[PER_WORD<T>], uint32_t word) {
+  float values[PER_WORD<T>];
+  unpack<T>(word, values);
+#pragma unroll
+  for (int e = 0; e < PER_WORD<T>; ++e) sums[e] += values[e];
+}
+
+// Weights of the four tokens of a window: softmax(temperature * norm), 0 for tokens that are not taken.
+__device__ __forceinline__ void weigh(const float (&norms)[4], const bool (&taken)[4], float temperature,
+                                      float (&weights)[4]) {
+  float highest = -INFINITY;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    weights[q] = taken[q] ? logit(temperature, norms[q]) : -INFINITY;
+    highest = fmaxf(highest, weights[q]);
+  }
+#pragma unroll
+  for (int q = 0; q < 4; ++q) weights[q] = expf(weights[q] - highest);
+  // in the order of pool.cu's join over a block
+  const float total = (weights[0] + weights[2]) + (weights[1] + weights[3]);
+#pragma unroll
+  for (int q = 0; q < 4; ++q) weights[q] = __fdividef(weights[q], total);
+}
+
+// out[t, i, j] = sum of a * x[t, r, c] over window (i, j), a = softmax(temperature * norm of x[t, r, c])
+// D[t, i, j] = mean of x[t, r, c] over cell (i, j)
+//
+// MOSAIC: the entries are summaries. HALO: H or W is odd, so that cells reach one row up and one column to the left.
+//
+// A block walks: it takes neighbouring cells of one row of one entry from left to right. As soon as the registers of a
+// piece are free, that of the next cell is on its way to them. Where W is odd, the walk is the whole row, and the sum
+// of a cell's last column is carried to the next cell. Of mosaics and of element accesses a block takes one cell.
+template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
+__global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_constant__ Fused<T> p) {
+  constexpr bool WALKS = walks(A, MOSAIC), CARRIES = HALO && WALKS;
+  // Or else tokens are loaded at each use. Elements would take too many registers, and so would 32-bit mosaics, which
+  // are in L2.
+  constexpr bool KEEPS = A == Access::pieces && (sizeof(T) == 2 || !MOSAIC);
+  constexpr int HELD = KEEPS ? PIECES<T> : 1;
+  constexpr int ABOVE = HALO ? 2 : 0, BESIDE = HALO && !WALKS ? 3 : 0;  // tokens of the halo
+  constexpr Use USE = MOSAIC ? Use::again : Use::once;
+  const Norm norm = L2_NORM ? Norm::l2 : p.norm;
+
+  int32_t block = blockIdx.x;
+  const bool walked = block < p.walked * p.h * p.spans;
+  if (!walked) block -= p.walked * p.h * p.spans;
+  const int32_t spans = walked ? p.spans : p.window_spans, rows = walked ? p.h : p.OH;
+  const int32_t cells = walked ? p.cells : p.windows;
+  const int32_t i = block / spans % rows, first = block % spans * cells;
+  const int32_t* entry = p.entries + (block / (spans * rows) + (walked ? 0 : p.walked)) * ENTRY_WORDS;
+  const int32_t target = entry[E_TARGET], needed = p.tables[entry[E_NEEDED] + i];
+  const bool pooled = target >= 0 && i < p.OH;
+  const int32_t stop = min(max(needed, pooled ? p.OW : 0), first + cells);
+  if (first >= stop) return;
+
+  const Image<T, MOSAIC> image(p, entry);
+  const int64_t x_channel = MOSAIC ? 1 : p.x.strides.channel;
+  const bool odd_W = p.W % 2 == 1, over = HALO && p.H % 2 == 1 && i > 0;
+  const int32_t top = over ? 2 * i - 1 : 2 * i, bottom = min(2 * i + 2, p.H);
+
+  const auto channel = [&](int k) { return static_cast<int32_t>((k * blockDim.x + threadIdx.x) * PER_PIECE<T>); };
+  const auto taken = [&](int32_t j, int q) { return 2 * i + q / 2 < p.H && 2 * j + q % 2 < p.W; };
+  const auto load = [&](int32_t row, int32_t col, bool wanted, int k) {
+    return wanted ? load_piece<A, USE>(image.token(row, col), channel(k), p.C, x_channel) : Piece{};
+  };
+
+  Piece tile[4][HELD];      // the tokens of a window row by row
+  const T* walk = nullptr;  // the first of them, if this is a walk: a step is less work than a place
+  if constexpr (WALKS) walk = image.token(2 * i, 2 * first);
+  const auto load_beside = [&](int row, int col, bool wanted, int k) {
+    const T* token = walk + row * p.x.strides.row + col * p.x.strides.col;
+    return wanted ? load_piece<A, USE>(token, channel(k), p.C, 1) : Piece{};
+  };
+  const auto load_tile = [&](int32_t j, int k) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const bool wanted = j < stop && taken(j, q);
+      tile[q][k % HELD] = WALKS ? load_beside(q / 2, q % 2, wanted, k) : load(2 * i + q / 2, 2 * j + q % 2, wanted, k);
+    }
+  };
+  const auto load_tiles = [&](int32_t j) {
+#pragma unroll
+    for (int k = 0; k < HELD; ++k) load_tile(j, k);
+  };
+  // a sum of four channels that this thread carries, of as many as it has; in registers they would leave no room
+  const auto carried = [&](int four) -> float4& { return dynamic_shared_memory[four * blockDim.x + threadIdx.x]; };
+  if constexpr (CARRIES) {
+#pragma unroll
+    for (int four = 0; four < THREAD_CHANNELS / 4; ++four) carried(four) = float4{};
+  }
+  if constexpr (KEEPS) load_tiles(first);
+
+  T* pooled_token = pooled ? p.out.token(p.out.frame(target), i, first) : p.out.base;
+  T* cell = p.scratch + ((static_cast<int64_t>(entry[E_SLOT]) * p.h + i) * p.w + first) * p.C;
+  for (int32_t j = first; j < stop; ++j) {
+    const bool pools = pooled && j < p.OW, shrinks = j < needed;
+    float weights[4] = {};
+    if (pools) {
+      float norms[4] = {};
+#pragma unroll HELD
+      for (int k = 0; k < PIECES<T>; ++k) {
+        if constexpr (!KEEPS) load_tile(j, k);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) norms[q] = add_piece<T>(norm, norms[q], tile[q][k % HELD]);
+      }
+      join_block(Join{norm}, norms, j % 2);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) norms[q] = finish_norm(norm, norms[q], p.share);
+      const bool window[4] = {taken(j, 0), taken(j, 1), taken(j, 2), taken(j, 3)};
+      weigh(norms, window, p.temperature, weights);
+      if constexpr (KEEPS) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+#pragma unroll
+          for (int k = 0; k < HELD; ++k) keep_packed(tile[q][k]);
+        }
+      }
+    }
+
+    const int32_t width = min(2 * j + 2, p.W) - (odd_W ? max(2 * j - 1, 0) : 2 * j);
+    const float share = share_of(bottom - top) * share_of(width);
+#pragma unroll HELD
+    for (int k = 0; k < PIECES<T>; ++k) {
+      if constexpr (!KEEPS) load_tile(j, k);
+      if (pools) {
+        Piece result;
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) {
+          float sum[PER_WORD<T>] = {};
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            float values[PER_WORD<T>];
+            unpack<T>(tile[q][k % HELD].word[w], values);
+#pragma unroll
+            for (int e = 0; e < PER_WORD<T>; ++e) sum[e] = fmaf(weights[q], values[e], sum[e]);
+          }
+          result.word[w] = pack<T>(sum);
+        }
+        store_piece<A, Use::once>(pooled_token, channel(k), p.C, p.out.strides.channel, result);
+      }
+      if (shrinks) {
+        [[maybe_unused]] Piece above[2], beside[3];
+#pragma unroll
+        for (int n = 0; n < ABOVE; ++n) {
+          const bool wanted = over && 2 * j + n < p.W;
+          above[n] = WALKS ? load_beside(-1, n, wanted, k) : load(2 * i - 1, 2 * j + n, wanted, k);
+        }
+#pragma unroll
+        for (int n = 0; n < BESIDE; ++n) {
+          const int32_t row = 2 * i - 1 + n;
+          beside[n] = load(row, 2 * j - 1, odd_W && j > 0 && row >= top && row < bottom, k);
+        }
+        Piece result;
+        float lasts[PER_PIECE<T>];  // sums of the last column
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) {
+          float left[PER_WORD<T>] = {}, right[PER_WORD<T>] = {}, before[PER_WORD<T>] = {};
+          if constexpr (ABOVE > 0) {
+            add_word<T>(left, above[0].word[w]);
+            add_word<T>(right, above[1].word[w]);
+          }
+          add_word<T>(left, tile[0][k % HELD].word[w]);
+          add_word<T>(left, tile[2][k % HELD].word[w]);
+          add_word<T>(right, tile[1][k % HELD].word[w]);
+          add_word<T>(right, tile[3][k % HELD].word[w]);
+#pragma unroll
+          for (int n = 0; n < BESIDE; ++n) add_word<T>(before, beside[n].word[w]);
+          float mean[PER_WORD<T>];
+#pragma unroll
+          for (int e = 0; e < PER_WORD<T>; ++e) {
+            const int n = w * PER_WORD<T> + e;
+            if constexpr (CARRIES)
+              before[e] = reinterpret_cast<const float*>(&carried((k * PER_PIECE<T> + n) / 4))[n % 4];
+            lasts[n] = right[e];
+            mean[e] = ((before[e] + left[e]) + right[e]) * share;
+          }
+          result.word[w] = pack<T>(mean);
+        }
+        if constexpr (CARRIES) {
+          if (odd_W) {
+#pragma unroll
+            for (int n = 0; n < PER_PIECE<T>; n += 4) {
+              carried((k * PER_PIECE<T> + n) / 4) = float4{lasts[n], lasts[n + 1], lasts[n + 2], lasts[n + 3]};
+            }
+          }
+        }
+        store_piece<A, Use::again>(cell, channel(k), p.C, 1, result);
+      }
+      if constexpr (WALKS) {
+        walk += 2 * p.x.strides.col;
+        load_tile(j + 1, k);
+        walk -= 2 * p.x.strides.col;
+      }
+    }
+    if constexpr (WALKS) {
+      walk += 2 * p.x.strides.col;
+      pooled_token += p.out.strides.col;
+      cell += p.C;
+    }
+  }
+}
+
+template <class T, Access A, bool MOSAIC>
+auto choose_kernel(bool halo, Norm norm) -> void (*)(Fused<T>) {
+  if constexpr (A == Access::pieces) {
+    if (norm == Norm::l2) {
+      return halo ? grid_pool_kernel<T, A, true, MOSAIC, true> : grid_pool_kernel<T, A, true, MOSAIC, false>;
+    }
+  }
+  return grid_pool_kernel<T, A, false, MOSAIC, true>;
+}
+
+template <class T>
+cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream) {
+  Fused<T> p{};
+  p.x = frames_of_x<T>(call);
+  p.out = frames_of_out<T>(call);
+  p.scratch = static_cast<T*>(call.scratch);
+  p.tables = device_tables;
+  p.H = tables[H_HEIGHT];
+  p.W = tables[H_WIDTH];
+  p.h = (p.H + 1) / 2;
+  p.w = (p.W + 1) / 2;
+  p.OH = tables[H_OUT_ROWS];
+  p.OW = tables[H_OUT_COLS];
+  p.C = static_cast<int32_t>(call.C);
+  p.norm = norm_kind(call.norm_type);
+  p.share = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.temperature = call.temperature;
+
+  const bool halo = p.H % 2 == 1 || p.W % 2 == 1, pieces = in_pieces(tables, call, p.OH, p.OW);
+  const int32_t threads = block_threads(p.C, sizeof(T));
+  for (int32_t step = 0; step < tables[H_NUM_STEPS]; ++step) {
+    const int32_t* s = tables + tables[H_STEPS] + step * STEP_WORDS;
+    const bool mosaic = s[S_MOSAIC] != 0;
+    p.windows = walks(pieces ? Access::pieces : Access::elements, mosaic) ? CELLS : 1;
+    p.cells = p.windows > 1 && p.W % 2 == 1 ? p.w : p.windows;
+    p.spans = (p.w + p.cells - 1) / p.cells;
+    p.window_spans = (p.OW + p.windows - 1) / p.windows;
+    const int64_t walk = static_cast<int64_t>(p.h) * p.spans, pool = static_cast<int64_t>(p.OH) * p.window_spans;
+    const auto kernel = mosaic ? (pieces ? choose_kernel<T, Access::pieces, true>(halo, p.norm)
+                                         : choose_kernel<T, Access::elements, true>(halo, p.norm))
+                               : (pieces ? choose_kernel<T, Access::pieces, false>(halo, p.norm)
+                                         : choose_kernel<T, Access::elements, false>(halo, p.norm));
+    const int64_t shared = halo && p.windows > 1 ? threads * THREAD_CHANNELS * sizeof(float) : 0;
+    const int32_t count = s[S_COUNT], all_walked = s[S_WALKED];
+    const cudaError_t error = launch_in_ranges(count, std::max(walk, pool), [&](int32_t first, int32_t range) {
+      p.entries = device_tables + s[S_ENTRIES] + first * ENTRY_WORDS;
+      p.walked = std::clamp(all_walked - first, 0, range);
+      return launch(kernel, p.walked * walk + (range - p.walked) * pool, threads, stream, p, shared);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t pool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream) {
+  return with_type(call.dtype, [&](auto value) { return pool<decltype(value)>(tables, device_tables, call, stream); });
+}
+
+}  // namespace stgp::cuda

@@ -1,0 +1,99 @@
+// From sizes to a launch: threads of a block, which access a layout allows, and the launch itself.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+#include "tokens.cuh"
+
+namespace stgp::cuda {
+
+constexpr int32_t WARP = 32;
+constexpr int32_t MAX_THREADS = 512;
+constexpr int32_t MAX_CHANNELS = MAX_THREADS * THREAD_CHANNELS;  // that a block holds in registers
+
+constexpr int64_t MAX_BLOCKS = (int64_t{1} << 31) - 1;  // in x of a grid
+
+// Threads that hold a token, THREAD_CHANNELS each. A thread of the fused kernel takes up to 128 registers for 32-bit
+// values, so that a multiprocessor has room for 16 warps: a power of two of them fills it. For 16-bit values it takes
+// fewer, and a warp without channels would only cost instructions.
+inline int32_t block_threads(int64_t C, int64_t bytes) {
+  const int64_t threads = (std::min<int64_t>(C, MAX_CHANNELS) + THREAD_CHANNELS - 1) / THREAD_CHANNELS;
+  int32_t warps = static_cast<int32_t>((threads + WARP - 1) / WARP);
+  while (bytes == 4 && (warps & (warps - 1)) != 0) ++warps;
+  return std::max(warps, 1) * WARP;
+}
+
+// Whether tokens at these strides can be moved 16 bytes at a time. A stride along a size of 1 is never used.
+inline bool in_pieces(const void* base, const Strides& strides, int64_t videos, int64_t T, int64_t rows, int64_t cols,
+                      int64_t C, int64_t bytes) {
+  const int64_t values = PIECE_BYTES / bytes;
+  const auto fits = [&](int64_t size, int64_t stride) { return size <= 1 || stride % values == 0; };
+  return reinterpret_cast<uintptr_t>(base) % PIECE_BYTES == 0 && C % values == 0 && strides.channel == 1 &&
+         fits(videos, strides.video) && fits(T, strides.frame) && fits(rows, strides.row) && fits(cols, strides.col);
+}
+
+// x and out, where out has `rows` x `cols` tokens a frame.
+inline bool in_pieces(const int32_t* tables, const Call& call, int64_t rows, int64_t cols) {
+  const int64_t videos = tables[H_FRAMES] / call.T, bytes = value_bytes(call.dtype);
+  return in_pieces(call.x, call.x_strides, videos, call.T, tables[H_HEIGHT], tables[H_WIDTH], call.C, bytes) &&
+         in_pieces(call.out, call.out_strides, videos, call.T, rows, cols, call.C, bytes);
+}
+
+template <class T>
+Frames<const T> frames_of_x(const Call& call) {
+  return {static_cast<const T*>(call.x), call.x_strides, static_cast<int32_t>(call.T)};
+}
+
+template <class T>
+Frames<T> frames_of_out(const Call& call) {
+  return {static_cast<T*>(call.out), call.out_strides, static_cast<int32_t>(call.T)};
+}
+
+// kernel(parameters) on `blocks` blocks, with so many bytes of dynamic shared memory. An error is returned and not left
+// behind for others to find.
+template <class Parameters>
+cudaError_t launch(void (*kernel)(Parameters), int64_t blocks, int32_t threads, cudaStream_t stream,
+                   const Parameters& parameters, int64_t shared_bytes = 0) {
+  if (blocks == 0) return cudaSuccess;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// launch_range(first, count) for ranges of 0, ..., count - 1 of as many as a grid has room for, `blocks` blocks each.
+template <class LaunchRange>
+cudaError_t launch_in_ranges(int64_t count, int64_t blocks, LaunchRange launch_range) {
+  if (blocks > MAX_BLOCKS) return cudaErrorInvalidConfiguration;  // for one frame
+  if (blocks == 0) return cudaSuccess;
+  const int64_t most = MAX_BLOCKS / blocks;
+  for (int64_t first = 0; first < count; first += most) {
+    const cudaError_t error =
+        launch_range(static_cast<int32_t>(first), static_cast<int32_t>(std::min(count - first, most)));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+// function(value of the type that `dtype` names)
+template <class Function>
+cudaError_t with_type(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return function(__nv_bfloat16{});
+    case DType::float16:
+      return function(__half{});
+    case DType::float32:
+      return function(float{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace stgp::cuda

@@ -1,0 +1,104 @@
+// Norms of tokens that are spread over a block, and weights from them. Sums have one order, whatever kernel takes them.
+
+#pragma once
+
+#include "launch.cuh"
+
+namespace stgp::cuda {
+
+// Adds |v|^p of the values of a piece to a thread's sum; or takes the largest |v| so far. Without their sign, floats
+// are in the order of their bits, and NaN is above infinity: no maximum of bits loses it, as one of floats would.
+template <class T>
+__device__ __forceinline__ float add_piece(Norm norm, float total, const Piece& piece) {
+#pragma unroll
+  for (int w = 0; w < WORDS; ++w) {
+    float values[PER_WORD<T>];
+    unpack<T>(piece.word[w], values);
+#pragma unroll
+    for (float value : values) {
+      if (norm == Norm::l2) {
+        total = fmaf(value, value, total);
+      } else if (norm == Norm::l1) {
+        total += fabsf(value);
+      } else {
+        total = __int_as_float(max(__float_as_int(total), __float_as_int(fabsf(value))));
+      }
+    }
+  }
+  return total;
+}
+
+// What `add_piece` made of all the channels of two.
+struct Join {
+  Norm norm;
+
+  __device__ __forceinline__ float operator()(float left, float right) const {
+    return norm == Norm::max ? __int_as_float(max(__float_as_int(left), __float_as_int(right))) : left + right;
+  }
+};
+
+extern __shared__ float4 dynamic_shared_memory[];  // as much as the launch asks for
+
+// What warps of a block tell each other, for two calls of join_block.
+using Exchange = float4[2][MAX_THREADS / WARP];
+
+static __device__ __forceinline__ Exchange& exchange() {
+  static __shared__ Exchange of_warps;
+  return of_warps;
+}
+
+// Every thread of a block gets join of all of theirs, of N values at once (1 or 4), with one barrier; none for a single
+// warp. Calls take turns with `buffer` 0 and 1: whoever has passed the barrier of one has read what the one before
+// left.
+template <int N, class Join>
+__device__ __forceinline__ void join_block(Join join, float (&values)[N], int32_t buffer) {
+  static_assert(N == 1 || N == 4);
+  Exchange& of_warps = exchange();
+  const int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+  constexpr unsigned ALL = 0xffffffffu;
+
+  float value = values[0];
+  if constexpr (N == 4) {
+    // lanes 8q, ..., 8q + 7 go on with value q: 6 exchanges in place of 20
+    const bool upper = lane & 16, second = lane & 8;
+    float kept[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float other = __shfl_xor_sync(ALL, upper ? values[n] : values[2 + n], 16);
+      kept[n] = join(upper ? values[2 + n] : values[n], other);
+    }
+    const float other = __shfl_xor_sync(ALL, second ? kept[0] : kept[1], 8);
+    value = join(second ? kept[1] : kept[0], other);
+  } else {
+    value = join(value, __shfl_xor_sync(ALL, value, 16));
+    value = join(value, __shfl_xor_sync(ALL, value, 8));
+  }
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) value = join(value, __shfl_xor_sync(ALL, value, offset));
+
+  if (warps == 1) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) values[n] = __shfl_sync(ALL, value, 8 * n);
+    return;
+  }
+  if (lane % 8 == 0 && lane / 8 < N) reinterpret_cast<float*>(&of_warps[buffer][warp])[lane / 8] = value;
+  __syncthreads();
+  for (int32_t w = 0; w < warps; ++w) {
+    const float4 four = of_warps[buffer][w];
+    const float found[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int n = 0; n < N; ++n) values[n] = w == 0 ? found[n] : join(values[n], found[n]);
+  }
+}
+
+// (total * share)^(1/p) for p = 1, 2 and infinity, from what `join_block` made of a token. share is 1 / C, or 1.
+__device__ __forceinline__ float finish_norm(Norm norm, float total, float share) {
+  if (norm == Norm::max) return total;
+  const float mean = __fmul_rn(total, share);
+  return norm == Norm::l2 ? sqrtf(mean) : mean;
+}
+
+// What a norm weighs before its softmax. As a product that is rounded by itself, the largest one minus itself is 0.
+__device__ __forceinline__ float logit(float temperature, float norm) { return __fmul_rn(temperature, norm); }
+
+}  // namespace stgp::cuda

@@ -1,0 +1,148 @@
+// norm_pool with windows of any size, anywhere, over frames of x or the summaries that replace them.
+
+#include "norms.cuh"
+
+namespace stgp::cuda {
+namespace {
+
+constexpr int32_t WEIGHTS = 256;  // of a window that are in shared memory at a time
+
+using Weights = float[WEIGHTS];
+
+__device__ __forceinline__ Weights& shared_weights() {
+  static __shared__ Weights weights;
+  return weights;
+}
+
+template <class T>
+struct Windows {
+  Contents<T> contents;
+  Frames<T> out;
+  const int32_t* final;
+  const int32_t* rows;  // OH starts of windows, OH counts
+  const int32_t* cols;
+  const float* norms;  // (frames, H, W)
+  int32_t OH, OW;
+  int32_t chunks;  // of MAX_CHANNELS or fewer channels
+  int32_t first;   // frame of this launch
+  float temperature;
+};
+
+// out[t, i, j] = sum of a * x[t, r, c] over window (i, j), a = softmax(temperature * norm of x[t, r, c])
+//
+// A block takes one window, of longer tokens one chunk of its channels. Positions in the padding have norm 0 and take
+// part in the softmax; there is no token to add.
+template <class T, Access A>
+__global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_constant__ Windows<T> p) {
+  Weights& weights = shared_weights();
+  const int32_t H = p.contents.H, W = p.contents.W, C = p.contents.C;
+  int32_t block = blockIdx.x;
+  const int32_t chunk = block % p.chunks;
+  block /= p.chunks;
+  const int32_t j = block % p.OW, i = block / p.OW % p.OH, frame = p.first + block / p.OW / p.OH;
+  const int32_t top = p.rows[i], left = p.cols[j], width = p.cols[p.OW + j];
+  const int64_t size = static_cast<int64_t>(p.rows[p.OH + i]) * width;
+  const int32_t content = p.final[frame];
+  const float* norms = p.norms + static_cast<int64_t>(frame) * H * W;
+
+  const auto in_frame = [&](int32_t row, int32_t col) { return row >= 0 && row < H && col >= 0 && col < W; };
+  const auto logit_of = [&](int64_t n) {
+    const int32_t row = top + static_cast<int32_t>(n / width), col = left + static_cast<int32_t>(n % width);
+    return logit(p.temperature, in_frame(row, col) ? norms[static_cast<int64_t>(row) * W + col] : 0.0f);
+  };
+
+  // a maximum of floats may lose a NaN, but the sum does not
+  float highest[1] = {-INFINITY}, total[1] = {};
+  for (int64_t n = threadIdx.x; n < size; n += blockDim.x) highest[0] = fmaxf(highest[0], logit_of(n));
+  join_block([](float left, float right) { return fmaxf(left, right); }, highest, 0);
+  for (int64_t n = threadIdx.x; n < size; n += blockDim.x) total[0] += expf(logit_of(n) - highest[0]);
+  join_block([](float left, float right) { return left + right; }, total, 1);
+
+  float sum[PIECES<T>][PER_PIECE<T>] = {};
+  for (int64_t from = 0; from < size; from += WEIGHTS) {
+    const int32_t count = static_cast<int32_t>(min(size - from, static_cast<int64_t>(WEIGHTS)));
+    __syncthreads();
+    for (int32_t n = threadIdx.x; n < count; n += blockDim.x) {
+      weights[n] = __fdividef(expf(logit_of(from + n) - highest[0]), total[0]);
+    }
+    __syncthreads();
+    for (int32_t n = 0; n < count; ++n) {
+      const int32_t row = top + static_cast<int32_t>((from + n) / width);
+      const int32_t col = left + static_cast<int32_t>((from + n) % width);
+      if (!in_frame(row, col)) continue;  // nothing to add
+      int64_t stride;
+      const T* token = p.contents.token(content, row, col, &stride);
+#pragma unroll
+      for (int k = 0; k < PIECES<T>; ++k) {
+        const int32_t channel = ((chunk * PIECES<T> + k) * blockDim.x + threadIdx.x) * PER_PIECE<T>;
+        const Piece piece = load_piece<A, Use::again>(token, channel, C, stride);
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) {
+          float values[PER_WORD<T>];
+          unpack<T>(piece.word[w], values);
+#pragma unroll
+          for (int e = 0; e < PER_WORD<T>; ++e) {
+            float& of_channel = sum[k][w * PER_WORD<T> + e];
+            of_channel = fmaf(weights[n], values[e], of_channel);
+          }
+        }
+      }
+    }
+  }
+
+  T* to = p.out.token(p.out.frame(frame), i, j);
+#pragma unroll
+  for (int k = 0; k < PIECES<T>; ++k) {
+    const int32_t channel = ((chunk * PIECES<T> + k) * blockDim.x + threadIdx.x) * PER_PIECE<T>;
+    Piece result;
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      float values[PER_WORD<T>];
+#pragma unroll
+      for (int e = 0; e < PER_WORD<T>; ++e) values[e] = sum[k][w * PER_WORD<T> + e];
+      result.word[w] = pack<T>(values);
+    }
+    store_piece<A, Use::once>(to, channel, C, p.out.strides.channel, result);
+  }
+}
+
+template <class T>
+cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call& call, const float* norms,
+                 cudaStream_t stream) {
+  Windows<T> p{};
+  p.contents = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), tables[H_HEIGHT], tables[H_WIDTH],
+                static_cast<int32_t>(call.C)};
+  p.out = frames_of_out<T>(call);
+  p.final = device_tables + tables[H_FINAL];
+  p.rows = device_tables + tables[H_WINDOW_ROWS];
+  p.cols = device_tables + tables[H_WINDOW_COLS];
+  p.norms = norms;
+  p.OH = tables[H_OUT_ROWS];
+  p.OW = tables[H_OUT_COLS];
+  p.temperature = call.temperature;
+
+  const int32_t threads = block_threads(call.C, sizeof(T));
+  p.chunks = static_cast<int32_t>((call.C + threads * THREAD_CHANNELS - 1) / (threads * THREAD_CHANNELS));
+  const auto kernel =
+      in_pieces(tables, call, p.OH, p.OW) ? norm_pool_kernel<T, Access::pieces> : norm_pool_kernel<T, Access::elements>;
+  const int64_t blocks = static_cast<int64_t>(p.OH) * p.OW * p.chunks;
+  return launch_in_ranges(tables[H_FRAMES], blocks, [&](int32_t first, int32_t range) {
+    p.first = first;
+    return launch(kernel, range * blocks, threads, stream, p);
+  });
+}
+
+}  // namespace
+
+cudaError_t pool_windows(const int32_t* tables, const int32_t* device_tables, const Call& call, float* norms,
+                         cudaStream_t stream) {
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
+  const Strides strides{call.T * H * W, H * W, W, 1, 1};
+  const cudaError_t error = find_norms(tables[H_FRAMES], tables[H_HEIGHT], tables[H_WIDTH], call,
+                                       device_tables + tables[H_FINAL], norms, strides, false, stream);
+  if (error != cudaSuccess) return error;
+  return with_type(call.dtype,
+                   [&](auto value) { return pool<decltype(value)>(tables, device_tables, call, norms, stream); });
+}
+
+}  // namespace stgp::cuda

@@ -1,0 +1,95 @@
+// Norms of tokens: token_norm's result, and what the general pooling weighs tokens by.
+
+#include <cmath>
+
+#include "norms.cuh"
+
+namespace stgp::cuda {
+namespace {
+
+template <class T>
+struct Norms {
+  Contents<T> contents;
+  const int32_t* final;  // the content of every frame, or nullptr: frames are as given
+  Frames<float> norms;   // (videos, T, H, W)
+  int32_t first;         // frame of this launch
+  Norm norm;
+  bool mean, exact;
+  float share;  // 1 / C, or 1
+  double p;
+};
+
+// norm[t, r, c] = (mean_k |x[t, r, c, k]|^p)^(1/p), or the sum in place of the mean. A block takes one token.
+template <class T, Access A, bool POWER>
+__global__ void __launch_bounds__(MAX_THREADS) token_norm_kernel(const __grid_constant__ Norms<T> p) {
+  const int32_t W = p.contents.W, H = p.contents.H, C = p.contents.C;
+  const int32_t block = blockIdx.x, col = block % W, row = block / W % H, frame = p.first + block / W / H;
+  int64_t stride;
+  const T* token = p.contents.token(p.final == nullptr ? frame : p.final[frame], row, col, &stride);
+
+  float total[1] = {};
+  if constexpr (POWER) {
+    // What log2 and exp2 lose where |t|^p is far from 1 would be seen in float32. Channels go to threads as pieces do.
+    for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
+#pragma unroll 1
+      for (int32_t k = channel; k < min(channel + PER_PIECE<T>, C); ++k) {
+        const double magnitude = fabsf(static_cast<float>(token[k * stride]));
+        total[0] += static_cast<float>(exp2(p.p * log2(magnitude)));
+      }
+    }
+  } else {
+    for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
+      total[0] = add_piece<T>(p.norm, total[0], load_piece<A, Use::again>(token, channel, C, stride));
+    }
+  }
+  join_block(Join{p.norm}, total, 0);
+  if (threadIdx.x != 0) return;
+
+  float norm = total[0];
+  if (POWER || (p.exact && p.norm != Norm::max)) {
+    if (p.mean) norm = __fdiv_rn(norm, static_cast<float>(C));
+    if constexpr (POWER) {
+      norm = static_cast<float>(exp2(log2(static_cast<double>(norm)) / p.p));
+    } else if (p.norm == Norm::l2) {
+      norm = __fsqrt_rn(norm);
+    }
+  } else {
+    norm = finish_norm(p.norm, norm, p.share);
+  }
+  *p.norms.token(p.norms.frame(frame), row, col) = norm;
+}
+
+template <class T>
+cudaError_t find(int32_t frames, int32_t H, int32_t W, const Call& call, const int32_t* final, float* norms,
+                 const Strides& norm_strides, bool exact, cudaStream_t stream) {
+  Norms<T> p{};
+  p.contents = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), H, W, static_cast<int32_t>(call.C)};
+  p.final = final;
+  p.norms = {norms, norm_strides, static_cast<int32_t>(call.T)};
+  p.norm = norm_kind(call.norm_type);
+  p.mean = call.normalize_norm;
+  p.exact = exact;
+  p.share = p.mean ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.p = call.norm_type;
+
+  const bool pieces = in_pieces(call.x, call.x_strides, frames / call.T, call.T, H, W, call.C, sizeof(T));
+  const auto kernel = p.norm == Norm::power ? token_norm_kernel<T, Access::elements, true>
+                      : pieces              ? token_norm_kernel<T, Access::pieces, false>
+                                            : token_norm_kernel<T, Access::elements, false>;
+  const int64_t blocks = static_cast<int64_t>(H) * W;
+  return launch_in_ranges(frames, blocks, [&](int32_t first, int32_t range) {
+    p.first = first;
+    return launch(kernel, range * blocks, block_threads(call.C, sizeof(T)), stream, p);
+  });
+}
+
+}  // namespace
+
+cudaError_t find_norms(int32_t frames, int32_t H, int32_t W, const Call& call, const int32_t* final, float* norms,
+                       const Strides& norm_strides, bool exact, cudaStream_t stream) {
+  return with_type(call.dtype, [&](auto value) {
+    return find<decltype(value)>(frames, H, W, call, final, norms, norm_strides, exact, stream);
+  });
+}
+
+}  // namespace stgp::cuda

@@ -1,0 +1,170 @@
+// Tokens in memory and in registers. Every kernel spreads the channels of a token over a block alike, so that sums over
+// channels have one order: piece k of thread t starts at channel (k * threads + t) * 8, or * 4 for float32.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../grid_pool.h"
+
+namespace stgp::cuda {
+
+constexpr int PIECE_BYTES = 16;
+constexpr int WORDS = PIECE_BYTES / 4;
+constexpr int THREAD_CHANNELS = 16;
+
+// Neighbouring channels in 128 bits. They stay packed until they are used: unpacked, they would take twice the
+// registers.
+struct alignas(PIECE_BYTES) Piece {
+  uint32_t word[WORDS];
+};
+
+template <class T>
+constexpr int PER_WORD = 4 / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int PER_PIECE = PIECE_BYTES / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int PIECES = THREAD_CHANNELS / PER_PIECE<T>;
+
+template <class To, class From>
+__device__ __forceinline__ To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+__device__ __forceinline__ void unpack(uint32_t word, float (&values)[2], __nv_bfloat16) {
+  values[0] = __uint_as_float(word << 16);
+  values[1] = __uint_as_float(word & 0xffff0000u);
+}
+
+__device__ __forceinline__ void unpack(uint32_t word, float (&values)[2], __half) {
+  const float2 both = __half22float2(same_bits<__half2>(word));
+  values[0] = both.x;
+  values[1] = both.y;
+}
+
+__device__ __forceinline__ void unpack(uint32_t word, float (&values)[1], float) { values[0] = __uint_as_float(word); }
+
+template <class T>
+__device__ __forceinline__ void unpack(uint32_t word, float (&values)[PER_WORD<T>]) {
+  unpack(word, values, T{});
+}
+
+__device__ __forceinline__ uint32_t pack(const float (&values)[2], __nv_bfloat16) {
+  return same_bits<uint32_t>(__floats2bfloat162_rn(values[0], values[1]));
+}
+
+__device__ __forceinline__ uint32_t pack(const float (&values)[2], __half) {
+  return same_bits<uint32_t>(__floats2half2_rn(values[0], values[1]));
+}
+
+__device__ __forceinline__ uint32_t pack(const float (&values)[1], float) { return __float_as_uint(values[0]); }
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(const float (&values)[PER_WORD<T>]) {
+  return pack(values, T{});
+}
+
+// pieces: every token starts at a multiple of 16 bytes, and so do its pieces. elements: any strides, any alignment.
+enum class Access { pieces, elements };
+
+// Whether memory is read or written once, so that it should not displace what is read again soon.
+enum class Use { once, again };
+
+// Channels `channel`, ... of a token as far as they are below C, 0 from there on.
+template <Access A, Use U, class T>
+__device__ __forceinline__ Piece load_piece(const T* token, int32_t channel, int32_t C, int64_t stride) {
+  Piece piece{};
+  if constexpr (A == Access::pieces) {
+    if (channel < C) {
+      const auto* from = reinterpret_cast<const uint4*>(token + channel);
+      piece = same_bits<Piece>(U == Use::once ? __ldcs(from) : *from);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < PER_PIECE<T>; ++e) {
+      if (channel + e < C) {
+        const T value = token[(channel + e) * stride];
+        if constexpr (sizeof(T) == 4) {
+          piece.word[e] = same_bits<uint32_t>(value);
+        } else {
+          piece.word[e / 2] |= static_cast<uint32_t>(same_bits<uint16_t>(value)) << (e % 2 * 16);
+        }
+      }
+    }
+  }
+  return piece;
+}
+
+template <Access A, Use U, class T>
+__device__ __forceinline__ void store_piece(T* token, int32_t channel, int32_t C, int64_t stride, const Piece& piece) {
+  if constexpr (A == Access::pieces) {
+    if (channel < C) {
+      auto* to = reinterpret_cast<uint4*>(token + channel);
+      if constexpr (U == Use::once) {
+        __stcs(to, same_bits<uint4>(piece));
+      } else {
+        *to = same_bits<uint4>(piece);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < PER_PIECE<T>; ++e) {
+      if (channel + e < C) {
+        if constexpr (sizeof(T) == 4) {
+          token[(channel + e) * stride] = same_bits<T>(piece.word[e]);
+        } else {
+          token[(channel + e) * stride] = same_bits<T>(static_cast<uint16_t>(piece.word[e / 2] >> (e % 2 * 16)));
+        }
+      }
+    }
+  }
+}
+
+// Has the compiler unpack a piece again where it is used next, in place of keeping what it unpacked before.
+__device__ __forceinline__ void keep_packed(Piece& piece) {
+#pragma unroll
+  for (uint32_t& word : piece.word) asm volatile("" : "+r"(word));
+}
+
+// (videos, T, rows, columns, C) of any strides; T is const for x.
+template <class T>
+struct Frames {
+  T* base;
+  Strides strides;
+  int32_t T_frames;
+
+  __device__ __forceinline__ T* frame(int32_t number) const {
+    return base + number / T_frames * strides.video + number % T_frames * strides.frame;
+  }
+
+  __device__ __forceinline__ T* token(T* frame, int32_t row, int32_t col) const {
+    return frame + row * strides.row + col * strides.col;
+  }
+};
+
+// A token of a content: a frame of x, or a summary in scratch, which is (summaries, H, W, C).
+template <class T>
+struct Contents {
+  Frames<const T> x;
+  const T* summaries;
+  int32_t H, W, C;
+
+  __device__ __forceinline__ const T* token(int32_t content, int32_t row, int32_t col, int64_t* channel_stride) const {
+    if (content >= 0) {
+      *channel_stride = x.strides.channel;
+      return x.token(x.frame(content), row, col);
+    }
+    *channel_stride = 1;
+    return summaries + ((static_cast<int64_t>(~content) * H + row) * W + col) * C;
+  }
+};
+
+}  // namespace stgp::cuda

@@ -1,0 +1,111 @@
+// As much of CUDA as csrc/cuda uses, for a C++ compiler: the threads of a block are fibers that take turns on the CPU.
+//
+// It stands in for <cuda_runtime.h>. A fiber runs until it waits for others: at a barrier, or at an exchange between
+// the lanes of a warp. Barriers and exchanges that not all threads reach end the process with a message, and shared
+// memory holds NaN at the start of every block. Blocks run one after the other, their warps in turns forward and
+// backward.
+
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __maxnreg__(...)
+#define __shared__ __attribute__((section("shared_memory")))
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  explicit dim3(unsigned x) : x(x) {}
+};
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+extern dim3 threadIdx, blockIdx, blockDim;  // of the fiber that runs
+
+namespace emulation {
+
+void barrier();
+uint32_t exchange(uint32_t value, unsigned lane_of_source);
+void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& body);
+
+}  // namespace emulation
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Parameters&... parameters) {
+  if (config->gridDim.x == 0 || config->gridDim.x > 0x7fffffffu || config->blockDim.x == 0 ||
+      config->blockDim.x > 1024 || config->dynamicSmemBytes > 48 << 10) {
+    return cudaErrorInvalidConfiguration;
+  }
+  emulation::run_grid(config->gridDim.x, config->blockDim.x, [&] { kernel(parameters...); });
+  return cudaSuccess;
+}
+
+inline void __syncthreads() { emulation::barrier(); }
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline int32_t __float_as_int(float value) { return static_cast<int32_t>(__float_as_uint(value)); }
+inline float __int_as_float(int32_t bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
+
+inline float __shfl_xor_sync(unsigned, float value, int lanes) {
+  return __uint_as_float(emulation::exchange(__float_as_uint(value), threadIdx.x % 32 ^ lanes));
+}
+inline float __shfl_sync(unsigned, float value, int lane) {
+  return __uint_as_float(emulation::exchange(__float_as_uint(value), lane));
+}
+
+// x86 and ARM round these correctly, as the functions that they stand for do; expf and log2 are the C library's.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
+
+template <class A>
+A min(A a, A b) {
+  return b < a ? b : a;
+}
+template <class A>
+A max(A a, A b) {
+  return a < b ? b : a;
+}
+
+inline uint4 __ldcs(const uint4* from) { return *from; }
+inline void __stcs(uint4* to, uint4 value) { *to = value; }
