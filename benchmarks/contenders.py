@@ -115,9 +115,14 @@ def contenders(workload: Workload, compiled: bool) -> list[Contender]:
     llava = partial(baselines.llava_avg_pool, ceil_mode=ceil_mode)
     right_floor = partial(right_grid, ceil_mode=False)
     note = f"pools {w.size} to {w.size // 2}" if ceil_mode else ""
+    cuda = [
+        Contender(f"cuda_{op}", op, partial(call, backend="cuda"), right, once, takes_out=True)
+        for op, call, right in (("grid_pool", grid_pool, right_grid), ("norm_pool", norm_pool, right_pool))
+    ]
     return [
         Contender("grid_pool", "grid_pool", partial(grid_pool, backend="triton"), right_grid, once, takes_out=True),
         Contender("norm_pool", "norm_pool", partial(norm_pool, backend="triton"), right_pool, once, takes_out=True),
+        *(cuda if "cuda" in stgp.available_backends() else []),
         Contender("llava_avg_pool", "norm_pool", llava, right_average, every),
         Contender("channels_last_avg_pool", "norm_pool", average, right_average, every),
         Contender("naive_grid_pool", "grid_pool", partial(naive_grid_pool, w), right_floor, every, note=note),

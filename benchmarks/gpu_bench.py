@@ -362,10 +362,11 @@ def run_small_calls() -> None:
         on_device = x.cuda()
         for op, arguments in calls:
             expected = getattr(stgp, op)(x, backend="reference", **arguments)
-            found = getattr(stgp, op)(on_device, backend="triton", **arguments).cpu()
-            reason = mismatch(found, expected, 2 if found.dtype == torch.bfloat16 else 64)
-            if reason is not None:
-                sys.exit(f"{op} of {shape} {dtype} with {arguments}: {reason}")
+            for backend in {"triton", "cuda"} & set(stgp.available_backends()):
+                found = getattr(stgp, op)(on_device, backend=backend, **arguments).cpu()
+                reason = mismatch(found, expected, 2 if found.dtype == torch.bfloat16 else 64)
+                if reason is not None:
+                    sys.exit(f"{op} of {shape} {dtype} with {arguments} by {backend}: {reason}")
     print(SMALL_CALLS_RIGHT)
 
 

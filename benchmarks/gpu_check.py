@@ -1,9 +1,10 @@
-"""Everything that needs a GPU, in one command: tests, memory checker, timing, byte counters, then goals met or not.
+"""Everything that needs a GPU, in one command: build, tests, memory checker, timing, counters, then goals met or not.
 
 `python -m benchmarks.gpu_check` in the root of a checkout; nothing has to be installed beyond torch, triton, numpy,
-pytest and hypothesis. Each stage runs in processes of its own, which are ended when the stage's time is over. What was
-found until then is kept in one JSON file in benchmarks/results/. Logs are in the folder $OUT, with a copy of that file,
-or in a temporary one where OUT is not set.
+pytest and hypothesis. The cuda backend takes nvcc, a C++ compiler, cmake, ninja and pybind11; it is left out without.
+Each stage runs in processes of its own, which are ended when the stage's time is over. What was found until then is
+kept in one JSON file in benchmarks/results/. Logs are in the folder $OUT, with a copy of that file, or in a temporary
+one where OUT is not set.
 
 Exit code: 0 if all stages passed or were skipped with a reason, 1 if not, 2 without a CUDA device.
 """
@@ -33,11 +34,11 @@ import torch
 
 from .contenders import CHOICES, WORKLOADS
 from .gpu_bench import COUNTED_CALLS, SMALL_CALLS_RIGHT, jobs, tune_jobs
-from .gpu_report import OURS, ROOT, Rows, bars, describe, format_table, new_results_file, save
+from .gpu_report import CUDA, OURS, ROOT, Rows, bars, describe, format_table, new_results_file, save
 from .lower_bound import Traffic
 
 RESULTS = Path(__file__).with_name("results")
-LIMIT_SECONDS = 470
+LIMIT_SECONDS = 545
 LEAST_SECONDS = 5
 """A process is not started for less."""
 
@@ -154,13 +155,35 @@ class Clock:
         return self.begin + self.promised * self.seconds - time.monotonic()
 
 
+# ---- build ----
+
+
+def run_build(seconds: float, logs: Path) -> Outcome:
+    """The compiled library in the checkout, for this GPU alone."""
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    given = f"{os.environ.get('CMAKE_ARGS', '')} -DSTGP_CUDA_ARCHITECTURES={capability}"
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = run_limited(command, seconds, logs / "build.log", {"CMAKE_ARGS": given})
+    if done.code != 0:
+        return Outcome("unfinished" if done.code is None else "failed", done.last_lines())
+    probe = "import json; from stgridpool_kernels import compiled; print(json.dumps(compiled.LIBRARY.build_info()))"
+    asked = run_limited([sys.executable, "-c", probe], 60, logs / "build.log")
+    if asked.code != 0:
+        left_out = re.findall(r"^stgridpool_kernels: .*left out.*$", done.output, re.MULTILINE)
+        return Outcome("skipped" if left_out else "failed", left_out[-1] if left_out else asked.last_lines())
+    built = json.loads(asked.output.strip().splitlines()[-1])
+    status = "passed" if built["cuda"] else "skipped"
+    return Outcome(status, ", ".join(f"{key} {value or 'none'}" for key, value in built.items()), {"library": built})
+
+
 # ---- tests ----
 
 TEST_STEPS = (
-    ("test_gpu", ["tests/test_gpu.py"], 0.5, False),
-    ("backends", ["tests/test_backends.py", "-k", "triton and not random"], 0.25, True),
-    ("backends, random calls", ["tests/test_backends.py", "-k", "triton and random"], 0.15, True),
-    ("backends, reference", ["tests/test_backends.py", "-k", "reference"], 0.1, True),
+    ("test_gpu, triton", ["tests/test_gpu.py", "-k", "by_triton"], 0.35, False),
+    ("test_gpu, cuda", ["tests/test_gpu.py", "-k", "by_cuda"], 0.2, False),
+    ("backends", ["tests/test_backends.py", "-k", "(triton-cuda or cuda-cuda) and not random"], 0.25, True),
+    ("backends, random calls", ["tests/test_backends.py", "-k", "(triton-cuda or cuda-cuda) and random"], 0.15, True),
+    ("backends, reference", ["tests/test_backends.py", "-k", "reference"], 0.05, True),
 )
 """Name, what of the suite, share of the time, and whether several processes may share the GPU."""
 
@@ -315,7 +338,7 @@ def read_bench(lines: Sequence[Mapping[str, Any]], ends: Sequence[str], names: S
     finished = {line["job"] for line in lines if line.get("state") == "done"}
     unfinished = [job for job in names if job not in finished]
     bad = [f"{where} {who}: {row['check']}" for (where, who), row in rows.items() if row["check"] != "ok"]
-    ours = [row["check"] for (_, contender), row in rows.items() if contender in (*OURS, *CHOICES)]
+    ours = [row["check"] for (_, contender), row in rows.items() if contender in (*OURS, *CUDA, *CHOICES)]
     if not ours or any(check != "ok" for check in ours) or any("wrong" in reason for reason in bad):
         status = "failed"
     else:
@@ -404,6 +427,7 @@ def show_counters(counted: Mapping[str, Any]) -> str:
 
 
 STAGES = (
+    Stage("build", 60, run_build),
     Stage("tests", 175, run_tests),
     Stage("sanitizer", 80, run_sanitizer),
     Stage("bench", 170, run_bench),

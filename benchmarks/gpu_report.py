@@ -22,6 +22,8 @@ from .contenders import WORKLOADS
 
 ROOT = Path(__file__).parents[1]
 OURS = ("grid_pool", "norm_pool")
+CUDA = tuple(f"cuda_{op}" for op in OURS)
+"""The same by the cuda backend, where it is built."""
 
 Rows = dict[tuple[str, str], dict[str, Any]]
 """Of `gpu_bench.Row`, by workload and contender."""
@@ -78,6 +80,7 @@ def bars(rows: Rows) -> list[Bar]:
     norm_pool, grid_pool = ({w: value(w, op, "percent_of_copy") for w in GOALS} for op in ("norm_pool", "grid_pool"))
     every = compared(WORKLOADS, PLAIN) | compared(GOALS, ["torch_compile_grid_pool"])
     faster = 1 + 1e-9  # equal is not faster
+    cuda = {f"{w} {op}": speedup(w, op, [f"cuda_{op}"]) for op in OURS for w in GOALS}
     return [
         Bar.of("norm_pool reaches 92 % of a copy", norm_pool, 92, " %"),
         Bar.of("grid_pool reaches 85 % of a copy", grid_pool, 85, " %"),
@@ -87,6 +90,7 @@ def bars(rows: Rows) -> list[Bar]:
             "grid_pool 10 times as fast as eager code", compared(GOALS, ["naive_grid_pool"], ["grid_pool"]), 10, "x"
         ),
         Bar.of("grid_pool takes at most 20 % of x more", {w: memory(w) for w in GOALS}, 20, " %", at_most=True),
+        Bar.of("CUDA C++ reaches 90 % of Triton's speed", cuda, 0.9, "x"),
     ]
 
 
@@ -113,7 +117,7 @@ def format_table(rows: Rows) -> str:
     for workload in dict.fromkeys(workload for workload, _ in rows):
         here = [row for (name, _), row in rows.items() if name == workload]
         lines += [f"{workload} {here[0]['dtype']}", head]
-        for row in sorted(here, key=lambda row: row["contender"] not in OURS):
+        for row in sorted(here, key=lambda row: row["contender"] not in (*OURS, *CUDA)):
             cells = [
                 f"{'-' if row[key] is None else f'{row[key] * unit:.{digits}f}':>{width}}"
                 for _, key, width, digits, unit in COLUMNS
@@ -136,7 +140,7 @@ def describe() -> dict[str, Any]:
     with suppress(importlib.metadata.PackageNotFoundError):
         triton = importlib.metadata.version("triton")
     sources = hashlib.sha256()
-    for path in sorted((ROOT / "stgridpool_kernels").rglob("*.py")):
+    for path in sorted([*(ROOT / "stgridpool_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]):
         sources.update(path.read_bytes())
     return {
         "device": {
