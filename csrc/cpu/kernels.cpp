@@ -202,11 +202,7 @@ float token_norm(const T* token, const Call& call) {
   } else if (p == 1) {
     total = reduce(token, C, [](Floats v) { return absolute(v); });
   } else {
-    const float exponent = static_cast<float>(p);
-    total = reduce(token, C, [exponent](Floats v) {
-      for (int i = 0; i < LANES; ++i) v[i] = powf(fabsf(v[i]), exponent);
-      return v;
-    });
+    total = reduce(token, C, [p](Floats v) { return power(absolute(v), p); });
   }
   if (call.normalize_norm) total /= static_cast<float>(C);
   if (p == 1) return total;

@@ -64,6 +64,49 @@ inline float sum_lanes(Floats v) {
   return lanes[0];
 }
 
+// ---- powers ----
+
+typedef float HalfFloats __attribute__((vector_size(STGP_VECTOR_BYTES / 2)));
+typedef double Doubles __attribute__((vector_size(STGP_VECTOR_BYTES)));
+typedef uint64_t LongWords __attribute__((vector_size(STGP_VECTOR_BYTES)));
+
+// log2(v) for normal v > 0, to some 1e-12: v = 2^e m with m near 1, and log(m) = 2 artanh(s), s = (m - 1) / (m + 1).
+inline Doubles log2_of(Doubles v) {
+  // adding the bits of 1 less those of sqrt(1/2) makes m in [sqrt(1/2), sqrt(2)) out of a fraction in [1, 2)
+  const LongWords shifted = bit_cast<LongWords>(v) + (0x3ff0000000000000u - 0x3fe6a09e667f3bcdu);
+  const Doubles m = bit_cast<Doubles>((shifted & 0x000fffffffffffffu) + 0x3fe6a09e667f3bcdu);
+  // an integer below 2^52 is the fraction of 2^52 and itself
+  const Doubles e = bit_cast<Doubles>((shifted >> 52) | 0x4330000000000000u) - (0x1p52 + 1023);
+  const Doubles s = (m - 1) / (m + 1), z = s * s;
+  Doubles sum = Doubles{} + 1.0 / 15;
+  for (int k = 13; k > 0; k -= 2) sum = sum * z + 1.0 / k;
+  return e + s * sum * 2.8853900817779268;  // 2 / log(2)
+}
+
+// 2^v to some 1e-12, for v in [-1022, 1023]: the power of the nearest integer by its bits, of the rest by its series.
+inline Doubles exp2_of(Doubles v) {
+  const Doubles rounded = v + 0x1.8p52;
+  const Doubles rest = (v - (rounded - 0x1.8p52)) * 0.69314718055994531;  // log(2)
+  Doubles sum = Doubles{} + 1;
+  for (int k = 11; k > 0; --k) sum = sum * rest * (1.0 / k) + 1;
+  return sum * bit_cast<Doubles>((bit_cast<LongWords>(rounded) + 1023) << 52);
+}
+
+// v^p for v >= 0 and p > 0, rounded from float64. Zero, infinity and NaN stay.
+inline Floats power(Floats v, double p) {
+  const auto half = [=](HalfFloats from) {
+    const Doubles exponent = p * log2_of(__builtin_convertvector(from, Doubles));
+    const Doubles low = exponent > -1022.0 ? exponent : Doubles{} - 1022;
+    return __builtin_convertvector(exp2_of(low < 1023.0 ? low : Doubles{} + 1023), HalfFloats);
+  };
+  HalfFloats halves[2];
+  __builtin_memcpy(halves, &v, sizeof v);
+  halves[0] = half(halves[0]), halves[1] = half(halves[1]);
+  const Floats powers = load_bytes<Floats>(halves);
+  const Ints usual = (v > 0.0f) & (v < __builtin_inff());
+  return usual ? powers : v;
+}
+
 // ---- stores: past the cache where `stream` and the address allow it ----
 
 template <typename V>
