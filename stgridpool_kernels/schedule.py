@@ -78,9 +78,12 @@ def pools_pairs(plan: GridPlan) -> bool:
 
 
 def shrinks_by_halves(plan: GridPlan) -> bool:
-    """Whether every summary is tiled 2 × 2 from area-shrunk miniatures, of which a content has only one then."""
-    levels = [level for level in plan.levels if level.targets]
-    return plan.resize == "area" and all((level.rows, level.cols) == (2, 2) for level in levels)
+    """Whether every summary is tiled 2 × 2 from area-shrunk miniatures, of which a content has only one then.
+
+    It follows from the settings, whether or not these videos are long enough for every level: kernels sum in another
+    order where it does not hold, and a video must give the same bits alone and packed with a longer one.
+    """
+    return plan.resize == "area" and all((level.rows, level.cols) == (2, 2) for level in plan.levels)
 
 
 def needed_cells(plan: GridPlan, steps: Schedule) -> dict[int, tuple[int, ...]]:

@@ -470,6 +470,18 @@ def test_packed_videos_equal_each_alone(
 
 
 @dtypes
+def test_packed_with_a_longer_video_that_other_kernels_take(
+    dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    """The second level's grid is no 2 × 2, and only the longer video reaches it."""
+    arguments = {"frame_strides": (1, 4), "grid_shape": (2, 2, 3, 1)}
+    x = tokens(21, *size[1:], 11, dtype=dtype, device=device)
+    packed = run(backend, "grid_pool", x, frame_counts=[9, 12], **arguments)
+    alone = [run(backend, "grid_pool", video, **arguments) for video in x.split([9, 12])]
+    assert_same_bits(packed, torch.cat(alone))
+
+
+@dtypes
 @calls
 def test_batched_videos_equal_each_alone(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size

@@ -103,8 +103,10 @@ void walk_step(const T* const* window, const float* weights, T* pooled, bool str
     const Block v0 = load_at(window[0] + c), v1 = load_at(window[1] + c);
     const Block v2 = load_at(window[2] + c), v3 = load_at(window[3] + c);
     if (POOL) {
-      const Block sum = {weights[0] * v0.a + weights[1] * v1.a + weights[2] * v2.a + weights[3] * v3.a,
-                         weights[0] * v0.b + weights[1] * v1.b + weights[2] * v2.b + weights[3] * v3.b};
+      Block sum = {weights[0] * v0.a, weights[0] * v0.b};  // fused as in weighted_sum
+      sum.a += weights[1] * v1.a, sum.b += weights[1] * v1.b;
+      sum.a += weights[2] * v2.a, sum.b += weights[2] * v2.b;
+      sum.a += weights[3] * v3.a, sum.b += weights[3] * v3.b;
       store_at(pooled + c, sum, stream);
     }
     Block left = {v0.a + v2.a, v0.b + v2.b}, right = {v1.a + v3.a, v1.b + v3.b};
@@ -243,11 +245,12 @@ void fused_rows(const int32_t* tables, const Call& call, const int32_t* entry, b
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], h = (H + 1) / 2, w = (W + 1) / 2, C = call.C;
   const int64_t OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS];
   T* const miniatures = static_cast<T*>(call.scratch);
-  T* const miniature = miniatures + int64_t{entry[E_SLOT]} * h * w * C;
+  const auto slot = [=](int64_t number) { return number < 0 ? nullptr : miniatures + number * h * w * C; };
+  T* const miniature = slot(entry[E_SLOT]);
   Mosaic<T> image;
   int64_t channel = 1;
   if (mosaic) {
-    for (int k = 0; k < 4; ++k) image.tiles[k] = miniatures + int64_t{entry[E_SOURCES + k]} * h * w * C;
+    for (int k = 0; k < 4; ++k) image.tiles[k] = slot(entry[E_SOURCES + k]);
     image.h = h, image.w = w, image.row = w * C, image.col = C;
   } else {
     const Frame<T> frame = frame_of_x<T>(call, entry[E_CONTENT]);
