@@ -142,10 +142,10 @@ def test_which_windows_are_pairs(size: int, arguments: dict[str, Any], pairs: bo
         ({"resize": "bilinear"}, False),
         ({"grid_shape": (2, 1)}, False),
         ({"frame_strides": (2, 4), "grid_shape": (2, 2, 3, 3)}, False),
-        ({"frame_strides": (2, 40), "grid_shape": (2, 2, 3, 3)}, True),
+        ({"frame_strides": (2, 40), "grid_shape": (2, 2, 3, 3)}, False),
     ],
     ids=str,
 )
 def test_which_summaries_share_miniatures(arguments: dict[str, Any], halves: bool) -> None:
-    """A level without a complete group shrinks nothing."""
+    """By the settings: whether these videos are long enough for every level does not matter."""
     assert shrinks_by_halves(grid_plan([64], 8, 8, **arguments)) == halves
