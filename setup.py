@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).resolve().parent
-# tools that were installed for this Python come first, whether or not its environment is active
-os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+PYTHON = sys.executable
 
 
 def find_torch() -> Path | None:
@@ -30,43 +30,50 @@ def why_left_out() -> str | None:
     """None if the library is to be built, else why not."""
     if os.environ.get("STGP_NO_EXT") == "1":
         return "STGP_NO_EXT=1"
+    if sys.platform != "linux":
+        return f"they are built on Linux only, and this is {sys.platform}"
     torch = find_torch()
-    if torch is None or not (torch / "include/torch/csrc/stable/library.h").exists():
-        return "no torch 2.10 or newer in this environment (install it first; uv needs --no-build-isolation)"
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        return "no C++ compiler"
-    check = [*shlex.split(compiler), "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
-    try:
-        subprocess.run(check, input=b"#include <concepts>\nstatic_assert(std::integral<int>);", check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return f"{compiler} compiles no C++20"
-    return None
+    if torch is None:
+        return "this build sees no torch: install torch first, and where builds are isolated add --no-build-isolation"
+    version = re.search(r"^__version__ = ['\"]((\d+)\.(\d+).*)['\"]", (torch / "version.py").read_text(), re.MULTILINE)
+    if version is None or (int(version[2]), int(version[3])) < (2, 10):
+        return f"they need torch 2.10 or newer, found {version[1] if version else 'an unknown version'} in {torch}"
+    compiler = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), ""))
+    if not compiler or not shutil.which(compiler[0]):
+        return f"no C++ compiler {' '.join(compiler) or '(c++, g++ or clang++ on PATH, or CXX)'}"
+    check = [*compiler, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
+    works = subprocess.run(check, input=b"#include <concepts>\nstatic_assert(std::integral<int>);").returncode == 0
+    return None if works else f"{' '.join(compiler)} compiles no C++20"
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        library = Path(self.get_ext_fullpath(extension.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
+        # what was installed for this Python is found whether or not its environment is active
+        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(PYTHON).parent)))
+        cmake = [PYTHON, "-m", "cmake"] if find_spec("cmake") else [shutil.which("cmake")]
+        tools = {"cmake": cmake[0], "ninja": shutil.which("ninja"), "pybind11": find_spec("pybind11")}
+        missing = " ".join(name for name, tool in tools.items() if tool is None)
+        if missing:
+            sys.exit(f"stgridpool_kernels: compiling its kernels takes {missing}: pip install {missing}")
         options = {
-            "CMAKE_INSTALL_PREFIX": library.parent,
-            "Python_EXECUTABLE": sys.executable,
+            "CMAKE_INSTALL_PREFIX": Path(self.get_ext_fullpath(extension.name)).resolve().parent,
+            "CMAKE_MAKE_PROGRAM": tools["ninja"],
+            "Python_EXECUTABLE": PYTHON,
             "STGP_TORCH": find_torch(),
-            "pybind11_DIR": subprocess.check_output(
-                [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
-            ).strip(),
+            "pybind11_DIR": subprocess.check_output([PYTHON, "-m", "pybind11", "--cmakedir"], text=True).strip(),
         }
-        given = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        definitions = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *definitions, *given], check=True)
-        subprocess.run(["cmake", "--build", build, "--target", "_C"], check=True)
-        subprocess.run(["cmake", "--install", build, "--component", "python"], check=True)
+        given = [*(f"-D{name}={value}" for name, value in options.items()), *shlex.split(os.getenv("CMAKE_ARGS", ""))]
+        # afresh: the tools of an isolated build are in another folder every time
+        configure = ["--fresh", "-G", "Ninja", "-S", Path(__file__).resolve().parent, "-B", build, *given]
+        for step in (configure, ["--build", build, "--target", "_C"], ["--install", build, "--component", "python"]):
+            if subprocess.run([*cmake, *step]).returncode:
+                sys.exit("stgridpool_kernels: its kernels do not compile, see above; STGP_NO_EXT=1 leaves them out")
 
 
-reason = why_left_out()
-if reason is not None:
-    print(f"stgridpool_kernels: the compiled CPU and CUDA kernels are left out: {reason}", file=sys.stderr)
-setup(
-    ext_modules=[] if reason is not None else [Extension("stgridpool_kernels._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+if __name__ == "__main__":
+    reason = why_left_out()
+    if reason is not None:
+        print(f"stgridpool_kernels: the compiled CPU and CUDA kernels are left out: {reason}", file=sys.stderr)
+    library = Extension("stgridpool_kernels._C", sources=[])
+    setup(ext_modules=[library] if reason is None else [], cmdclass={"build_ext": CMakeBuild})

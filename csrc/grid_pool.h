@@ -11,9 +11,9 @@
 //   std::vector<int32_t> tables = ...;                          // the file
 //   if (const char* wrong = stgp::check_tables(tables.data(), tables.size())) ...
 //   stgp::Call call{...};                                       // where x and out are
-//   std::vector<char> scratch(stgp::cpu::scratch_bytes(stgp::Op::grid_pool, tables.data(), call, threads));
-//   call.scratch = scratch.data();
+//   call.scratch = std::aligned_alloc(64, stgp::cpu::scratch_bytes(stgp::Op::grid_pool, tables.data(), call, threads));
 //   stgp::cpu::grid_pool(tables.data(), call, threads);
+//   std::free(call.scratch);
 
 #pragma once
 
@@ -60,7 +60,7 @@ struct Threads {
   void* pool = nullptr;
 };
 
-// Scratch that a call needs.
+// Scratch that a call needs: a multiple of 64 bytes.
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call, const Threads& threads);
 
 void grid_pool(const int32_t* tables, const Call& call, const Threads& threads);

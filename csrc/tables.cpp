@@ -34,7 +34,7 @@ const char* check_levels(const int32_t* t, int64_t words) {
     const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
     const int64_t rows = level[L_ROWS], cols = level[L_COLS], count = level[L_COUNT];
     if (rows < 1 || cols < 1 || count < 1 || level[L_FIRST] != summaries) return "a level's sizes are out of range";
-    if (rows > words || cols > words || !inside(level[L_SOURCES], count * rows * cols, words) ||
+    if (rows * cols > words || !inside(level[L_SOURCES], count * rows * cols, words) ||
         !all_between(t + level[L_SOURCES], count * rows * cols, -summaries, t[H_FRAMES])) {
       return "a level's sources are out of range";
     }
@@ -45,6 +45,24 @@ const char* check_levels(const int32_t* t, int64_t words) {
     summaries += count;
   }
   return summaries == t[H_SUMMARIES] ? nullptr : "the levels do not hold all summaries";
+}
+
+// Whether a mosaic has the tiles that its entry reads, of h x w tokens each: -1 stands for one that nothing depends on.
+bool has_tiles(const int32_t* t, const int32_t* entry, int64_t h, int64_t w) {
+  const int64_t H = t[H_HEIGHT], W = t[H_WIDTH];
+  for (int64_t i = 0; i < h; ++i) {
+    const int64_t needed = entry[E_SLOT] >= 0 ? t[entry[E_NEEDED] + i] : 0;
+    const int64_t pooled = entry[E_TARGET] >= 0 && i < t[H_OUT_ROWS] ? t[H_OUT_COLS] : 0;
+    if (needed == 0 && pooled == 0) continue;
+    const int64_t top = needed > 0 && H % 2 == 1 && i > 0 ? 2 * i - 1 : 2 * i;
+    const int64_t bottom = std::min(2 * i + 2, H), right = std::min(2 * std::max(needed, pooled), W);
+    for (int64_t row = top / h; row <= (bottom - 1) / h; ++row) {
+      for (int64_t col = 0; col <= (right - 1) / w; ++col) {
+        if (entry[E_SOURCES + 2 * row + col] < 0) return false;
+      }
+    }
+  }
+  return true;
 }
 
 const char* check_steps(const int32_t* t, int64_t words) {
@@ -66,6 +84,7 @@ const char* check_steps(const int32_t* t, int64_t words) {
           !all_between(t + entry[E_NEEDED], h, 0, w + 1)) {
         return "an entry is out of range";
       }
+      if (mosaic && !has_tiles(t, entry, h, w)) return "a mosaic lacks a tile";
     }
   }
   return nullptr;

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from . import compiled
 from .backends import backend_names, backend_reasons, requested_backend
 from .encoder import TAPS
 from .ops import check_arguments, grid_pool
@@ -224,6 +225,9 @@ def _facts_table() -> Table:
     row("CPU", f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}")
     row("threads", f"{torch.get_num_threads()} of {os.cpu_count()}")
     table.add_section()
+    for name, value in _library().items():
+        row(name, value)
+    table.add_section()
     for package, purpose in _OPTIONAL_PACKAGES.items():
         try:
             found = importlib.metadata.version(package)
@@ -245,6 +249,21 @@ def _devices() -> list[str]:
     if not torch.cuda.is_available():
         return []
     return [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+
+
+def _library() -> dict[str, str]:
+    """What `compiled.LIBRARY` says of itself."""
+    if compiled.LIBRARY is None:
+        return {"compiled library": "not built (pip install -v says why)"}
+    info = compiled.LIBRARY.build_info()
+    origin = f"{info['version']}, built by {info['compiler']} with torch {info['torch']}"
+    capabilities = f"{compiled.LIBRARY.cpu_capability()}, compiled for {info['cpu capabilities']}"
+    cuda = f"CUDA {info['cuda']}, compiled for {info['cuda architectures']}" if info["cuda"] else "none"
+    return {
+        "compiled library": f"{origin}; stable ABI of {info['stable ABI']}",
+        "CPU kernels": capabilities,
+        "CUDA kernels": cuda,
+    }
 
 
 def _cpu_name() -> str:

@@ -20,6 +20,9 @@ from .tables import VERSION, plan_tables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+LARGEST = 1 << 24
+"""Rows and columns of frames and of results are fewer: tables hold int32."""
+
 
 def _load() -> ModuleType | None:
     """The compiled library; None where there is none. Raises ImportError with the cause if it does not load."""
@@ -50,7 +53,7 @@ def why_not_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
         return None
     if x.device.type != "cpu":
         return f"x is on {x.device}"
-    return _why_not_dtype(x)
+    return _why_not_call(x, plan)
 
 
 def why_not_on_cuda(x: Tensor | None, plan: GridPlan | None) -> str | None:
@@ -62,7 +65,7 @@ def why_not_on_cuda(x: Tensor | None, plan: GridPlan | None) -> str | None:
         return f"x is on {x.device}"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
-    return _why_not_dtype(x)
+    return _why_not_call(x, plan)
 
 
 @cache
@@ -74,8 +77,17 @@ def _why_not_cuda_here() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def _why_not_dtype(x: Tensor) -> str | None:
-    return None if x.dtype in DTYPES else f"{str(x.dtype).removeprefix('torch.')} runs on the reference only"
+def _why_not_call(x: Tensor, plan: GridPlan | None) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"{str(x.dtype).removeprefix('torch.')} runs on the reference only"
+    if plan is not None:
+        most = max(plan.height, plan.width, *plan.pooled_size)
+        if most >= LARGEST:
+            return f"there are {most} rows or columns, the kernels count fewer than 2²⁴"
+        window = max(plan.window_rows.count) * max(plan.window_cols.count)
+        if window >= 1 << 31:
+            return f"a window has {window} tokens, the kernels count fewer than 2³¹"
+    return None
 
 
 @lru_cache(maxsize=256)

@@ -125,8 +125,10 @@ def _interleaved(
     targets = sorted({summary.target for summary in steps.summaries})
     waiting: deque[list[int]] = deque()
     while frames:
-        stop = next((t + 1 for t in targets if t + 1 >= frames[0] + frames_per_step), frames[-1] + 1)
+        stop = next((t + 1 for t in targets if t + 1 >= frames[0] + frames_per_step), len(steps.final))
         batch, frames = [f for f in frames if f < stop], [f for f in frames if f >= stop]
+        if not frames:
+            stop = len(steps.final)  # a target may come after the last frame that is read
         others = [frame for frame in batch if frame not in sampled]
         first = max(0, len(others) - frames_per_step // 2)
         for part in (others[:first], [frame for frame in batch if frame in sampled], others[first:]):

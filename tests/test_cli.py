@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import stgridpool_kernels
-from stgridpool_kernels import cli, demo, inspection, token_files
+from stgridpool_kernels import cli, compiled, demo, inspection, token_files
 from stgridpool_kernels.cli import main
 from stgridpool_kernels.token_files import read_tokens, write_tokens
 
@@ -455,15 +456,20 @@ def test_ctrl_c_ends_the_process_with_130(tmp_path: Path) -> None:
 # ---- info, inspect, demo ----
 
 
+def info_rows(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The two columns that `stgp info` prints."""
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {cells[0].strip(): cells[1].strip() for line in lines if len(cells := line.strip("│").split("│")) == 2}
+
+
 def test_info_shows_versions_packages_and_backends(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reasons = {"fast": "no fast device", "reference": None}
     monkeypatch.setattr(cli, "backend_reasons", lambda: reasons)
     monkeypatch.setitem(cli._OPTIONAL_PACKAGES, "no-such-package", "nothing")
-    assert main(["info"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = {cells[0].strip(): cells[1].strip() for line in lines if len(cells := line.strip("│").split("│")) == 2}
+    rows = info_rows(capsys)
     assert rows["version"] == stgridpool_kernels.__version__
     assert rows["torch"].startswith(torch.__version__)
     assert torch.backends.cpu.get_cpu_capability() in rows["CPU"]
@@ -472,6 +478,52 @@ def test_info_shows_versions_packages_and_backends(
     assert rows["STGP_BACKEND"] == "not set: auto"
     assert rows["fast"] == "cannot run: no fast device"
     assert rows["reference"] == "can run; auto takes it first"
+
+
+@pytest.mark.parametrize("cuda", ["", "13.0.88"], ids=["without CUDA", "with CUDA"])
+def test_info_shows_the_compiled_library(
+    cuda: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace(
+        build_info=lambda: {
+            "version": "0.9.1",
+            "compiler": "GNU 12.2.0",
+            "torch": "2.13.0+cpu",
+            "stable ABI": "torch 2.10",
+            "cuda": cuda,
+            "cuda architectures": "80, 90 and PTX of 90" if cuda else "",
+            "cpu capabilities": "avx512, avx2, portable",
+        },
+        cpu_capability=lambda: "avx2",
+    )
+    monkeypatch.setattr(compiled, "LIBRARY", library)
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = info_rows(capsys)
+    expected = "0.9.1, built by GNU 12.2.0 with torch 2.13.0+cpu; stable ABI of torch 2.10"
+    assert rows["compiled library"] == expected
+    assert rows["CPU kernels"] == "avx2, compiled for avx512, avx2, portable"
+    assert rows["CUDA kernels"] == ("CUDA 13.0.88, compiled for 80, 90 and PTX of 90" if cuda else "none")
+
+
+def test_info_says_that_there_is_no_compiled_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "LIBRARY", None)
+    rows = info_rows(capsys)
+    assert rows["compiled library"] == "not built (pip install -v says why)"
+    assert "CPU kernels" not in rows
+    assert rows["cpu"] == "cannot run: the compiled library was not built (pip install -v says why)"
+
+
+@pytest.mark.skipif(compiled.LIBRARY is None, reason="the compiled library was not built")
+def test_info_and_the_compiled_library_agree(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rows, info = info_rows(capsys), compiled.LIBRARY.build_info()
+    assert all(info[name] in rows["compiled library"] for name in ("version", "compiler", "torch", "stable ABI"))
+    assert rows["CPU kernels"].split(",")[0] in info["cpu capabilities"].split(", ")
+    assert (rows["CUDA kernels"] == "none") == (not info["cuda"])
 
 
 @pytest.mark.parametrize(

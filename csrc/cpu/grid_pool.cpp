@@ -302,6 +302,7 @@ void temporal_grid(const int32_t* t, const Call& call, const Threads& threads) {
 }
 
 void token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, const Threads& threads) {
+  if (H == 0) return;
   const Kernels& kernels = *provider()(call.dtype);
   Stages stages;
   stages.emplace_back(frames, H, W * call.C * element_size(call.dtype), 0);

@@ -1,0 +1,79 @@
+"""Files that appear whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def refuse_existing(path: str | os.PathLike[str], force: bool) -> None:
+    """Raise where `atomic_write` would not write: call it before the work whose result is to be written.
+
+    Raises:
+        FileExistsError: the file exists (a dangling link does too), and not `force`.
+        OSError: with or without `force`, `path` is a folder or no regular file, or its folder is missing or not
+            writable.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file}: is a folder, cannot be written as a file")
+    if os.path.lexists(file) and not force:
+        raise FileExistsError(f"{file}: exists already; give another name, or --force to overwrite it")
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file}: not a regular file, is not overwritten")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise PermissionError(f"{file}: the folder {file.parent} is not writable")
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], *, force: bool) -> Iterator[BinaryIO]:
+    """Open `path` for writing bytes so that it appears whole, or not at all.
+
+        with atomic_write(path, force=False) as file:
+            figure.savefig(file, format="png")
+
+    What is written goes to a temporary file in the same folder. When the block ends it is flushed to disk and takes the
+    name; when the block is left by any exception, Ctrl-C included, it is removed and what `path` held is untouched.
+    Without `force` a file that appears meanwhile is not overwritten. With it, a link stays and its target is replaced.
+
+    Raises:
+        FileExistsError, OSError: as `refuse_existing`, or from the system.
+    """
+    file = Path(path)
+    refuse_existing(file, force)
+    target = Path(os.path.realpath(file))
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
+    try:
+        # not the tempfile module, whose files are 0600 whatever the umask says
+        with open(temporary, "xb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        if force:
+            os.replace(temporary, target)
+        else:
+            _claim(temporary, target)
+    except OSError as error:
+        if error.filename in (None, os.fspath(temporary)) and error.errno is not None:
+            error.filename = os.fspath(file)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _claim(temporary: Path, target: Path) -> None:
+    """Give a finished file its name, failing if something has that name by now."""
+    try:
+        try:
+            os.link(temporary, target)
+        except OSError:  # the name is taken, or the file system has no hard links: then an empty file holds the name
+            open(target, "xb").close()
+            os.replace(temporary, target)
+    except FileExistsError as error:
+        raise FileExistsError(f"{target}: appeared while it was being made, and was left alone") from error

@@ -1,0 +1,397 @@
+// The C++ functions as an engine calls them: csrc/grid_pool.h and csrc/tables.h, no torch, no Python.
+//
+//   grid_pool_test
+//       checks what needs no file: hand-made tables, tables that must be refused, capabilities
+//   grid_pool_test TABLES X OUT DTYPE B C THREADS TEMPERATURE NORM_TYPE NORMALIZE
+//       runs every op on B videos, by every set of vector instructions that this CPU has, with one thread and with
+//       THREADS. Results have to be equal bit by bit and are written to OUT.grid_pool, OUT.temporal_grid and
+//       OUT.token_norm, followed by the instructions (".avx2"). TABLES is a file of GridPlan.save, X a file of tokens
+//       (B, T, H, W, C), or "-" for some that are made here.
+//
+// Exit code: 0 if all is well, 1 if not; what is wrong is on stderr.
+
+#include "grid_pool.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tables.h"
+
+namespace {
+
+using stgp::Call;
+using stgp::DType;
+using stgp::Op;
+using Tables = std::vector<int32_t>;
+
+int failures = 0;
+
+void check(bool right, const char* text, int line) {
+  if (right) return;
+  std::fprintf(stderr, "line %d: not so: %s\n", line, text);
+  ++failures;
+}
+
+#define CHECK(condition) check(condition, #condition, __LINE__)
+
+[[noreturn]] void give_up(const std::string& message) {
+  std::fprintf(stderr, "%s\n", message.c_str());
+  std::exit(1);
+}
+
+// ---- what an engine has to bring: memory, threads and tables ----
+
+// Bytes at a multiple of 64. What is in them at first is NaN in every dtype.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes)
+      : memory(bytes == 0 ? nullptr : static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {
+    if (bytes > 0) std::memset(memory.get(), 0xff, bytes);
+  }
+  void* data() const { return memory.get(); }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> memory;
+};
+
+stgp::cpu::Threads threads_of(int count) {
+  const auto run = [](int count, void (*task)(int, void*), void* work, void*) {
+    std::vector<std::thread> others;
+    for (int i = 1; i < count; ++i) others.emplace_back(task, i, work);
+    task(0, work);
+    for (std::thread& other : others) other.join();
+  };
+  return {count, run, nullptr};
+}
+
+std::vector<char> read_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) give_up("cannot read " + path);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+void write_file(const std::string& path, const std::vector<char>& bytes) {
+  std::ofstream file(path, std::ios::binary);
+  if (!file.write(bytes.data(), static_cast<std::streamsize>(bytes.size())).flush()) give_up("cannot write " + path);
+}
+
+Tables read_tables(const std::string& path) {
+  const std::vector<char> bytes = read_file(path);
+  Tables tables(bytes.size() / sizeof(int32_t));
+  if (!tables.empty()) std::memcpy(tables.data(), bytes.data(), tables.size() * sizeof(int32_t));
+  if (const char* wrong = stgp::check_tables(tables.data(), static_cast<int64_t>(tables.size()))) {
+    give_up(path + ": " + wrong);
+  }
+  return tables;
+}
+
+std::vector<std::string> capabilities() {
+  const std::string before = stgp::cpu::capability();
+  std::vector<std::string> names;
+  for (const char* name : {"avx512", "avx2", "portable"}) {
+    if (stgp::cpu::use_capability(name)) names.emplace_back(name);
+  }
+  stgp::cpu::use_capability(before.c_str());
+  return names;
+}
+
+// ---- calls ----
+
+struct Problem {
+  Tables tables;
+  int64_t videos, frames, height, width, channels;  // frames of a video
+  DType dtype;
+  float temperature;
+  double norm_type;
+  bool normalize;
+
+  int64_t element_size() const { return dtype == DType::float32 ? 4 : 2; }
+};
+
+// Tokens that look like noise, of either sign and a magnitude of 1/2 to 4.
+std::vector<char> make_tokens(const Problem& p) {
+  const int64_t count = p.videos * p.frames * p.height * p.width * p.channels;
+  std::vector<char> bytes(count * p.element_size());
+  uint64_t state = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    const uint32_t random = static_cast<uint32_t>(state >> 32);
+    const uint32_t sign = random >> 31, exponent = random >> 20 & 3, fraction = random & 0x7fffff;
+    const uint32_t single = sign << 31 | (126 + exponent) << 23 | fraction;
+    const uint16_t half = static_cast<uint16_t>(sign << 15 | (14 + exponent) << 10 | fraction >> 13);
+    const uint16_t brain = static_cast<uint16_t>(single >> 16);
+    if (p.dtype == DType::float32) {
+      std::memcpy(bytes.data() + i * 4, &single, 4);
+    } else {
+      std::memcpy(bytes.data() + i * 2, p.dtype == DType::float16 ? &half : &brain, 2);
+    }
+  }
+  return bytes;
+}
+
+stgp::Strides contiguous(int64_t frames, int64_t rows, int64_t cols, int64_t channels) {
+  return {frames * rows * cols * channels, rows * cols * channels, cols * channels, channels, 1};
+}
+
+std::vector<char> run(const Problem& p, const std::vector<char>& x, Op op, const stgp::cpu::Threads& threads) {
+  const int32_t* t = p.tables.data();
+  const bool norms = op == Op::token_norm, pooled = op == Op::grid_pool;
+  const int64_t rows = pooled ? t[stgp::H_OUT_ROWS] : p.height, cols = pooled ? t[stgp::H_OUT_COLS] : p.width;
+  const int64_t channels = norms ? 1 : p.channels;
+  std::vector<char> out(p.videos * p.frames * rows * cols * channels * (norms ? 4 : p.element_size()), '\xff');
+  Call call;
+  call.dtype = p.dtype;
+  call.T = p.frames;
+  call.C = p.channels;
+  call.x = x.data();
+  call.x_strides = contiguous(p.frames, p.height, p.width, p.channels);
+  call.out = out.data();
+  call.out_strides = contiguous(p.frames, rows, cols, channels);
+  call.temperature = p.temperature;
+  call.norm_type = p.norm_type;
+  call.normalize_norm = p.normalize;
+  const Memory scratch(stgp::cpu::scratch_bytes(op, norms ? nullptr : t, call, threads));
+  call.scratch = scratch.data();
+  switch (op) {
+    case Op::grid_pool:
+      stgp::cpu::grid_pool(t, call, threads);
+      break;
+    case Op::temporal_grid:
+      stgp::cpu::temporal_grid(t, call, threads);
+      break;
+    default:
+      stgp::cpu::token_norm(p.videos * p.frames, p.height, p.width, call, threads);
+  }
+  return out;
+}
+
+int run_file(char** arguments) {
+  Problem p;
+  p.tables = read_tables(arguments[0]);
+  const std::string x_path = arguments[1], out_path = arguments[2], dtype = arguments[3];
+  p.dtype = dtype == "bfloat16" ? DType::bfloat16 : dtype == "float16" ? DType::float16 : DType::float32;
+  p.videos = std::atoll(arguments[4]);
+  p.frames = p.tables[stgp::H_FRAMES] / p.videos;
+  p.height = p.tables[stgp::H_HEIGHT];
+  p.width = p.tables[stgp::H_WIDTH];
+  p.channels = std::atoll(arguments[5]);
+  const int count = std::atoi(arguments[6]);
+  p.temperature = std::strtof(arguments[7], nullptr);
+  p.norm_type = std::strtod(arguments[8], nullptr);
+  p.normalize = std::atoi(arguments[9]) != 0;
+
+  std::vector<char> x = make_tokens(p);
+  if (x_path != "-") {
+    const size_t bytes = x.size();
+    x = read_file(x_path);
+    if (x.size() != bytes) give_up(x_path + ": the tables are of another size");
+  }
+  const struct {
+    Op op;
+    const char* name;
+  } ops[] = {{Op::grid_pool, "grid_pool"}, {Op::temporal_grid, "temporal_grid"}, {Op::token_norm, "token_norm"}};
+  for (const std::string& capability : capabilities()) {
+    CHECK(stgp::cpu::use_capability(capability.c_str()));
+    for (const auto& [op, name] : ops) {
+      const std::vector<char> alone = run(p, x, op, {});
+      CHECK(alone == run(p, x, op, threads_of(count)));
+      CHECK(alone == run(p, x, op, {count, nullptr, nullptr}));  // no threads in spite of the count
+      write_file(out_path + "." + name + "." + capability, alone);
+    }
+  }
+  return failures == 0 ? 0 : 1;
+}
+
+// ---- checks that need no file ----
+
+// One frame of 2 x 2 tokens, pooled into one; written by hand from csrc/tables.h.
+Tables one_window() {
+  Tables t(stgp::HEADER_WORDS);
+  const auto add = [&t](std::initializer_list<int32_t> words) {
+    const auto offset = static_cast<int32_t>(t.size());
+    t.insert(t.end(), words);
+    return offset;
+  };
+  t[stgp::H_MAGIC] = stgp::MAGIC;
+  t[stgp::H_VERSION] = stgp::VERSION;
+  t[stgp::H_FRAMES] = 1;
+  t[stgp::H_HEIGHT] = t[stgp::H_WIDTH] = 2;
+  t[stgp::H_OUT_ROWS] = t[stgp::H_OUT_COLS] = 1;
+  t[stgp::H_LARGEST_WINDOW] = 4;
+  t[stgp::H_FINAL] = add({0});
+  t[stgp::H_LEVELS] = static_cast<int32_t>(t.size());
+  t[stgp::H_WINDOW_ROWS] = add({0, 2});
+  t[stgp::H_WINDOW_COLS] = add({0, 2});
+  t[stgp::H_STEPS] = static_cast<int32_t>(t.size());
+  t[stgp::H_WORDS] = static_cast<int32_t>(t.size());
+  return t;
+}
+
+// The same with a summary: two frames, level 0 replaces frame 1 by frames 0 and 1, one above the other.
+Tables one_summary(bool fused) {
+  Tables t = one_window();
+  const auto here = [&t] { return static_cast<int32_t>(t.size()); };
+  const auto add = [&](std::initializer_list<int32_t> words) {
+    const int32_t offset = here();
+    t.insert(t.end(), words);
+    return offset;
+  };
+  t[stgp::H_FRAMES] = 2;
+  t[stgp::H_SUMMARIES] = t[stgp::H_NUM_LEVELS] = 1;
+  t[stgp::H_FINAL] = add({0, ~0});
+  const int32_t sources = add({0, 1, 1, 1}), row_runs = add({0, 2, 2, 2}), col_runs = add({0, 2, 2, 2});
+  t[stgp::H_LEVELS] = add({2, 2, 0, 1, sources, row_runs, col_runs});
+  if (fused) {
+    const int32_t all = add({1}), none = add({0});
+    const int32_t frames = add({0, 0, 0, all, -1, -1, -1, -1, 1, -1, 1, all, -1, -1, -1, -1});
+    const int32_t summary = add({~0, 1, -1, none, 0, 1, 1, 1});
+    t[stgp::H_STEPS] = add({0, frames, 2, 2, 0, 1, summary, 1, 0, 1});
+    t[stgp::H_NUM_STEPS] = t[stgp::H_SLOTS] = 2;
+  } else {
+    t[stgp::H_STEPS] = here();
+  }
+  t[stgp::H_WORDS] = here();
+  return t;
+}
+
+const char* wrong_with(const Tables& t) { return stgp::check_tables(t.data(), static_cast<int64_t>(t.size())); }
+
+bool near(float a, double b) { return std::abs(a - b) <= 1e-6 * std::abs(b); }
+
+void test_results_by_hand() {
+  std::vector<float> x = {1, 1, 0, 0, 2, -2, 3, 3};  // four tokens of two channels, whose RMS is 1, 0, 2, 3
+  std::vector<char> bytes(x.size() * 4);
+  std::memcpy(bytes.data(), x.data(), bytes.size());
+  const Problem p{one_window(), 1, 1, 2, 2, 2, DType::float32, 1, 2, true};
+  const double e[] = {std::exp(1.0), std::exp(0.0), std::exp(2.0), std::exp(3.0)};
+  const double total = e[0] + e[1] + e[2] + e[3];
+  float pooled[2], norms[4];
+  std::memcpy(pooled, run(p, bytes, Op::grid_pool, {}).data(), sizeof pooled);
+  CHECK(near(pooled[0], (e[0] + 2 * e[2] + 3 * e[3]) / total));
+  CHECK(near(pooled[1], (e[0] - 2 * e[2] + 3 * e[3]) / total));
+  CHECK(run(p, bytes, Op::temporal_grid, {}) == bytes);
+  std::memcpy(norms, run(p, bytes, Op::token_norm, {}).data(), sizeof norms);
+  CHECK(norms[0] == 1 && norms[1] == 0 && norms[2] == 2 && norms[3] == 3);
+}
+
+// Frame 1 becomes the means of frames 0 and 1 in one row, those of frame 1 twice in the other.
+void test_a_summary_by_hand() {
+  const std::vector<float> x = {1, 3, 5, 7, 2, 2, 6, 6};  // frames of four tokens of one channel: means 4 and 4
+  std::vector<char> bytes(x.size() * 4);
+  std::memcpy(bytes.data(), x.data(), bytes.size());
+  for (const bool fused : {false, true}) {
+    const Problem p{one_summary(fused), 1, 2, 2, 2, 1, DType::float32, 0, 2, true};
+    CHECK(wrong_with(p.tables) == nullptr);
+    float grid[8], pooled[2];
+    std::memcpy(grid, run(p, bytes, Op::temporal_grid, {}).data(), sizeof grid);
+    std::memcpy(pooled, run(p, bytes, Op::grid_pool, {}).data(), sizeof pooled);
+    CHECK(std::memcmp(grid, x.data(), 16) == 0);
+    for (int k = 4; k < 8; ++k) CHECK(grid[k] == 4);
+    CHECK(pooled[0] == 4 && pooled[1] == 4);
+  }
+}
+
+void test_no_frames_and_no_tokens() {
+  Problem p{one_window(), 0, 0, 2, 2, 2, DType::float32, 1, 2, true};
+  p.tables[stgp::H_FRAMES] = 0;
+  CHECK(wrong_with(p.tables) == nullptr);
+  for (const int count : {1, 3}) {
+    for (const Op op : {Op::grid_pool, Op::temporal_grid, Op::token_norm}) {
+      CHECK(run(p, {}, op, threads_of(count)).empty());
+    }
+    Problem without_rows{p.tables, 1, 2, 0, 3, 2, DType::float32, 1, 2, true};
+    CHECK(run(without_rows, {}, Op::token_norm, threads_of(count)).empty());
+    Problem without_cols{p.tables, 1, 2, 3, 0, 2, DType::float32, 1, 2, true};
+    CHECK(run(without_cols, {}, Op::token_norm, threads_of(count)).empty());
+  }
+}
+
+void test_tables_that_are_refused() {
+  const Tables good = one_summary(true);
+  CHECK(wrong_with(good) == nullptr);
+  CHECK(stgp::check_tables(nullptr, 0) != nullptr);
+  for (size_t words = 0; words < good.size(); ++words) {
+    const Tables cut(good.begin(), good.begin() + static_cast<std::ptrdiff_t>(words));
+    CHECK(wrong_with(cut) != nullptr);
+  }
+  Tables longer = good;
+  longer.push_back(0);
+  CHECK(wrong_with(longer) != nullptr);
+  Tables foreign(good.size(), 0x20202020);
+  CHECK(std::string(wrong_with(foreign)) == "these are no tables of a plan");
+  Tables newer = good;
+  newer[stgp::H_VERSION] += 1;
+  CHECK(std::string(wrong_with(newer)) == "the tables have another version");
+  // no number in the header but the first offsets may be anything
+  for (const int32_t value : {INT32_MIN, -1, INT32_MAX}) {
+    for (int word = 0; word < stgp::HEADER_WORDS; ++word) {
+      Tables changed = good;
+      changed[word] = value;
+      CHECK(wrong_with(changed) != nullptr);
+    }
+  }
+}
+
+// A tile that a mosaic shows has to be there: -1 stands for one that nothing depends on.
+void test_missing_tiles_are_refused() {
+  const Tables good = one_summary(true);
+  const int32_t* step = good.data() + good[stgp::H_STEPS] + stgp::STEP_WORDS;
+  for (int tile = 0; tile < 4; ++tile) {
+    Tables changed = good;
+    changed[step[stgp::S_ENTRIES] + stgp::E_SOURCES + tile] = -1;
+    CHECK(wrong_with(changed) != nullptr);
+  }
+}
+
+// Products of sizes that are in range each must not wrap around to something small.
+void test_sizes_whose_product_exceeds_64_bits() {
+  Tables t = one_summary(false);
+  t.resize(int64_t{1} << 22);
+  t[stgp::H_WORDS] = 1 << 22;
+  int32_t* level = t.data() + t[stgp::H_LEVELS];
+  level[stgp::L_ROWS] = level[stgp::L_COLS] = 1 << 22;
+  level[stgp::L_COUNT] = 1 << 20;
+  CHECK(wrong_with(t) != nullptr);
+}
+
+void test_capabilities() {
+  const std::string before = stgp::cpu::capability();
+  const std::vector<std::string> names = capabilities();
+  CHECK(!names.empty());
+  CHECK(names.back() == "portable");
+  CHECK(names.front() == before);  // by default the widest
+  for (const std::string& name : names) {
+    CHECK(stgp::cpu::use_capability(name.c_str()));
+    CHECK(stgp::cpu::capability() == name);
+  }
+  for (const char* unknown : {"", "AVX2", "avx", "neon", "portable "}) CHECK(!stgp::cpu::use_capability(unknown));
+  CHECK(std::string(stgp::cpu::capability()) == "portable");
+  CHECK(stgp::cpu::use_capability(before.c_str()));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 11) return run_file(argv + 1);
+  if (argc != 1) give_up("takes no arguments or 10, see the beginning of grid_pool_test.cpp");
+  test_capabilities();
+  test_results_by_hand();
+  test_a_summary_by_hand();
+  test_no_frames_and_no_tokens();
+  test_tables_that_are_refused();
+  test_missing_tiles_are_refused();
+  test_sizes_whose_product_exceeds_64_bits();
+  if (failures == 0) std::puts("all checks passed");
+  return failures == 0 ? 0 : 1;
+}
