@@ -15,12 +15,24 @@ namespace {
 
 // ---- loops over channels ----
 
-// Sum over the channels of f(|t_c|). Two blocks at a time hide the latency of additions; their order is fixed.
+// Asks for a block of a token that is worked on soon. Norms come from memory, sums from the cache: where both ask for
+// part of what comes next, memory has something to do all the time. There may be no block: asking is harmless.
+template <typename T>
+inline void prefetch(const T* block) {
+  constexpr int LINE = 64;
+  for (int byte = 0; byte < BLOCK * int{sizeof(T)}; byte += LINE) {
+    __builtin_prefetch(reinterpret_cast<const char*>(block) + byte);
+  }
+}
+
+// Sum over the channels of f(|t_c|). Two blocks at a time hide the latency of additions; their order is fixed. `next`
+// is a token that follows.
 template <typename T, typename F>
-inline float reduce(const T* token, int64_t C, F f) {
+inline float reduce(const T* token, const T* next, int64_t C, F f) {
   Block even{}, odd{};
   int64_t c = 0;
   for (; c + 2 * BLOCK <= C; c += 2 * BLOCK) {
+    prefetch(next + c), prefetch(next + c + BLOCK);
     const Block v = load(token + c), w = load(token + c + BLOCK);
     even.a += f(v.a), even.b += f(v.b), odd.a += f(w.a), odd.b += f(w.b);
   }
@@ -65,11 +77,10 @@ inline void sum_blocks(const T* const* taps, const float* weights, int64_t n, fl
   for (int i = 0; i < BLOCKS; ++i) sums[i].a *= scale, sums[i].b *= scale;
 }
 
-// to = sum_k weights[k] * taps[k] * scale. N is n where it is known, so that the sum over k is unrolled.
-template <int N, typename T>
+// to = sum_k weights[k] * taps[k] * scale
+template <typename T>
 void weighted_sum(const T* const* taps, const float* weights, int64_t n, float scale, int64_t C, T* to, bool stream) {
   constexpr int BLOCKS = 4;
-  if (N > 0) n = N;
   Block sums[BLOCKS];
   int64_t c = 0;
   for (; c + BLOCKS * BLOCK <= C; c += BLOCKS * BLOCK) {
@@ -92,41 +103,59 @@ void weighted_sum(const T* const* taps, const float* weights, int64_t n, float s
   }
 }
 
-// One step of a walk along a row of cells, at a whole window of tokens (left, right, lower left, lower right) that are
-// read once for two results: pooled = sum_k weights[k] * window[k], where POOL, and cell = share * the sum of the
-// window, of the two tokens `above` it and of the column to the left of it, which is `carried` from the step before as
-// a sum. What is carried to the next is the sum of the right column. `above` and `carried` may be nullptr.
-template <bool POOL, typename T>
-void walk_step(const T* const* window, const float* weights, T* pooled, bool stream, const T* const* above,
-               Block* carried, float share, int64_t C, T* cell) {
-  const auto step = [=](int64_t c, const auto& load_at, const auto& store_at) {
-    const Block v0 = load_at(window[0] + c), v1 = load_at(window[1] + c);
-    const Block v2 = load_at(window[2] + c), v3 = load_at(window[3] + c);
+// A step along a row of windows and cells, at a whole window: left, right, lower left, lower right. Its tokens are read
+// once for both results.
+template <typename T>
+struct Step {
+  const T* window[4];
+  // POOL: pooled = sum_k weights[k] * window[k]
+  float weights[4];
+  T* pooled;
+  bool stream;
+  // SHRINK: cell = share * the sum of the window, of the two tokens `above` it (or nullptr), and of the column to the
+  // left, which is `carried` from the step before as a sum (or nullptr). The right column is carried to the next.
+  T* cell;
+  float share;
+  const T* above[2];
+  Block* carried;
+  // The next window.
+  const T* next[4];
+};
+
+template <bool POOL, bool SHRINK, typename T>
+void take_step(const Step<T>& s, int64_t C) {
+  const auto blocks = [&](int64_t c, const auto& load_at, const auto& store_at) {
+    Block v[4];
+    for (int k = 0; k < 4; ++k) v[k] = load_at(s.window[k] + c);
     if (POOL) {
-      Block sum = {weights[0] * v0.a, weights[0] * v0.b};  // fused as in weighted_sum
-      sum.a += weights[1] * v1.a, sum.b += weights[1] * v1.b;
-      sum.a += weights[2] * v2.a, sum.b += weights[2] * v2.b;
-      sum.a += weights[3] * v3.a, sum.b += weights[3] * v3.b;
-      store_at(pooled + c, sum, stream);
+      Block sum = {s.weights[0] * v[0].a, s.weights[0] * v[0].b};
+      for (int k = 1; k < 4; ++k) {
+        sum.a += s.weights[k] * v[k].a;
+        sum.b += s.weights[k] * v[k].b;
+      }
+      store_at(s.pooled + c, sum, s.stream);
     }
-    Block left = {v0.a + v2.a, v0.b + v2.b}, right = {v1.a + v3.a, v1.b + v3.b};
-    if (above != nullptr) {
-      const Block l = load_at(above[0] + c), r = load_at(above[1] + c);
-      left.a += l.a, left.b += l.b, right.a += r.a, right.b += r.b;
+    if (SHRINK) {
+      Block left = {v[0].a + v[2].a, v[0].b + v[2].b}, right = {v[1].a + v[3].a, v[1].b + v[3].b};
+      if (s.above[0] != nullptr) {
+        const Block l = load_at(s.above[0] + c), r = load_at(s.above[1] + c);
+        left.a += l.a, left.b += l.b, right.a += r.a, right.b += r.b;
+      }
+      if (s.carried != nullptr) {
+        Block& column = s.carried[c / BLOCK];
+        left.a += column.a, left.b += column.b;
+        column = right;
+      }
+      store_at(s.cell + c, Block{(left.a + right.a) * s.share, (left.b + right.b) * s.share}, false);
     }
-    if (carried != nullptr) {
-      Block& column = carried[c / BLOCK];
-      left.a += column.a, left.b += column.b;
-      column = right;
-    }
-    store_at(cell + c, Block{(left.a + right.a) * share, (left.b + right.b) * share}, false);
   };
   int64_t c = 0;
   for (; c + BLOCK <= C; c += BLOCK) {
-    step(c, [](const T* token) { return load(token); }, [](T* token, Block v, bool past) { store(token, v, past); });
+    prefetch(s.next[2] + c), prefetch(s.next[3] + c);
+    blocks(c, [](const T* token) { return load(token); }, [](T* token, Block v, bool past) { store(token, v, past); });
   }
   if (c < C) {
-    step(
+    blocks(
         c, [=](const T* token) { return load_some(token, C - c); },
         [=](T* token, Block v, bool) { store_some(token, v, C - c); });
   }
@@ -194,17 +223,17 @@ constexpr int64_t FIRST_TAP = 1;
 
 // (mean_c |t_c|^p)^(1/p), or the sum in place of the mean.
 template <typename T>
-float token_norm(const T* token, const Call& call) {
+float token_norm(const T* token, const T* next, const Call& call) {
   const int64_t C = call.C;
   const double p = call.norm_type;
   if (p == HUGE_VAL) return largest_magnitude(token, C);
   float total;
   if (p == 2) {
-    total = reduce(token, C, [](Floats v) { return v * v; });
+    total = reduce(token, next, C, [](Floats v) { return v * v; });
   } else if (p == 1) {
-    total = reduce(token, C, [](Floats v) { return absolute(v); });
+    total = reduce(token, next, C, [](Floats v) { return absolute(v); });
   } else {
-    total = reduce(token, C, [p](Floats v) { return power(absolute(v), p); });
+    total = reduce(token, next, C, [p](Floats v) { return power(absolute(v), p); });
   }
   if (call.normalize_norm) total /= static_cast<float>(C);
   if (p == 1) return total;
@@ -276,40 +305,45 @@ void fused_rows(const int32_t* tables, const Call& call, const int32_t* entry, b
       for (int64_t r = 2 * i; r < bottom; ++r) {
         for (int64_t c = 2 * j; c < right; ++c, ++n) taps[n] = token(r, c, n);
       }
-      float weights[4];
-      if (j < pooled) {
-        for (int64_t k = 0; k < n; ++k) weights[k] = token_norm(taps[k], call);
-        softmax(weights, n, 0, call.temperature);
+      const bool pool = j < pooled, shrink = j < needed, whole = n == 4,
+                 another = whole && channel == 1 && 2 * j + 4 <= W;
+      Step<T> step;
+      for (int k = 0; k < n; ++k) {
+        step.window[k] = taps[k];
+        step.next[k] = another ? image.at(2 * i + k / 2, 2 * j + 2 + k % 2) : taps[k];
       }
-      if (j < needed && n == 4) {
-        const T** const above = halo ? taps + 4 : nullptr;
-        if (halo) above[0] = token(2 * i - 1, 2 * j, 4), above[1] = token(2 * i - 1, 2 * j + 1, 5);
-        const float share = 1.0f / static_cast<float>((2 + halo) * (2 + (carried != nullptr && j > 0)));
-        T* const cell = miniature + (i * w + j) * C;
-        if (j < pooled) {
-          const Target<T> target(call, entry[E_TARGET], i, j, workspace);
-          walk_step<true>(taps, weights, target.buffer, stream, above, carried, share, C, cell);
-          target.finish(C);
-        } else {
-          walk_step<false>(taps, weights, cell, false, above, carried, share, C, cell);
+      if (pool) {
+        for (int k = 0; k < n; ++k) step.weights[k] = token_norm(taps[k], k < 2 ? step.next[k] : taps[k], call);
+        softmax(step.weights, n, 0, call.temperature);
+      }
+      const Target<T> target(call, pool ? entry[E_TARGET] : 0, pool ? i : 0, pool ? j : 0, workspace);
+      if (whole) {
+        step.pooled = target.buffer;
+        step.stream = stream;
+        step.share = 1.0f / static_cast<float>((2 + halo) * (2 + (carried != nullptr && j > 0)));
+        for (int k = 0; k < 2; ++k) {
+          step.above[k] = halo && shrink ? token(2 * i - 1, 2 * j + k, 4 + k) : nullptr;
         }
+        step.carried = carried;
+        if (shrink) {
+          step.cell = miniature + (i * w + j) * C;
+          pool ? take_step<true, true>(step, C) : take_step<false, true>(step, C);
+        } else {
+          take_step<true, false>(step, C);
+        }
+        if (pool) target.finish(C);
         continue;
       }
-      if (j < pooled) {
-        const Target<T> target(call, entry[E_TARGET], i, j, workspace);
-        if (n == 4) {
-          weighted_sum<4>(taps, weights, n, 1.0f, C, target.buffer, stream);
-        } else {
-          weighted_sum<0>(taps, weights, n, 1.0f, C, target.buffer, stream);
-        }
+      if (pool) {
+        weighted_sum(taps, step.weights, n, 1.0f, C, target.buffer, stream);
         target.finish(C);
       }
-      if (j < needed) {  // a cell that the frame's edge cuts
+      if (shrink) {  // a cell that the frame's edge cuts
         const int64_t left = carried != nullptr && j > 0 ? 2 * j - 1 : 2 * j;
         for (int64_t r = halo ? 2 * i - 1 : 2 * i; r < bottom; ++r) {
           for (int64_t c = left; c < (r < 2 * i ? right : 2 * j); ++c, ++n) taps[n] = token(r, c, n);
         }
-        weighted_sum<0>(taps, ONES, n, 1.0f / static_cast<float>(n), C, miniature + (i * w + j) * C, false);
+        weighted_sum(taps, ONES, n, 1.0f / static_cast<float>(n), C, miniature + (i * w + j) * C, false);
       }
     }
   }
@@ -338,7 +372,7 @@ void summary_rows(const int32_t* tables, const Call& call, const int32_t* level,
         }
       }
       const float share = 1.0f / static_cast<float>(n);
-      weighted_sum<0>(taps, workspace.weights, n, share, C, summary + (i * W + j) * C, false);
+      weighted_sum(taps, workspace.weights, n, share, C, summary + (i * W + j) * C, false);
     }
   }
 }
@@ -366,13 +400,13 @@ void pooled_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t
         for (int64_t c = left; c < right; ++c, ++n) {
           taps[n] = gather(image.at(r, c), image.channel, C, workspace, FIRST_TAP + n);
           float& norm = workspace.norms[r * W + c];
-          if (norm < 0) norm = token_norm(taps[n], call);
+          if (norm < 0) norm = token_norm(taps[n], taps[n], call);
           workspace.weights[n] = norm;
         }
       }
       softmax(workspace.weights, n, int64_t{row_runs[OH + i]} * col_runs[OW + j] - n, call.temperature);
       const Target<T> target(call, frame, i, j, workspace);
-      weighted_sum<0>(taps, workspace.weights, n, 1.0f, C, target.buffer, stream);
+      weighted_sum(taps, workspace.weights, n, 1.0f, C, target.buffer, stream);
       target.finish(C);
     }
   }
@@ -405,8 +439,8 @@ void norm_rows(const Call& call, int64_t W, int64_t frame, int64_t first, int64_
   float* const norms = static_cast<float*>(call.out) + frame / call.T * s.video + frame % call.T * s.frame;
   for (int64_t i = first; i < last; ++i) {
     for (int64_t j = 0; j < W; ++j) {
-      norms[i * s.row + j * s.col] =
-          token_norm(gather(image.at(i, j), image.channel, call.C, workspace, FIRST_TAP), call);
+      const T* token = gather(image.at(i, j), image.channel, call.C, workspace, FIRST_TAP);
+      norms[i * s.row + j * s.col] = token_norm(token, token, call);
     }
   }
 }
