@@ -335,17 +335,15 @@ def bars(rows: Rows) -> list[Bar]:
         return None if rates[0] is None or rates[1] is None else 100 * rates[0]["gb_per_s"] / rates[1]["gb_per_s"]
 
     t16, t64 = T16.name, T64.name
-    naive = {
-        "norm_pool": times(T64, "naive_norm_pool", POOL),
-        "grid_pool": times(T64, "naive_grid_pool", GRID),
-    }
     small = {name: median(SMALL, name) for name in OURS}
     return [
         Bar.of("norm_pool(out=) 1.2 times as fast as avg_pool2d", {t16: times(T16, "avg_pool2d", POOL)}, 1.2, "x"),
         Bar.of("norm_pool(out=) 2.5 times as fast as avg_pool2d", {t64: times(T64, "avg_pool2d", POOL)}, 2.5, "x"),
         Bar.of("norm_pool(out=) 15 times as fast as LLaVA's", {t64: times(T64, "llava_avg_pool", POOL)}, 15, "x"),
-        Bar.of("both 100 times as fast as the published code", naive, 100, "x"),
-        Bar.of("norm_pool(out=) reaches 80 % of the ceiling", {w.name: of_ceiling(w) for w in (T16, T64)}, 80, " %"),
+        Bar.of("grid_pool(out=) 100 times as fast as eager", {t64: times(T64, "naive_grid_pool", GRID)}, 100, "x"),
+        Bar.of("norm_pool(out=) 100 times as fast as eager", {t64: times(T64, "naive_norm_pool", POOL)}, 100, "x"),
+        Bar.of("norm_pool(out=) reaches 80 % of the ceiling", {t64: of_ceiling(T64)}, 80, " %"),
+        Bar.of("and where part of x may be in the cache", {t16: of_ceiling(T16)}, 80, " %"),
         Bar.of("grid_pool(out=) within 1.35 of norm_pool(out=)", {t64: times(T64, GRID, POOL)}, 1.35, "x", True),
         Bar.of("a call on one frame of 9 x 9 x 384 within 80 us", small, 80, " us", at_most=True),
     ]

@@ -503,6 +503,11 @@ except RuntimeError as refusal:
 
 def test_sizes_that_tables_cannot_hold_are_refused() -> None:
     x = torch.empty(1, 1 << 24, 1, 1, dtype=torch.bfloat16)
-    plan = grid_plan([1], 1 << 24, 1, frame_strides=(), output_size=(1, 1))
-    assert "fewer than 2²⁴" in str(compiled.why_not_on_cpu(x, plan))
-    assert stgp.norm_pool(x.zero_(), output_size=1).shape == (1, 1, 1, 1)
+    pairs = grid_plan([1], 1 << 24, 1, frame_strides=(), kernel_size=(1 << 20, 1))
+    assert "fewer than 2²⁴" in str(compiled.why_not_on_cpu(x, pairs))
+    assert (
+        compiled.why_not_on_cpu(x[:, 1:], grid_plan([1], (1 << 24) - 1, 1, frame_strides=(), kernel_size=(2, 1)))
+        is None
+    )
+    wide = grid_plan([1], 1 << 16, 1 << 15, frame_strides=(), output_size=1)
+    assert "fewer than 2³¹" in str(compiled.why_not_on_cpu(torch.empty(1, 1, 1, 1), wide))
