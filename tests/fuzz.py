@@ -96,8 +96,8 @@ class Call:
         try:
             assert_within(result, exact, self.allowed(x))
         except AssertionError:
-            # The published formulas multiply what is spoilt by weights of 0, so their error says nothing there: what they
-            # are allowed without it holds.
+            # The published formulas multiply what is spoilt by weights of 0, so their error says nothing there: what
+            # they are allowed without it holds.
             clean = replace(self, spoilt=0).x()
             dtype = result.dtype if self.op == "token_norm" else x.dtype
             sound = oracle(self.op, clean, **self.arguments)
