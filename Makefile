@@ -1,4 +1,4 @@
-# make demo | test | lint | wheel | cpu-bench | fuzz | sanitize | cuda-check | cuda-link-check | compile-check | gpu-check | clean
+# make demo | test | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | compile-check | gpu-check | clean
 # TORCH="torch==…" puts another torch into .venv; STGP_NO_EXT=1 leaves the compiled kernels out.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/cuda_emulation/*)
 
-.PHONY: demo test lint wheel cpu-bench fuzz sanitize cuda-check cuda-link-check compile-check gpu-check clean
+.PHONY: demo test lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check compile-check gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -25,10 +25,21 @@ lint: $(BUILT)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
-# CPU kernels: speed next to what they replace, 5 minutes of random calls, memory and threads under sanitizers
+# microbenchmarks for a comparison of two commits; `stgp bench` measures more, and is what documents are made from
 
-cpu-bench: $(BUILT)
-	$(VENV)/bin/python -m benchmarks.cpu_bench $(ARGS)
+bench: $(BUILT)
+	$(VENV)/bin/python -m pytest benchmarks -q --benchmark-autosave --benchmark-storage=file://.benchmarks \
+	    --benchmark-columns=median,iqr,min,rounds --benchmark-sort=min $(ARGS)
+
+# what pooling saves a language model; docs/performance.md and its pictures from the results that are kept
+
+prefill: $(BUILT)
+	$(VENV)/bin/python -m benchmarks.prefill $(ARGS)
+
+performance: $(BUILT)
+	$(VENV)/bin/python -m benchmarks.performance $(ARGS)
+
+# CPU kernels: 5 minutes of random calls, memory and threads under sanitizers
 
 fuzz: $(BUILT)
 	$(VENV)/bin/python -m tests.fuzz --seconds 300 $(ARGS)
@@ -83,4 +94,4 @@ $(BUILT): $(INSTALLED) pyproject.toml setup.py CMakeLists.txt $(CPP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info stgridpool_kernels/_C*.so demo.png
+	rm -rf $(VENV) .benchmarks build dist *.egg-info stgridpool_kernels/_C*.so demo.png

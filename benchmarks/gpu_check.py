@@ -25,20 +25,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from .contenders import CHOICES, WORKLOADS
-from .gpu_bench import COUNTED_CALLS, SMALL_CALLS_RIGHT, jobs, tune_jobs
-from .gpu_report import CUDA, OURS, ROOT, Rows, bars, describe, format_table, new_results_file, save
-from .lower_bound import Traffic
+from stgridpool_kernels.bench.lower_bound import Traffic
+from stgridpool_kernels.bench.machine import ROOT, describe
+from stgridpool_kernels.bench.report import is_ours, workload_table
+from stgridpool_kernels.bench.results import Results, file_name, load
+from stgridpool_kernels.bench.workloads import WORKLOADS
 
-RESULTS = Path(__file__).with_name("results")
+from .goals import GOALS, MAIN, RESULTS, bars
+from .gpu_bench import CHOICES, COUNTED, COUNTED_CALLS, COUNTED_ON, SMALL_CALLS_RIGHT
+
 LIMIT_SECONDS = 545
+WORKLOAD_SECONDS = 75
+"""After which a process that times a workload is ended."""
+
 LEAST_SECONDS = 5
 """A process is not started for less."""
 
@@ -301,60 +308,118 @@ def find_tool(name: str) -> str | None:
 
 # ---- timing ----
 
+COMPILED = "compiled_grid_pool"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A call of `stgp bench`: on which workloads, and with which options."""
+
+    shapes: Sequence[str]
+    options: Sequence[str] = ()
+
+
+def passes() -> list[Pass]:
+    """Shapes that goals are set for first, then the other models, then torch.compile, which takes long, then sweeps."""
+    main = sorted(MAIN, key=lambda name: not WORKLOADS[name].goal)
+    sweeps = [name for name in WORKLOADS if name not in main]
+    most = ["--skip", COMPILED]
+    return [Pass(main, most), Pass(GOALS, ["--provider", COMPILED, "--baseline", "copy"]), Pass(sweeps, most)]
+
 
 def run_bench(seconds: float, logs: Path) -> Outcome:
-    """Every shape and contender."""
-    return run_jobs(jobs(), seconds, logs / "bench-rows.jsonl", logs / "bench.log")
+    """`stgp bench` on every workload, for as long as there is time."""
+    return run_passes(passes(), seconds, rows_file(logs), logs / "bench.log")
+
+
+def rows_file(logs: Path) -> Path:
+    """Of this check's timings, named as `stgp bench` names a device's file."""
+    return logs / file_name(describe("cuda")["device"])
+
+
+def run_passes(wanted: Sequence[Pass], seconds: float, rows: Path, log: Path) -> Outcome:
+    """All workloads of a pass in one process; if that ends early, those after the one that it ended in in another."""
+    clock = Clock(seconds)
+    rows.unlink(missing_ok=True)  # of an earlier check with the same folder
+    part = rows.with_suffix(".part")
+    ends, unfinished = [], []
+    for each in wanted:
+        part.unlink(missing_ok=True)
+        pending, begun = list(each.shapes), 0
+        while pending and clock.left() > LEAST_SECONDS:
+            command = [sys.executable, "-m", "stgridpool_kernels", "bench", "--device", "cuda", "-o", str(part)]
+            command += ["--limit", str(WORKLOAD_SECONDS), *each.options, "--shape", *pending]
+            done = run_limited(command, clock.left(), log)
+            results = load_rows(part)
+            found = {row.workload for one in results for row in one.rows}
+            pending = [name for name in each.shapes if name not in {*found, *unfinished}]
+            if not pending:
+                break
+            ends.append(f"exit code {done.code} in {pending[0]}: {done.last_lines()}")
+            if len(results) == begun:
+                break  # it does not get as far as a workload: it will not the next time
+            begun = len(results)
+            unfinished.append(pending.pop(0))
+        unfinished += pending
+        if part.exists():
+            append(part, rows)
+            part.unlink()
+    return read_bench(load_rows(rows), ends, unfinished)
+
+
+def append(lines: Path, to: Path) -> None:
+    """Appends lines of JSON to a file of such, whose last may be cut."""
+    cut = to.exists() and not to.read_bytes().endswith(b"\n")
+    with to.open("ab") as file:
+        file.write(b"\n" * cut + lines.read_bytes())
+
+
+def load_rows(rows: Path) -> list[Results]:
+    """Of every process, as far as it came."""
+    with suppress(FileNotFoundError, ValueError):
+        return load(rows)
+    return []
+
+
+def read_bench(
+    results: Sequence[Results],
+    ends: Sequence[str],
+    unfinished: Sequence[str],
+    ours: Callable[[str], bool] = is_ours,
+) -> Outcome:
+    """Passed only if all of `ours` are right. `ends` says how processes ended that did not end well."""
+    rows = [row for each in results for row in each.rows]
+    bad = [f"{row.workload} {row.provider}: {row.check}" for row in rows if row.check != "ok"]
+    checks = [row.check for row in rows if ours(row.provider) and not row.check.startswith("skipped")]
+    if not checks or any(check != "ok" for check in checks) or any(": wrong" in reason for reason in bad):
+        status = "failed"
+    else:
+        status = "unfinished" if unfinished or ends else "passed"
+    workloads = {row.workload for row in rows}
+    summary = f"{len(workloads)} workloads, {len(rows)} rows, {len(bad)} of them without a right result"
+    return Outcome(status, summary, {"not_right": bad, "unfinished": list(unfinished), "ends": list(ends)})
 
 
 def run_tune(seconds: float, logs: Path) -> Outcome:
     """grid_pool as configured and with every other choice of configuration."""
-    return run_jobs(tune_jobs(), seconds, logs / "tune-rows.jsonl", logs / "tune.log")
+    rows = logs / "tune.jsonl"
+    done = run_limited([sys.executable, "-m", "benchmarks.gpu_bench", "tune", str(rows)], seconds, logs / "tune.log")
+    ends = [] if done.code == 0 else [f"exit code {done.code}: {done.last_lines()}"]
+    results = load_rows(rows)
+    found = read_bench(results, ends, [], CHOICES.__contains__)
+    times = [f"{row.workload} {row.provider}: {row.p50_us} us" for each in results for row in each.rows]
+    return replace(found, details=found.details | {"times": times})
 
 
-def run_jobs(names: Sequence[str], seconds: float, rows_file: Path, log: Path) -> Outcome:
-    """All jobs in one process; if that ends early, those that it had not begun in another one."""
-    clock = Clock(seconds)
-    rows_file.unlink(missing_ok=True)  # of an earlier run with the same folder
-    pending, ends = list(names), []
-    while pending and clock.left() > LEAST_SECONDS:
-        command = [sys.executable, "-m", "benchmarks.gpu_bench", "time", str(rows_file), *pending]
-        done = run_limited(command, clock.left(), log)
-        begun = [line["job"] for line in read_lines(rows_file) if line.get("state") == "begun"]
-        if done.code != 0:
-            ends.append(f"exit code {done.code} in {begun[-1] if begun else 'no job'}: {done.last_lines()}")
-        if pending[0] not in begun:
-            break  # it does not get as far as a job: it will not the next time
-        pending = [job for job in pending if job not in begun]
-    return read_bench(read_lines(rows_file), ends, names)
-
-
-def read_bench(lines: Sequence[Mapping[str, Any]], ends: Sequence[str], names: Sequence[str]) -> Outcome:
-    """The last row of every contender and shape; `ends` says how processes ended that did not end well."""
-    rows = {(line["workload"], line["contender"]): dict(line) for line in lines if "workload" in line}
-    for line in lines:
-        if "launches_of" in line and tuple(line["launches_of"]) in rows:
-            rows[tuple(line["launches_of"])]["kernel_launches"] = line["kernels"]
-    finished = {line["job"] for line in lines if line.get("state") == "done"}
-    unfinished = [job for job in names if job not in finished]
-    bad = [f"{where} {who}: {row['check']}" for (where, who), row in rows.items() if row["check"] != "ok"]
-    ours = [row["check"] for (_, contender), row in rows.items() if contender in (*OURS, *CUDA, *CHOICES)]
-    if not ours or any(check != "ok" for check in ours) or any("wrong" in reason for reason in bad):
-        status = "failed"
-    else:
-        status = "unfinished" if unfinished else "passed"
-    summary = f"{len(finished)} of {len(names)} jobs finished, {len(bad)} contenders without a right result"
-    details = {"not_right": bad, "unfinished": unfinished, "ends": list(ends), "rows": list(rows.values())}
-    return Outcome(status, summary, details)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What a file has of JSON lines; the last may be cut."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+def run_prefill(seconds: float, logs: Path) -> Outcome:
+    """What pooling saves a decoder of 7B parameters."""
+    if importlib.util.find_spec("transformers") is None:
+        return Outcome("skipped", "transformers is not installed")
+    rows = logs / f"prefill-{rows_file(logs).name}"
+    command = [sys.executable, "-m", "benchmarks.prefill", "--device", "cuda", "-o", str(rows)]
+    done = run_limited(command, seconds, logs / "prefill.log")
+    status = "passed" if done.code == 0 else "unfinished" if done.code is None else "failed"
+    return Outcome(status, done.last_lines())
 
 
 # ---- byte counters ----
@@ -363,20 +428,21 @@ COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 
 
 def run_counters(seconds: float, logs: Path) -> Outcome:
-    """Bytes that grid_pool and norm_pool move to and from memory on the first shape, next to the lower bound."""
+    """Bytes that grid_pool and norm_pool move to and from memory on one shape, next to the lower bound."""
     tool = find_tool("ncu")
     if tool is None:
         return Outcome("skipped", "ncu is not installed")
-    workload, clock = next(iter(WORKLOADS.values())), Clock(seconds)
+    workload, clock = WORKLOADS[COUNTED_ON], Clock(seconds)
     found: dict[str, Any] = {}
-    for op in OURS:
+    for provider in COUNTED:
+        op = provider.partition(":")[0]
         command = [tool, "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off"]
         command += ["--target-processes", "application-only", "--metrics", ",".join(COUNTERS)]
         command += ["--csv", "--print-units", "base"]
         left = clock.left(0.5)
         if left < LEAST_SECONDS:
             return Outcome("unfinished", f"{op} not begun: no time was left", found)
-        command += [sys.executable, "-m", "benchmarks.gpu_bench", "counted", op]
+        command += [sys.executable, "-m", "benchmarks.gpu_bench", "counted", provider]
         done = run_limited(command, left, logs / "counters.log")
         kernels = read_counters(done.output)
         if not kernels or len(kernels) % COUNTED_CALLS:
@@ -433,9 +499,38 @@ STAGES = (
     Stage("bench", 170, run_bench),
     Stage("counters", 45, run_counters),
     Stage("tune", 60, run_tune),
+    Stage("prefill", 150, run_prefill),
 )
-ASKED_FOR = ("tune",)
+ASKED_FOR = ("tune", "prefill")
 """Stages that run only if they are named."""
+
+
+def keep_rows(rows: Path, folder: Path, out: Path | None) -> None:
+    """Appends a check's timings, of every kind, to the device's files in `folder`."""
+    for path in (rows, rows.with_name(f"prefill-{rows.name}"), rows.with_name("tune.jsonl")):
+        if path.exists() and (out is None or not folder.samefile(out)):
+            append(path, folder / (path.name if path.name != "tune.jsonl" else f"tune-{rows.name}"))
+
+
+def new_results_file(folder: Path, device: str, utc: datetime) -> Path:
+    """Creates an empty file named by device and time; never one that exists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"gpu-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{utc:%Y%m%dT%H%M%SZ}"
+    for number in range(1, 1000):
+        path = folder / f"{name}{f'-{number}' if number > 1 else ''}.json"
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
+    raise FileExistsError(f"{folder / name}.json and 998 more exist")
+
+
+def save(report: Mapping[str, Any], path: Path, out: Path | None) -> None:
+    """Writes the report whole, and a copy into the folder `out`."""
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    if out is not None and not out.samefile(path.parent):
+        shutil.copy(path, out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -456,7 +551,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = given.stage or [stage.name for stage in STAGES if stage.name not in ASKED_FOR]
     stages = [stage for stage in STAGES if stage.name in chosen]
     utc = datetime.now(timezone.utc)
-    report: dict[str, Any] = {"format": 1, "utc": utc.isoformat(timespec="seconds"), **describe(), "stages": {}}
+    report: dict[str, Any] = {"format": 2, "utc": utc.isoformat(timespec="seconds"), **describe("cuda"), "stages": {}}
     if given.json is None:
         path = new_results_file(RESULTS, report["device"]["name"], utc)
     else:
@@ -469,22 +564,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     print(f"{report['device']['name']}, {versions}\nresults: {path}\nlogs: {logs}", flush=True)
 
-    rows: Rows = {}
-
     def add(stage: Stage, outcome: Outcome, seconds: float) -> None:
-        details = dict(outcome.details)
-        rows.update({(row["workload"], row["contender"]): row for row in details.pop("rows", ())})
-        found = {"status": outcome.status, "summary": outcome.summary, "seconds": round(seconds, 1), **details}
-        report["stages"][stage.name] = found
-        report["rows"], report["bars"] = list(rows.values()), [asdict(bar) for bar in bars(rows)]
+        found = {"status": outcome.status, "summary": outcome.summary, "seconds": round(seconds, 1)}
+        report["stages"][stage.name] = found | outcome.details
+        timed = load_rows(rows_file(logs))
+        report["bars"] = [asdict(bar) for bar in bars(timed)] if timed else []
         save(report, path, out)
         print(f"{stage.name}: {outcome.status} in {seconds:.0f} s: {outcome.summary}", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end: no stage's process outlives this one
     run_stages(stages, given.limit, logs, add)
-    print(format_table(rows))
-    for bar in bars(rows):
-        print(f"{bar.status:13}{bar.name}: {bar.detail}")
+    keep_rows(rows_file(logs), RESULTS, out)
+    timed = load_rows(rows_file(logs))
+    console = Console(width=100, highlight=False)
+    for results in timed:
+        for name in results.workloads:
+            console.print(workload_table([row for row in results.rows if row.workload == name]))
+    for bar in report.get("bars", ()):
+        print(f"{bar['status']:13}{bar['name']}: {bar['detail']}")
     statuses = {stage["status"] for stage in report["stages"].values()}
     return 0 if statuses <= {"passed", "skipped"} else 1
 

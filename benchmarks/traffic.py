@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from stgridpool_kernels.bench.workloads import WORKLOADS, Workload
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.schedule import Schedule, needed_cells
 
-from .contenders import WORKLOADS, Workload
 from .interpreter import hasten_interpreter, repair_interpreter
 
 Addresses = NDArray[np.int64]

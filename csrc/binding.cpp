@@ -128,6 +128,13 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
+  // Frees what is kept; how many bytes that was.
+  static int64_t release() {
+    const std::lock_guard<std::mutex> guard(mutex);
+    kept.reset();
+    return std::exchange(kept_size, 0);
+  }
+
  private:
   static constexpr int64_t KEPT = 64 << 20;
 
@@ -243,6 +250,9 @@ void token_norm_on_cuda(const Tensor& x, double norm_type, bool normalize_norm, 
 #endif
 
 }  // namespace
+
+int64_t release_scratch() { return Scratch::release(); }
+
 }  // namespace stgp
 
 STABLE_TORCH_LIBRARY_IMPL(stgp, CPU, library) {

@@ -10,6 +10,10 @@
 #include "grid_pool.h"
 #include "tables.h"
 
+namespace stgp {
+int64_t release_scratch();  // binding.cpp
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of stgridpool_kernels: how they were built, and which CPU instructions they use.";
 
@@ -32,6 +36,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_capability", &stgp::cpu::capability,
         "The vector instructions in use: \"avx512\", \"avx2\" or \"portable\".");
+
+  m.def("release_scratch", &stgp::release_scratch,
+        "Free the memory that is kept from CPU calls for the next one, at most 64 MB; how many bytes that was.");
 
   m.def(
       "use_cpu_capability",

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from .backends import choose_backend
-from .baselines import llava_avg_pool, naive_grid_pool
+from .bench.baselines import llava_avg_pool, naive_grid_pool
 from .data import load_fixture
 from .figure import check_picture, require_matplotlib, save_figure
 from .inspection import inspect_tokens

@@ -28,7 +28,7 @@ def check_content(wheel: Path, pure: bool) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
     package = ROOT / "stgridpool_kernels"
-    files = [path for path in package.rglob("*") if path.suffix in (".py", ".npz", ".md", ".typed")]
+    files = [path for path in package.rglob("*") if path.suffix in (".py", ".npz", ".md", ".typed", ".cpp")]
     expected = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
     name, version = wheel.name.split("-")[:2]
     about = f"{name}-{version}.dist-info"

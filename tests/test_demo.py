@@ -12,7 +12,7 @@ import torch
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels import encoder
-from stgridpool_kernels.baselines import llava_avg_pool, naive_grid_pool
+from stgridpool_kernels.bench.baselines import llava_avg_pool, naive_grid_pool
 from stgridpool_kernels.demo import accuracy, packaged_clip
 
 PNG = b"\x89PNG\r\n\x1a\n"

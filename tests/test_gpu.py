@@ -17,8 +17,8 @@ from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import stgridpool_kernels as stgp
-from benchmarks.contenders import random_tokens
 from stgridpool_kernels.backends import BACKENDS
+from stgridpool_kernels.bench.workloads import random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

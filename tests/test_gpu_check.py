@@ -1,4 +1,4 @@
-"""The one command for GPUs, as far as no GPU is needed: bounds, goals, reports, deadlines, and timing on a stand-in."""
+"""The one command for GPUs, as far as no GPU is needed: deadlines, restarts, what tools print, and what it runs."""
 
 from __future__ import annotations
 
@@ -9,350 +9,54 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from test_bench_report import RUN, make_row
 
 import stgridpool_kernels as stgp
-from benchmarks import gpu_bench, gpu_check, gpu_report
-from benchmarks.contenders import (
-    CHOICES,
-    WORKLOADS,
-    Contender,
-    Workload,
-    contenders,
-    mismatch,
-    op_by_op_grid_pool,
-    random_tokens,
-    variants,
+from benchmarks import gpu_bench, gpu_check
+from benchmarks.goals import GOALS
+from benchmarks.gpu_bench import CHOICES, variants
+from benchmarks.gpu_check import (
+    Finished,
+    Outcome,
+    Pass,
+    Stage,
+    keep_rows,
+    load_rows,
+    new_results_file,
+    passes,
+    read_bench,
+    run_limited,
+    run_passes,
+    run_stages,
+    save,
 )
-from benchmarks.gpu_bench import Row, Run, measure, take_turns
-from benchmarks.gpu_check import Finished, Outcome, Stage, run_limited, run_stages
-from benchmarks.gpu_report import Bar, bars, format_table, new_results_file, save
-from benchmarks.lower_bound import lower_bound, tokens_read
-from stgridpool_kernels import grid_plan
+from stgridpool_kernels.bench import command
+from stgridpool_kernels.bench.providers import mismatch
+from stgridpool_kernels.bench.results import Results, Row, Writer, load
+from stgridpool_kernels.bench.workloads import WORKLOADS, Workload, random_tokens
+from stgridpool_kernels.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
+GPU = replace(RUN, device={"type": "cuda", "name": "Some GPU"})
 
 needs_interpreter = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
     reason="triton is not installed, or runs on a GPU",
 )
 
-
-# ---- lower bound ----
-
-
-@pytest.mark.parametrize(
-    ("name", "read_mb", "write_mb"),
-    [
-        ("64x27x27x3584", 305.6, 77.5),
-        ("64x27x27x3584-ceil", 326.0, 89.9),
-        ("32x27x27x3584-ceil", 163.0, 45.0),
-        ("64x24x24x4096", 302.0, 75.5),
-    ],
-)
-def test_lower_bound(name: str, read_mb: float, write_mb: float) -> None:
-    bound = WORKLOADS[name].bound("grid_pool")
-    assert (round(bound.read_bytes / 1e6, 1), round(bound.write_bytes / 1e6, 1)) == (read_mb, write_mb)
-
-
-def test_lower_bound_of_norm_pool_is_its_windows() -> None:
-    bound = WORKLOADS["64x27x27x3584"].bound("norm_pool")
-    assert (bound.read_bytes, bound.write_bytes) == (64 * 26 * 26 * 3584 * 2, 64 * 13 * 13 * 3584 * 2)
-    plan = grid_plan((3,), 5, 7, frame_strides=(), kernel_size=3, padding=1)
-    assert lower_bound(plan, 10, 4).read_bytes == 3 * 5 * 7 * 10 * 4
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"ceil_mode": True},
-        {"frame_strides": (1, 2), "grid_shape": (1, 2, 3, 1), "output_size": (2, 3)},
-        {"resize": "bilinear", "sampling": "first", "frame_strides": (1, 3)},
-    ],
-    ids=str,
-)
-def test_tokens_read_are_those_that_matter(arguments: dict[str, Any]) -> None:
-    """NaN in any token spoils the result exactly if the token counts as read."""
-    T, H, W = 33, 5, 7
-    needed = tokens_read(grid_plan((T,), H, W, **arguments))
-    x = random_tokens((T, H, W, 1), torch.float64, "cpu", 0)
-    unread = x.masked_fill(torch.from_numpy(~needed)[..., None], float("nan"))
-    assert stgp.grid_pool(unread, **arguments).isfinite().all()
-    for place in map(tuple, np.argwhere(needed)[::37]):
-        spoiled = x.clone()
-        spoiled[place] = float("nan")
-        assert stgp.grid_pool(spoiled, **arguments).isnan().any(), place
-
-
-# ---- timing, on a stand-in for a device ----
-
-
-class StandIn:
-    """A CPU whose clock is made up: each sampler takes the next of `times_us` per call."""
-
-    name = "cpu"
-    l2_bytes = 3_000
-
-    def __init__(self, *times_us: float) -> None:
-        self.times_us = iter(times_us)
-        self.captured: list[int] = []
-        self.broken = False
-
-    def sampler(self, calls: Sequence[Run]) -> Callable[[], float]:
-        time_us = next(self.times_us)
-        self.captured.append(len(calls))
-
-        def sample() -> float:
-            for call in calls:
-                call()
-            return time_us
-
-        return sample
-
-    def wall_us(self, calls: Sequence[Run]) -> float:
-        return 500.0
-
-    def extra_peak_bytes(self, call: Callable[[], Tensor]) -> int:
-        return 4 * call().numel()
-
-    def do_bench_us(self, call: Run) -> list[float]:
-        return [3.0, 2.0, 4.0]
-
-    def check_alive(self) -> None:
-        if self.broken:
-            raise RuntimeError("the device does not answer")
-
-
-SMALL = Workload("small", (9,), 5, 8)
-
-
-def pooling(name: str, call: Callable[..., Tensor] = stgp.grid_pool, **given: Any) -> Contender:
-    return Contender(name, "grid_pool", call, stgp.grid_pool, 2, **given)
-
-
-def measured(device: StandIn, *timed: Contender) -> dict[str, Row]:
-    rows: dict[str, Row] = {}
-    measure(SMALL, timed, device, lambda row: rows.update({row.contender: row}))
-    return rows
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(take_turns, "__defaults__", (0.0,))
-    monkeypatch.setattr(gpu_bench, "ROUNDS", 8)
-
-
-def test_rows_of_right_contenders() -> None:
-    device = StandIn(2.0, 4.0, 3.0)
-    rows = measured(device, pooling("grid_pool", takes_out=True), pooling("eager"))
-    bound = SMALL.bound("grid_pool")
-    total = bound.read_bytes + bound.write_bytes
-    assert {name: row.check for name, row in rows.items()} == {"copy": "ok", "grid_pool": "ok", "eager": "ok"}
-    assert [rows[name].percent_of_copy for name in ("copy", "grid_pool", "eager")] == pytest.approx([100, 50, 200 / 3])
-    row = rows["grid_pool"]
-    assert row.p20_us == row.p50_us == row.p80_us == 4.0
-    assert row.lower_bound_gb_per_s == pytest.approx(total / 4e3)
-    assert row.copy_gb_per_s == pytest.approx(total / 2e3)
-    assert (row.samples, row.eager_wall_us, row.extra_peak_bytes) == (8, 500.0, 4 * 9 * 2 * 2 * 8)
-    assert row.do_bench_p50_p20_p80_us == [3.0, 2.0, 4.0]
-    assert json.loads(json.dumps(asdict(row)))["shape"] == [9, 5, 5, 8]
-
-
-def test_inputs_exceed_the_cache_and_all_are_in_a_graph() -> None:
-    device = StandIn(2.0, 4.0)
-    row = measured(device, pooling("grid_pool"))["grid_pool"]
-    assert row.rotating_sets is not None
-    assert row.rotating_sets * (SMALL.input_bytes + SMALL.bound("grid_pool").write_bytes) >= 5 * device.l2_bytes
-    assert row.calls_per_sample == device.captured[1]
-    assert device.captured[1] % row.rotating_sets == 0
-
-
-def returns_nan(x: Tensor) -> Tensor:
-    return stgp.grid_pool(x) * float("nan")
-
-
-def misses_a_frame(x: Tensor) -> Tensor:
-    result = stgp.grid_pool(x)
-    result[4] = 0
-    return result
-
-
-def writes_nothing(x: Tensor, out: Tensor | None = None) -> Tensor:
-    return stgp.grid_pool(x) if out is None else out
-
-
-@pytest.mark.parametrize(
-    "call", [stgp.norm_pool, returns_nan, misses_a_frame, stgp.temporal_grid], ids=lambda call: call.__name__
-)
-def test_wrong_results_are_not_timed(call: Callable[..., Tensor]) -> None:
-    rows = measured(StandIn(2.0, 4.0), pooling("bad", call), pooling("grid_pool"))
-    assert rows["bad"].check.startswith("wrong: ")
-    assert rows["bad"].p50_us is None
-    assert rows["grid_pool"].p50_us == 4.0
-
-
-def test_unwritten_output_is_wrong() -> None:
-    rows = measured(StandIn(2.0), pooling("bad", writes_nothing, takes_out=True))
-    assert rows["bad"].check.startswith("wrong: off by nan")
-
-
-def test_results_that_go_wrong_while_timed_are_not_reported() -> None:
-    count = 0
-
-    def breaks(x: Tensor) -> Tensor:
-        nonlocal count
-        count += 1
-        return stgp.grid_pool(x) if count < 30 else torch.zeros_like(stgp.grid_pool(x))
-
-    row = measured(StandIn(2.0, 4.0), pooling("bad", breaks))["bad"]
-    assert row.check.startswith("wrong: ")
-    assert (row.p50_us, row.percent_of_copy) == (None, None)
-
-
-def test_a_failing_contender_does_not_stop_the_others() -> None:
-    def fails(x: Tensor) -> Tensor:
-        raise NotImplementedError("no kernel\nfor this")
-
-    rows = measured(StandIn(2.0, 4.0), pooling("bad", fails), pooling("grid_pool"))
-    assert rows["bad"].check == "failed: NotImplementedError: no kernel"
-    assert rows["grid_pool"].check == "ok"
-
-
-def test_a_broken_device_stops_them() -> None:
-    device = StandIn(2.0)
-    device.broken = True
-    with pytest.raises(RuntimeError, match="does not answer"):
-        measured(device, pooling("bad", returns_nan))
-
-
-def test_slow_samplers_have_fewer_turns() -> None:
-    order: list[str] = []
-
-    def sampler(name: str, time_us: float) -> Callable[[], float]:
-        return lambda: (order.append(name), time_us)[1]
-
-    times = take_turns({"copy": sampler("copy", 1.0), "fast": sampler("fast", 2.0), "slow": sampler("slow", 1e5)})
-    assert {name: len(found) for name, found in times.items()} == {"copy": 8, "fast": 8, "slow": 7}
-    assert order[3:9] == ["copy", "fast", "slow"] * 2
-
-
-@pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
-@pytest.mark.parametrize("frame_counts", [(33,), (9, 16, 8)], ids=["one video", "packed"])
-def test_contenders_compute_their_definitions(frame_counts: tuple[int, ...], ceil_mode: bool) -> None:
-    """All but the ones that need a GPU, and what torch.compile is given."""
-    workload = Workload("odd", frame_counts, 7, 24, ceil_mode=ceil_mode)
-    x = random_tokens(workload.shape, workload.dtype, "cpu", 0)
-    for contender in contenders(workload, compiled=False)[2:]:
-        assert mismatch(contender.call(x), contender.definition(x), contender.ulps) is None, contender.name
-    expected = stgp.grid_pool(x, ceil_mode=ceil_mode, **workload.packing)
-    assert mismatch(op_by_op_grid_pool(workload.plan("grid_pool"), "cpu")(x), expected, 2) is None
-
-
-# ---- goals and table ----
-
-
-def row(workload: str, contender: str, **found: Any) -> dict[str, Any]:
-    made = Row.of(WORKLOADS[workload], contender, WORKLOADS[workload].bound("norm_pool"))
-    return asdict(made) | {"check": "ok", **found}
-
-
-def all_rows() -> gpu_report.Rows:
-    """Timings with which every goal is met."""
-    times = {"grid_pool": 9.0, "norm_pool": 8.0, "torch_compile_grid_pool": 30.0, "naive_grid_pool": 95.0}
-    times |= {"cuda_grid_pool": 9.9, "cuda_norm_pool": 8.8}
-    names = (*gpu_report.OURS, *gpu_report.CUDA, *gpu_report.PLAIN, "torch_compile_grid_pool")
-    return {
-        (w, name): row(w, name, p50_us=times.get(name, 20.0), percent_of_copy=95.0, extra_peak_bytes=1000)
-        for w in WORKLOADS
-        for name in names
-    }
-
-
-def statuses(rows: gpu_report.Rows) -> list[str]:
-    return [bar.status for bar in bars(rows)]
-
-
-def test_all_goals_met() -> None:
-    assert statuses(all_rows()) == ["met"] * 7
-
-
-def test_nothing_measured() -> None:
-    assert statuses({}) == ["not measured"] * 7
-    assert bars({})[0] == Bar("norm_pool reaches 92 % of a copy", "not measured", "0 of 4")
-
-
-GOAL = "64x27x27x3584-ceil"
-
-
-@pytest.mark.parametrize(
-    ("contender", "found", "missed"),
-    [
-        ("norm_pool", {"percent_of_copy": 91.9}, [0]),
-        ("grid_pool", {"percent_of_copy": 84.9}, [1]),
-        ("llava_avg_pool", {"p50_us": 9.0}, [2, 3]),
-        ("torch_compile_grid_pool", {"p50_us": 8.9}, [3]),
-        ("naive_grid_pool", {"p50_us": 89.0}, [4]),
-        ("grid_pool", {"extra_peak_bytes": WORKLOADS[GOAL].input_bytes // 4}, [5]),
-        ("cuda_norm_pool", {"p50_us": 8.9}, [6]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_one_shape_below_a_goal(contender: str, found: dict[str, Any], missed: list[int]) -> None:
-    rows = all_rows()
-    rows[GOAL, contender] |= found
-    assert [i for i, status in enumerate(statuses(rows)) if status == "not met"] == missed
-    assert all(GOAL in bars(rows)[i].detail for i in missed)
-
-
-def test_missing_and_wrong_results_are_not_measured() -> None:
-    rows = all_rows()
-    rows[GOAL, "norm_pool"]["check"] = "wrong: off by 1"
-    del rows[GOAL, "torch_compile_grid_pool"]
-    assert statuses(rows) == ["not measured", "met", "not measured", "not measured", "met", "met", "not measured"]
-    rows["64x24x24x4096", "norm_pool"]["percent_of_copy"] = 10.0
-    assert statuses(rows)[0] == "not met"
-
-
-def test_table() -> None:
-    name = "64x24x24x4096"
-    times = {
-        "p50_us": 100.04,
-        "p20_us": 99.0,
-        "p80_us": 101.0,
-        "lower_bound_gb_per_s": 3773.4,
-        "percent_of_copy": 87.64,
-    }
-    found = {"eager_wall_us": 180.0, "extra_peak_bytes": 60_200_000, "kernel_launches": 4}
-    rows = {
-        (name, "copy"): row(name, "copy"),
-        (name, "grid_pool"): row(name, "grid_pool", **times, **found, do_bench_p50_p20_p80_us=[103.0, 102.0, 105.5]),
-        (name, "norm_pool"): row(name, "norm_pool", check="wrong: off by 3"),
-    }
-    assert format_table(rows).splitlines() == [
-        "64x24x24x4096 bfloat16",
-        "                             p50 us      p20      p80   GB/s  % copy  eager us  extra MB  kernels",
-        "  grid_pool                   100.0     99.0    101.0   3773    87.6     180.0      60.2        4",
-        "    do_bench: 103.0 us (102.0 to 105.5)",
-        "  norm_pool                       -        -        -      -       -         -         -        -",
-        "    wrong: off by 3",
-        "  copy                            -        -        -      -       -         -         -        -",
-    ]
-
-
 # ---- results ----
 
 
-def test_results_are_never_overwritten(tmp_path: Path) -> None:
+def test_reports_are_never_overwritten(tmp_path: Path) -> None:
     utc = datetime(2026, 11, 22, 12, 0, 0, tzinfo=timezone.utc)
     paths = [new_results_file(tmp_path / "results", "NVIDIA H200", utc) for _ in range(3)]
     assert [path.name for path in paths] == [
@@ -362,11 +66,43 @@ def test_results_are_never_overwritten(tmp_path: Path) -> None:
     ]
     out = tmp_path / "out"
     out.mkdir()
-    save({"rows": []}, paths[1], out)
-    save({"rows": [1]}, paths[1], out)
-    assert json.loads(paths[1].read_text()) == {"rows": [1]} == json.loads((out / paths[1].name).read_text())
+    save({"bars": []}, paths[1], out)
+    save({"bars": [1]}, paths[1], out)
+    assert json.loads(paths[1].read_text()) == {"bars": [1]} == json.loads((out / paths[1].name).read_text())
     assert paths[0].read_text() == paths[2].read_text() == ""
     assert len(list((tmp_path / "results").iterdir())) == 3
+
+
+def write(path: Path, *lines: Any) -> None:
+    writer = Writer(path)
+    for line in lines:
+        writer.write(line)
+    writer.close()
+
+
+def test_timings_of_every_kind_are_appended(tmp_path: Path) -> None:
+    """To files that are there; a line that was cut in either costs no other."""
+    logs, kept = tmp_path / "logs", tmp_path / "results"
+    kept.mkdir()
+    for name in ("cuda-some-gpu.jsonl", "prefill-cuda-some-gpu.jsonl", "tune.jsonl"):
+        write(logs / name, replace(GPU, run=name), make_row("copy", 1.0, run=name))
+    rows = logs / "cuda-some-gpu.jsonl"
+    rows.write_text(rows.read_text() + '{"kind": "ro')
+    write(kept / rows.name, replace(GPU, run="before"), make_row("copy", 2.0, run="before"))
+    keep_rows(rows, kept, None)
+    keep_rows(rows, kept, kept)  # they are there already
+    found = {path.name: [(each.run.run, len(each.rows)) for each in load(path)] for path in kept.iterdir()}
+    assert found == {
+        "cuda-some-gpu.jsonl": [("before", 1), ("cuda-some-gpu.jsonl", 1)],
+        "prefill-cuda-some-gpu.jsonl": [("prefill-cuda-some-gpu.jsonl", 1)],
+        "tune-cuda-some-gpu.jsonl": [("tune.jsonl", 1)],
+    }
+    write(tmp_path / "next.jsonl", replace(GPU, run="next"), make_row("copy", 3.0, run="next"))
+    keep_rows(tmp_path / "next.jsonl", kept, None)
+    assert [each.run.run for each in load(kept / "next.jsonl")] == ["next"]
+    (tmp_path / "next.jsonl").rename(tmp_path / rows.name)
+    keep_rows(tmp_path / rows.name, kept, None)
+    assert [len(each.rows) for each in load(kept / rows.name)] == [1, 1, 1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -418,50 +154,99 @@ def test_stages_share_the_time(tmp_path: Path) -> None:
 
 def run_main(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str, outcome: str = "passed"
-) -> tuple[int, Any]:
+) -> tuple[int, list[str]]:
     ran: list[str] = []
 
     def fake(name: str) -> Stage:
         def run(seconds: float, logs: Path) -> Outcome:
             ran.append(name)
-            rows = [row(GOAL, "grid_pool", percent_of_copy=90.0)] if name == "bench" else []
-            return Outcome(outcome, "said so", {"rows": rows})
+            if name == "bench":
+                rows = [make_row("grid_pool:triton", 100.0, percent_of_copy=90.0), make_row("copy", 90.0)]
+                write(gpu_check.rows_file(logs), GPU, *rows)
+            return Outcome(outcome, "said so", {"more": 1})
 
         return Stage(name, 10, run)
 
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    (tmp_path / "results").mkdir(exist_ok=True)
     monkeypatch.setattr(gpu_check, "STAGES", [fake(stage.name) for stage in gpu_check.STAGES])
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(gpu_check, "describe", lambda: {"device": {"name": "Some GPU"}, "versions": {"torch": "2"}})
+    device = {"type": "cuda", "name": "Some GPU"}
+    monkeypatch.setattr(gpu_check, "describe", lambda name: {"device": device, "versions": {"torch": "2"}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("OUT", str(out))
     return gpu_check.main(arguments), ran
 
 
-def test_all_stages_run_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_stages_run_in_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, ran = run_main(monkeypatch, tmp_path)
     assert (code, ran) == (0, ["build", "tests", "sanitizer", "bench", "counters"])
-    (path,) = (tmp_path / "results").iterdir()
+    path, rows = sorted((tmp_path / "results").iterdir(), reverse=True)
     report = json.loads(path.read_text())
-    assert report == json.loads((tmp_path / path.name).read_text())
+    assert report == json.loads((tmp_path / "out" / path.name).read_text())
     assert path.name.startswith("gpu-some-gpu-")
-    assert report["stages"]["bench"]["status"] == "passed"
-    assert report["rows"][0]["percent_of_copy"] == 90.0
-    assert report["bars"][1]["status"] == "not measured"
+    assert report["device"]["name"] == "Some GPU"
+    assert report["stages"]["bench"].items() >= {"status": "passed", "summary": "said so", "more": 1}.items()
+    assert report["bars"][1] == {
+        "name": "grid_pool reaches 85 % of a copy",
+        "status": "not measured",
+        "detail": "1 of 4, worst 90 % at llava-video-7b",
+    }
+    assert rows.name == "cuda-some-gpu.jsonl"
+    assert [len(each.rows) for each in load(rows)] == [2]
+    printed = capsys.readouterr().out
+    assert "grid_pool, triton" in printed
+    assert "not measured grid_pool reaches 85 % of a copy: 1 of 4, worst 90 % at llava-video-7b" in printed
 
 
 def test_chosen_stages_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    code, ran = run_main(monkeypatch, tmp_path, "--stage", "bench", "tests", "--json", str(path), outcome="unfinished")
-    assert (code, ran) == (1, ["tests", "bench"])
-    assert set(json.loads(path.read_text())["stages"]) == {"tests", "bench"}
+    code, ran = run_main(monkeypatch, tmp_path, "--stage", "tune", "tests", "--json", str(path), outcome="unfinished")
+    assert (code, ran) == (1, ["tests", "tune"])
+    report = json.loads(path.read_text())
+    assert set(report["stages"]) == {"tests", "tune"}
+    assert report["bars"] == []
+    assert list((tmp_path / "results").iterdir()) == []
     with pytest.raises(SystemExit):
         run_main(monkeypatch, tmp_path, "--json", str(path))
+    assert json.loads(path.read_text()) == report
 
 
-def test_skipped_stages_are_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert run_main(monkeypatch, tmp_path, outcome="skipped")[0] == 0
-    assert run_main(monkeypatch, tmp_path, outcome="failed")[0] == 1
+@pytest.mark.parametrize(("outcome", "code"), [("skipped", 0), ("passed", 0), ("failed", 1), ("unfinished", 1)])
+def test_skipped_stages_are_no_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, outcome: str, code: int
+) -> None:
+    assert run_main(monkeypatch, tmp_path, outcome=outcome)[0] == code
+
+
+def test_all_stages_but_those_that_are_asked_for_fit_into_the_limit() -> None:
+    stages = {stage.name: stage for stage in gpu_check.STAGES}
+    assert set(gpu_check.ASKED_FOR) < set(stages)
+    usual = [stage.seconds for name, stage in stages.items() if name not in gpu_check.ASKED_FOR]
+    assert sum(usual) <= gpu_check.LIMIT_SECONDS
+
+
+def test_a_step_gets_what_earlier_ones_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = FakeTime()
+    monkeypatch.setattr(gpu_check.time, "monotonic", now)
+    clock = gpu_check.Clock(100)
+    assert clock.left(0.4) == pytest.approx(40)
+    now.seconds += 10
+    assert clock.left(0.3) == pytest.approx(60)
+    now.seconds += 70
+    assert clock.left(0.3) == pytest.approx(20)
+    assert clock.left() == pytest.approx(20)
+
+
+def test_the_worst_status() -> None:
+    assert gpu_check.worst(["passed", "skipped"]) == "passed"
+    assert gpu_check.worst(["passed", "unfinished", "skipped"]) == "unfinished"
+    assert gpu_check.worst(["unfinished", "failed"]) == "failed"
+    assert gpu_check.worst(["skipped"]) == "skipped"
 
 
 # ---- processes ----
@@ -588,44 +373,308 @@ def counted(calls: int) -> str:
 def test_counters_are_read() -> None:
     kernels = gpu_check.read_counters(counted(3))
     assert len(kernels) == 6
-    found = gpu_check.per_call(kernels, SMALL.bound("grid_pool"))
+    found = gpu_check.per_call(kernels, WORKLOADS["8x27x27x896"].bound("grid_pool"))
     assert (found["kernel_launches"], found["read_bytes"], found["write_bytes"]) == (2, 40e6, 11e6)
     assert gpu_check.read_counters("==ERROR== no permission\n") == []
 
 
-def test_bench_lines_are_read(tmp_path: Path) -> None:
-    """The last row of a contender counts; launches come later; a line that was cut is left out."""
-    names = gpu_bench.jobs()
-    done = [{"job": job, "state": "done"} for job in names]
-    lines = [
-        row(GOAL, "grid_pool", p50_us=None),
-        row(GOAL, "grid_pool", p50_us=7.0),
-        {"launches_of": [GOAL, "grid_pool"], "kernels": 4},
-        *done,
+# ---- timing ----
+
+
+def bench_options(command: Sequence[str]) -> Any:
+    """What `stgp bench` makes of a command that is run."""
+    assert list(command[:3]) == [sys.executable, "-m", "stgridpool_kernels"]
+    return build_parser().parse_args(list(command[3:]))
+
+
+class Bench:
+    """Stands in for processes of `stgp bench`. Each takes the next of `ends`: how many workloads it finishes, None for
+    not even the first line, and its exit code."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *ends: tuple[int | None, int | None]) -> None:
+        self.ends, self.commands = iter(ends), []
+        monkeypatch.setattr(gpu_check, "run_limited", self.run)
+
+    def run(self, command: Sequence[str], seconds: float, log: Path) -> Finished:
+        assert seconds > gpu_check.LEAST_SECONDS
+        given = bench_options(command)
+        self.commands.append(given)
+        workloads, code = next(self.ends)
+        name = f"run {len(self.commands)}"
+        lines: list[Any] = [] if workloads is None else [replace(GPU, run=name)]
+        for workload in given.shape[: workloads or 0]:
+            lines += [make_row(who, 5.0, run=name, workload=workload) for who in ("copy", "grid_pool:triton")]
+        write(given.output, *lines)
+        return Finished(code, "the last words\n")
+
+
+def finished(rows: Path) -> list[tuple[str, list[str]]]:
+    """Workloads of every run that was kept."""
+    return [(each.run.run, each.workloads) for each in load(rows)]
+
+
+SOME = list(WORKLOADS)[:5]
+
+
+def test_all_workloads_of_a_pass_in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(monkeypatch, (3, 0), (2, 1))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("of an earlier check\n")
+    wanted = [Pass(SOME[:3], ["--skip", "avg_pool2d"]), Pass(SOME[3:], ["--baseline", "copy"])]
+    outcome = run_passes(wanted, 100, rows, tmp_path / "log")
+    assert [(given.shape, given.skip, given.baseline) for given in bench.commands] == [
+        (SOME[:3], ["avg_pool2d"], "llava_avg_pool"),
+        (SOME[3:], [], "copy"),
     ]
-    path = tmp_path / "rows"
-    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"workload": "cu')
-    read = gpu_check.read_lines(path)
-    outcome = gpu_check.read_bench(read, [], names)
-    assert outcome.status == "passed"
-    assert [(found["p50_us"], found["kernel_launches"]) for found in outcome.details["rows"]] == [(7.0, 4)]
+    assert {(given.device, given.limit) for given in bench.commands} == {("cuda", gpu_check.WORKLOAD_SECONDS)}
+    assert finished(rows) == [("run 1", SOME[:3]), ("run 2", SOME[3:])]
+    assert list(tmp_path.iterdir()) == [rows]
+    assert outcome == Outcome(
+        "passed",
+        "5 workloads, 10 rows, 0 of them without a right result",
+        {"not_right": [], "unfinished": [], "ends": []},
+    )
 
-    def status(*lines: dict[str, Any]) -> str:
-        return gpu_check.read_bench(lines, [], names).status
 
-    assert status(*read[:-1]) == "unfinished"
-    assert status(*read, row(GOAL, "copy", check="wrong: off by 1")) == "failed"
-    assert status(*read, row(GOAL, "eager", check="failed: OutOfMemoryError")) == "passed"
-    assert status(*read, row(GOAL, "norm_pool", check="failed: RuntimeError")) == "failed"
-    assert status(*read, row(GOAL, "spread", check="wrong: off by 1")) == "failed"
-    assert status(*done) == "failed"
+@pytest.mark.parametrize("code", [-11, 1], ids=["a signal", "--limit, or an error"])
+def test_after_a_process_that_ended_early_comes_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    """It begins behind the workload that the first ended in, which is not tried again. Nothing that was found is
+    lost."""
+    bench = Bench(monkeypatch, (1, code), (0, code), (2, 0))
+    rows = tmp_path / "rows.jsonl"
+    outcome = run_passes([Pass(SOME)], 100, rows, tmp_path / "log")
+    assert [given.shape for given in bench.commands] == [SOME, SOME[2:], SOME[3:]]
+    assert finished(rows) == [("run 1", SOME[:1]), ("run 2", []), ("run 3", SOME[3:])]
+    assert outcome.status == "unfinished"
+    assert outcome.details["unfinished"] == SOME[1:3]
+    assert outcome.details["ends"] == [f"exit code {code} in {name}: the last words" for name in SOME[1:3]]
+
+
+def test_a_process_that_does_not_begin_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(monkeypatch, (None, 1), (2, 0))
+    outcome = run_passes([Pass(SOME[:2]), Pass(SOME[2:4])], 100, tmp_path / "rows.jsonl", tmp_path / "log")
+    assert [given.shape for given in bench.commands] == [SOME[:2], SOME[2:4]]
+    assert (outcome.status, outcome.details["unfinished"]) == ("unfinished", SOME[:2])
+    bench = Bench(monkeypatch, (1, -9), (None, 1), (2, 0))
+    run_passes([Pass(SOME[:4]), Pass(SOME[4:])], 100, tmp_path / "rows.jsonl", tmp_path / "log")
+    assert [given.shape for given in bench.commands] == [SOME[:4], SOME[2:4], SOME[4:]]
+
+
+def test_workloads_wait_for_another_day_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = FakeTime()
+    monkeypatch.setattr(gpu_check.time, "monotonic", now)
+    bench = Bench(monkeypatch, (1, None))
+    run = bench.run
+
+    def takes_all(*arguments: Any) -> Finished:
+        now.seconds += 96
+        return run(*arguments)
+
+    monkeypatch.setattr(gpu_check, "run_limited", takes_all)
+    outcome = run_passes([Pass(SOME[:2]), Pass(SOME[2:])], 100, tmp_path / "rows.jsonl", tmp_path / "log")
+    assert len(bench.commands) == 1
+    assert outcome.status == "unfinished"
+    assert outcome.details["unfinished"] == SOME[1:]
+
+
+def test_a_line_that_was_cut_costs_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(monkeypatch, (1, 0), (1, 0))
+    run = bench.run
+
+    def cut(command: Sequence[str], *arguments: Any) -> Finished:
+        done = run(command, *arguments)
+        part = bench_options(command).output
+        part.write_text(part.read_text() + '{"kind": "row", "ru')
+        return done
+
+    monkeypatch.setattr(gpu_check, "run_limited", cut)
+    rows = tmp_path / "rows.jsonl"
+    run_passes([Pass(SOME[:1]), Pass(SOME[1:2])], 100, rows, tmp_path / "log")
+    assert finished(rows) == [("run 1", SOME[:1]), ("run 2", SOME[1:2])]
+
+
+def test_every_workload_is_timed_once_and_those_of_goals_first() -> None:
+    first, compiled, sweeps = passes()
+    assert sorted([*first.shapes, *sweeps.shapes]) == sorted(WORKLOADS)
+    assert list(first.shapes[: len(GOALS)]) == list(compiled.shapes) == GOALS
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_passes_are_understood(number: int) -> None:
+    """Also where only the last of its workloads are left."""
+    wanted = passes()[number]
+    for shapes in (wanted.shapes, wanted.shapes[-1:]):
+        given = build_parser().parse_args(["bench", *wanted.options, "--shape", *shapes])
+        request = command.Request(providers=given.provider, skipped=given.skip, baseline=given.baseline)
+        command._check_providers(request, [WORKLOADS[name] for name in given.shape], SimpleNamespace(type="cpu"))
+
+
+def outcome_of(*rows: Row, ends: Sequence[str] = (), unfinished: Sequence[str] = ()) -> str:
+    return read_bench([Results(GPU, list(rows))], ends, unfinished).status
+
+
+def test_outcomes_of_timing() -> None:
+    right = make_row("grid_pool:triton", 7.0)
+    assert outcome_of(right) == "passed"
+    assert outcome_of(right, unfinished=["batch-8"]) == "unfinished"
+    assert outcome_of(right, ends=["exit code -11"]) == "unfinished"
+    assert outcome_of(right, make_row("llava_avg_pool", check="wrong: off by 1")) == "failed"
+    assert outcome_of(right, make_row("naive_grid_pool", check="failed: OutOfMemoryError: 3 GB")) == "passed"
+    assert outcome_of(right, make_row("norm_pool:cuda", check="failed: RuntimeError: x")) == "failed"
+    assert outcome_of(right, make_row("norm_pool:cuda", check="skipped: takes 9 GB")) == "passed"
+    assert outcome_of(make_row("copy", 7.0)) == "failed"  # none of ours
+    assert outcome_of() == "failed"
+    bad = make_row("norm_pool:cuda", check="failed: RuntimeError: x")
+    assert read_bench([Results(GPU, [right, bad])], [], []).details["not_right"] == [
+        "llava-video-7b norm_pool:cuda: failed: RuntimeError: x"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("checks", "code", "status"),
+    [
+        ({}, 0, "passed"),
+        ({}, -11, "unfinished"),
+        ({"spread": "wrong: off by 1"}, 0, "failed"),
+        ({"stages 3": "failed: OutOfResources: shared memory"}, 0, "failed"),
+        (None, 1, "failed"),
+    ],
+    ids=str,
+)
+def test_outcomes_of_tuning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checks: dict[str, str] | None, code: int, status: str
+) -> None:
+    def run(command: Sequence[str], seconds: float, log: Path) -> Finished:
+        assert command[1:4] == ["-m", "benchmarks.gpu_bench", "tune"]
+        if checks is not None:
+            rows = [make_row(name, 5.0, **({"check": checks[name]} if name in checks else {})) for name in CHOICES]
+            write(Path(command[4]), GPU, make_row("copy", 4.0), *rows)
+        return Finished(code, "the last words\n")
+
+    monkeypatch.setattr(gpu_check, "run_limited", run)
+    outcome = gpu_check.run_tune(60, tmp_path)
+    assert outcome.status == status
+    assert len(outcome.details["times"]) == (0 if checks is None else 1 + len(CHOICES))
+    assert load_rows(tmp_path / "nothing") == []
+
+
+# ---- what runs on the GPU, on a CPU ----
+
+TINY = Workload("tiny", (16,), (5, 5), 40)
 
 
 @needs_interpreter
-def test_every_choice_of_configuration_pools_alike() -> None:
-    workload = Workload("", (20, 13), 5, 40)
+def test_every_choice_of_configuration_pools_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is what is run, from one preparation for all calls."""
+    from stgridpool_kernels import triton_kernels
+    from stgridpool_kernels.triton_kernels import fused
+
+    configured, prepared, used = fused.fused_config, triton_kernels.prepare, []
+
+    def prepare(*arguments: Any) -> Any:
+        used.append(fused.fused_config(40, 2, (8, 0)))
+        return prepared(*arguments)
+
+    monkeypatch.setattr(triton_kernels, "prepare", prepare)
+    workload = Workload("", (16, 9), (5, 5), 40)
     x = random_tokens(workload.shape, workload.dtype, "cpu", 0)
-    results = [contender.call(x) for contender in variants(workload)]
+    timed = variants(workload)
+    assert [provider.name for provider in timed] == list(CHOICES)
+    results = [provider.call(x) for provider in timed]
     assert all(torch.equal(result, results[0]) for result in results)
-    assert mismatch(results[0], variants(workload)[0].definition(x), 2) is None
-    assert set(CHOICES) == {contender.name for contender in variants(workload)}
+    assert mismatch(results[0], timed[0].definition(x), 2) is None
+    out = torch.empty_like(results[0])
+    assert timed[1].call(x, out=out) is out
+    assert torch.equal(out, results[0])
+    assert used == [replace(configured(40, 2, (8, 0)), **choice) for choice in CHOICES.values()]
+    assert fused.fused_config is configured
+
+
+class Marks:
+    """torch.cuda, as far as calls are counted between its profiler's marks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        for name in ("start", "stop"):
+            monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: self.calls.append(name))
+
+
+@pytest.fixture
+def marks(monkeypatch: pytest.MonkeyPatch) -> Marks:
+    monkeypatch.setattr(gpu_bench, "WORKLOADS", {gpu_bench.COUNTED_ON: TINY})
+    return Marks(monkeypatch)
+
+
+DEVICE = SimpleNamespace(type="cuda", torch_device="cpu")
+
+
+@pytest.mark.parametrize("provider", gpu_bench.COUNTED)
+def test_counted_calls(monkeypatch: pytest.MonkeyPatch, marks: Marks, provider: str) -> None:
+    """As many as are said, after one on each of the inputs, which differ."""
+    inputs = []
+
+    def op(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        inputs.append(x)
+        marks.calls.append("call")
+        return out.copy_(getattr(stgp, provider.partition(":")[0])(x, backend="reference"))
+
+    def chosen(*arguments: Any) -> list[Any]:
+        assert arguments == (TINY, "cuda", [provider])
+        name = f"{provider.partition(':')[0]}:reference"
+        return [replace(each, call=op) for each in command.chosen(TINY, "cuda", [name])]
+
+    monkeypatch.setattr(gpu_bench, "chosen", chosen)
+    gpu_bench.run_counted_calls(provider, DEVICE)
+    count = gpu_bench.COUNTED_CALLS
+    assert marks.calls == ["call"] * count + ["start"] + ["call"] * count + ["stop"]
+    assert [id(x) for x in inputs[:count]] == [id(x) for x in inputs[count:]]
+    assert len({x.flatten()[0].item() for x in inputs}) == count
+
+
+def test_counted_calls_must_be_right(monkeypatch: pytest.MonkeyPatch, marks: Marks) -> None:
+    (right,) = command.chosen(TINY, "cuda", ["grid_pool:reference"])
+    wrong = replace(right, call=lambda x, out: out.zero_())
+    monkeypatch.setattr(gpu_bench, "chosen", lambda *arguments: [wrong])
+    with pytest.raises(Exception, match="off by"):
+        gpu_bench.run_counted_calls("grid_pool:triton", DEVICE)
+    assert marks.calls == []
+
+
+@pytest.fixture
+def _small_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [((8, 5, 3, 20), dtype, calls) for _, dtype, calls in gpu_bench.SMALL_INPUTS if dtype == torch.bfloat16]
+    monkeypatch.setattr(gpu_bench, "SMALL_INPUTS", inputs[1:])
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("_small_on_the_cpu")
+def test_small_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "triton" in stgp.available_backends()
+    gpu_bench.main(["small"])
+    assert capsys.readouterr().out == f"{gpu_bench.SMALL_CALLS_RIGHT}\n"
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("_small_on_the_cpu")
+def test_small_calls_that_are_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    norm_pool = stgp.norm_pool
+
+    def wrong(x: torch.Tensor, backend: str, **arguments: Any) -> torch.Tensor:
+        return norm_pool(x, backend="reference", **arguments) + (backend == "triton")
+
+    monkeypatch.setattr(stgp, "norm_pool", wrong)
+    with pytest.raises(SystemExit, match=r"norm_pool of \(8, 5, 3, 20\) torch.bfloat16 with .* by triton: off by"):
+        gpu_bench.main(["small"])
+    assert gpu_bench.SMALL_CALLS_RIGHT not in capsys.readouterr().out
+
+
+def test_small_calls_have_arguments_that_there_are() -> None:
+    """On inputs that they fit."""
+    for shape, dtype, calls in gpu_bench.SMALL_INPUTS:
+        for op, arguments in calls:
+            x = torch.empty(shape, dtype=dtype, device="meta")
+            assert getattr(stgp, op)(x, **arguments).numel() > 0

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.contenders import WORKLOADS
 from stgridpool_kernels import grid_plan
+from stgridpool_kernels.bench.workloads import WORKLOADS
 
 pytest.importorskip("triton")
 from stgridpool_kernels import triton_kernels
@@ -39,11 +39,11 @@ def test_scratch(path: str, kernel_size: int) -> None:
     assert f"{scratch / (x.numel() * 2):.1%}".replace("%", " %") in TEXT
 
 
-@pytest.mark.parametrize("name", ["64x27x27x3584", "64x24x24x4096"])
+@pytest.mark.parametrize("name", ["llava-video-7b", "llava-next-video-7b"])
 def test_counted_bytes_are_of_this_plan(name: str) -> None:
     """The counts themselves are those of `python -m benchmarks.traffic`, which takes minutes."""
-    bound = WORKLOADS[name].bound("grid_pool")
-    table = PAGE.split(f"\n{name.replace('x', ' × ')} bfloat16", 1)[1].split("If no column", 1)[0]
+    bound, shape = WORKLOADS[name].bound("grid_pool"), " × ".join(map(str, WORKLOADS[name].shape))
+    table = PAGE.split(f"\n{shape} bfloat16", 1)[1].split("If no column", 1)[0]
     numbers = {row: float(mb) for row, mb in re.findall(r"^\| (\S.*?): .*?\| +([\d.]+) \|", table, re.MULTILINE)}
     assert numbers["lower bound"] == numbers["estimate 1"] == round(bound.total_bytes / 1e6, 1)
 

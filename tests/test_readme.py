@@ -46,4 +46,4 @@ def test_commands_are_understood(command):
 
 
 def test_every_command_is_shown():
-    assert {command.split()[0] for command in COMMANDS} == {"info", "pool", "inspect", "demo"}
+    assert {command.split()[0] for command in COMMANDS} == {"info", "pool", "inspect", "demo", "bench"}

@@ -12,11 +12,11 @@ import pytest
 from test_schedule import Token, brute_force, cell_tokens
 
 from stgridpool_kernels import grid_plan
+from stgridpool_kernels.bench.lower_bound import tokens_read
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.schedule import Schedule
 
 pytest.importorskip("triton")
-from benchmarks.lower_bound import tokens_read
 from benchmarks.traffic import Counts, count_launches, loads_without_carrying
 from stgridpool_kernels import triton_kernels
 
@@ -128,7 +128,7 @@ def test_general_kernels_are_refused() -> None:
 
 def test_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.traffic", "--shape", "64x24x24x4096", "--frames", "1"],
+        [sys.executable, "-m", "benchmarks.traffic", "--shape", "llava-next-video-7b", "--frames", "1"],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -1,5 +1,5 @@
 // How fast this machine moves memory: bytes in the proportion and order of pooling, and plain reads and copies.
-// benchmarks/cpu_bench.py compiles and calls it. All sizes are in bytes; those of tokens and buffers, and the address
+// probe.py compiles and calls it. All sizes are in bytes; those of tokens and buffers, and the address
 // that is written to, are multiples of LINE. Stores go past the cache where the architecture has such (x86-64).
 
 #include <algorithm>

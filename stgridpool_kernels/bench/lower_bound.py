@@ -1,4 +1,5 @@
-"""The fewest bytes that a call must move: every token the result depends on read once, the result written once."""
+"""The fewest bytes that a call must move: every token the result depends on read once, the result written once; and the
+operations that the formula takes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stgridpool_kernels.plan import GridPlan, Runs
+from ..plan import GridPlan, Runs
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,18 @@ def tokens_read(plan: GridPlan) -> NDArray[np.bool_]:
             for source, tile in zip(sources, group.reshape(len(sources), plan.height, plan.width), strict=True):
                 needed[source] |= tile
     return needed
+
+
+def flops(plan: GridPlan, channels: int) -> int:
+    """Multiplications and additions of grid_pool by `plan`, or of norm_pool if it has no levels, for p = 2.
+
+    Two for a norm and two for a weighted sum at every channel that a window covers, one at every channel that goes into
+    a summary. What there is once for a token or a window (softmax, roots) is not counted, nor what is repeated.
+    """
+    rows, cols = _covered(plan.window_rows, plan.height), _covered(plan.window_cols, plan.width)
+    pooling = 4 * sum(plan.frame_counts) * int(rows.sum()) * int(cols.sum())
+    shrinking = sum(len(level.targets) * sum(level.row_runs.count) * sum(level.col_runs.count) for level in plan.levels)
+    return (pooling + shrinking) * channels
 
 
 def _covered(runs: Runs, size: int) -> NDArray[np.bool_]:

@@ -1,0 +1,135 @@
+"""The machine, versions and source that results belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import compiled
+from ..version import __version__
+
+PACKAGE = Path(__file__).parents[1]
+ROOT = PACKAGE.parent
+"""Of a checkout, if this is one."""
+
+
+def describe(device: str, threads: int | None = None) -> dict[str, Any]:
+    """device ("cpu", "cuda" or "cuda:1"), versions and source, as `results.Run` holds them."""
+    return {"device": _gpu(device) if device.startswith("cuda") else _cpu(threads), **_versions(), **_source()}
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    index = torch.device(device).index or 0
+    properties = torch.cuda.get_device_properties(index)
+    driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={properties.uuid}"])
+    return {
+        "type": "cuda",
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "driver": driver,
+    }
+
+
+def _cpu(threads: int | None) -> dict[str, Any]:
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "type": "cpu",
+        "name": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "capability": compiled.LIBRARY.cpu_capability() if compiled.LIBRARY is not None else None,
+        "cache_bytes": largest_cache(),
+        "memory_bytes": memory_bytes("MemTotal"),
+        "transparent_huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else None,
+    }
+
+
+def _versions() -> dict[str, Any]:
+    triton = None
+    with suppress(importlib.metadata.PackageNotFoundError):
+        triton = importlib.metadata.version("triton")
+    return {
+        "versions": {
+            "stgridpool_kernels": __version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": triton,
+            "python": platform.python_version(),
+            "library": compiled.LIBRARY.build_info() if compiled.LIBRARY is not None else None,
+        }
+    }
+
+
+def _source() -> dict[str, Any]:
+    """commit: of the checkout that this package is in; None where it was installed elsewhere."""
+    inside = output_of(["git", "rev-parse", "--show-toplevel"])
+    in_checkout = inside is not None and Path(inside) == ROOT and (ROOT / "pyproject.toml").exists()
+    changed = output_of(["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"]) if in_checkout else None
+    files = hashlib.sha256()
+    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_C*.so")]):
+        files.update(path.read_bytes())
+    return {
+        "source": {
+            "commit": output_of(["git", "rev-parse", "HEAD"]) if in_checkout else None,
+            "dirty": None if changed is None else bool(changed),
+            "package_sha256": files.hexdigest(),
+        }
+    }
+
+
+def output_of(command: Sequence[str]) -> str | None:
+    """What a command prints, or None if it cannot be run."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+    return None
+
+
+def cpu_name() -> str:
+    """As the system names it."""
+    with suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def largest_cache() -> int | None:
+    """Bytes of the largest cache that the first core has a share in; None where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with suppress(OSError, ValueError):
+            text = path.read_text().strip()
+            sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes, default=None)
+
+
+def memory_bytes(field: str) -> int | None:
+    """MemTotal or MemAvailable of the machine, as far as the control group of this process leaves it; None where the
+    system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:")), None)
+    if found is None:
+        return None
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = 0 if field == "MemTotal" else int((group / "memory.current").read_text())
+        found = min(found, max(limit - used, 0))
+    return found

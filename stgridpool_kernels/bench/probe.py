@@ -1,0 +1,84 @@
+"""The most that a CPU's memory gives: pooling's bytes in pooling's order without arithmetic, compiled where it runs."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from .machine import cpu_name, output_of
+
+SOURCE = Path(__file__).with_name("ceiling.cpp")
+LINE = 64
+
+
+def cache_folder() -> Path:
+    """Where what was compiled is kept: a folder of the user's caches."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "stgridpool_kernels")
+
+
+class Probe:
+    """The functions of ceiling.cpp."""
+
+    def __init__(self) -> None:
+        """Compiles unless it has been; raises RuntimeError with the reason where that is not possible."""
+        given = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if given is None:
+            raise RuntimeError("no C++ compiler")
+        compiler = shlex.split(given)
+        flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wall", "-Wno-psabi"]
+        known = hashlib.sha256(SOURCE.read_bytes())
+        known.update("\n".join([*compiler, output_of([*compiler, "--version"]) or "", *flags, cpu_name()]).encode())
+        library = cache_folder() / f"ceiling-{known.hexdigest()[:16]}.so"
+        try:
+            if not library.exists():
+                _compile(compiler, flags, library)
+            functions = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise RuntimeError(f"{SOURCE.name}: {error}") from error
+        pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._pool, self._read, self._copy = functions.pool, functions.read, functions.copy
+        self._pool.argtypes, self._pool.restype = [pointer, pointer, *[size] * 6, threads], None
+        self._read.argtypes, self._read.restype = [pointer, size, threads], ctypes.c_uint64
+        self._copy.argtypes, self._copy.restype = [pointer, pointer, size, threads], None
+
+    def pool(self, x: Tensor, out: Tensor, threads: int) -> None:
+        """out (T, OH, OW, C) = the bitwise or of the tokens of each 2 × 2 window of x (T, H, W, C)."""
+        token = x.shape[3] * x.element_size()
+        self._pool(*_addresses(token, x, out), *x.shape[:3], *out.shape[1:3], token, threads)
+
+    def read(self, x: Tensor, threads: int) -> int:
+        """The bitwise or of all 64-bit words of x."""
+        return int(self._read(*_addresses(x.nbytes, x), x.nbytes, threads))
+
+    def copy(self, x: Tensor, out: Tensor, threads: int) -> None:
+        """Past the cache, where the architecture has such stores."""
+        self._copy(*_addresses(x.nbytes, x, out), x.nbytes, threads)
+
+
+def _compile(compiler: list[str], flags: list[str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built, linked = Path(folder, "ceiling.o"), Path(folder, "ceiling.so")
+        # not linked to an OpenMP runtime: that of torch is used, since the threads of two would wait for work on each
+        # other's cores
+        for command in ([*flags, "-c", f"{SOURCE}", "-o", f"{built}"], ["-shared", f"{built}", "-o", f"{linked}"]):
+            done = subprocess.run([*compiler, *command], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{SOURCE.name} does not compile: {done.stderr.strip()[:2000]}")
+        linked.replace(library)
+
+
+def _addresses(unit: int, *tensors: Tensor) -> list[int]:
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    if unit % LINE or any(address % LINE for address in addresses) or not all(t.is_contiguous() for t in tensors):
+        raise ValueError("the probe moves whole cache lines of contiguous tensors")
+    return addresses
