@@ -1,0 +1,72 @@
+"""Microbenchmarks of the providers of `stgp bench` on its quick workloads, for a comparison of two commits.
+
+    make bench                             # all; kept in .benchmarks
+    make bench ARGS=--benchmark-compare    # and next to what was kept last
+    make bench ARGS="-k norm_pool"         # some
+
+Every result is compared with its definition before it is timed. Groups are workloads. A round is one call: on a CPU
+after a buffer larger than the caches was read, on a GPU on the next of several inputs and until its work is done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from stgridpool_kernels.bench.devices import Cpu, Device
+from stgridpool_kernels.bench.measure import QUICK, Expected, Racer, variants
+from stgridpool_kernels.bench.providers import Provider, providers
+from stgridpool_kernels.bench.workloads import QUICK as NAMES
+from stgridpool_kernels.bench.workloads import WORKLOADS, Workload
+
+KIND = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cases() -> Iterator[object]:
+    for name in NAMES:
+        for provider in providers(WORKLOADS[name], KIND):
+            for variant, into_out in variants(provider, separates_out=KIND == "cpu"):
+                yield pytest.param(name, provider.name, into_out, id=f"{name}-{variant}")
+
+
+@lru_cache(maxsize=1)
+def tokens(workload: Workload, device: Device) -> tuple[list[Tensor], dict[str, Provider], Expected]:
+    """Of the last workload: cases of one follow one another."""
+    xs = device.inputs(workload)
+    return xs, {provider.name: provider for provider in providers(workload, device.type)}, Expected(xs[0])
+
+
+@pytest.mark.parametrize(("workload", "provider", "into_out"), list(cases()))
+def test_provider(benchmark: BenchmarkFixture, device: Device, workload: str, provider: str, into_out: bool) -> None:
+    w = WORKLOADS[workload]
+    xs, known, expected = tokens(w, device)
+    racer = Racer(known[provider], xs, into_out, expected)
+    racer.run()
+    racer.check()
+    calls = itertools.cycle(racer.calls)
+
+    def call() -> object:
+        result = next(calls)()
+        device.finish()
+        return result
+
+    def prepare() -> None:
+        if isinstance(device, Cpu):
+            device.evict()
+
+    begin = time.perf_counter()
+    call()
+    rounds = QUICK.samples((time.perf_counter() - begin) * 1e6)
+    bound = w.bound(known[provider].op)
+    benchmark.group = workload
+    benchmark.extra_info |= {"read_bytes": bound.read_bytes, "write_bytes": bound.write_bytes}
+    benchmark.pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=1)
+    if racer.keeps:
+        racer.check()
