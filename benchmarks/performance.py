@@ -38,8 +38,10 @@ and `make prefill` append. Each section names the machine, the date and the comm
 - **In turns.** All providers of a workload and a plain copy take turns in one process, so that clocks and neighbours
   favour none. Ratios within a run hold better than times across runs.
 - **From memory.** On a CPU a buffer larger than the caches is read before each sample; threads are pinned, and results
-  that go into memory given by `out=` and into fresh memory are timed apart. On a GPU a sample is a CUDA graph of calls
-  on rotating inputs and outputs of at least five times the L2 cache.
+  that go into memory given by `out=` and into fresh memory are timed apart. What fresh memory costs depends on whether
+  the C library still holds as much of what was freed before; if not, the system hands out and clears every page, which
+  can take twice as long as the pooling. On a GPU a sample is a CUDA graph of calls on rotating inputs and outputs of at
+  least five times the L2 cache.
 - **Against the limit.** The lower bound counts every token that the result depends on once, and the result once, for
   everybody alike. The copy moves as many bytes; the ceiling probe, on a CPU, moves pooling's bytes in pooling's order
   by a compiled loop without arithmetic. LLaVA avg pooling is what engines call: permute, contiguous, `avg_pool2d`.
