@@ -1,0 +1,263 @@
+"""What every engine integration needs: pooling in an engine's layout, token counts, checks before anything runs.
+
+How to add an engine
+--------------------
+
+Engines hold the tokens of all videos of a batch as one (ΣF, h·w, C) tensor, and reserve placeholders in the prompt
+before they compute it. So an adapter does three things: it finds out how many frames belong to each video, it hands the
+tensor to `pool_flat`, and it refuses options that would give another number of tokens than there are placeholders. It
+imports its engine lazily, with `require`, and changes nothing until it is called. This one is complete; it is for the
+engine tests/toy_engine.py, and tests/test_integrations_base.py runs it as it stands here:
+
+    from functools import lru_cache
+
+    from stgridpool_kernels.integrations.base import ceil_options, pool_flat, require, require_size
+
+
+    @lru_cache
+    def pooled_class(base, options):
+        def shrink(self, features, frames_per_video):
+            return pool_flat(features, frames_per_video, self.grid, **options.arguments)
+
+        return type(base.__name__, (base,), {"shrink": shrink, "stgp_options": options})
+
+
+    def patch(model, **options):
+        engine = require("toy_engine", at_least="1.0", below="2.0")
+        if not isinstance(model, engine.VideoModel):
+            raise TypeError(f"model must be a toy_engine.VideoModel, got {type(model).__name__}")
+        if hasattr(model, "stgp_options"):
+            raise RuntimeError(f"model is patched already, with {model.stgp_options}: unpatch it first")
+        chosen = ceil_options(**options)
+        require_size("toy_engine", model.grid, model.tokens_per_frame, chosen)
+        model.__class__ = pooled_class(type(model), chosen)
+
+
+    def unpatch(model):
+        if not hasattr(model, "stgp_options"):
+            raise RuntimeError("model is not patched")
+        model.__class__ = type(model).__base__
+
+A class of its own per set of options, put in place of the model's, keeps models with different options apart, leaves
+parameters and their names alone, and survives copy.deepcopy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from .. import GridPool, grid_plan, grid_pool, use_backend
+
+NEWLINES = ("none", "one_token", "grid", "frame")
+"""Where an engine puts newline tokens: nowhere, one after the video, one after every row, one after every frame."""
+
+_OPTIONS = tuple(name for name in inspect.signature(grid_pool).parameters if name not in ("x", "frame_counts", "out"))
+_GEOMETRY = tuple(name for name in inspect.signature(grid_plan).parameters if name in _OPTIONS)
+
+
+def pool_flat(x: Tensor, frames_per_video: Sequence[int], grid: Sequence[int] | None = None, **options: Any) -> Tensor:
+    """ST-GridPool on tokens as engines hold them: one call for all videos, and no summary mixes two of them.
+
+    x: (ΣF, h·w, C), the frames of all videos one after the other, or (ΣF, h, w, C); dtypes and strides as in
+        `grid_pool`. It is not modified.
+    frames_per_video: frames of each video, in order; they sum to ΣF.
+    grid: (h, w); by default the square of h·w tokens, or what a 4-D x says.
+    options: keyword arguments of `grid_pool` except `frame_counts` and `out`.
+
+    Result: (ΣF, OH·OW, C), or (ΣF, OH, OW, C) for 4-D x; same dtype, contiguous, new.
+
+    Raises ValueError or TypeError naming the argument, its value and what is allowed; otherwise as `grid_pool`.
+    """
+    _check_names(options)
+    rows, cols = _grid_of(x, grid)
+    frame_counts = _frames(x, frames_per_video)
+    if x.dim() == 4:
+        return grid_pool(x, frame_counts=frame_counts, **options)
+    return grid_pool(x.unflatten(1, (rows, cols)), frame_counts=frame_counts, **options).flatten(1, 2)
+
+
+def pooled_grid(grid: Sequence[int], **options: Any) -> tuple[int, int]:
+    """(OH, OW): rows and columns of tokens that `pool_flat` leaves of a frame of grid = (h, w). Errors as there."""
+    _check_names(options)
+    rows, cols = _pair("grid", grid)
+    return grid_plan((), rows, cols, **{name: options[name] for name in _GEOMETRY if name in options}).pooled_size
+
+
+def tokens_per_frame(grid: Sequence[int], **options: Any) -> int:
+    """OH·OW: the tokens that `pool_flat` leaves of a frame of grid = (h, w). Errors as there."""
+    return math.prod(pooled_grid(grid, **options))
+
+
+def video_token_count(frames: int, grid: Sequence[int], newline: str = "none", **options: Any) -> int:
+    """The tokens of a video in the prompt: `frames` pooled frames of grid = (h, w), and the engine's newline tokens.
+
+    newline: "none": F·OH·OW. "one_token": one more for the video, as LLaVA-OneVision in transformers and vLLM.
+        "grid": one after every row, F·OH·(OW + 1). "frame": one after every frame, F·(OH·OW + 1).
+
+    Raises ValueError for a negative number of frames or an unknown newline; otherwise as `pool_flat`.
+    """
+    if frames < 0:
+        raise ValueError(f"frames must not be negative, got {frames}")
+    rows, cols = pooled_grid(grid, **options)
+    counts = {
+        "none": frames * rows * cols,
+        "one_token": frames * rows * cols + 1,
+        "grid": frames * rows * (cols + 1),
+        "frame": frames * (rows * cols + 1),
+    }
+    if newline not in counts:
+        raise ValueError(f"newline must be one of {', '.join(map(repr, NEWLINES))}, got {newline!r}")
+    return counts[newline]
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class PoolOptions:
+    """Keyword arguments of `grid_pool` except `frame_counts` and `out`, checked once: immutable, hashable, comparable.
+
+    Two are equal if they say the same, defaults included. `pool_flat(x, frames, grid, **options.arguments)` applies
+    them. Raises as `grid_pool` does, as far as that needs no input, and TypeError for an unknown argument.
+    """
+
+    _items: tuple[tuple[str, Any], ...]
+
+    def __init__(self, **options: Any) -> None:
+        _check_names(options)
+        backend = use_backend(options.pop("backend", "auto")).name
+        arguments = {**GridPool(**options).arguments, "backend": backend}
+        object.__setattr__(self, "_items", tuple(arguments.items()))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All of them by name, defaults included, sequences as tuples."""
+        return dict(self._items)
+
+    def __repr__(self) -> str:
+        defaults = dict(PoolOptions()._items)
+        shown = ", ".join(f"{name}={value!r}" for name, value in self._items if value != defaults[name])
+        return f"PoolOptions({shown})"
+
+
+def ceil_options(**options: Any) -> PoolOptions:
+    """The options for an engine whose own pooling rounds up, 27 × 27 → 14 × 14: `ceil_mode=True`, unless they choose it
+    or an `output_size` themselves. Errors as in `PoolOptions`."""
+    if options.get("output_size") is None:
+        options.setdefault("ceil_mode", True)
+    return PoolOptions(**options)
+
+
+def require_size(engine: str, grid: Sequence[int], expected: int, options: PoolOptions) -> None:
+    """Refuses options that leave another number of tokens per frame than the engine has placeholders for.
+
+    engine: its name, for the message. grid: (h, w) before pooling. expected: tokens per frame after it.
+
+    Raises ValueError with both numbers, and what to pass instead where that is known.
+    """
+    arguments = options.arguments
+    rows, cols = pooled_grid(grid, **arguments)
+    if rows * cols == expected:
+        return
+    side = math.isqrt(expected)
+    square = f" ({side} × {side})" if side * side == expected else ""
+    height, width = grid
+    raise ValueError(
+        f"{engine} expects {expected} tokens per frame{square} where a frame has {height} × {width}, these options "
+        f"give {rows * cols} ({rows} × {cols}){_remedy(grid, expected, arguments)}"
+    )
+
+
+def require(package: str, at_least: str, below: str) -> ModuleType:
+    """Imports an engine, of a version that its integration was tested with: at_least ≤ version < below.
+
+    Raises ImportError if it is not installed, RuntimeError naming the version found and the tested range if not in it.
+    """
+    tested = f"this integration was tested with {package} from {at_least} to before {below}"
+    try:
+        version = metadata.version(package)
+    except metadata.PackageNotFoundError:  # a clone on the path, or a distribution of another name
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise ImportError(f"{package} is not installed; {tested}") from None
+        version = str(getattr(importlib.import_module(package), "__version__", "unknown"))
+    if not _release(at_least) <= _release(version) < _release(below):
+        raise RuntimeError(f"{package} {version} is installed; {tested}")
+    return importlib.import_module(package)
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"options must be among {', '.join(_OPTIONS)}, got {name}={options[name]!r}")
+
+
+def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or len(value) != 2 or any(entry < 1 for entry in value):
+        raise ValueError(f"{name} must be 2 integers (rows, cols) of at least 1, got {value!r}")
+    return value[0], value[1]
+
+
+def _grid_of(x: Tensor, grid: Sequence[int] | None) -> tuple[int, int]:
+    shape = tuple(x.shape)
+    if len(shape) not in (3, 4):
+        raise ValueError(f"x must have shape (ΣF, h·w, C) or (ΣF, h, w, C), got {shape}")
+    if len(shape) == 4:
+        if grid is not None and _pair("grid", grid) != shape[1:3]:
+            raise ValueError(f"grid must be {shape[1:3]} as in x of shape {shape}, or None, got {tuple(grid)}")
+        return shape[1], shape[2]
+    tokens = shape[1]
+    if grid is None:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(f"grid must be given where the {tokens} tokens of a frame are no square, got None")
+        return side, side
+    rows, cols = _pair("grid", grid)
+    if rows * cols != tokens:
+        raise ValueError(
+            f"grid must have the {tokens} positions that a frame of x has tokens, got {rows} × {cols} = {rows * cols}"
+        )
+    return rows, cols
+
+
+def _frames(x: Tensor, frames_per_video: Sequence[int]) -> list[int]:
+    if isinstance(frames_per_video, int):
+        raise TypeError(f"frames_per_video must be a sequence of integers, one per video, got {frames_per_video}")
+    frame_counts = list(frames_per_video)
+    if any(count < 0 for count in frame_counts):
+        raise ValueError(f"frames_per_video must not be negative, got {frame_counts}")
+    total = sum(frame_counts)
+    if total != x.shape[0]:
+        raise ValueError(
+            f"frames_per_video must sum to the {x.shape[0]} frames of x, got {frame_counts} with sum {total}"
+        )
+    return frame_counts
+
+
+def _remedy(grid: Sequence[int], expected: int, arguments: dict[str, Any]) -> str:
+    """What to pass instead, as the end of a message; empty where neither rounding nor a nearly square grid fits."""
+    if arguments["output_size"] is None:
+        flipped = {**arguments, "ceil_mode": not arguments["ceil_mode"]}
+        if tokens_per_frame(grid, **flipped) == expected:
+            return f"; pass ceil_mode={flipped['ceil_mode']}"
+    rows = math.isqrt(expected)
+    if rows and expected % rows == 0:
+        return f"; pass output_size=({rows}, {expected // rows}) and no other argument of the windows"
+    return ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, without zeros at their end: "5.17.0rc1" and "5.17" are (5, 17)."""
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    release = [int(number) for number in numbers.group().split(".")] if numbers else []
+    while release and release[-1] == 0:
+        release.pop()
+    return tuple(release)

@@ -1,0 +1,98 @@
+"""LLaVA-Video and LLaVA-OneVision in a clone of LLaVA-NeXT: ST-GridPool in place of `get_2dPool`.
+
+`patch()` replaces the method of the class that all its models share, until `unpatch()`: loaded models and later ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .base import PoolOptions, pool_flat, pooled_grid
+
+_MODES = ("average", "max", "bilinear")
+
+
+def patch(**options: Any) -> None:
+    """Replaces the pooling of video tokens, in every model of the clone, by ST-GridPool.
+
+    options: keyword arguments of `grid_pool` except `frame_counts` and `out`. Unless they choose the windows, these are
+        stride × stride tokens, with the stride that the model asks for (2), and there are as many as the model was
+        trained with: `ceil_mode` is True where config.mm_spatial_pool_mode is "bilinear", False where it is "average"
+        or "max". Any other number of tokens works too, since the model makes room for them afterwards.
+
+    `LlavaMetaForCausalLM.get_2dPool(image_feature, stride=2)` is what changes: (F, g², C) of one video, after the
+    projector, to (F, OH·OW, C), newly allocated. Newline tokens are added afterwards by the model, for every
+    config.mm_newline_position.
+
+    Raises ImportError if there is no `llava` on the path, RuntimeError if it has no such method or is patched already
+    (`unpatch` first); for options as `grid_pool` does. A call raises ValueError for what cannot be pooled like this: a
+    config.mm_spatial_pool_mode other than those above; config.add_faster_video, which interleaves a second pooling;
+    OH ≠ OW where config.mm_newline_position is "grid", which takes the tokens of a frame for a square.
+    """
+    owner = _owner()
+    if _is_ours(owner.get_2dPool):
+        raise RuntimeError(f"llava is patched already, with {owner.get_2dPool.stgp_options}: unpatch it first")
+    found = list(inspect.signature(owner.get_2dPool).parameters)
+    if found != ["self", "image_feature", "stride"]:
+        raise RuntimeError(
+            f"LlavaMetaForCausalLM.get_2dPool must take (self, image_feature, stride), got ({', '.join(found)})"
+        )
+    owner.get_2dPool = _replacement(owner.get_2dPool, PoolOptions(**options), options)
+
+
+def unpatch() -> None:
+    """Puts the model's own pooling back. Raises RuntimeError if it is not patched; ImportError as `patch` does."""
+    owner = _owner()
+    if not _is_ours(owner.get_2dPool):
+        raise RuntimeError("llava is not patched")
+    owner.get_2dPool = owner.get_2dPool.stgp_replaced
+
+
+def _replacement(replaced: Callable[..., Tensor], options: PoolOptions, given: dict[str, Any]) -> Any:
+    def get_2dPool(self: Any, image_feature: Tensor, stride: int = 2) -> Tensor:
+        side = self.get_vision_tower().num_patches_per_side
+        arguments = {**_windows(self.config, stride, given), **given}
+        _check_newlines(self.config, pooled_grid((side, side), **arguments))
+        return pool_flat(image_feature, [image_feature.shape[0]], (side, side), **arguments)
+
+    pooling: Any = get_2dPool
+    pooling.stgp_options, pooling.stgp_replaced = options, replaced
+    return pooling
+
+
+def _windows(config: Any, stride: int, given: dict[str, Any]) -> dict[str, Any]:
+    """The windows that leave as many tokens as the model's own pooling."""
+    mode = config.mm_spatial_pool_mode
+    if mode not in _MODES:
+        raise ValueError(f"config.mm_spatial_pool_mode must be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
+    if getattr(config, "add_faster_video", False):
+        raise ValueError("config.add_faster_video must be off: it takes a second, coarser pooling of every frame")
+    if given.get("output_size") is not None:
+        return {}
+    return {"kernel_size": stride, "ceil_mode": mode == "bilinear"}
+
+
+def _check_newlines(config: Any, pooled: tuple[int, int]) -> None:
+    if getattr(config, "mm_newline_position", None) == "grid" and pooled[0] != pooled[1]:
+        raise ValueError(
+            f"output must be square where config.mm_newline_position is 'grid', got {pooled[0]} × {pooled[1]}"
+        )
+
+
+def _owner() -> Any:
+    if importlib.util.find_spec("llava") is None:
+        raise ImportError("llava is not installed: put a clone of LLaVA-NeXT on the path")
+    owner = getattr(importlib.import_module("llava.model.llava_arch"), "LlavaMetaForCausalLM", None)
+    if not hasattr(owner, "get_2dPool"):
+        raise RuntimeError("llava has no LlavaMetaForCausalLM.get_2dPool: this takes LLaVA-NeXT, not LLaVA")
+    return owner
+
+
+def _is_ours(method: Any) -> bool:
+    return hasattr(method, "stgp_replaced")

@@ -1,0 +1,231 @@
+"""LLaVA-OneVision and LLaVA-NeXT-Video in transformers: ST-GridPool in place of the pooling of video tokens.
+
+`patch(model)` changes one loaded model, `register()` what the library loads from then on. Either puts a subclass in the
+place of the inner model's class, `LlavaOnevisionModel` or `LlavaNextVideoModel`, that differs in `get_video_features`
+alone. Parameters and their names, the configuration, images and the processor stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import PoolOptions, ceil_options, pool_flat, require, require_size
+
+_MODELS = "transformers.models"
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """An inner model: where the library has its class, what its get_video_features calls to pool (videos · frames,
+    side², C) features, and the tokens that its processor puts into a prompt for a frame of side × side."""
+
+    module: str
+    name: str
+    pooling: str
+    tokens_per_frame: Callable[[int], int]
+
+
+_ARCHITECTURES = (
+    _Architecture(
+        f"{_MODELS}.llava_onevision.modeling_llava_onevision",
+        "LlavaOnevisionModel",
+        "apply_pooling",
+        lambda side: math.ceil(side / 2) ** 2,
+    ),
+    _Architecture(
+        f"{_MODELS}.llava_next_video.modeling_llava_next_video",
+        "LlavaNextVideoModel",
+        "vision_resampler",
+        lambda side: side * side // 4,
+    ),
+)
+
+
+def patch(model: nn.Module, *, tokens_per_frame: int | None = None, **options: Any) -> None:
+    """Replaces the pooling of video tokens of a loaded model, in place, by ST-GridPool of every video alone.
+
+    model: a LLaVA-OneVision or LLaVA-NeXT-Video model of transformers, with or without its language model head, or what
+        wraps one.
+    tokens_per_frame: what prompts have placeholders for. By default what the library's processors write: for frames of
+        g × g tokens, ⌈g/2⌉² with LLaVA-OneVision, ⌊g²/4⌋ with LLaVA-NeXT-Video. The latter equals what its own pooling
+        leaves for even g only.
+    options: keyword arguments of `grid_pool` except `frame_counts` and `out`; `ceil_mode` is True unless given.
+
+    `get_video_features` then pools (videos · frames, g², C) to (videos · frames, OH·OW, C), with as many videos as
+    `pixel_values_videos` has, after the projector in LLaVA-OneVision and before it in LLaVA-NeXT-Video, where the
+    models pool themselves. Models that are patched with different options do not affect each other.
+
+    Raises ValueError for a size that the placeholders do not fit, with both numbers; RuntimeError if the model is
+    patched already (`unpatch` it first) or transformers has an untested version; TypeError if there is no such model in
+    `model`; for options as `grid_pool` does.
+    """
+    require("transformers", at_least="5.17", below="5.24")
+    inner = _inner_model(model)
+    if _is_pooled(type(inner)):
+        raise RuntimeError(f"model is patched already, with {inner.stgp_options}: unpatch it first")
+    chosen = ceil_options(**options)
+    _check_size(type(inner), inner.config, chosen, tokens_per_frame)
+    inner.__class__ = _pooled_class(inner.__class__, chosen, tokens_per_frame)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives a model that was patched, or loaded while `register` was in force, its own pooling back.
+
+    Raises RuntimeError if it is not patched; TypeError as `patch` does.
+    """
+    inner = _inner_model(model)
+    if not _is_pooled(type(inner)):
+        raise RuntimeError("model is not patched")
+    inner.__class__ = type(inner).__base__
+
+
+def register(*, tokens_per_frame: int | None = None, **options: Any) -> None:
+    """Lets the library load LLaVA-OneVision and LLaVA-NeXT-Video, with a language model head, as `patch` leaves them.
+
+    It goes through the library's patch mapping and holds for `from_pretrained` and `from_config` until `unregister`;
+    models that are loaded already stay as they are. Arguments as in `patch`. A size that the placeholders do not fit is
+    refused with a ValueError when a model is loaded.
+
+    Raises RuntimeError if it is in force already (`unregister` first), transformers has an untested version, or its
+    patch mapping does not work here: transformers 5.17 imports every image processor for it, which takes torchvision.
+    ValueError if somebody else registered one of the classes; for options as `grid_pool` does.
+    """
+    require("transformers", at_least="5.17", below="5.24")
+    patching: Any = importlib.import_module("transformers.monkey_patching")
+    if _registered(patching):
+        raise RuntimeError("registered already: unregister first")
+    chosen = ceil_options(**options)
+    classes = {of.name: _pooled_class(_stock_class(of), chosen, tokens_per_frame) for of in _ARCHITECTURES}
+    taken = sorted(classes.keys() & patching.get_patch_mapping().keys())
+    if taken:
+        raise ValueError(f"{', '.join(taken)} must not be registered for patching by others")
+    patching.register_patch_mapping(classes)
+    try:
+        with patching.apply_patches():  # what every loading does first
+            pass
+    except Exception as error:
+        unregister()
+        raise RuntimeError(f"the patch mapping of transformers does not work here: {error}") from error
+
+
+def unregister() -> None:
+    """Ends `register`: what is loaded from then on pools as the library does. Raises RuntimeError if not registered."""
+    require("transformers", at_least="5.17", below="5.24")
+    patching: Any = importlib.import_module("transformers.monkey_patching")
+    names = _registered(patching)
+    if not names:
+        raise RuntimeError("not registered")
+    patching.unregister_patch_mapping(names)
+    # the library leaves registered classes in its modules where loading raises
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers"):
+            for of in _ARCHITECTURES:
+                found = getattr(module, "__dict__", {}).get(of.name)
+                if isinstance(found, type) and _is_pooled(found):
+                    setattr(module, of.name, found.__base__)
+
+
+@functools.cache
+def _pooled_class(base: Any, options: PoolOptions, tokens_per_frame: int | None) -> type:
+    """The subclass of an inner model's class that pools with ST-GridPool.
+
+    It has the name of `base`, by which the library finds how checkpoints of older layouts are converted.
+    """
+    of = _architecture(base)
+    assert of is not None
+    pooling = of.pooling
+
+    def __init__(self: Any, config: Any, *arguments: Any, **keywords: Any) -> None:
+        _check_size(base, config, options, tokens_per_frame)
+        base.__init__(self, config, *arguments, **keywords)
+
+    signature = inspect.signature(base.get_video_features)
+    first = list(signature.parameters)[1]  # pixel_values, in later versions pixel_values_videos
+
+    @functools.wraps(base.get_video_features)
+    def get_video_features(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        videos, frames = signature.bind(self, *arguments, **keywords).arguments[first].shape[:2]
+
+        def pool(features: Tensor) -> Tensor:
+            return pool_flat(features, [frames] * videos, (_side(self.config),) * 2, **options.arguments)
+
+        return base.get_video_features(_Pooling(self, pooling, pool), *arguments, **keywords)
+
+    def extra_repr(self: Any) -> str:
+        return f"videos: {options}"
+
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__init__": __init__,
+        "get_video_features": get_video_features,
+        "extra_repr": extra_repr,
+        "stgp_options": options,
+    }
+    return type(base.__name__, (base,), members)
+
+
+class _Pooling:
+    """A model for the length of one call: everything is the model's except for one attribute.
+
+    Pooling has to know how many frames each video has, and the model calls it without. To note that in the model would
+    mix up calls from several threads.
+    """
+
+    def __init__(self, model: nn.Module, name: str, pool: Callable[[Tensor], Tensor]) -> None:
+        self._model = model
+        setattr(self, name, pool)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _inner_model(model: nn.Module) -> Any:
+    found = [module for module in model.modules() if _architecture(type(module)) is not None]
+    if len(found) != 1:
+        names = " or ".join(of.name for of in _ARCHITECTURES)
+        raise TypeError(f"model must hold one {names} of transformers, got {type(model).__name__} with {len(found)}")
+    return found[0]
+
+
+def _architecture(inner: type) -> _Architecture | None:
+    names = [(base.__module__, base.__name__) for base in inner.__mro__]
+    return next((of for of in _ARCHITECTURES if (of.module, of.name) in names), None)
+
+
+def _stock_class(of: _Architecture) -> Any:
+    """The library's class of an inner model, even where it left a registered one in its place."""
+    found = getattr(importlib.import_module(of.module), of.name)
+    return found.__base__ if _is_pooled(found) else found
+
+
+def _is_pooled(inner: type) -> bool:
+    return hasattr(inner, "stgp_options")
+
+
+def _registered(patching: Any) -> list[str]:
+    """The names that `register` put into the library's mapping."""
+    return [name for name, replacement in patching.get_patch_mapping().items() if _is_pooled(replacement)]
+
+
+def _side(config: Any) -> int:
+    return int(config.vision_config.image_size // config.vision_config.patch_size)
+
+
+def _check_size(inner: type, config: Any, options: PoolOptions, tokens_per_frame: int | None) -> None:
+    of, side = _architecture(inner), _side(config)
+    assert of is not None
+    if getattr(config, "spatial_pool_mode", None) == "conv":
+        raise ValueError("spatial_pool_mode must be 'average' or 'max': what 'conv' learned cannot be replaced")
+    expected = of.tokens_per_frame(side) if tokens_per_frame is None else tokens_per_frame
+    require_size(f"the prompt of a {of.name}", (side, side), expected, options)
