@@ -1,4 +1,4 @@
-# make demo | test | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | compile-check | gpu-check | clean
+# make demo | test | test-vllm | test-sglang | test-lmms-eval | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | compile-check | gpu-check | clean
 # TORCH="torch==…" puts another torch into .venv; STGP_NO_EXT=1 leaves the compiled kernels out.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/cuda_emulation/*)
 
-.PHONY: demo test lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check compile-check gpu-check clean
+.PHONY: demo test test-vllm test-sglang test-lmms-eval lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check compile-check gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -60,6 +60,47 @@ cuda-link-check:
 	build/cuda-link/bin/pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)"
 	grep -E '^($(LINK_TOOLS))==' requirements.txt | build/cuda-link/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
 	build/cuda-link/bin/python -m tests.check_cuda_link $(ARGS)
+
+# the models for lmms-eval, in an environment of their own; metadata that `make wheel` leaves in the checkout would hide theirs
+
+LMMS_EVAL := build/lmms-eval-venv
+
+test-lmms-eval:
+	$(PYTHON) -m venv $(LMMS_EVAL)
+	$(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_lmms_eval/requirements.txt
+	rm -rf *.egg-info
+	STGP_NO_EXT=1 $(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS_EVAL)/bin/python -m pytest tests/with_lmms_eval $(ARGS)
+
+# the hooks for SGLang, on its published sources
+
+SGLANG := build/sglang-venv
+
+test-sglang:
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	grep -E '^($(LINK_TOOLS))==' requirements.txt | $(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_sglang/requirements.txt
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(SGLANG)/bin/python -m pytest tests/with_sglang $(ARGS)
+
+# the plugin for vLLM, in an environment of its own; the package is put beside that, so that an engine can run without it
+
+VLLM := build/vllm-venv
+
+test-vllm: $(VLLM)/installed
+	rm -rf build/vllm-wheel build/vllm-plugin
+	$(VLLM)/bin/python -c "from pathlib import Path; from tests.wheels import build_wheel; build_wheel(Path('$(CURDIR)/$(VLLM)/bin/python'), Path('$(CURDIR)/build/vllm-wheel'))"
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/vllm-plugin build/vllm-wheel/*.whl
+	PYTHONPATH=$(CURDIR)/build/vllm-plugin $(VLLM)/bin/pytest --confcutdir=tests/with_vllm -o pythonpath= tests/with_vllm $(ARGS)
+
+$(VLLM)/installed: tests/with_vllm/requirements.txt tests/with_vllm/cpu_torchvision.py
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' tests/with_vllm/requirements.txt)"
+	grep -v '^torch==' tests/with_vllm/requirements.txt | $(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
+	site=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	    cp tests/with_vllm/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
+	touch $@
 
 # a wheel with the compiled kernels, built from the sdist, and a check of it in an environment without compiler
 

@@ -1,0 +1,194 @@
+"""SGLang: ST-GridPool of videos in LlavaLlama-, LlavaQwen- and LlavaMistralForCausalLM, by hooks of its plugin system.
+
+Off unless the environment variable STGP_SGLANG is set where the engine is started: to `on`, or to options as in
+`STGP_SGLANG=temperature=2,frame_strides=2:4:8`.
+
+What is hooked is the class that the three inherit from. Its `forward` pools a video in the middle of other work, frame
+by frame, and says nowhere which frames are one video. So `pad_input_ids`, which has the prompt, names the videos;
+`forward` does not see what it would pool itself; and of what `encode_images` returns, it splits off pooled frames.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import hashlib
+import importlib
+import math
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import read_option
+from .base import PoolOptions, ceil_options, pool_flat, require, require_size
+
+_VARIABLE = "STGP_SGLANG"
+_MODEL = "sglang.srt.models.llava.LlavaBaseForCausalLM"
+
+
+def register() -> None:
+    """What the entry point group `sglang.srt.plugins` of this package names; nothing without STGP_SGLANG.
+
+    Ends the process if the options are wrong or SGLang has an untested version: the engine would log an exception and
+    go on without the plugin.
+    """
+    text = os.environ.get(_VARIABLE, "")
+    if not text:
+        return
+    try:
+        require("sglang", at_least="0.5.23", below="0.5.24")
+        hooks = Hooks(read_options(text))
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f"stgridpool_kernels: {_VARIABLE}={text}: {error}") from None
+    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
+    for name in HOOKED:
+        registry.HookRegistry.register(f"{_MODEL}.{name}", getattr(hooks, name), registry.HookType.AROUND)
+
+
+def read_options(text: str) -> PoolOptions:
+    """`on`, or options of `grid_pool` like temperature=2,frame_strides=2:4:8; `ceil_mode` is True unless given."""
+    options = {}
+    for entry in [] if text == "on" else text.split(","):
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise ValueError(f"options must be `on` or like temperature=2,frame_strides=2:4:8, got {entry!r}")
+        options[name] = read_option(name, value, name)
+    return ceil_options(**options)
+
+
+HOOKED = ("load_weights", "pad_input_ids", "_infer_image_aspect_ratio", "encode_images", "forward")
+
+
+@dataclass
+class _Call:
+    """One call of forward: the items of the requests that it encodes, in the order in which it encodes them."""
+
+    items: list[Any] = field(default_factory=list)
+    pooled: bool = False
+
+
+class Hooks:
+    """The hooks, by the names of the methods that they are around."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        self.options = options
+        self._call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("stgp_call", default=None)
+
+    def load_weights(self, original: Callable[..., Any], model: Any, *arguments: Any, **named: Any) -> Any:
+        """Refuses, when the engine starts, options that leave another number of tokens than it has placeholders for."""
+        loaded = original(model, *arguments, **named)
+        expected = math.ceil(model.image_size / model.patch_size / 2) ** 2
+        require_size("SGLang", (model.num_patches_per_side,) * 2, expected, self.options)
+        return loaded
+
+    def pad_input_ids(
+        self, original: Callable[..., Any], model: Any, input_ids: array[int], image_inputs: Any
+    ) -> array[int]:
+        """Names the videos of a request, in the items of their frames, before placeholders take the items' values."""
+        kind: Any = type(model)
+        hooked = next(base for base in kind.__mro__ if base.__name__ == _MODEL.rpartition(".")[2])
+        pools = model.mm_patch_merge_type.startswith("spatial") and kind.forward is hooked.forward
+        if pools:
+            name_videos(input_ids, model.config.image_token_index, image_inputs.mm_items, self.options)
+        padded: array[int] = original(model, input_ids, image_inputs)
+        return padded
+
+    def _infer_image_aspect_ratio(self, original: Callable[..., Any], mm_items: Sequence[Any]) -> Any:
+        """forward asks this once for every request that it encodes."""
+        call = self._call.get()
+        if call is not None:
+            call.items.extend(mm_items)
+        return original(mm_items)
+
+    def encode_images(self, original: Callable[..., Any], model: Any, pixel_values: Any) -> Any:
+        features = original(model, pixel_values)
+        call = self._call.get()
+        if call is None or not any(map(_place, call.items)):
+            return features
+        return _Pooled(features, (model.num_patches_per_side,) * 2, call, self.options)
+
+    def forward(
+        self, original: Callable[..., Any], model: Any, input_ids: Any, positions: Any, forward_batch: Any
+    ) -> Any:
+        frames = [
+            item for inputs in forward_batch.mm_inputs or () if inputs for item in inputs.mm_items if _place(item)
+        ]
+        if not frames or not forward_batch.forward_mode.is_extend():
+            return original(model, input_ids, positions, forward_batch)
+        modality = frames[0].modality
+        call = _Call()
+        token = self._call.set(call)
+        try:
+            for frame in frames:  # it pools what is a video
+                frame.modality = type(modality).IMAGE
+            result = original(model, input_ids, positions, forward_batch)
+        finally:
+            for frame in frames:
+                frame.modality = modality
+            self._call.reset(token)
+        if any(map(_place, call.items)) and not call.pooled:
+            raise RuntimeError("SGLang encoded videos without encode_images: is this 0.5.23, with all hooks in force?")
+        return result
+
+
+class _Pooled:
+    """Features (ΣF, g², C) of all items, of which torch.split gives those of every item: pooled if it is a frame."""
+
+    def __init__(self, features: Tensor, grid: tuple[int, int], call: _Call, options: PoolOptions) -> None:
+        self._features, self._grid, self._call, self._options = features, grid, call, options
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        if function is not torch.split:
+            raise TypeError(f"SGLang must split the features of its items, it calls {function.__name__}")
+        return arguments[0]._split(arguments[1])
+
+    def _split(self, sizes: list[int]) -> list[Tensor]:
+        items = self._call.items
+        if len(sizes) != len(items):
+            raise RuntimeError(f"SGLang must encode the {len(items)} items of its requests, it encodes {len(sizes)}")
+        parts = list(self._features.split(sizes))
+        frames = [number for number, item in enumerate(items) if _place(item)]
+        starts = [at for at, number in enumerate(frames) if _place(items[number]) == 1]
+        counts = [end - start for start, end in zip(starts, [*starts[1:], len(frames)], strict=True)]
+        together = self._features if len(frames) == len(parts) else torch.cat([parts[number] for number in frames])
+        pooled = pool_flat(together, counts, self._grid, **self._options.arguments)
+        for number, frame in zip(frames, pooled.split(1), strict=True):
+            parts[number] = frame
+        self._call.pooled = True
+        return parts
+
+
+def name_videos(input_ids: Sequence[int], placeholder: int, items: Sequence[Any], options: PoolOptions) -> None:
+    """Notes in the item of every frame which frame of its video it is, counted from 1, and gives it a hash of its own.
+
+    A video is frames with the same number of tokens between one and the next, the least in this prompt: text makes a
+    border. The hash, of which SGLang makes placeholders and by which it finds prefixes in its cache, is that of the
+    options and of all frames of the video, since a frame that is a summary depends on both.
+    """
+    places = [place for place, token in enumerate(input_ids) if token == placeholder]
+    frames = all(item.is_video() and item.feature.shape[0] == 1 and not _place(item) for item in items)
+    if not items or not frames or len(places) != len(items):
+        return
+    gaps = [after - before for before, after in pairwise(places)]
+    borders = [0, *(number + 1 for number, gap in enumerate(gaps) if gap > min(gaps)), len(items)]
+    for start, end in pairwise(borders):
+        video = items[start:end]
+        about = f"{sorted(options.arguments.items())} {[item.hash for item in video]}"
+        for number, item in enumerate(video, 1):
+            item.stgp_frame = number
+            digest = hashlib.sha256(f"{number} {about}".encode()).digest()
+            item.set_hash(int.from_bytes(digest[:8], "big"))
+
+
+def _place(item: Any) -> int:
+    """Which frame of its video an item is, from 1; 0 if it is none that `name_videos` named."""
+    place: int = getattr(item, "stgp_frame", 0)
+    return place

@@ -1,0 +1,46 @@
+"""The switch of the plugin for SGLang. tests/with_sglang has its hooks."""
+
+from __future__ import annotations
+
+import pytest
+
+from stgridpool_kernels.integrations import sglang
+from stgridpool_kernels.integrations.base import PoolOptions
+from stgridpool_kernels.integrations.sglang import read_options
+
+
+def test_options_in_one_variable() -> None:
+    assert read_options("on") == PoolOptions(ceil_mode=True)
+    given = "temperature=2,frame_strides=2:4,norm_type=inf,normalize_norm=False"
+    meant = {"temperature": 2.0, "frame_strides": (2, 4), "norm_type": float("inf"), "normalize_norm": False}
+    assert read_options(given) == PoolOptions(ceil_mode=True, **meant)
+    assert read_options("output_size=14") == PoolOptions(output_size=14)
+    assert read_options("frame_strides=none") == PoolOptions(ceil_mode=True, frame_strides=())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("yes", "got 'yes'"),
+        ("temprature=2", "temprature='2'"),
+        ("temperature=hot", "temperature must be a number, got 'hot'"),
+        ("frame_strides=2;4", "frame_strides must be integers like 2 or 2:4:8, or none, got '2;4'"),
+        ("sampling=middle", "sampling"),
+    ],
+)
+def test_wrong_options_end_the_process_and_are_named(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "require", lambda *arguments, **named: None)
+    monkeypatch.setenv("STGP_SGLANG", text)
+    with pytest.raises(SystemExit) as raised:
+        sglang.register()
+    assert message in str(raised.value)
+    assert f"STGP_SGLANG={text}" in str(raised.value)
+
+
+def test_without_the_variable_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in (None, ""):
+        if text is None:
+            monkeypatch.delenv("STGP_SGLANG", raising=False)
+        else:
+            monkeypatch.setenv("STGP_SGLANG", text)
+        sglang.register()

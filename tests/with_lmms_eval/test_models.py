@@ -1,0 +1,193 @@
+"""The models in lmms-eval: discovery, and whole evaluations of a random model on videos that are made here.
+
+Runs in an environment of its own, `make test-lmms-eval`; `llava` is a stub, as it cannot be installed from an index.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stgridpool_kernels as stgp
+
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed here: make test-lmms-eval")
+
+import av
+import llava_stub
+from lmms_eval import models
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
+
+FRAMES, QUESTIONS = 24, 2
+TASK = """
+task: tiny_video
+dataset_path: json
+dataset_kwargs: {{data_files: {questions}}}
+test_split: train
+output_type: generate_until
+doc_to_visual: !function tiny_task.visual
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_new_tokens: 4}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def llava(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """The stub as `llava`; its own pooling is what a test must leave behind."""
+    llava_stub.install()
+    llava_stub.loaded.clear()
+    own = llava_stub.LlavaMetaForCausalLM.get_2dPool
+    yield own
+    assert llava_stub.LlavaMetaForCausalLM.get_2dPool is own
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one task: two videos of noise, and a question on each."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = []
+    for number in range(QUESTIONS):
+        path = folder / f"{number}.mp4"
+        pixels = np.random.default_rng(number).integers(0, 256, (FRAMES, 64, 64, 3), dtype=np.uint8)
+        with av.open(path, "w") as container:
+            stream = container.add_stream("mpeg4", rate=1)
+            stream.width = stream.height = 64
+            for image in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        rows.append({"video": str(path), "question": f"What is in video {number}?", "answer": "noise"})
+    (folder / "questions.json").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tiny_task.py").write_text("def visual(doc):\n    return [doc['video']]\n")
+    (folder / "tiny_video.yaml").write_text(TASK.format(questions=folder / "questions.json"))
+    return folder
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> str:
+    llava_stub.save(tmp_path / "llava-qwen")
+    return str(tmp_path / "llava-qwen")
+
+
+def arguments(model: str, pretrained: str, **more: object) -> str:
+    """Model arguments of a run on the CPU, as a command line has them."""
+    shared = {"pretrained": pretrained, "conv_template": "plain", "device_map": "auto", "max_frames_num": FRAMES}
+    if model.startswith("llava_vid"):
+        shared.update(torch_dtype="bfloat16", mm_newline_position="no_token", force_sample=True)
+    return ",".join(f"{name}={value}" for name, value in {**shared, **more}.items())
+
+
+def evaluate(model: str, pretrained: str, tasks: Path, **more: object) -> llava_stub.LlavaQwenForCausalLM:
+    """One evaluation through lmms-eval; the model that it loaded."""
+    results = simple_evaluate(
+        model,
+        model_args=arguments(model, pretrained, **more),
+        tasks=["tiny_video"],
+        task_manager=TaskManager("ERROR", include_path=str(tasks), model_name=model),
+        device="cpu",
+        batch_size=1,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    samples = results["samples"]["tiny_video"]
+    assert len(samples) == QUESTIONS
+    assert all(isinstance(sample["filtered_resps"][0], str) for sample in samples)
+    return llava_stub.loaded[-1]
+
+
+def test_lmms_eval_finds_the_models() -> None:
+    assert {"llava_vid_stgp", "llava_onevision_stgp"} <= set(models.list_available_models())
+    entries = metadata.entry_points(group="lmms_eval.models")
+    assert "stgridpool_kernels.integrations.lmms_eval:manifests" in {entry.value for entry in entries}
+    for name in ("llava_vid", "llava_onevision"):
+        pooled, own = models.get_model(f"{name}_stgp"), models.get_model(name)
+        assert issubclass(pooled, own)
+        assert pooled is models.get_model(f"{name}_stgp")
+        assert models.get_model_manifest(f"{name}_stgp").chat_class_path is None
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "options"),
+    [
+        ("llava_vid_stgp", {}, {}),
+        (
+            "llava_vid_stgp",
+            {"stgp_temperature": 3, "stgp_frame_strides": "2:4", "stgp_norm_type": "inf", "stgp_grid_shape": "2:1"},
+            {"temperature": 3.0, "frame_strides": (2, 4), "norm_type": float("inf"), "grid_shape": (2, 1)},
+        ),
+        ("llava_vid_stgp", {"mm_spatial_pool_mode": "bilinear"}, {"ceil_mode": True}),
+        ("llava_vid_stgp", {"stgp_output_size": "3:5"}, {"output_size": (3, 5)}),
+        ("llava_onevision_stgp", {"stgp_frame_strides": "none"}, {"frame_strides": (), "ceil_mode": True}),
+        ("llava_onevision_stgp", {"video_decode_backend": "pyav"}, {"ceil_mode": True}),
+    ],
+)
+def test_an_evaluation_pools_every_video_with_the_options(
+    model: str, more: dict, options: dict, pretrained: str, tasks: Path
+) -> None:
+    loaded = evaluate(model, pretrained, tasks, **more)
+    assert len(loaded.videos) == QUESTIONS
+    for features, pooled in loaded.videos:
+        assert features.shape[:2] == (FRAMES, llava_stub.SIDE**2)
+        expected = stgp.grid_pool(features.unflatten(1, (llava_stub.SIDE,) * 2), **options).flatten(1, 2)
+        assert torch.equal(pooled, expected)
+
+
+@pytest.mark.parametrize("name", ["llava_vid", "llava_onevision"])
+def test_other_models_of_the_process_keep_their_own_pooling(name: str, pretrained: str, tasks: Path) -> None:
+    build = models.get_model(f"{name}_stgp").create_from_arg_string
+    build(arguments(name, pretrained, stgp_temperature=2), {"device": "cpu", "batch_size": 1})
+    own = evaluate(name, pretrained, tasks)
+    off = evaluate(f"{name}_stgp", pretrained, tasks, stgp=False)
+    on = evaluate(f"{name}_stgp", pretrained, tasks)
+    for (features, stock), (same, unpooled), (again, pooled) in zip(own.videos, off.videos, on.videos, strict=True):
+        assert torch.equal(features, same)
+        assert torch.equal(features, again)
+        assert torch.equal(stock, unpooled)
+        assert stock.shape == pooled.shape
+        assert not torch.allclose(stock, pooled)
+
+
+def test_two_models_in_one_process_do_not_share_options(pretrained: str) -> None:
+    build = models.get_model("llava_vid_stgp").create_from_arg_string
+    first = build(arguments("llava_vid", pretrained, stgp_temperature=2), {"device": "cpu"})
+    second = build(arguments("llava_vid", pretrained, stgp_output_size=3), {"device": "cpu"})
+    assert first.stgp_options == {"temperature": 2.0}
+    assert second.stgp_options == {"output_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"stgp_temperature": "hot"}, "stgp_temperature must be a number, got 'hot'"),
+        ({"stgp_temprature": 2}, "stgp_temprature=2"),
+        ({"stgp_kernel_size": 10}, "kernel_size"),
+        ({"stgp_output_size": "3:5", "mm_newline_position": "grid"}, "got 3 × 5"),
+        ({"max_frames_num": 1000}, "1000 frames are 16000 tokens"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_what_does_not_fit_is_said_before_the_first_video(more: dict, message: str, tmp_path: Path) -> None:
+    llava_stub.save(tmp_path, tokenizer_model_max_length=16000)
+    build = models.get_model("llava_vid_stgp").create_from_arg_string
+    with pytest.raises((TypeError, ValueError)) as raised:
+        build(arguments("llava_vid", str(tmp_path), **more), {"device": "cpu", "batch_size": 1})
+    assert message in str(raised.value)
+
+
+def test_an_error_in_a_run_is_raised_and_leaves_nothing_behind(
+    pretrained: str, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, *arguments: object, **named: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(llava_stub.LlavaQwenForCausalLM, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate("llava_vid_stgp", pretrained, tasks)

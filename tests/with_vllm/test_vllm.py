@@ -1,0 +1,349 @@
+"""The integration in vLLM itself, on a CPU, against transformers with the same weights: make test-vllm.
+
+Every engine runs in a process of its own, engine.py; models and prompts are those of tiny.py. The package is found on
+PYTHONPATH, as it is installed there, so that an engine can be run without it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` installs it into an environment of its own")
+
+import tiny
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from stgridpool_kernels.integrations import transformers as pooled_transformers
+from stgridpool_kernels.integrations.base import ceil_options
+
+HERE = Path(__file__).parent
+ONEVISION = "StgpLlavaOnevisionForConditionalGeneration"
+NEXT_VIDEO = "StgpLlavaNextVideoForConditionalGeneration"
+OPTIONS = {"temperature": 4.0, "frame_strides": [1, 2], "sampling": "first", "normalize_norm": False}
+VIDEOS = ["6 frames", "9 frames", "two videos of one length", "17 frames"]
+MIXED = "two videos of different lengths"
+CLOSE = 1e-4
+"""Largest difference of logarithms of probabilities between the libraries, in float32; other options give 1e-2."""
+
+Answers = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def onevision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_onevision(tmp_path_factory.mktemp("onevision"))
+
+
+@pytest.fixture(scope="session")
+def next_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_next_video(tmp_path_factory.mktemp("next_video"))
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where vLLM keeps what it found out about models: not where the user's does."""
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture
+def run(tmp_path: Path, caches: Path) -> Any:
+    """run(folder, batches, arguments, **environment) → (answers, or None if the engine fails; what it printed)."""
+
+    def run(
+        folder: Path, batches: list[list[str]], arguments: dict | None = None, **environment: str | None
+    ) -> tuple[Answers | None, str]:
+        # one process unless a test asks for the three that vLLM starts by itself, each of which imports everything
+        several = environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "1"
+        request = {
+            "arguments": {**({} if several else {"distributed_executor_backend": "uni"}), **(arguments or {})},
+            "batches": batches,
+        }
+        env = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CACHE_ROOT": str(caches),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            **environment,
+        }
+        command = [sys.executable, str(HERE / "engine.py"), str(folder), json.dumps(request), "answers.json"]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={name: value for name, value in env.items() if value is not None},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+        )
+        if done.returncode:
+            return None, done.stdout
+        return json.loads((tmp_path / "answers.json").read_text()), done.stdout
+
+    return run
+
+
+def selected(architecture: str, **options: Any) -> dict:
+    """The engine's arguments that select an architecture, with options where there are any."""
+    return {"hf_overrides": {"architectures": [architecture], **({"stgp_options": options} if options else {})}}
+
+
+def expected(folder: Path, names: list[str], tokens_per_frame: int | None = None, **options: Any) -> Answers:
+    """What transformers answers with the same weights and options, one prompt at a time."""
+    model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = hf.AutoProcessor.from_pretrained(folder)
+    pooled_transformers.patch(model, tokens_per_frame=tokens_per_frame, **options)
+    model.generation_config.eos_token_id = None
+    newlines = int(isinstance(model, hf.LlavaOnevisionForConditionalGeneration))
+    answers = {}
+    for name in names:
+        prompt = tiny.PROMPTS[name]
+        videos = [tiny.video(*made) for made in prompt.videos]
+        pixels = [processor.video_processor(videos=[one], return_tensors="pt")["pixel_values_videos"] for one in videos]
+        places = iter([len(video) * 9 + newlines for video in videos])
+        ids = torch.tensor([[t for i in prompt.ids for t in ([i] * next(places) if i == tiny.VIDEO else [i])]])
+        with torch.inference_mode():
+            given = inputs(model, ids, pixels)
+            output = model.generate(
+                **given,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tiny.ANSWER,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        tokens = output.sequences[0, -tiny.ANSWER :].tolist()
+        logprobs = [step.log_softmax(-1)[0, token].item() for step, token in zip(output.logits, tokens, strict=True)]
+        answers[name] = {"places": ids.shape[1], "tokens": tokens, "logprobs": logprobs}
+    return answers
+
+
+def inputs(model: Any, ids: Tensor, pixels: list[Tensor]) -> dict[str, Tensor]:
+    """What transformers' generate takes; it takes no videos of different lengths, so those are embedded one by one."""
+    if not pixels:
+        return {"input_ids": ids}
+    if len({video.shape for video in pixels}) == 1:
+        return {"input_ids": ids, "pixel_values_videos": torch.cat(pixels)}
+    features = torch.cat([model.model.get_video_features(video).pooler_output[0] for video in pixels])
+    words = model.get_input_embeddings()(ids)
+    return {"inputs_embeds": words.masked_scatter((ids == tiny.VIDEO)[..., None], features)}
+
+
+def assert_same_answers(answers: Answers, reference: Answers) -> None:
+    for name, answer in reference.items():
+        assert answers[name]["places"] == answer["places"], name
+        assert answers[name]["tokens"] == answer["tokens"], name
+        assert difference(answers[name], answer) < CLOSE, name
+
+
+def difference(answer: dict, other: dict) -> float:
+    """Of the first token's logarithm of probability: it is computed from the prompt alone."""
+    return abs(answer["logprobs"][0] - other["logprobs"][0])
+
+
+# ---- answers ----
+
+
+def test_the_same_answers_as_transformers_in_a_mixed_batch(run: Any, onevision: Path) -> None:
+    names = [*VIDEOS, MIXED, "words"]
+    answers, log = run(onevision, [names], selected(ONEVISION))
+    assert answers, log
+    assert_same_answers(answers, expected(onevision, names))
+    assert "ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens, PoolOptions(ceil_mode=True)" in log
+    unlike = expected(onevision, VIDEOS, **OPTIONS)
+    assert all(difference(answers[name], unlike[name]) > 10 * CLOSE for name in VIDEOS), "the comparison sees nothing"
+
+
+def test_options_as_an_argument_of_the_engine(run: Any, onevision: Path) -> None:
+    answers, log = run(onevision, [[*VIDEOS, MIXED]], selected(ONEVISION, **OPTIONS), STGP_VLLM_OPTIONS="not read")
+    assert answers, log
+    assert_same_answers(answers, expected(onevision, [*VIDEOS, MIXED], **OPTIONS))
+    assert f"ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens, {ceil_options(**OPTIONS)}" in log
+
+
+def test_the_snippet_of_the_page(run: Any, onevision: Path) -> None:
+    """What docs/integrations.md gives to `LLM`, on a model of few weights and with what those need besides."""
+    page = (HERE.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"<!-- run: vllm -->\n```python\n(.*?)```", page, re.DOTALL)
+    given: dict[str, Any] = {}
+    source = snippet.replace("from vllm import LLM\n", "")
+    exec(source, {"LLM": lambda model, **arguments: given.update(arguments, model=model)})
+    assert given.pop("model").startswith("llava-hf/llava-onevision")
+    answers, log = run(onevision, [["6 frames"]], given)
+    assert answers, log
+    assert_same_answers(answers, expected(onevision, ["6 frames"], temperature=2.0))
+    assert "PoolOptions(ceil_mode=True, temperature=2.0)" in log
+
+
+def test_options_in_the_environment_and_several_processes(run: Any, onevision: Path) -> None:
+    environment = {"STGP_VLLM_OPTIONS": json.dumps(OPTIONS), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    answers, log = run(onevision, [[*VIDEOS, MIXED]], selected(ONEVISION), **environment)
+    assert answers, log
+    assert_same_answers(answers, expected(onevision, [*VIDEOS, MIXED], **OPTIONS))
+    assert f"ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens, {ceil_options(**OPTIONS)}" in log
+
+
+def test_next_video(run: Any, next_video: Path) -> None:
+    """Of an odd grid, for which the model's own pooling does not fit vLLM's placeholders."""
+    names = ["6 frames", "9 frames", "17 frames", "words"]
+    answers, log = run(next_video, [names], selected(NEXT_VIDEO, **OPTIONS))
+    assert answers, log
+    assert_same_answers(answers, expected(next_video, names, tokens_per_frame=9, **OPTIONS))
+    unlike = expected(next_video, names[:3], tokens_per_frame=9)
+    assert all(difference(answers[name], unlike[name]) > 10 * CLOSE for name in names[:3])
+
+
+def test_images_and_other_models_are_left_alone(run: Any, onevision: Path) -> None:
+    """An engine that selects nothing answers alike, to the bit, where the package is installed and where it is not."""
+    alone = [[name] for name in [*VIDEOS, "an image", "words"]]  # that engine takes videos of one length in a batch
+    absent, log = run(onevision, alone, PYTHONPATH=None)
+    assert absent, log
+    installed, log = run(onevision, alone)
+    assert installed, log
+    assert installed == absent
+    assert "ST-GridPool" not in log
+    pooled, log = run(onevision, alone, selected(ONEVISION))
+    assert pooled, log
+    assert pooled["an image"] == absent["an image"]
+    assert pooled["words"] == absent["words"]
+    assert all(difference(pooled[name], absent[name]) > 10 * CLOSE for name in VIDEOS)
+
+
+def test_it_is_not_installed_where_it_should_not_be() -> None:
+    listed = (
+        "from importlib.metadata import entry_points as e; print([p.value for p in e(group='vllm.general_plugins')])"
+    )
+    shown = []
+    for environment in (dict(os.environ), {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}):
+        command = [sys.executable, "-c", listed]
+        shown.append(subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True).stdout)
+    assert shown[0].count("stgridpool_kernels.integrations.vllm:register") == 1
+    assert "stgridpool_kernels" not in shown[1]
+
+
+# ---- refused ----
+
+
+def test_another_number_of_tokens_is_refused_when_the_engine_is_made(run: Any, onevision: Path) -> None:
+    answers, log = run(onevision, [["words"]], selected(ONEVISION, output_size=[2, 4]))
+    assert answers is None
+    assert log.strip().splitlines()[-1] == (
+        "RuntimeError: vLLM's prompt for llava_onevision expects 9 tokens per frame (3 × 3) where a frame has 5 × 5, "
+        "these options give 8 (2 × 4); pass output_size=(3, 3) and no other argument of the windows"
+    )
+    assert "Starting to load model" not in log
+
+
+def test_an_unknown_option_is_refused(run: Any, onevision: Path) -> None:
+    answers, log = run(onevision, [["words"]], selected(ONEVISION), STGP_VLLM_OPTIONS='{"strides": [2]}')
+    assert answers is None
+    assert "RuntimeError: STGP_VLLM_OPTIONS: options must be among" in log
+    assert "Starting to load model" not in log
+
+
+@pytest.fixture
+def of_tomorrow(tmp_path: Path) -> str:
+    """A PYTHONPATH on which the installed vLLM says that it is a version that does not exist."""
+    about = tmp_path / "tomorrow/vllm-1.99.0.dist-info/METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 1.99.0+cpu\n")
+    return os.pathsep.join([str(about.parents[1]), os.environ["PYTHONPATH"]])
+
+
+def test_an_untested_version_is_refused_where_it_is_selected(run: Any, onevision: Path, of_tomorrow: str) -> None:
+    answers, log = run(onevision, [["words"]], selected(ONEVISION), PYTHONPATH=of_tomorrow)
+    assert answers is None
+    assert (
+        "RuntimeError: vllm 1.99.0+cpu is installed; this integration was tested with vllm from 0.32 to before 0.33"
+    ) in log
+
+
+def test_an_untested_version_does_nothing_to_other_models(run: Any, onevision: Path, of_tomorrow: str) -> None:
+    answers, log = run(onevision, [["words", "an image"]], PYTHONPATH=of_tomorrow)
+    assert answers, log
+    assert "ST-GridPool" not in log
+
+
+# ---- the classes ----
+
+
+def test_registering_imports_no_model_and_touches_no_device() -> None:
+    """In a process as vLLM's: with vLLM imported, before a device is chosen."""
+    done = subprocess.run([sys.executable, "-c", REGISTER], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+REGISTER = f"""
+import sys
+from vllm import ModelRegistry
+before = dict(ModelRegistry.models)
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+added = ModelRegistry.models.keys() - before.keys()
+assert added == {{{ONEVISION!r}, {NEXT_VIDEO!r}}}, added
+assert all(ModelRegistry.models[name] is model for name, model in before.items())
+assert not [name for name in sys.modules if name.endswith("vllm_llava") or "vllm.model_executor.models.llava" in name]
+import torch
+assert not torch.cuda.is_initialized()
+from stgridpool_kernels.integrations.vllm import register
+register()  # again: vLLM says that it may call a plugin several times
+"""
+
+
+class Tower(nn.Module):
+    """(frames, 3, height, width) → (frames, 25, 16), each frame from its pixels alone."""
+
+    def forward(self, pixels: Tensor, feature_select_strategy: str) -> Tensor:
+        assert feature_select_strategy == "default"
+        return pixels.flatten(1).unflatten(1, (25, 16))
+
+
+def bare(name: str) -> Any:
+    """A model of ours without what needs an engine."""
+    from stgridpool_kernels.integrations import vllm as plugin
+
+    kind = getattr(plugin, name)
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    model.config = SimpleNamespace(
+        vision_config=SimpleNamespace(image_size=20, patch_size=4), vision_feature_select_strategy="default"
+    )
+    model.vision_tower = Tower()
+    model.multi_modal_projector = nn.Linear(16, 16)
+    model.image_newline = nn.Parameter(torch.full((16,), 7.0))
+    model.stgp_options = ceil_options()
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", [ONEVISION, NEXT_VIDEO])
+def test_videos_of_a_batch_do_not_know_of_each_other(name: str) -> None:
+    model = bare(name)
+    videos = [torch.randn(frames, 1, 20, 20) for frames in (9, 6, 0, 17, 9)]
+    together = model._process_video_pixels({"pixel_values_videos": videos})
+    alone = [model._process_video_pixels({"pixel_values_videos": video[None]}) for video in videos]
+    newlines = int(name == ONEVISION)
+    assert [video.shape for video in together] == [(frames * 9 + newlines, 16) for frames in (9, 6, 0, 17, 9)]
+    for video, [other] in zip(together, alone, strict=True):
+        assert torch.equal(video, other)
+    if newlines:
+        assert all(torch.equal(video[-1], model.image_newline) for video in together)
+
+
+@pytest.mark.parametrize("name", [ONEVISION, NEXT_VIDEO])
+def test_videos_of_one_length_come_as_one_tensor(name: str) -> None:
+    model = bare(name)
+    videos = torch.randn(3, 9, 1, 20, 20)
+    one = model._process_video_pixels({"pixel_values_videos": videos})
+    several = model._process_video_pixels({"pixel_values_videos": list(videos)})
+    assert all(torch.equal(video, other) for video, other in zip(one, several, strict=True))
