@@ -36,7 +36,7 @@ from stgridpool_kernels.bench import devices, results
 from stgridpool_kernels.bench.machine import ROOT, describe, memory_bytes
 from stgridpool_kernels.bench.measure import new_run
 from stgridpool_kernels.bench.providers import Provider, mismatch, providers
-from stgridpool_kernels.bench.report import machine_line, show_number, show_ratio, show_time
+from stgridpool_kernels.bench.report import QUIET_CORES, machine_line, show_number, show_ratio, show_time
 from stgridpool_kernels.bench.results import Run
 from stgridpool_kernels.bench.workloads import Workload, random_tokens
 from stgridpool_kernels.figure import require_matplotlib
@@ -47,8 +47,6 @@ SIZE = 27
 """Rows and columns of a frame's tokens: SigLIP's 384 pixels in patches of 14."""
 
 TEXT_TOKENS = 64
-QUIET_CORES = 0.1
-"""Cores that others may use of a CPU that counts as quiet."""
 
 BUDGETS = (0.5, 0.3)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

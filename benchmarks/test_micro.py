@@ -40,7 +40,7 @@ def cases() -> Iterator[object]:
 def tokens(workload: Workload, device: Device) -> tuple[list[Tensor], dict[str, Provider], Expected]:
     """Of the last workload: cases of one follow one another."""
     xs = device.inputs(workload)
-    return xs, {provider.name: provider for provider in providers(workload, device.type)}, Expected(xs[0])
+    return xs, {provider.name: provider for provider in providers(workload, device.type)}, Expected(xs)
 
 
 @pytest.mark.parametrize(("workload", "provider", "into_out"), list(cases()))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import compiled
 from .backends import backend_names, backend_reasons, requested_backend
+from .bench.machine import cpu_name
 from .encoder import TAPS
 from .ops import check_arguments, grid_pool
 from .plan import RESIZES, SAMPLINGS
@@ -223,7 +224,7 @@ def _facts_table() -> Table:
     row("Python", f"{platform.python_version()} ({sys.executable})")
     row("torch", f"{torch.__version__} ({_build()})")
     row("devices", ", ".join(_devices()) or "no GPU that torch can use")
-    row("CPU", f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}")
+    row("CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}")
     row("threads", f"{torch.get_num_threads()} of {os.cpu_count()}")
     table.add_section()
     for name, value in _library().items():
@@ -265,14 +266,6 @@ def _library() -> dict[str, str]:
         "CPU kernels": capabilities,
         "CUDA kernels": cuda,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _environment() -> str:

@@ -21,12 +21,9 @@ from .measure import QUICK as QUICK_EFFORT
 from .measure import Effort, measure, new_run
 from .plot import check_plots, save_plots
 from .providers import BASELINE, chosen, providers, select
-from .report import compare_summary, compare_table, compare_warning, machine_line, workload_table
+from .report import QUIET_CORES, compare_summary, compare_table, compare_warning, machine_line, workload_table
 from .results import Results, Row, Run, Writer, compare, encode, file_name, pick
 from .workloads import QUICK, WORKLOADS, Workload, parse_workload
-
-QUIET_CORES = 0.1
-"""Cores that others may use of a machine that counts as quiet."""
 
 
 @dataclass(frozen=True)

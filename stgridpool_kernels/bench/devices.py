@@ -309,8 +309,6 @@ class Gpu:
         self.torch_device = device
         self.l2_bytes: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
-    def close(self) -> None: ...
-
     def inputs(self, workload: Workload) -> list[Tensor]:
         moved = workload.input_bytes + workload.bound("grid_pool").write_bytes
         sets = max(2, math.ceil(5 * self.l2_bytes / moved))

@@ -111,7 +111,7 @@ def measure(
 
     small = {provider.name: provider for provider in providers(_small(workload), device.type)}
     racers: dict[str, Racer] = {}
-    expected = Expected(xs[0])
+    expected = Expected(xs)
     for number, provider in enumerate(timed):
         progress(f"{provider.name}: check", 0.5 * number / len(timed))
         for name, into_out in variants(provider, device.separates_out):
@@ -130,9 +130,8 @@ def measure(
                 racer.run()
                 racer.check()
                 row.check = "ok"
-                if (
-                    not provider.compiles or device.type == "cuda"
-                ):  # counting operators keeps a call from being compiled
+                # counting operators, on a CPU, keeps a call from being compiled
+                if not provider.compiles or device.type == "cuda":
                     row.launches = device.launches(racer.calls[0])
                 row.cold_us = device.cold_us(racer.calls)
                 samplers[name], row.calls_per_sample = device.sampler(racer.calls)
@@ -201,17 +200,17 @@ def copies(total_bytes: int, sets: int, device: str) -> list[Call]:
 
 
 class Expected:
-    """What a definition says of the first input. The last one is kept: providers with the same follow one another."""
+    """What a definition says of every input. The last one is kept: providers with the same follow one another."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.result = x, torch.empty(0)
+    def __init__(self, xs: Sequence[Tensor]) -> None:
+        self.xs, self.results = xs, list[Tensor]()
         self.definition: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, provider: Provider) -> Tensor:
+    def __call__(self, provider: Provider) -> list[Tensor]:
         if provider.definition is not self.definition:
-            self.definition, self.result = None, torch.empty(0)
-            self.definition, self.result = provider.definition, provider.definition(self.x)
-        return self.result
+            self.definition, self.results = None, []
+            self.definition, self.results = provider.definition, [provider.definition(x) for x in self.xs]
+        return self.results
 
 
 class Racer:
@@ -219,7 +218,7 @@ class Racer:
 
     def __init__(self, provider: Provider, xs: Sequence[Tensor], into_out: bool, expected: Expected) -> None:
         self.provider, self.xs, self.into_out, self.expected = provider, xs, into_out, expected
-        self.results = [torch.full_like(expected(provider), math.nan) if into_out else torch.empty(0) for _ in xs]
+        self.results = [torch.full_like(each, math.nan) if into_out else torch.empty(0) for each in expected(provider)]
         # on a CPU a result is freed with the call, as in use; in a graph it has to stay
         self.keeps = into_out or xs[0].is_cuda
         self.calls: list[Call] = [partial(self.call, i) for i in range(len(xs))]
@@ -249,7 +248,7 @@ class Racer:
         """Beyond the input and the result; also where the result goes into memory that was there before."""
         if self.into_out:
             return device.extra_peak_bytes(partial(self.provider.call, self.xs[0], out=self.results[0]), 0)[0]
-        nbytes = self.expected(self.provider).nbytes
+        nbytes = self.expected(self.provider)[0].nbytes
         extra, self.results[0] = device.extra_peak_bytes(partial(self.provider.call, self.xs[0]), nbytes)
         return extra
 
@@ -262,14 +261,15 @@ class Racer:
             call()
 
     def check(self) -> None:
-        """Raises Wrong if the first input's last result is not right; lets go of it if it is not kept."""
-        result = self.results[0]
-        if not self.keeps:
-            result = result if result.numel() else self.provider.call(self.xs[0])
-            self.results[0] = torch.empty(0)
-        reason = mismatch(result, self.expected(self.provider), self.provider.ulps)
-        if reason is not None:
-            raise Wrong(reason)
+        """Raises Wrong if the last result of an input is not right; lets go of it if it is not kept."""
+        for i, expected in enumerate(self.expected(self.provider)):
+            result = self.results[i]
+            if not self.keeps:
+                result = result if result.numel() else self.provider.call(self.xs[i])
+                self.results[i] = torch.empty(0)
+            reason = mismatch(result, expected, self.provider.ulps)
+            if reason is not None:
+                raise Wrong(reason)
 
 
 @contextmanager

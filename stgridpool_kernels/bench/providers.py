@@ -118,11 +118,9 @@ def plain_poolings(workload: Workload, ulps: float) -> list[Provider]:
     """Without weights and summaries: as engines call it, and on a channels-last view, which needs no copy."""
     w, size = workload, workload.plan("norm_pool").pooled_size
 
-    def provider(
-        name: str, pool: Pool, definition: Pool | None = None, memory: float = 0.5, note: str = ""
-    ) -> Provider:
+    def provider(name: str, pool: Pool, memory: float = 0.5, note: str = "") -> Provider:
         def exact(x: Tensor) -> Tensor:
-            return (definition or pool)(x.float()).to(x.dtype)
+            return pool(x.float()).to(x.dtype)
 
         framewise, oracle = (partial(on_frames, function) for function in (pool, exact))
         return Provider(name, "norm_pool", framewise, oracle, ulps, plain=True, memory=memory, note=note)

@@ -17,6 +17,7 @@ from .results import Change, Results, Row, Run
 
 __all__ = [
     "PROBES",
+    "QUIET_CORES",
     "compare_summary",
     "compare_table",
     "compare_warning",
@@ -51,7 +52,7 @@ _VARIANTS = {"cpu": "", "out": "out="}
 """The CPU kernels are the only ones of ours on a CPU, so their backend goes without saying."""
 
 # As many cores in use by others hardly show in the times.
-_QUIET_CORES = 0.1
+QUIET_CORES = 0.1
 
 
 # ---- names ----
@@ -209,7 +210,7 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         texts = [row.check if row.check != "ok" else "", row.note]
         remarks += [f"{title_of(row.provider)}: {_one_line(text)}" for text in texts if text]
     others = max((row.others_cores or 0.0 for row in rows), default=0.0)
-    if others >= _QUIET_CORES:
+    if others >= QUIET_CORES:
         remarks.append(f"Other processes used up to {others:.1f} cores meanwhile.")
     return remarks
 
