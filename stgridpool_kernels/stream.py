@@ -1,0 +1,569 @@
+"""`GridPoolStream`: grid_pool of videos that arrive in chunks.
+
+For every frame it is known on arrival whether a summary replaces it, and all that the summary is made of came before. So
+every pooled frame leaves with the call that brings its frame. What is kept between calls is, for every level, the mosaic
+of the group that is open, as far as it is filled: the frames that it samples, shrunk. Which frames these are is asked of
+the plan of one segment: from segment to segment a level repeats itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, backend_names, check_backend, choose_backend, use_backend
+from .module import GridPool
+from .ops import DTYPES, check_tokens
+from .plan import GridPlan, Runs, grid_plan
+
+StreamId = int | str
+
+VERSION = 1
+"""Of what `state_dict` returns."""
+
+EXACT_FRAMES = 1 << 24
+"""Up to so many frames, float32 holds every frame number that sampling="last" computes."""
+
+_PLANNED = set(inspect.signature(grid_plan).parameters)
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Rows (or columns) of summaries whose last source row lies in one row of tiles: first, …, stop − 1."""
+
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """One level of an endless video, which repeats itself every `length` frames.
+
+    plan: of one group alone, its sources as the frames 0, 1, … of a video.
+    place: which place of the mosaic takes a frame, by its number in the segment.
+    rows, cols: the part of a summary that is complete once the tiles up to a row, or column, of tiles are there.
+    row_seams, col_seams: rows and columns of tiles of which some summary token mixes the last line with the next tile.
+    """
+
+    length: int
+    target: int
+    sources: tuple[int, ...]
+    place: dict[int, int]
+    plan: GridPlan
+    rows: tuple[_Band, ...]
+    cols: tuple[_Band, ...]
+    row_seams: frozenset[int]
+    col_seams: frozenset[int]
+
+    @staticmethod
+    def of(plan: GridPlan, number: int) -> _Segment:
+        """Of level number `number` of a plan."""
+        level = plan.levels[number]
+        shape = (level.rows, level.cols)
+        S = level.rows * level.cols
+        length = level.frame_stride * S
+        whole = replace(plan, frame_counts=(length,), frame_strides=(level.frame_stride,), grid_shape=shape).levels[0]
+        alone = replace(plan, frame_counts=(S,), frame_strides=(1,), grid_shape=shape, sampling="last")
+        assert alone.levels[0].sources == (tuple(range(S)),)
+        (target,), (sources,) = whole.targets, whole.sources
+        return _Segment(
+            length,
+            target,
+            sources,
+            {source: place for place, source in enumerate(sources)},
+            alone,
+            _bands(whole.row_runs, plan.height, level.rows),
+            _bands(whole.col_runs, plan.width, level.cols),
+            _seams(whole.row_runs, plan.height),
+            _seams(whole.col_runs, plan.width),
+        )
+
+    def part(self, place: int) -> tuple[slice, slice]:
+        """The rows and columns of a summary that the tile in `place` completes."""
+        row, col = self.rows[place // len(self.cols)], self.cols[place % len(self.cols)]
+        return slice(row.first, row.stop), slice(col.first, col.stop)
+
+    def keeps_edges(self, place: int) -> bool:
+        row, col = divmod(place, len(self.cols))
+        return row in self.row_seams or col in self.col_seams
+
+
+def _bands(runs: Runs, size: int, tiles: int) -> tuple[_Band, ...]:
+    owners = [(start + count - 1) // size for start, count in zip(runs.start, runs.count, strict=True)]
+    return tuple(_Band(sum(o < tile for o in owners), sum(o <= tile for o in owners)) for tile in range(tiles))
+
+
+def _seams(runs: Runs, size: int) -> frozenset[int]:
+    ends = ((start, start + count - 1) for start, count in zip(runs.start, runs.count, strict=True))
+    return frozenset(first // size for first, last in ends if first // size != last // size)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What is kept of the open group of a level: its mosaic as far as it is filled, and by place the last row and the
+    last column of sources that share summary tokens with tiles still to come."""
+
+    mosaic: Tensor
+    edges: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.mosaic
+        for edge in self.edges.values():
+            yield from edge
+
+
+@dataclass(frozen=True)
+class _State:
+    """Of one stream: how many frames it has seen, and the open group of each level, None where nothing is kept."""
+
+    frames: int
+    groups: tuple[_Group | None, ...]
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What all frames of all streams share, as long as any stream has seen one."""
+
+    height: int
+    width: int
+    channels: int
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    plan: GridPlan  # of no frames
+    segments: tuple[_Segment, ...]
+
+    def same_tokens(self, x: Tensor) -> bool:
+        return (*x.shape[1:], x.dtype, x.device) == (self.height, self.width, self.channels, self.dtype, self.device)
+
+    def used(self, level: int, target: int) -> bool:
+        """Whether anything depends on the summary that a level puts into frame `target`."""
+        for number in range(level + 1, len(self.segments)):
+            segment = self.segments[number]
+            first = target - target % segment.length
+            if target - first in segment.place and self.used(number, first + segment.target):
+                return True
+            if target - first == segment.target:
+                return False
+        return True
+
+
+class GridPoolStream:
+    """`grid_pool` of videos that arrive bit by bit: frames in, pooled frames out, memory that does not grow.
+
+        stream = GridPoolStream(ceil_mode=True)
+        for chunk in camera:                 # (n, H, W, C), any n, also 0
+            use(stream.push(chunk))          # (n, OH, OW, C): of exactly these frames
+        stream.flush()                       # the next frame starts another video
+
+    Takes the arguments of `grid_pool` except `frame_counts` and `out`; `arguments` holds them.
+
+    streams: the streams that are open from the start, by any integers or strings. Several share one object, and one call
+        takes frames of several: see `push`. More can be opened, and each be reset and closed, at any time.
+    backend: as in `grid_pool`. It is chosen by the first frame, and stays while any stream has seen a frame.
+
+    All frames have one H, W, C, dtype and device while any stream has seen a frame.
+
+    **What comes out** is, joined, what `grid_pool` gives for the whole video of T frames, bit by bit and however it is
+    cut into chunks: with sampling="first" always, with "last" where the stride of every level that completes a group (of
+    which T frames have stride · rows · cols) divides T. Otherwise `grid_pool` spreads its samples over all of T, which
+    a stream cannot know: it samples the last frame of every `stride`, as if T were a multiple. `matches_offline` says
+    which it is. On backends whose sums follow the layout in memory this holds for chunks of the video's layout.
+
+    **What is kept** of a stream is at most one mosaic of H × W × C values per level, in the dtype of the tokens, filled
+    with the sampled frames of its open group, shrunk; with resize="bilinear" and mosaics whose tiles share tokens also
+    the last row and column of these frames. `state_bytes` counts them.
+
+    No gradient, no CUDA graph, one thread at a time, and on a GPU one CUDA stream at a time. A call that raises leaves
+    everything as it was.
+
+    Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the backend asked
+    for cannot run the call.
+    """
+
+    def __init__(self, *, streams: Sequence[StreamId] = (0,), backend: str = "auto", **arguments: Any) -> None:
+        check_backend(backend)
+        self.arguments: dict[str, Any] = GridPool(**arguments).arguments
+        self.backend = backend
+        self._planned = {name: value for name, value in self.arguments.items() if name in _PLANNED}
+        self._settings = [self.arguments[name] for name in ("temperature", "norm_type", "normalize_norm")]
+        self._levels = len(self.arguments["frame_strides"])
+        self._format: _Format | None = None
+        self._states: dict[StreamId, _State] = {}
+        if isinstance(streams, str) or not isinstance(streams, Sequence):
+            raise TypeError(f"streams must be a sequence of integers or strings, got {streams!r}")
+        for stream in streams:
+            self.open(stream)
+
+    # ---- streams ----
+
+    @property
+    def streams(self) -> tuple[StreamId, ...]:
+        """The open streams, in the order in which they were opened."""
+        return tuple(self._states)
+
+    def open(self, stream: StreamId) -> None:
+        """Opens a stream. Raises ValueError if it is open, TypeError unless it is an integer or a string."""
+        if isinstance(stream, bool) or not isinstance(stream, (int, str)):
+            raise TypeError(f"a stream must be an integer or a string, got {stream!r}")
+        if stream in self._states:
+            raise ValueError(f"stream {stream!r} is open already; open are {list(self._states)}")
+        self._states[stream] = self._new_state()
+
+    def close(self, stream: StreamId) -> None:
+        """Drops a stream and all that is kept of it. Raises ValueError unless it is open."""
+        self._known(stream)
+        del self._states[stream]
+
+    def reset(self, stream: StreamId | None = None) -> None:
+        """Has the next frame of a stream, or of all, start a new video. Raises ValueError unless it is open."""
+        for one in self._states if stream is None else [self._known(stream)]:
+            self._states[one] = self._new_state()
+
+    def flush(self, stream: StreamId | None = None) -> Tensor:
+        """Ends the video of a stream, or of all: the pooled frames that are still to come, then `reset`.
+
+        There are none, as every frame leaves with its `push`: (0, OH, OW, C). Groups that are still open are dropped, as
+        `grid_pool` drops them. Before any frame, when C is not known, (0, 0, 0, 0).
+        """
+        if stream is not None:
+            self._known(stream)
+        known = self._format
+        self.reset(stream)
+        if known is None:
+            return torch.empty(0, 0, 0, 0)
+        return torch.empty(0, *known.plan.pooled_size, known.channels, dtype=known.dtype, device=known.device)
+
+    def frames(self, stream: StreamId | None = None) -> int:
+        """How many frames a stream has seen since it was opened or reset; None stands for the only one."""
+        return self._states[self._only(stream)].frames
+
+    def matches_offline(self, stream: StreamId | None = None) -> bool:
+        """Whether `grid_pool` of the frames that a stream has seen is sure to give what came out, bit by bit."""
+        frames = self.frames(stream)
+        if self.arguments["sampling"] == "first":
+            return True
+        known = grid_plan((), 1, 1, **{**self._planned, "kernel_size": (1, 1), "output_size": None, **_PLAIN_WINDOWS})
+        completing = [level for level in known.levels if frames >= level.frame_stride * level.rows * level.cols]
+        return all(frames % level.frame_stride == 0 for level in completing) and frames <= EXACT_FRAMES
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all tensors that are kept until the next call."""
+        tensors = (t for state in self._states.values() for group in state.groups if group for t in group.tensors())
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    # ---- frames ----
+
+    def push(
+        self,
+        x: Tensor,
+        *,
+        streams: Sequence[StreamId] | None = None,
+        frame_counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The next frames of some streams: (n, H, W, C) → (n, OH, OW, C), same dtype, contiguous, new.
+
+        x: tokens of n frames, bfloat16, float16, float32 or float64, any strides. It is not modified, nor kept.
+        streams: which streams they belong to, each named once; all that are open by default.
+        frame_counts: how many frames of each, packed along the first dimension in this order; may be left out for one
+            stream. 0 is allowed. sum(frame_counts) == n.
+
+        Raises ValueError or TypeError as `grid_pool` does, or for streams that are not open and frames unlike those
+        before; RuntimeError if a gradient is required, or under capture of a CUDA graph.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        check_tokens(x)
+        if x.dim() != 4:
+            raise ValueError(f"x must have shape (n, H, W, C), got {tuple(x.shape)}; pack streams with frame_counts")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("a stream has no gradient: push x.detach(), or use torch.no_grad()")
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a stream cannot be captured in a CUDA graph: what it does next depends on its state")
+        pieces = self._pieces(len(x), streams, frame_counts)
+        known = self._format_of(x)
+        out = x.new_empty((len(x), *known.plan.pooled_size, x.shape[-1]))
+        if len(x) == 0:
+            return out
+        plan = replace(known.plan, frame_counts=(1,) * len(x)) if len(x) > 64 else self._frames_plan(known, len(x))
+        with use_backend(known.backend):
+            backend = choose_backend(x, plan)
+        known = replace(known, backend=backend.name)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            states = self._push(x.detach(), pieces, known, backend, plan, out)
+        self._format = known
+        self._states |= states
+        return out
+
+    def _push(
+        self,
+        x: Tensor,
+        pieces: dict[StreamId, tuple[int, int]],
+        known: _Format,
+        backend: Backend,
+        plan: GridPlan,
+        out: Tensor,
+    ) -> dict[StreamId, _State]:
+        """Pools x into out; the streams' new states. States as they are may be written to only where nothing is yet."""
+        states: dict[StreamId, _State] = {}
+        ends: dict[int, Tensor] = {}  # summaries that replace frames of x
+        for stream, (first, count) in pieces.items():
+            chunk = _Chunk(x[first : first + count], self._states[stream], known, backend)
+            states[stream] = chunk.run()
+            ends |= {first + frame: summary for frame, summary in chunk.replaced.items()}
+        if len(ends) < len(x):
+            backend.grid_pool(x, plan, *self._settings, out)
+        if ends:
+            frames = torch.stack(list(ends.values()))
+            pooled = torch.empty_like(out[: len(ends)])
+            of_ends = replace(known.plan, frame_counts=(1,) * len(ends))
+            backend.grid_pool(frames, of_ends, *self._settings, pooled)
+            out[torch.tensor(list(ends), device=out.device)] = pooled
+        return states
+
+    def _frames_plan(self, known: _Format, frames: int) -> GridPlan:
+        """Of frames that share no group: the cache gives the same plan every time."""
+        return grid_plan((1,) * frames, known.height, known.width, **self._planned)
+
+    def _pieces(
+        self, n: int, streams: Sequence[StreamId] | None, frame_counts: Sequence[int] | None
+    ) -> dict[StreamId, tuple[int, int]]:
+        """(first frame, number of frames) of every stream."""
+        names = self.streams if streams is None else streams
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"streams must be a sequence of open streams, got {names!r}")
+        for name in names:
+            self._known(name)
+        if len(set(names)) < len(names):
+            raise ValueError(f"streams must name each stream once, got {list(names)}")
+        if frame_counts is None:
+            if len(names) != 1:
+                raise ValueError(f"frame_counts must be given for {len(names)} streams, got None for {list(names)}")
+            frame_counts = [n]
+        counts = list(frame_counts)
+        if len(counts) != len(names) or any(not isinstance(count, int) or count < 0 for count in counts):
+            raise ValueError(f"frame_counts must be one number of frames for each of {list(names)}, got {counts}")
+        if sum(counts) != n:
+            raise ValueError(f"frame_counts must sum to n = {n}, got {counts} with sum {sum(counts)}")
+        firsts = [sum(counts[:number]) for number in range(len(counts))]
+        return dict(zip(names, zip(firsts, counts, strict=True), strict=True))
+
+    def _format_of(self, x: Tensor) -> _Format:
+        known = self._format
+        if known is not None and known.same_tokens(x):
+            return known
+        if known is not None and any(state.frames for state in self._states.values()):
+            raise ValueError(
+                f"x must be as the frames before it, (n, {known.height}, {known.width}, {known.channels}) {known.dtype} "
+                f"on {known.device}, until all streams are reset; got {tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+        return self._make_format(*x.shape[1:], x.dtype, x.device, self.backend)
+
+    def _make_format(self, H: int, W: int, C: int, dtype: torch.dtype, device: torch.device, backend: str) -> _Format:
+        plan = grid_plan((), H, W, **self._planned)
+        segments = tuple(_Segment.of(plan, number) for number in range(self._levels))
+        return _Format(H, W, C, dtype, device, backend, plan, segments)
+
+    def _new_state(self) -> _State:
+        return _State(0, (None,) * self._levels)
+
+    def _known(self, stream: StreamId) -> StreamId:
+        if stream not in self._states:
+            raise ValueError(f"stream must be open, got {stream!r}; open are {list(self._states)}")
+        return stream
+
+    def _only(self, stream: StreamId | None) -> StreamId:
+        if stream is not None:
+            return self._known(stream)
+        if len(self._states) != 1:
+            raise ValueError(f"stream must be named, got None; open are {list(self._states)}")
+        return next(iter(self._states))
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a stream needs to go on: numbers, strings, lists, dicts and copies of tensors.
+
+        `torch.save` writes it, `torch.load(weights_only=True)` reads it.
+        """
+        known = self._format
+        return {
+            "version": VERSION,
+            "arguments": {name: _plain(value) for name, value in self.arguments.items()},
+            "format": None
+            if known is None
+            else {
+                "height": known.height,
+                "width": known.width,
+                "channels": known.channels,
+                "dtype": str(known.dtype).removeprefix("torch."),
+                "device": str(known.device),
+                "backend": known.backend,
+            },
+            "streams": [
+                {
+                    "stream": stream,
+                    "frames": state.frames,
+                    "groups": [
+                        group
+                        and {
+                            "mosaic": group.mosaic.clone(),
+                            "edges": {place: [t.clone() for t in edge] for place, edge in group.edges.items()},
+                        }
+                        for group in state.groups
+                    ],
+                }
+                for stream, state in self._states.items()
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, device: torch.device | str | None = None) -> None:
+        """Goes on where `state_dict` was called: replaces all streams and what is kept of them.
+
+        device: where the frames to come will be; by default where they were. The backend stays what it was, since
+        another one has other bits.
+
+        Raises ValueError for a state of another version, of other arguments, or a damaged one; nothing has changed then.
+        """
+        try:
+            version, arguments = state["version"], state["arguments"]
+        except (KeyError, TypeError) as error:
+            raise ValueError("state must be what state_dict returned: version or arguments are missing") from error
+        if version != VERSION:
+            raise ValueError(f"state must be of version {VERSION}, got {version!r}")
+        mine = {name: _plain(value) for name, value in self.arguments.items()}
+        for name, value in mine.items():
+            if arguments.get(name) != value:
+                raise ValueError(f"state must be of {name}={value!r}, got {arguments.get(name)!r}")
+        try:
+            known, states = self._read(state, device)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"state is damaged: {type(error).__name__}: {error}") from error
+        self._format, self._states = known, states
+
+    def _read(
+        self, state: dict[str, Any], device: torch.device | str | None
+    ) -> tuple[_Format | None, dict[StreamId, _State]]:
+        given, known = state["format"], None
+        if given is not None:
+            sizes = [int(given[name]) for name in ("height", "width", "channels")]
+            dtype = getattr(torch, given["dtype"])
+            if dtype not in DTYPES or given["backend"] not in backend_names():
+                raise ValueError(f"state is damaged: dtype {given['dtype']!r}, backend {given['backend']!r}")
+            if self.backend not in ("auto", given["backend"]):
+                raise ValueError(f"state must be of backend={self.backend!r}, got {given['backend']!r}")
+            where = torch.device(device if device is not None else given["device"])
+            known = self._make_format(sizes[0], sizes[1], sizes[2], dtype, where, given["backend"])
+        states: dict[StreamId, _State] = {}
+        for entry in state["streams"]:
+            frames, groups = entry["frames"], []
+            if not isinstance(frames, int) or frames < 0 or len(entry["groups"]) != self._levels:
+                raise ValueError(f"state is damaged: stream {entry['stream']!r} has frames {frames!r}")
+            for number, group in enumerate(entry["groups"]):
+                kept = known is not None and _keeps(known, number, frames)
+                if (group is not None) != kept:
+                    raise ValueError(f"state is damaged: stream {entry['stream']!r} misses level {number}, or has it")
+                groups.append(None if group is None or known is None else _read_group(group, known, number, frames))
+            states[entry["stream"]] = _State(frames, tuple(groups))
+        return known, states
+
+
+_PLAIN_WINDOWS = {"stride": None, "padding": (0, 0), "ceil_mode": False, "count_include_pad": True}
+
+
+def _keeps(known: _Format, level: int, frames: int) -> bool:
+    """Whether a level has something of its open group after so many frames."""
+    segment = known.segments[level]
+    first = frames - frames % segment.length
+    some = any(source < frames - first for source in segment.sources) and segment.target >= frames - first
+    return some and known.used(level, first + segment.target)
+
+
+def _read_group(group: dict[str, Any], known: _Format, level: int, frames: int) -> _Group:
+    segment, (H, W, C) = known.segments[level], (known.height, known.width, known.channels)
+
+    def read(tensor: Tensor, *shape: int) -> Tensor:
+        if tuple(tensor.shape) != shape or tensor.dtype != known.dtype:
+            raise ValueError(f"state is damaged: {tensor.dtype} of shape {tuple(tensor.shape)}, expected {shape}")
+        return tensor.to(known.device, copy=True).contiguous()
+
+    edges = {place: (read(row, W, C), read(col, H, C)) for place, (row, col) in group["edges"].items()}
+    filled = sum(source < frames % segment.length for source in segment.sources)
+    if set(edges) != {place for place in range(filled) if segment.keeps_edges(place)}:
+        raise ValueError(f"state is damaged: level {level} has edges of {sorted(edges)}")
+    return _Group(read(group["mosaic"], H, W, C), edges)
+
+
+class _Chunk:
+    """The next frames of one stream. `replaced` are the summaries that replace some of them."""
+
+    def __init__(self, x: Tensor, state: _State, known: _Format, backend: Backend) -> None:
+        self.x, self.state, self.known, self.backend = x, state, known, backend
+        self.start, self.stop = state.frames, state.frames + len(x)
+        self.replaced: dict[int, Tensor] = {}
+
+    def run(self) -> _State:
+        """Level by level, as each reads what the level before left; the stream's state after the chunk."""
+        groups = tuple(self._level(number) for number in range(len(self.known.segments)))
+        return _State(self.stop, groups)
+
+    def _frame(self, frame: int) -> Tensor:
+        """What a frame holds by now, counted from the start of the stream."""
+        return self.replaced.get(frame - self.start, self.x[frame - self.start])
+
+    def _level(self, number: int) -> _Group | None:
+        segment, group = self.known.segments[number], self.state.groups[number]
+        first = self.start - self.start % segment.length
+        while first < self.stop:
+            target = first + segment.target
+            if self.known.used(number, target):
+                group = self._take(segment, first, group)
+                if self.start <= target < self.stop:
+                    assert group is not None
+                    self.replaced[target - self.start] = group.mosaic
+                    group = None
+            first += segment.length
+        return group
+
+    def _take(self, segment: _Segment, first: int, group: _Group | None) -> _Group | None:
+        """The group of the segment that starts at `first`, with the sources that this chunk has of it."""
+        here = {
+            place: self._frame(first + source)
+            for place, source in enumerate(segment.sources)
+            if self.start <= first + source < self.stop
+        }
+        if not here:
+            return group
+        edges = {} if group is None else group.edges
+        made = self._shrink(segment, here, edges)
+        # Parts of places that are not there yet may hold anything: if this call fails, nobody will have read them.
+        mosaic = torch.empty_like(made) if group is None else group.mosaic
+        for place in here:
+            rows, cols = segment.part(place)
+            mosaic[rows, cols] = made[rows, cols]
+        kept = {place: (frame[-1].clone(), frame[:, -1].clone()) for place, frame in here.items()}
+        return _Group(mosaic, edges | {place: edge for place, edge in kept.items() if segment.keeps_edges(place)})
+
+    def _shrink(self, segment: _Segment, here: dict[int, Tensor], edges: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+        """A summary that is right wherever it depends on frames that are here, or on these and kept edges."""
+        S = len(segment.sources)
+        some = next(iter(here.values()))
+        if len(here) == 1 and not edges:
+            sources = some.expand(S, *some.shape)  # the same kernel takes every tile: others are left aside
+        else:
+            sources = torch.stack([here.get(place, some) for place in range(S)])
+            for place, (row, col) in edges.items():
+                sources[place, -1], sources[place, :, -1] = row, col
+        out = torch.empty(sources.shape, dtype=some.dtype, device=some.device)
+        self.backend.temporal_grid(sources, segment.plan, out)
+        return out[segment.plan.levels[0].targets[0]]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
