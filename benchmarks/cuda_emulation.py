@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stgridpool_kernels import reference
+from stgridpool_kernels import compiled, reference
 from stgridpool_kernels.backends import Backend
 from stgridpool_kernels.plan import GridPlan
-from stgridpool_kernels.tables import plan_tables
+from stgridpool_kernels.tables import Chunk, plan_tables
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
@@ -67,6 +67,7 @@ class Call(ctypes.Structure):
         ("temperature", ctypes.c_float),
         ("norm_type", ctypes.c_double),
         ("normalize_norm", ctypes.c_bool),
+        ("miniatures", ctypes.c_void_p),
     ]
 
 
@@ -152,8 +153,12 @@ def run(
     settings: tuple[float, float, bool],
     out: Tensor,
     library: Path | None = None,
+    miniatures: Tensor | None = None,
 ) -> None:
-    """`op` of x into out by tables; settings are (temperature, norm_type, normalize_norm)."""
+    """`op` of x into out by tables; settings are (temperature, norm_type, normalize_norm).
+
+    miniatures: of streams, for tables of a chunk of them.
+    """
     functions = load(library)
     T, H, W, C = x.shape[-4:]
     strides = out.stride() if op != "token_norm" else (*out.stride(), 1)
@@ -164,6 +169,7 @@ def run(
         *(out.data_ptr(), _five(strides, x.dim())),
         None,
         *settings,
+        None if miniatures is None else miniatures.data_ptr(),
     )
     words = None if tables is None else (ctypes.c_int32 * len(tables))(*tables)
     size = functions.stgp_scratch_bytes(OPS.index(op), words, ctypes.byref(call))
@@ -182,6 +188,12 @@ def grid_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
     run("grid_pool", x, plan_tables(plan), (temperature, norm_type, normalize_norm), out)
+
+
+def pool_chunk(
+    x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
+) -> None:
+    run("grid_pool", x, chunk.words, (temperature, norm_type, normalize_norm), out, miniatures=slots)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
@@ -220,4 +232,6 @@ def backend() -> Backend:
         token_norm=token_norm,
         backward=reference.backward,
         only_by_name=lambda: "the emulation runs the kernels on the CPU, slowly",
+        keeps_miniatures=compiled.keeps_miniatures_on_cuda,
+        pool_chunk=pool_chunk,
     )

@@ -170,6 +170,28 @@ void grid_pool_on_cpu(const Tensor& x, const Tensor& tables, const std::optional
   cpu::grid_pool(t, call, threads);
 }
 
+// Where a chunk of streams keeps its miniatures: (slots, h, w, C), at least as many slots as the tables name.
+void keep(Call& call, const Tensor& miniatures, const int32_t* t, const Tensor& x) {
+  STD_TORCH_CHECK(miniatures.dim() == 4 && miniatures.is_contiguous() && miniatures.scalar_type() == x.scalar_type() &&
+                      miniatures.get_device_index() == x.get_device_index() && miniatures.sizes()[0] >= t[H_SLOTS] &&
+                      miniatures.sizes()[1] == (t[H_HEIGHT] + 1) / 2 && miniatures.sizes()[2] == (t[H_WIDTH] + 1) / 2 &&
+                      miniatures.sizes()[3] == call.C,
+                  "the tables are of other miniatures");
+  STD_TORCH_CHECK(t[H_NUM_STEPS] > 0, "the tables have no fused form");
+  call.miniatures = miniatures.mutable_data_ptr();
+}
+
+void pool_chunk_on_cpu(const Tensor& x, const Tensor& tables, const std::optional<Tensor>&, double temperature,
+                       double norm_type, bool normalize_norm, const Tensor& miniatures, const Tensor& out) {
+  Call call = call_of(x, out, true);
+  weigh(call, temperature, norm_type, normalize_norm);
+  const int32_t* t = tables_of(tables, x, out, true);
+  keep(call, miniatures, t, x);
+  const cpu::Threads threads = torch_threads();
+  const Scratch scratch(call, cpu::scratch_bytes(Op::grid_pool, t, call, threads));
+  cpu::grid_pool(t, call, threads);
+}
+
 void temporal_grid_on_cpu(const Tensor& x, const Tensor& tables, const std::optional<Tensor>&, const Tensor& out) {
   Call call = call_of(x, out, true);
   const int32_t* t = tables_of(tables, x, out, false);
@@ -229,6 +251,17 @@ void grid_pool_on_cuda(const Tensor& x, const Tensor& tables, const std::optiona
   check_launch(cuda::grid_pool(t, on_device(device_tables, tables, x), call, current_stream(x)));
 }
 
+void pool_chunk_on_cuda(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
+                        double temperature, double norm_type, bool normalize_norm, const Tensor& miniatures,
+                        const Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Call call = call_of(x, out, true);
+  weigh(call, temperature, norm_type, normalize_norm);
+  const int32_t* t = tables_of(tables, x, out, true);
+  keep(call, miniatures, t, x);
+  check_launch(cuda::grid_pool(t, on_device(device_tables, tables, x), call, current_stream(x)));
+}
+
 void temporal_grid_on_cuda(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
                            const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -257,6 +290,7 @@ int64_t release_scratch() { return Scratch::release(); }
 
 STABLE_TORCH_LIBRARY_IMPL(stgp, CPU, library) {
   library.impl("_grid_pool_by_tables", TORCH_BOX(&stgp::grid_pool_on_cpu));
+  library.impl("_pool_chunk_by_tables", TORCH_BOX(&stgp::pool_chunk_on_cpu));
   library.impl("_temporal_grid_by_tables", TORCH_BOX(&stgp::temporal_grid_on_cpu));
   library.impl("_token_norm_compiled", TORCH_BOX(&stgp::token_norm_on_cpu));
 }
@@ -264,6 +298,7 @@ STABLE_TORCH_LIBRARY_IMPL(stgp, CPU, library) {
 #ifdef STGP_CUDA
 STABLE_TORCH_LIBRARY_IMPL(stgp, CUDA, library) {
   library.impl("_grid_pool_by_tables", TORCH_BOX(&stgp::grid_pool_on_cuda));
+  library.impl("_pool_chunk_by_tables", TORCH_BOX(&stgp::pool_chunk_on_cuda));
   library.impl("_temporal_grid_by_tables", TORCH_BOX(&stgp::temporal_grid_on_cuda));
   library.impl("_token_norm_compiled", TORCH_BOX(&stgp::token_norm_on_cuda));
 }

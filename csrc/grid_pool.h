@@ -45,6 +45,9 @@ struct Call {
   float temperature = 1.0f;
   double norm_type = 2.0;      // p > 0; infinity takes the largest magnitude
   bool normalize_norm = true;  // mean over channels inside the norm, or else the sum
+  // For tables of a chunk of streams: their slots, which hold miniatures of earlier chunks and keep those of this one.
+  // Then grid_pool takes the fused form; where it does not take these channels or this norm, it fails.
+  void* miniatures = nullptr;
 };
 
 // What is wrong with `words` integers as tables, or nullptr. The functions below trust tables that passed.

@@ -77,7 +77,7 @@ const char* check_steps(const int32_t* t, int64_t words) {
     for (int64_t e = 0; e < count; ++e) {
       const int32_t* entry = t + step[S_ENTRIES] + e * ENTRY_WORDS;
       const bool mosaic = step[S_MOSAIC] != 0;
-      if (!all_between(entry + E_CONTENT, 1, mosaic ? -int64_t{t[H_SUMMARIES]} : 0, mosaic ? 0 : t[H_FRAMES]) ||
+      if (!all_between(entry + E_CONTENT, 1, mosaic ? -words : 0, mosaic ? 0 : t[H_FRAMES]) ||
           !all_between(entry + E_TARGET, 1, -1, t[H_FRAMES]) ||
           !all_between(entry + E_SLOT, 1, e < walked ? 0 : -1, e < walked ? t[H_SLOTS] : 0) ||
           !all_between(entry + E_SOURCES, 4, -1, t[H_SLOTS]) || !inside(entry[E_NEEDED], h, words) ||
@@ -99,7 +99,7 @@ const char* check_tables(const int32_t* t, int64_t words) {
   constexpr int64_t MOST = 1 << 24;  // rows or columns: products of two fit into 64 bits many times over
   if (!all_between(t + H_HEIGHT, 4, 1, MOST) || !all_between(t + H_FRAMES, 1, 0, words) ||
       !all_between(t + H_SUMMARIES, 1, 0, words) || !all_between(t + H_NUM_LEVELS, 1, 0, words) ||
-      !all_between(t + H_NUM_STEPS, 1, 0, words) || !all_between(t + H_SLOTS, 1, 0, words)) {
+      !all_between(t + H_NUM_STEPS, 1, 0, words) || !all_between(t + H_SLOTS, 1, 0, MOST)) {
     return "a size in the tables is out of range";
   }
   if (!inside(t[H_FINAL], t[H_FRAMES], words) ||

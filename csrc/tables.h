@@ -7,6 +7,10 @@
 // Every set of tables describes the computation in the general form; where windows are 2 x 2 at stride 2 and all grids
 // are 2 x 2 and shrunk by area, also in the fused form.
 //
+// Tables of a chunk of streams have no levels: they describe frames of which some are replaced by summaries of
+// miniatures that earlier chunks left in their slots, and so the fused form alone. Call::miniatures is where the slots
+// are then.
+//
 // General form: summaries of each level in turn, in full, rounded to the dtype of x; then every frame as it ends.
 //
 //   final[frames]           the content that each frame ends with

@@ -4,11 +4,13 @@ from .backends import available_backends, use_backend
 from .module import GridPool
 from .ops import grid_pool, norm_pool, temporal_grid, token_norm
 from .plan import GridPlan, grid_plan
+from .stream import GridPoolStream
 from .version import __version__
 
 __all__ = [
     "GridPlan",
     "GridPool",
+    "GridPoolStream",
     "__version__",
     "available_backends",
     "grid_plan",

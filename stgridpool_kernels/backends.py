@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import compiled, reference, triton_backend
 from .plan import GridPlan
+from .tables import Chunk
 
 logger = logging.getLogger("stgridpool_kernels")
 
@@ -27,6 +28,9 @@ class Backend:
     The four ops write their result into `out`, a tensor of the right shape, dtype and device that does not overlap x.
     backward(op, grad, x, …) is the gradient of op(x, …) in x; a backend without one of its own takes the reference's.
     only_by_name() is a reason for which `auto` passes over the backend although it could run, or None.
+    keeps_miniatures(plan, channels, norm_type): whether grid_pool tiles summaries from miniatures, whose bits
+    temporal_grid may not give. A stream then has pool_chunk(x, chunk, …, slots, out) pool and shrink in one go, with
+    the miniatures of (slots, ⌈H/2⌉, ⌈W/2⌉, C) kept in between.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Backend:
     token_norm: Callable[[Tensor, float, bool, Tensor], None]
     backward: Callable[..., Tensor]
     only_by_name: Callable[[], str | None] = lambda: None
+    keeps_miniatures: Callable[[GridPlan, int, float], bool] = lambda plan, channels, norm_type: False
+    pool_chunk: Callable[[Tensor, Chunk, float, float, bool, Tensor, Tensor], None] | None = None
 
 
 def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:
@@ -67,6 +73,8 @@ TRITON = Backend(
     token_norm=triton_backend.token_norm,
     backward=reference.backward,
     only_by_name=triton_backend.only_by_name,
+    keeps_miniatures=triton_backend.keeps_miniatures,
+    pool_chunk=triton_backend.pool_chunk,
 )
 
 CUDA, CPU = (
@@ -78,8 +86,13 @@ CUDA, CPU = (
         norm_pool=compiled.norm_pool,
         token_norm=compiled.token_norm,
         backward=reference.backward,
+        keeps_miniatures=keeps_miniatures,
+        pool_chunk=compiled.pool_chunk,
     )
-    for name, why_not in (("cuda", compiled.why_not_on_cuda), ("cpu", compiled.why_not_on_cpu))
+    for name, why_not, keeps_miniatures in (
+        ("cuda", compiled.why_not_on_cuda, compiled.keeps_miniatures_on_cuda),
+        ("cpu", compiled.why_not_on_cpu, compiled.keeps_miniatures_on_cpu),
+    )
 )
 
 BACKENDS: list[Backend] = [TRITON, CUDA, CPU, REFERENCE]

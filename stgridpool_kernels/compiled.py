@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
 
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from .device_tables import Tables, tables_on
 from .plan import GridPlan
-from .tables import VERSION, plan_tables
+from .schedule import pools_pairs, shrinks_by_halves
+from .tables import VERSION, Chunk, plan_tables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -121,6 +124,31 @@ def grid_pool(
 ) -> None:
     op = torch.ops.stgp._grid_pool_by_tables.default
     _run(op, x, plan, True, temperature, norm_type, normalize_norm, out)
+
+
+def keeps_miniatures_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
+    """Whether grid_pool takes the fused form, by the settings alone."""
+    return pools_pairs(plan) and shrinks_by_halves(plan)
+
+
+def keeps_miniatures_on_cuda(plan: GridPlan, channels: int, norm_type: float) -> bool:
+    """The same of the CUDA kernels: `takes_fused` of csrc/cuda/grid_pool.cu."""
+    return keeps_miniatures_on_cpu(plan, channels, norm_type) and channels <= 8192 and norm_type in (1.0, 2.0, math.inf)
+
+
+@lru_cache(maxsize=256)
+def _chunk_tables(words: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tables | None]:
+    return torch.tensor(words, dtype=torch.int32), tables_on(device, words) if device.type == "cuda" else None
+
+
+def pool_chunk(
+    x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
+) -> None:
+    op = torch.ops.stgp._pool_chunk_by_tables.default
+    tables, uploaded = _chunk_tables(chunk.words, x.device)
+    with torch.cuda.device(x.device) if uploaded else nullcontext():
+        on_device = uploaded.use_now() if uploaded else None
+        op(x, tables, on_device, temperature, norm_type, normalize_norm, slots, out)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:

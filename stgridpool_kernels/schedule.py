@@ -92,24 +92,38 @@ def needed_cells(plan: GridPlan, steps: Schedule) -> dict[int, tuple[int, ...]]:
     A miniature has ⌈H/2⌉ × ⌈W/2⌉ cells. The mosaic is cropped, windows may leave out the last row and column, and a
     summary may be sampled itself, so that not every cell is needed. Needs start at the first row and column always.
     """
-    rows, cols = (_cell_ends(size) for size in (plan.height, plan.width))
-    h, w = len(rows), len(cols)
-    pooled = (min(_reach(plan.window_rows), plan.height), min(_reach(plan.window_cols), plan.width))
+    pooled = pooled_box(plan)
     tokens: dict[int, set[Box]] = {content: {pooled} for content in steps.final}
     cells: dict[int, set[Box]] = {}
     for s in reversed(range(len(steps.summaries))):
-        boxes = _widest(tokens.get(~s, ()))  # none where only cropped tiles show it
         for tile, source in enumerate(steps.summaries[s].sources):
-            for box in boxes:
-                a, b = (min(box[0] - tile // 2 * h, h), min(box[1] - tile % 2 * w, w))
-                if a > 0 and b > 0:
-                    cells.setdefault(source, set()).add((a, b))
-                    tokens.setdefault(source, set()).add((rows[a - 1], cols[b - 1]))
-    stairs = {
-        boxes: tuple(max((b for a, b in boxes if a > i), default=0) for i in range(h))
-        for boxes in map(frozenset, cells.values())
-    }
-    return {content: stairs[frozenset(boxes)] for content, boxes in cells.items()}
+            for box, behind in boxes_behind(plan, tokens.get(~s, ()), tile):
+                cells.setdefault(source, set()).add(box)
+                tokens.setdefault(source, set()).add(behind)
+    counts = {boxes: stairs(plan, boxes) for boxes in map(frozenset, cells.values())}
+    return {content: counts[frozenset(boxes)] for content, boxes in cells.items()}
+
+
+def pooled_box(plan: GridPlan) -> Box:
+    """The tokens that the windows reach."""
+    return min(_reach(plan.window_rows), plan.height), min(_reach(plan.window_cols), plan.width)
+
+
+def boxes_behind(plan: GridPlan, tokens: Iterable[Box], tile: int) -> list[tuple[Box, Box]]:
+    """For tokens of a 2 × 2 mosaic, the cells of the miniature in place `tile`, and the tokens behind these cells.
+
+    None where only cropped tiles show it.
+    """
+    rows, cols = (_cell_ends(size) for size in (plan.height, plan.width))
+    h, w = len(rows), len(cols)
+    cells = [(min(box[0] - tile // 2 * h, h), min(box[1] - tile % 2 * w, w)) for box in _widest(tokens)]
+    return [((a, b), (rows[a - 1], cols[b - 1])) for a, b in cells if a > 0 and b > 0]
+
+
+def stairs(plan: GridPlan, cells: Iterable[Box]) -> tuple[int, ...]:
+    """How many cells of each row some boxes of cells have."""
+    boxes = list(cells)
+    return tuple(max((b for a, b in boxes if a > i), default=0) for i in range(-(-plan.height // 2)))
 
 
 def _cell_ends(size: int) -> list[int]:

@@ -1,15 +1,22 @@
 """`GridPoolStream`: grid_pool of videos that arrive in chunks.
 
-For every frame it is known on arrival whether a summary replaces it, and all that the summary is made of came before. So
-every pooled frame leaves with the call that brings its frame. What is kept between calls is, for every level, the mosaic
-of the group that is open, as far as it is filled: the frames that it samples, shrunk. Which frames these are is asked of
-the plan of one segment: from segment to segment a level repeats itself.
+For every frame it is known on arrival whether a summary replaces it, and all that the summary is made of came before.
+So every pooled frame leaves with the call that brings its frame. What is kept between calls are the sampled frames of
+the groups that are open, shrunk. Which frames these are is asked of the plan of one segment: from segment to segment a
+level repeats itself.
+
+There are two ways to keep them, since results must have the bits of `grid_pool`. Where its kernels tile summaries from
+miniatures, a stream has them follow tables whose miniatures are kept: one pass over a chunk. Elsewhere summaries are
+means over a mosaic, which the backend's temporal_grid computes, and which fill up place by place.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,14 +27,22 @@ from .backends import Backend, backend_names, check_backend, choose_backend, use
 from .module import GridPool
 from .ops import DTYPES, check_tokens
 from .plan import GridPlan, Runs, grid_plan
+from .schedule import Box, boxes_behind, pooled_box, stairs
+from .tables import ChunkEntry, chunk_tables
 
 StreamId = int | str
 
 VERSION = 1
 """Of what `state_dict` returns."""
 
+MOST_NEEDS = 4096
+"""Contents of a period whose needs are remembered."""
+
 EXACT_FRAMES = 1 << 24
 """Up to so many frames, float32 holds every frame number that sampling="last" computes."""
+
+SLOTS_PER_LEVEL = 6
+"""Miniatures of a stream that there is room for between calls: four of an open group, and what one more frame makes."""
 
 _PLANNED = set(inspect.signature(grid_plan).parameters)
 
@@ -105,8 +120,8 @@ def _seams(runs: Runs, size: int) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class _Group:
-    """What is kept of the open group of a level: its mosaic as far as it is filled, and by place the last row and the
-    last column of sources that share summary tokens with tiles still to come."""
+    """On the way by mosaics, what is kept of the open group of a level: its mosaic as far as it is filled, and by place
+    the last row and the last column of sources that share summary tokens with tiles still to come."""
 
     mosaic: Tensor
     edges: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -119,10 +134,28 @@ class _Group:
 
 @dataclass(frozen=True)
 class _State:
-    """Of one stream: how many frames it has seen, and the open group of each level, None where nothing is kept."""
+    """Of one stream: how many frames it has seen, and what is kept of the open group of each level.
+
+    groups: None where nothing is kept. tiles: on the way by miniatures, the slots of its four, −1 where none is kept.
+    """
 
     frames: int
     groups: tuple[_Group | None, ...]
+    tiles: tuple[tuple[int, ...], ...]
+
+    def slots(self) -> set[int]:
+        return {slot for tiles in self.tiles for slot in tiles} - {-1}
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What depends on a content: tokens of it, cells of its miniature, the places of mosaics that it takes as (level,
+    place), and whether its frame ends with it."""
+
+    tokens: frozenset[Box]
+    cells: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
+    final: bool
 
 
 @dataclass(frozen=True)
@@ -137,20 +170,51 @@ class _Format:
     backend: str
     plan: GridPlan  # of no frames
     segments: tuple[_Segment, ...]
+    miniatures: bool = False  # which way the backend takes, as soon as it is chosen
+    needs: dict[tuple[int, int], _Need] = field(default_factory=dict, repr=False, compare=False)
 
     def same_tokens(self, x: Tensor) -> bool:
         return (*x.shape[1:], x.dtype, x.device) == (self.height, self.width, self.channels, self.dtype, self.device)
 
-    def used(self, level: int, target: int) -> bool:
-        """Whether anything depends on the summary that a level puts into frame `target`."""
+    def _later(self, level: int, frame: int) -> tuple[list[tuple[int, int, int]], bool]:
+        """Who samples what `frame` holds after `level` (−1: as given) until it is overwritten: levels, with the place
+        in their mosaic and its target; and whether the frame ends with it."""
+        found = []
         for number in range(level + 1, len(self.segments)):
             segment = self.segments[number]
-            first = target - target % segment.length
-            if target - first in segment.place and self.used(number, first + segment.target):
-                return True
-            if target - first == segment.target:
-                return False
-        return True
+            first = frame - frame % segment.length
+            if frame - first in segment.place:
+                found.append((number, segment.place[frame - first], first + segment.target))
+            if frame - first == segment.target:
+                return found, False
+        return found, True
+
+    def used(self, level: int, target: int) -> bool:
+        """Whether anything depends on the summary that a level puts into frame `target`."""
+        later, final = self._later(level, target)
+        return final or any(self.used(number, later_target) for number, _, later_target in later)
+
+    def need(self, level: int, frame: int) -> _Need:
+        """Of what `frame` holds after `level`, if every group to come is completed; on the way by miniatures."""
+        key = (level, frame % math.lcm(*(segment.length for segment in self.segments)))
+        found = self.needs.get(key)
+        if found is not None:
+            return found
+        later, final = self._later(level, frame)
+        tokens: set[Box] = {pooled_box(self.plan)} if final else set()
+        cells: set[Box] = set()
+        places = []
+        for number, place, target in later:
+            behind = boxes_behind(self.plan, self.need(number, target).tokens, place)
+            if behind:
+                places.append((number, place))
+                cells.update(box for box, _ in behind)
+                tokens.update(box for _, box in behind)
+        found = _Need(frozenset(tokens), stairs(self.plan, cells) if cells else (), tuple(places), final)
+        if len(self.needs) >= MOST_NEEDS:
+            self.needs.clear()
+        self.needs[key] = found
+        return found
 
 
 class GridPoolStream:
@@ -163,21 +227,23 @@ class GridPoolStream:
 
     Takes the arguments of `grid_pool` except `frame_counts` and `out`; `arguments` holds them.
 
-    streams: the streams that are open from the start, by any integers or strings. Several share one object, and one call
-        takes frames of several: see `push`. More can be opened, and each be reset and closed, at any time.
+    streams: the streams that are open from the start, by any integers or strings. Several share one object, and one
+        call takes frames of several: see `push`. More can be opened, and each be reset and closed, at any time.
     backend: as in `grid_pool`. It is chosen by the first frame, and stays while any stream has seen a frame.
 
     All frames have one H, W, C, dtype and device while any stream has seen a frame.
 
     **What comes out** is, joined, what `grid_pool` gives for the whole video of T frames, bit by bit and however it is
-    cut into chunks: with sampling="first" always, with "last" where the stride of every level that completes a group (of
-    which T frames have stride · rows · cols) divides T. Otherwise `grid_pool` spreads its samples over all of T, which
+    cut into chunks: with sampling="first" always, with "last" where the stride of every level that completes a group
+    (stride · rows · cols frames at most T) divides T. Otherwise `grid_pool` spreads its samples over all of T, which
     a stream cannot know: it samples the last frame of every `stride`, as if T were a multiple. `matches_offline` says
     which it is. On backends whose sums follow the layout in memory this holds for chunks of the video's layout.
 
-    **What is kept** of a stream is at most one mosaic of H × W × C values per level, in the dtype of the tokens, filled
-    with the sampled frames of its open group, shrunk; with resize="bilinear" and mosaics whose tiles share tokens also
-    the last row and column of these frames. `state_bytes` counts them.
+    **What is kept** of a stream are the sampled frames of its open groups, shrunk, in the dtype of the tokens. Where
+    `grid_pool` has fused kernels (the published settings) these are miniatures of ⌈H/2⌉ × ⌈W/2⌉ tokens, and there is
+    room for 6 per level and stream. Elsewhere it is at most one mosaic of H × W tokens per level, and, with
+    resize="bilinear" and mosaics whose tiles share tokens, the last row and column of these frames. `state_bytes`
+    counts them. It depends on neither the length of a video nor that of a chunk.
 
     No gradient, no CUDA graph, one thread at a time, and on a GPU one CUDA stream at a time. A call that raises leaves
     everything as it was.
@@ -195,6 +261,7 @@ class GridPoolStream:
         self._levels = len(self.arguments["frame_strides"])
         self._format: _Format | None = None
         self._states: dict[StreamId, _State] = {}
+        self._slots: Tensor | None = None  # (slots, ⌈H/2⌉, ⌈W/2⌉, C)
         if isinstance(streams, str) or not isinstance(streams, Sequence):
             raise TypeError(f"streams must be a sequence of integers or strings, got {streams!r}")
         for stream in streams:
@@ -219,17 +286,19 @@ class GridPoolStream:
         """Drops a stream and all that is kept of it. Raises ValueError unless it is open."""
         self._known(stream)
         del self._states[stream]
+        self._keep()
 
     def reset(self, stream: StreamId | None = None) -> None:
         """Has the next frame of a stream, or of all, start a new video. Raises ValueError unless it is open."""
         for one in self._states if stream is None else [self._known(stream)]:
             self._states[one] = self._new_state()
+        self._keep()
 
     def flush(self, stream: StreamId | None = None) -> Tensor:
         """Ends the video of a stream, or of all: the pooled frames that are still to come, then `reset`.
 
-        There are none, as every frame leaves with its `push`: (0, OH, OW, C). Groups that are still open are dropped, as
-        `grid_pool` drops them. Before any frame, when C is not known, (0, 0, 0, 0).
+        There are none, as every frame leaves with its `push`: (0, OH, OW, C). Groups that are still open are dropped,
+        as `grid_pool` drops them. Before any frame, when C is not known, (0, 0, 0, 0).
         """
         if stream is not None:
             self._known(stream)
@@ -256,7 +325,8 @@ class GridPoolStream:
     def state_bytes(self) -> int:
         """Bytes of all tensors that are kept until the next call."""
         tensors = (t for state in self._states.values() for group in state.groups if group for t in group.tensors())
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        slots = 0 if self._slots is None else self._slots.untyped_storage().nbytes()
+        return slots + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     # ---- frames ----
 
@@ -292,16 +362,90 @@ class GridPoolStream:
         if len(x) == 0:
             return out
         plan = replace(known.plan, frame_counts=(1,) * len(x)) if len(x) > 64 else self._frames_plan(known, len(x))
-        with use_backend(known.backend):
+        with use_backend(known.backend) if known.backend != "auto" else nullcontext():
             backend = choose_backend(x, plan)
-        known = replace(known, backend=backend.name)
+        miniatures = backend.keeps_miniatures(known.plan, x.shape[-1], self._settings[1]) and self._levels > 0
+        known = replace(known, backend=backend.name, miniatures=miniatures)
+        push = self._push_miniatures if miniatures else self._push_mosaics
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            states = self._push(x.detach(), pieces, known, backend, plan, out)
+            states = push(x.detach(), pieces, known, backend, plan, out)
         self._format = known
         self._states |= states
+        self._keep()
         return out
 
-    def _push(
+    def _push_miniatures(
+        self,
+        x: Tensor,
+        pieces: dict[StreamId, tuple[int, int]],
+        known: _Format,
+        backend: Backend,
+        plan: GridPlan,
+        out: Tensor,
+    ) -> dict[StreamId, _State]:
+        """Pools and shrinks x in one go; the streams' new states. Writes to slots that hold nothing before the call."""
+        held = self._held()
+        free = (slot for slot in itertools.count() if slot not in held)
+        steps: list[list[ChunkEntry]] = [[] for _ in range(1 + self._levels)]
+        states: dict[StreamId, _State] = {}
+        used = 1 + max(held, default=-1)
+        for stream, (first, count) in pieces.items():
+            state = self._states[stream]
+            tiles = [list(of_level) for of_level in state.tiles]
+            for frame in range(state.frames, state.frames + count):
+                row = first + frame - state.frames
+                for level in range(-1, self._levels):
+                    sources = [-1] * 4
+                    if level >= 0:
+                        segment = known.segments[level]
+                        if frame % segment.length != segment.target:
+                            continue
+                        sources, tiles[level] = tiles[level], sources
+                    need = known.need(level, frame)
+                    slot = next(free) if need.cells else -1
+                    used = max(used, slot + 1)
+                    for number, place in need.places:
+                        tiles[number][place] = slot
+                    if need.cells or need.final:
+                        content = row if level < 0 else -1 - row
+                        target = row if need.final else -1
+                        steps[1 + level].append(ChunkEntry(content, target, slot, need.cells, tuple(sources)))
+            states[stream] = _State(state.frames + count, state.groups, tuple(map(tuple, tiles)))
+        slots = self._room(used, x, known)
+        assert backend.pool_chunk is not None
+        backend.pool_chunk(x, chunk_tables(known.plan, len(x), steps, used), *self._settings, slots, out)
+        return states
+
+    def _room(self, slots: int, x: Tensor, known: _Format) -> Tensor:
+        """At least so many slots; what they hold stays."""
+        size = _miniature_size(known)
+        if self._slots is None or (*self._slots.shape[1:], self._slots.dtype, self._slots.device) != (
+            *(*size, x.dtype, x.device),
+        ):
+            self._slots = x.new_empty((slots, *size))
+        elif len(self._slots) < slots:
+            grown = x.new_empty((slots, *self._slots.shape[1:]))
+            grown[: len(self._slots)] = self._slots
+            self._slots = grown
+        return self._slots
+
+    def _keep(self) -> None:
+        """Gives memory back that a long chunk took, or closed streams: what is held moves to the first slots."""
+        if self._slots is None:
+            return
+        most = len(self._states) * SLOTS_PER_LEVEL * self._levels
+        if len(self._slots) <= most:
+            return
+        held = sorted(self._held())
+        moved = {slot: place for place, slot in enumerate(held)} | {-1: -1}
+        kept = self._slots.new_empty((max(len(held), most), *self._slots.shape[1:]))
+        kept[: len(held)] = self._slots[torch.tensor(held, dtype=torch.long, device=kept.device)]
+        for stream, state in self._states.items():
+            tiles = tuple(tuple(moved[slot] for slot in of_level) for of_level in state.tiles)
+            self._states[stream] = replace(state, tiles=tiles)
+        self._slots = kept
+
+    def _push_mosaics(
         self,
         x: Tensor,
         pieces: dict[StreamId, tuple[int, int]],
@@ -356,22 +500,29 @@ class GridPoolStream:
 
     def _format_of(self, x: Tensor) -> _Format:
         known = self._format
-        if known is not None and known.same_tokens(x):
+        started = any(state.frames for state in self._states.values())
+        if known is not None and known.same_tokens(x) and started:
             return known
-        if known is not None and any(state.frames for state in self._states.values()):
+        if known is not None and started:
             raise ValueError(
-                f"x must be as the frames before it, (n, {known.height}, {known.width}, {known.channels}) {known.dtype} "
-                f"on {known.device}, until all streams are reset; got {tuple(x.shape)} {x.dtype} on {x.device}"
+                f"x must be as the frames before it, (n, {known.height}, {known.width}, {known.channels}) "
+                f"{known.dtype} on {known.device}, until all streams are reset; got {tuple(x.shape)} {x.dtype} on "
+                f"{x.device}"
             )
-        return self._make_format(*x.shape[1:], x.dtype, x.device, self.backend)
+        _, H, W, C = x.shape
+        return self._make_format(H, W, C, x.dtype, x.device, self.backend)
 
     def _make_format(self, H: int, W: int, C: int, dtype: torch.dtype, device: torch.device, backend: str) -> _Format:
         plan = grid_plan((), H, W, **self._planned)
         segments = tuple(_Segment.of(plan, number) for number in range(self._levels))
         return _Format(H, W, C, dtype, device, backend, plan, segments)
 
+    def _held(self) -> set[int]:
+        """The slots that hold something."""
+        return {slot for state in self._states.values() for slot in state.slots()}
+
     def _new_state(self) -> _State:
-        return _State(0, (None,) * self._levels)
+        return _State(0, (None,) * self._levels, ((-1,) * 4,) * self._levels)
 
     def _known(self, stream: StreamId) -> StreamId:
         if stream not in self._states:
@@ -393,6 +544,8 @@ class GridPoolStream:
         `torch.save` writes it, `torch.load(weights_only=True)` reads it.
         """
         known = self._format
+        held = sorted(self._held())
+        moved = {slot: place for place, slot in enumerate(held)} | {-1: -1}
         return {
             "version": VERSION,
             "arguments": {name: _plain(value) for name, value in self.arguments.items()},
@@ -405,7 +558,9 @@ class GridPoolStream:
                 "dtype": str(known.dtype).removeprefix("torch."),
                 "device": str(known.device),
                 "backend": known.backend,
+                "miniatures": known.miniatures,
             },
+            "miniatures": [] if self._slots is None else list(self._slots[held].unbind()),
             "streams": [
                 {
                     "stream": stream,
@@ -418,6 +573,7 @@ class GridPoolStream:
                         }
                         for group in state.groups
                     ],
+                    "tiles": [[moved[slot] for slot in tiles] for tiles in state.tiles],
                 }
                 for stream, state in self._states.items()
             ],
@@ -429,7 +585,8 @@ class GridPoolStream:
         device: where the frames to come will be; by default where they were. The backend stays what it was, since
         another one has other bits.
 
-        Raises ValueError for a state of another version, of other arguments, or a damaged one; nothing has changed then.
+        Raises ValueError for a state of another version, of other arguments, or a damaged one; nothing has changed
+        then.
         """
         try:
             version, arguments = state["version"], state["arguments"]
@@ -442,15 +599,15 @@ class GridPoolStream:
             if arguments.get(name) != value:
                 raise ValueError(f"state must be of {name}={value!r}, got {arguments.get(name)!r}")
         try:
-            known, states = self._read(state, device)
+            known, states, slots = self._read(state, device)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"state is damaged: {type(error).__name__}: {error}") from error
-        self._format, self._states = known, states
+        self._format, self._states, self._slots = known, states, slots
 
     def _read(
         self, state: dict[str, Any], device: torch.device | str | None
-    ) -> tuple[_Format | None, dict[StreamId, _State]]:
-        given, known = state["format"], None
+    ) -> tuple[_Format | None, dict[StreamId, _State], Tensor | None]:
+        given, known, slots = state["format"], None, None
         if given is not None:
             sizes = [int(given[name]) for name in ("height", "width", "channels")]
             dtype = getattr(torch, given["dtype"])
@@ -460,25 +617,54 @@ class GridPoolStream:
                 raise ValueError(f"state must be of backend={self.backend!r}, got {given['backend']!r}")
             where = torch.device(device if device is not None else given["device"])
             known = self._make_format(sizes[0], sizes[1], sizes[2], dtype, where, given["backend"])
+            known = replace(known, miniatures=bool(given["miniatures"]))
+            kept = [_read_tensor(tensor, known, *_miniature_size(known)) for tensor in state["miniatures"]]
+            slots = torch.stack(kept) if kept else None
+        held: set[int] = set()
         states: dict[StreamId, _State] = {}
         for entry in state["streams"]:
             frames, groups = entry["frames"], []
             if not isinstance(frames, int) or frames < 0 or len(entry["groups"]) != self._levels:
                 raise ValueError(f"state is damaged: stream {entry['stream']!r} has frames {frames!r}")
             for number, group in enumerate(entry["groups"]):
-                kept = known is not None and _keeps(known, number, frames)
-                if (group is not None) != kept:
+                if (group is not None) != (known is not None and _keeps(known, number, frames)):
                     raise ValueError(f"state is damaged: stream {entry['stream']!r} misses level {number}, or has it")
                 groups.append(None if group is None or known is None else _read_group(group, known, number, frames))
-            states[entry["stream"]] = _State(frames, tuple(groups))
-        return known, states
+            tiles = tuple(tuple(int(slot) for slot in of_level) for of_level in entry["tiles"])
+            expected = _places(known, frames) if known is not None and known.miniatures else [set()] * self._levels
+            if [{place for place, slot in enumerate(of_level) if slot >= 0} for of_level in tiles] != expected:
+                raise ValueError(f"state is damaged: stream {entry['stream']!r} has tiles {entry['tiles']}")
+            states[entry["stream"]] = _State(frames, tuple(groups), tiles)
+            held |= states[entry["stream"]].slots()
+        if held != set(range(len(state["miniatures"]))) or any(
+            len(of_level) != 4 for one in states.values() for of_level in one.tiles
+        ):
+            raise ValueError(f"state is damaged: {len(state['miniatures'])} miniatures for the slots {sorted(held)}")
+        return known, states, slots
 
 
 _PLAIN_WINDOWS = {"stride": None, "padding": (0, 0), "ceil_mode": False, "count_include_pad": True}
 
 
+def _miniature_size(known: _Format) -> tuple[int, int, int]:
+    return -(-known.height // 2), -(-known.width // 2), known.channels
+
+
+def _places(known: _Format, frames: int) -> list[set[int]]:
+    """On the way by miniatures, the places of each level's mosaic of which one is kept after so many frames."""
+    found = []
+    for level, segment in enumerate(known.segments):
+        first = frames - frames % segment.length
+        tokens = known.need(level, first + segment.target).tokens if segment.target >= frames - first else ()
+        arrived = (segment.place[source] for source in segment.sources if source < frames - first)
+        found.append({place for place in arrived if boxes_behind(known.plan, tokens, place)})
+    return found
+
+
 def _keeps(known: _Format, level: int, frames: int) -> bool:
-    """Whether a level has something of its open group after so many frames."""
+    """Whether a level keeps a mosaic of its open group after so many frames."""
+    if known.miniatures:
+        return False
     segment = known.segments[level]
     first = frames - frames % segment.length
     some = any(source < frames - first for source in segment.sources) and segment.target >= frames - first
@@ -487,17 +673,20 @@ def _keeps(known: _Format, level: int, frames: int) -> bool:
 
 def _read_group(group: dict[str, Any], known: _Format, level: int, frames: int) -> _Group:
     segment, (H, W, C) = known.segments[level], (known.height, known.width, known.channels)
-
-    def read(tensor: Tensor, *shape: int) -> Tensor:
-        if tuple(tensor.shape) != shape or tensor.dtype != known.dtype:
-            raise ValueError(f"state is damaged: {tensor.dtype} of shape {tuple(tensor.shape)}, expected {shape}")
-        return tensor.to(known.device, copy=True).contiguous()
-
-    edges = {place: (read(row, W, C), read(col, H, C)) for place, (row, col) in group["edges"].items()}
+    edges = {
+        place: (_read_tensor(row, known, W, C), _read_tensor(col, known, H, C))
+        for place, (row, col) in group["edges"].items()
+    }
     filled = sum(source < frames % segment.length for source in segment.sources)
     if set(edges) != {place for place in range(filled) if segment.keeps_edges(place)}:
         raise ValueError(f"state is damaged: level {level} has edges of {sorted(edges)}")
-    return _Group(read(group["mosaic"], H, W, C), edges)
+    return _Group(_read_tensor(group["mosaic"], known, H, W, C), edges)
+
+
+def _read_tensor(tensor: Tensor, known: _Format, *shape: int) -> Tensor:
+    if tuple(tensor.shape) != shape or tensor.dtype != known.dtype:
+        raise ValueError(f"state is damaged: {tensor.dtype} of shape {tuple(tensor.shape)}, expected {shape}")
+    return tensor.to(known.device, copy=True).contiguous()
 
 
 class _Chunk:
@@ -511,7 +700,7 @@ class _Chunk:
     def run(self) -> _State:
         """Level by level, as each reads what the level before left; the stream's state after the chunk."""
         groups = tuple(self._level(number) for number in range(len(self.known.segments)))
-        return _State(self.stop, groups)
+        return _State(self.stop, groups, self.state.tiles)
 
     def _frame(self, frame: int) -> Tensor:
         """What a frame holds by now, counted from the start of the stream."""

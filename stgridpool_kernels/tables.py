@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 
@@ -56,6 +57,67 @@ def plan_tables(plan: GridPlan, gridding: bool = True, frames_per_step: int | No
         *(first_step, len(fused) // STEP_WORDS, slots),
     )
     return array("i", words)
+
+
+@dataclass(frozen=True)
+class ChunkEntry:
+    """A frame of a chunk of streams (number `content`), or a summary (any number below 0) tiled from `sources`.
+
+    target: the frame of the result that it is pooled into, or −1. slot, needed: where its miniature is stored, and how
+    many cells of each row; −1 and () where none is. sources: slots of four miniatures, −1 where none is needed.
+    """
+
+    content: int
+    target: int
+    slot: int
+    needed: tuple[int, ...]
+    sources: tuple[int, ...] = (-1,) * 4
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tables of a chunk of streams, and the steps in them: (is a mosaic, offset of the entries, how many, how many of
+    them have a miniature). plan: of its settings."""
+
+    plan: GridPlan
+    words: tuple[int, ...]
+    steps: tuple[tuple[int, int, int, int], ...]
+
+
+def chunk_tables(plan: GridPlan, frames: int, steps: Sequence[Sequence[ChunkEntry]], slots: int) -> Chunk:
+    """The tables of a chunk of streams, which have the fused form alone.
+
+    steps: the frames of the chunk first, then the summaries of one level after the other. Slots are written once at
+    most, and none that holds anything from before the chunk.
+    """
+    words = [0] * HEADER_WORDS
+    final = len(words)
+    words += range(frames)
+    window_rows, window_cols = _append(words, plan.window_rows), _append(words, plan.window_cols)
+    none_needed = (0,) * -(-plan.height // 2)
+    rows: dict[tuple[int, ...], int] = {}
+    for counts in (none_needed, *(entry.needed for step in steps for entry in step if entry.needed)):
+        if counts not in rows:
+            rows[counts] = len(words)
+            words += counts
+    records: list[int] = []
+    shape: list[tuple[int, int, int, int]] = []
+    for entries in filter(None, steps):
+        walked = [entry for entry in entries if entry.slot >= 0]
+        shape.append((int(entries[0].content < 0), len(words), len(entries), len(walked)))
+        records += (*shape[-1], len(shape) - 1)
+        for entry in (*walked, *(entry for entry in entries if entry.slot < 0)):
+            words += (entry.content, entry.target, entry.slot, rows[entry.needed or none_needed], *entry.sources)
+    first_step = len(words)
+    words += records
+    words[:HEADER_WORDS] = (
+        *(MAGIC, VERSION, len(words)),
+        *(frames, plan.height, plan.width, *plan.pooled_size),
+        max(plan.window_rows.count) * max(plan.window_cols.count),
+        *(0, final, first_step, 0, window_rows, window_cols),
+        *(first_step, len(shape), slots),
+    )
+    return Chunk(plan, tuple(words), tuple(shape))
 
 
 def _append(words: list[int], runs: Runs) -> int:

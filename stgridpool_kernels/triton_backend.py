@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .plan import GridPlan
+from .tables import Chunk
 
 OLDEST = (3, 6)
 """The first version of triton that is tested."""
@@ -76,6 +77,17 @@ def grid_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
     _kernels().execute("grid_pool", x, plan, (temperature, norm_type, normalize_norm), out)
+
+
+def keeps_miniatures(plan: GridPlan, channels: int, norm_type: float) -> bool:
+    """Whether grid_pool takes the fused kernel, by the settings alone."""
+    return bool(_kernels().takes_fused(plan, channels))
+
+
+def pool_chunk(
+    x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
+) -> None:
+    _kernels().pool_chunk(x, chunk, (temperature, norm_type, normalize_norm), slots, out)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:

@@ -131,7 +131,7 @@ Room room(Op op, const int32_t* t, const Call& call) {
 }
 
 int64_t stored_bytes(Op op, const int32_t* t, const Call& call) {
-  if (op == Op::token_norm) return 0;
+  if (op == Op::token_norm || call.miniatures != nullptr) return 0;
   return op == Op::grid_pool && t[H_NUM_STEPS] > 0 ? miniature_bytes(t, call) : summary_bytes(t, call);
 }
 

@@ -273,7 +273,7 @@ void fused_rows(const int32_t* tables, const Call& call, const int32_t* entry, b
   static constexpr float ONES[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1};
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], h = (H + 1) / 2, w = (W + 1) / 2, C = call.C;
   const int64_t OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS];
-  T* const miniatures = static_cast<T*>(call.scratch);
+  T* const miniatures = static_cast<T*>(call.miniatures != nullptr ? call.miniatures : call.scratch);
   const auto slot = [=](int64_t number) { return number < 0 ? nullptr : miniatures + number * h * w * C; };
   T* const miniature = slot(entry[E_SLOT]);
   Mosaic<T> image;

@@ -287,7 +287,7 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   Fused<T> p{};
   p.x = frames_of_x<T>(call);
   p.out = frames_of_out<T>(call);
-  p.scratch = static_cast<T*>(call.scratch);
+  p.scratch = static_cast<T*>(call.miniatures != nullptr ? call.miniatures : call.scratch);
   p.tables = device_tables;
   p.H = tables[H_HEIGHT];
   p.W = tables[H_WIDTH];

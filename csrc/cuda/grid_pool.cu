@@ -37,7 +37,7 @@ bool takes_fused(const int32_t* tables, const Call& call) {
 }
 
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call) {
-  if (op == Op::token_norm) return 0;
+  if (op == Op::token_norm || call.miniatures != nullptr) return 0;
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
   if (op == Op::temporal_grid) return summary_bytes(tables, call);
   if (takes_fused(tables, call)) {
@@ -51,6 +51,7 @@ int grid_pool(const int32_t* tables, const int32_t* device_tables, const Call& c
   if (too_many_channels(call)) return cudaErrorInvalidValue;
   const auto queue = static_cast<cudaStream_t>(stream);
   if (takes_fused(tables, call)) return pool_fused(tables, device_tables, call, queue);
+  if (call.miniatures != nullptr) return cudaErrorInvalidValue;
   const cudaError_t error = make_summaries(tables, device_tables, call, queue);
   if (error != cudaSuccess) return error;
   auto* norms = reinterpret_cast<float*>(static_cast<char*>(call.scratch) + summary_bytes(tables, call));

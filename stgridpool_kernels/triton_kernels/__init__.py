@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..plan import GridPlan, grid_plan
 from ..schedule import Schedule, pools_pairs, shrinks_by_halves
+from ..tables import Chunk
 from . import config, fused, pool, summaries, token_norm
 from .launch import Call, Request, run
 
@@ -28,6 +29,24 @@ def execute(op: str, x: Tensor, plan: GridPlan | None, settings: tuple[float, fl
     layout = (x.shape, x.stride(), out.stride(), x.data_ptr() % 16, out.data_ptr() % 16)
     key = (op, id(plan), settings, layout, x.dtype, x.device)
     run(key, lambda: prepare(op, x, plan, settings, out), x, out)
+
+
+def takes_fused(plan: GridPlan, channels: int) -> bool:
+    """Whether grid_pool takes the fused kernel, by the settings alone."""
+    return pools_pairs(plan) and shrinks_by_halves(plan) and channels <= config.MAX_BLOCK
+
+
+def pool_chunk(x: Tensor, chunk: Chunk, settings: tuple[float, float, bool], slots: Tensor, out: Tensor) -> None:
+    """A chunk of streams into out; `slots` holds the streams' miniatures."""
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    layout = (x.shape, x.stride(), out.stride(), x.data_ptr() % 16, out.data_ptr() % 16)
+    key = ("chunk", chunk.words, settings, layout, x.dtype, x.device)
+
+    def prepare_chunk() -> Call:
+        request = Request("grid_pool", x, out, chunk.plan, Schedule.none(chunk.plan), *settings, capability)
+        return fused.prepare_chunk(request, chunk)
+
+    run(key, prepare_chunk, x, out, slots)
 
 
 def prepare(
@@ -48,6 +67,6 @@ def prepare(
         return token_norm.prepare(request)
     if op == "temporal_grid":
         return summaries.prepare(request)
-    if pools_pairs(plan) and shrinks_by_halves(plan) and x.shape[-1] <= config.MAX_BLOCK:
+    if takes_fused(plan, x.shape[-1]):
         return fused.prepare(request)
     return pool.prepare(request)

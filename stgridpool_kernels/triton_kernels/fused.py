@@ -22,8 +22,9 @@ import triton.language as tl
 
 from ..device_tables import tables_on
 from ..schedule import needed_cells
-from .config import fused_config
-from .launch import Call, Launch, Request
+from ..tables import Chunk
+from .config import FusedConfig, fused_config
+from .launch import Arguments, Call, Launch, Request
 from .tiles import pool_tile, store_token
 
 ENTRY: tl.constexpr = tl.constexpr(8)
@@ -197,17 +198,44 @@ def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC
     return tile.to(tl.float32)
 
 
+def _shared(request: Request) -> tuple[FusedConfig, Arguments, Arguments]:
+    """The configuration, and arguments and options that all launches of a call share."""
+    H, W, C = request.x.shape[-3:]
+    OH, OW = request.plan.pooled_size
+    config = fused_config(C, request.x.element_size(), request.capability)
+    shared = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "BLOCK": config.block}
+    shared |= {"h": -(-H // 2), "w": -(-W // 2), "ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1}
+    return config, shared, {"maxnreg": config.walk_registers} if W % 2 else {}
+
+
+def prepare_chunk(request: Request, chunk: Chunk) -> Call:
+    """The launches of `prepare`, by the tables of a chunk of streams. Their scratch is the streams' miniatures."""
+    W = request.x.shape[-2]
+    h, w = -(-request.x.shape[-3] // 2), -(-W // 2)
+    OH, OW = request.plan.pooled_size
+    config, shared, options = _shared(request)
+    launches = []
+    for mosaic, entries, count, walked in chunk.steps:
+        cells, stages = (w, config.stages) if W % 2 else (1, 1)
+        if mosaic:  # all of them walk, as in `prepare`
+            cells, stages, walked = config.mosaic_cells, 1, count
+        arguments = {"entries": entries, "walked": walked, "STAGES": stages, "MOSAIC": bool(mosaic)}
+        arguments |= {"WINDOWS": not mosaic, "PLAIN": False}
+        arguments |= {"SPLIT": cells < w, "CELLS": cells if cells < w else 0}
+        programs = walked * h * triton.cdiv(w, cells) + (count - walked) * OH * OW
+        grid = (programs, 1, 1)
+        launches.append(Launch(grid_pool_kernel, grid, shared | arguments, num_warps=config.num_warps, **options))
+    return Call(request.plan, launches, 0, tables_on(request.x.device, chunk.words))
+
+
 def prepare(request: Request) -> Call:
     """One launch for the frames of x, then one for the mosaics of each level."""
     H, W, C = request.x.shape[-3:]
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
     steps = request.steps
-    config = fused_config(C, request.x.element_size(), request.capability)
-    shared = request.sizes() | request.weights() | {"h": h, "w": w, "OH": OH, "OW": OW, "BLOCK": config.block}
-    shared |= {"ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1}
+    config, shared, options = _shared(request)
     shared["PLAIN"] = not steps.summaries
-    options = {"maxnreg": config.walk_registers} if W % 2 else {}
 
     none_needed = (0,) * h
     needed = needed_cells(request.plan, steps)

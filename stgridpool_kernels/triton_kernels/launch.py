@@ -99,8 +99,10 @@ class Call:
         self.scratch = scratch
         self.tables = tables
 
-    def __call__(self, x: Tensor, out: Tensor, stream: int, capturing: bool) -> None:
-        scratch = torch.empty(self.scratch, dtype=x.dtype, device=x.device) if self.scratch else None
+    def __call__(self, x: Tensor, out: Tensor, stream: int, capturing: bool, kept: Tensor | None = None) -> None:
+        scratch = kept
+        if self.scratch:
+            scratch = torch.empty(self.scratch, dtype=x.dtype, device=x.device)
         tables = None
         if self.tables is not None:
             tables = self.tables.tensor
@@ -115,19 +117,22 @@ _lock = threading.Lock()
 _calls: OrderedDict[Hashable, Call] = OrderedDict()
 
 
-def run(key: Hashable, prepare: Callable[[], Call], x: Tensor, out: Tensor) -> None:
-    """Runs the call known as `key`, which `prepare` makes the first time, on the current stream of x's device."""
+def run(key: Hashable, prepare: Callable[[], Call], x: Tensor, out: Tensor, kept: Tensor | None = None) -> None:
+    """Runs the call known as `key`, which `prepare` makes the first time, on the current stream of x's device.
+
+    kept: scratch of the caller's, for a call that allocates none.
+    """
     if not x.is_cuda:
         # triton's interpreter computes with NumPy, which warns of NaN and overflow
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _find(key, prepare, False)(x, out, 0, False)
+            _find(key, prepare, False)(x, out, 0, False, kept)
         return
     other_device = x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if other_device else nullcontext():
         capturing = torch.cuda.is_current_stream_capturing()
         call = _find(key, prepare, capturing)
-        call(x, out, triton.runtime.driver.active.get_current_stream(x.device.index), capturing)
+        call(x, out, triton.runtime.driver.active.get_current_stream(x.device.index), capturing, kept)
 
 
 def _find(key: Hashable, prepare: Callable[[], Call], capturing: bool) -> Call:

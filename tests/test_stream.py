@@ -1,0 +1,438 @@
+"""Streams: whatever the chunks, what comes out is what grid_pool gives for the whole video, bit by bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_backends import gridding_arguments, norm_arguments, run, skip_refused, temperatures, tokens, window_arguments
+from tolerance import assert_same_bits
+from torch import Tensor
+
+import stgridpool_kernels
+from stgridpool_kernels import GridPoolStream, grid_plan, stream
+from stgridpool_kernels.backends import BACKENDS
+from stgridpool_kernels.schedule import Schedule, needed_cells
+from stgridpool_kernels.tables import chunk_tables
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+Arguments = dict[str, Any]
+
+# With sampling "first" any number of frames is right; with "last" the strides divide 24.
+CALLS: dict[str, Arguments] = {
+    "published": {},
+    "published-ceil": {"ceil_mode": True},
+    "published-first": {"sampling": "first"},
+    "published-p3": {"norm_type": 3.0},
+    "paper": {"sampling": "first", "resize": "bilinear", "normalize_norm": False},
+    "bilinear": {"resize": "bilinear", "frame_strides": (1, 2)},
+    "bilinear-mixed": {"resize": "bilinear", "frame_strides": (1, 2, 1), "grid_shape": (2, 3, 2, 1, 1, 2)},
+    "overlapping": {"frame_strides": (1, 3), "grid_shape": (1, 2, 3, 1), "kernel_size": 3, "stride": 2, "padding": 1},
+    "whole frames": {"frame_strides": (2, 1, 3), "grid_shape": (2, 1, 3, 2, 1, 1), "sampling": "first"},
+    "overwritten": {"frame_strides": (1, 2), "grid_shape": (2, 2, 1, 1), "sampling": "first"},
+    "nested": {"frame_strides": (1, 2, 1, 4)},
+    "adaptive": {"frame_strides": (1, 2), "output_size": (3, 9), "norm_type": math.inf},
+    "off": {"frame_strides": ()},
+}
+calls = pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS.keys())
+
+
+def small(backend: str, device: torch.device) -> tuple[int, int]:
+    """H and W of a frame: odd, and few where Triton's interpreter runs."""
+    return (3, 5) if backend == "triton" and device.type == "cpu" else (5, 7)
+
+
+def pushed(stream: GridPoolStream, chunks: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([stream.push(chunk) for chunk in chunks])
+
+
+# ---- the same bits ----
+
+
+@calls
+@pytest.mark.parametrize("chunk", [1, 5, 24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_chunks_give_the_bits_of_the_whole_video(
+    dtype: torch.dtype, chunk: int, arguments: Arguments, backend: str, device: torch.device
+) -> None:
+    x = tokens(24, *small(backend, device), 11, dtype=dtype, device=device)
+    whole = run(backend, "grid_pool", x, **arguments)
+    stream = GridPoolStream(backend=backend, **arguments)
+    assert_same_bits(pushed(stream, x.split(chunk)), whole)
+    assert stream.matches_offline()
+    assert stream.frames() == 24
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_chunking_of_any_call(data: st.DataObject, backend: str, device: torch.device) -> None:
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float16]))
+    skip_refused(backend, dtype, device)
+    most = 4 if backend == "triton" and device.type == "cpu" else 9
+    H, W = data.draw(st.integers(1, most)), data.draw(st.integers(1, most))
+    arguments = data.draw(st.sampled_from([{}, None, {"sampling": "first"}]))
+    if arguments is None:
+        arguments = data.draw(gridding_arguments()) | data.draw(window_arguments(H, W)) | data.draw(norm_arguments())
+        arguments |= {"temperature": data.draw(temperatures)}
+    elif min(H, W) == 1 or data.draw(st.booleans()):
+        arguments = arguments | {"ceil_mode": True}
+    strides = arguments.get("frame_strides", (2, 4, 8))
+    T = data.draw(st.integers(0, 40))
+    if arguments.get("sampling", "last") == "last":
+        T -= T % math.lcm(*strides)
+    x = tokens(T, H, W, data.draw(st.sampled_from([3, 16, 1])), dtype=dtype, device=device)
+    cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=6)))
+    chunks = [x[start:stop] for start, stop in zip([0, *cuts], [*cuts, T], strict=True)]
+    stream = GridPoolStream(backend=backend, **arguments)
+    result = pushed(stream, chunks)
+    assert stream.matches_offline()
+    assert_same_bits(result, run(backend, "grid_pool", x, **arguments))
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_streams_packed_in_one_call(data: st.DataObject, backend: str, device: torch.device) -> None:
+    """Streams that are opened, reset and closed as they like give each what they give alone."""
+    arguments = data.draw(st.sampled_from([{}, {"sampling": "first"}, CALLS["overlapping"], CALLS["bilinear"]]))
+    H, W = small(backend, device)
+    videos = {name: tokens(24, H, W, 8, device=device, seed=seed) for seed, name in enumerate(["a", 7, "c"])}
+    whole = {name: run(backend, "grid_pool", video, **arguments) for name, video in videos.items()}
+    server = GridPoolStream(streams=["a", 7], backend=backend, **arguments)
+    for _ in range(4 if backend == "triton" else 12):
+        match data.draw(st.sampled_from(["push"] * 5 + ["toggle", "reset"])):
+            case "toggle":
+                name = data.draw(st.sampled_from(list(videos)))
+                server.close(name) if name in server.streams else server.open(name)
+            case "reset" if server.streams:
+                server.reset(data.draw(st.sampled_from(server.streams)))
+            case "push" if server.streams:
+                names = data.draw(st.permutations(server.streams))
+                seen = {name: server.frames(name) for name in names}
+                counts = {name: data.draw(st.integers(0, min(9, 24 - seen[name]))) for name in names}
+                parts = [videos[name][seen[name] : seen[name] + counts[name]] for name in names]
+                out = server.push(torch.cat(parts), streams=names, frame_counts=list(counts.values()))
+                for name, piece in zip(names, out.split(list(counts.values())), strict=True):
+                    assert_same_bits(piece, whole[name][seen[name] : seen[name] + counts[name]])
+
+
+@pytest.mark.parametrize("T", [9, 21, 30, 39])
+def test_what_differs_where_strides_do_not_divide(T: int, backend: str, device: torch.device) -> None:
+    """A stream samples the last frame of every stride, as grid_pool of the video with more frames behind it does, up to
+    a multiple; grid_pool of T frames does not."""
+    x = tokens(T, *small(backend, device), 8, device=device)
+    stream = GridPoolStream(backend=backend)
+    result = pushed(stream, x.split(4))
+    assert not stream.matches_offline()
+    longer = torch.cat([x, x[-1:].expand(-T % 32, *x.shape[1:])])
+    assert_same_bits(result, run(backend, "grid_pool", longer)[:T])
+    whole = run(backend, "grid_pool", x)
+    assert_same_bits(result[:7], whole[:7])
+    assert not torch.equal(result, whole)
+
+
+def test_matches_offline_says_when() -> None:
+    stream = GridPoolStream(frame_strides=(2, 5), grid_shape=(2, 2))
+    found = []
+    for T in range(1, 31):
+        stream.push(torch.ones(1, 2, 2, 1))
+        found += [T] if stream.matches_offline() else []
+    assert found == [*range(1, 8), 8, 10, 12, 14, 16, 18, 20, 30]
+    assert GridPoolStream(sampling="first").matches_offline()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"frame_strides": (3, 5), "sampling": "first"}, CALLS["nested"]], ids=str)
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize(("H", "W"), [(5, 7), (4, 6), (1, 2)])
+def test_needs_are_those_of_a_whole_period(H: int, W: int, ceil_mode: bool, arguments: Arguments) -> None:
+    arguments = arguments | {"ceil_mode": ceil_mode or H == 1}
+    stream = GridPoolStream(backend="reference", **arguments)
+    known = stream._make_format(H, W, 1, torch.float32, torch.device("cpu"), "cpu")
+    period = math.lcm(*(segment.length for segment in known.segments))
+    plan = grid_plan([period], H, W, **arguments)
+    schedule = Schedule.of(plan)
+    needed = needed_cells(plan, schedule)
+    for frame in range(period):
+        assert known.need(-1, frame + 3 * period).cells == needed.get(frame, ())
+        assert known.need(-1, frame).final == (schedule.final[frame] == frame)
+    for number, summary in enumerate(schedule.summaries):
+        assert known.need(summary.level, summary.target).cells == needed.get(~number, ())
+
+
+def test_segments_repeat_the_plan() -> None:
+    for arguments in CALLS.values():
+        known = GridPoolStream(backend="reference", **arguments)._make_format(
+            5, 7, 1, torch.float32, torch.device("cpu"), "cpu"
+        )
+        T = 4 * math.lcm(1, *(segment.length for segment in known.segments))
+        gridding = {name: value for name, value in arguments.items() if name in ("frame_strides", "grid_shape")}
+        plan = grid_plan([T], 5, 7, sampling=arguments.get("sampling", "last"), **gridding)
+        for level, segment in zip(plan.levels, known.segments, strict=True):
+            firsts = range(0, T, segment.length)
+            assert level.targets == tuple(first + segment.target for first in firsts)
+            assert level.sources == tuple(tuple(first + source for source in segment.sources) for first in firsts)
+
+
+# ---- memory ----
+
+
+@calls
+def test_state_is_bounded(arguments: Arguments, backend: str, device: torch.device) -> None:
+    H, W = small(backend, device)
+    C, chunk = 4, 3
+    stream = GridPoolStream(backend=backend, **arguments)
+    plan = grid_plan((), H, W, **{key: value for key, value in arguments.items() if key in stream._planned})
+    miniature = -(-H // 2) * -(-W // 2) * C * 4
+    edges = sum(level.rows * level.cols * (H + W) * C * 4 for level in plan.levels)
+    mosaics = len(plan.levels) * H * W * C * 4 + (edges if arguments.get("resize") == "bilinear" else 0)
+    most = max(len(plan.levels) * stream_slots() * miniature, mosaics)
+    x = tokens(40 if backend == "triton" else 96, H, W, C, device=device)
+    for part in x.split(chunk):
+        try:
+            stream.push(part)
+        except RuntimeError as refusal:
+            pytest.skip(str(refusal))
+        assert stream.state_bytes <= most
+    stream.push(x)
+    assert stream.state_bytes <= most
+    assert not any(x.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in kept(stream))
+
+
+def stream_slots() -> int:
+    return stream.SLOTS_PER_LEVEL
+
+
+def kept(stream: GridPoolStream) -> list[Tensor]:
+    groups = [group for state in stream._states.values() for group in state.groups if group]
+    return [t for group in groups for t in group.tensors()] + ([] if stream._slots is None else [stream._slots])
+
+
+def test_miniatures_are_read_by_one_pass(backend: str, device: torch.device) -> None:
+    """Where the backend has fused kernels, a push is one call of them, whatever it completes."""
+    tested = next(known for known in BACKENDS if known.name == backend)
+    plan = grid_plan((), 5, 7)
+    assert tested.keeps_miniatures(plan, 8, 2.0) == (backend != "reference")
+    assert not tested.keeps_miniatures(grid_plan((), 5, 7, resize="bilinear"), 8, 2.0)
+
+
+# ---- state_dict ----
+
+
+@pytest.mark.parametrize("name", ["published", "paper", "bilinear-mixed", "overlapping"])
+@pytest.mark.parametrize("at", [0, 1, 13])
+def test_state_goes_through_a_file(at: int, name: str, backend: str, device: torch.device) -> None:
+    x = tokens(24, *small(backend, device), 8, device=device)
+    first = GridPoolStream(backend=backend, streams=["s", 1], **CALLS[name])
+    before = first.push(x[:at], streams=["s"])
+    first.push(x[:7], streams=[1])
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    second = GridPoolStream(**CALLS[name])
+    second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert second.streams == ("s", 1)
+    whole = run(backend, "grid_pool", x, **CALLS[name])
+    for restored in (first, second):
+        assert_same_bits(torch.cat([before, restored.push(x[at:], streams=["s"])]), whole)
+        assert_same_bits(restored.push(x[7:], streams=[1]), whole[7:])
+
+
+def test_state_is_a_copy(backend: str, device: torch.device) -> None:
+    x = tokens(16, *small(backend, device), 8, device=device)
+    stream = GridPoolStream(backend=backend)
+    stream.push(x[:6])
+    state = stream.state_dict()
+    expected = copy.deepcopy(state)
+    stream.push(x[6:])
+    again = GridPoolStream()
+    again.load_state_dict(state)
+    again.push(tokens(10, *small(backend, device), 8, device=device, seed=3))
+    assert str(state) == str(expected)
+
+
+def damaged(state: dict[str, Any], change: str) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    match change:
+        case "version":
+            state["version"] = 99
+        case "arguments":
+            state["arguments"]["temperature"] = 2.0
+        case "no streams":
+            del state["streams"]
+        case "tiles":
+            state["streams"][0]["tiles"][0][1] = 5
+        case "frames":
+            state["streams"][0]["frames"] += 1
+        case "miniatures":
+            state["miniatures"][0] = state["miniatures"][0][:1]
+        case "mosaic":
+            state["streams"][0]["groups"][0] = {"mosaic": torch.zeros(5, 7, 8), "edges": {}}
+    return state
+
+
+@pytest.mark.parametrize(
+    "change", ["version", "arguments", "no streams", "tiles", "frames", "miniatures", "mosaic", "nothing at all"]
+)
+def test_damaged_state_is_refused(change: str) -> None:
+    if next(known for known in BACKENDS if known.name == "cpu").why_not(None, None) is not None:
+        pytest.skip("the compiled library was not built")
+    x = tokens(16, 5, 7, 8)
+    stream = GridPoolStream(backend="cpu")
+    stream.push(x[:5])
+    state = stream.state_dict()
+    with pytest.raises(ValueError, match="state"):
+        stream.load_state_dict({} if change == "nothing at all" else damaged(state, change))
+    assert_same_bits(stream.push(x[5:]), stgridpool_kernels.grid_pool(x, backend="cpu")[5:])
+
+
+# ---- reset, flush, errors ----
+
+
+def test_flush_ends_a_video(backend: str, device: torch.device) -> None:
+    x = tokens(16, *small(backend, device), 8, device=device)
+    stream = GridPoolStream(backend=backend)
+    assert stream.flush().shape == (0, 0, 0, 0)
+    for frames in (16, 5, 16):
+        out = pushed(stream, x[:frames].split(4))
+        rest = stream.flush()
+        assert rest.shape == (0, *out.shape[1:])
+        assert (rest.dtype, rest.device) == (out.dtype, out.device)
+        assert stream.frames() == 0
+    assert_same_bits(out, run(backend, "grid_pool", x))
+
+
+def test_another_format_needs_a_reset() -> None:
+    stream = GridPoolStream(backend="reference")
+    stream.push(torch.ones(2, 4, 4, 3))
+    for other in (torch.ones(1, 4, 6, 3), torch.ones(1, 4, 4, 3).half(), torch.ones(1, 4, 4, 5)):
+        with pytest.raises(ValueError, match=r"x must be as the frames before it, \(n, 4, 4, 3\) torch.float32 on cpu"):
+            stream.push(other)
+        assert stream.frames() == 2
+    stream.reset()
+    assert stream.push(torch.ones(1, 4, 6, 3).half()).shape == (1, 2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "call"),
+    [
+        (TypeError, "x must be a tensor, got list", lambda s: s.push([1])),
+        (ValueError, r"x must have shape \(n, H, W, C\), got", lambda s: s.push(torch.ones(1, 2, 4, 4, 3))),
+        (TypeError, "x must have dtype", lambda s: s.push(torch.ones(2, 4, 4, 3).int())),
+        (RuntimeError, "no gradient", lambda s: s.push(torch.ones(2, 4, 4, 3, requires_grad=True))),
+        (ValueError, "stream must be open, got 'c'; open are", lambda s: s.push(torch.ones(2, 4, 4, 3), streams=["c"])),
+        (ValueError, "once", lambda s: s.push(torch.ones(2, 4, 4, 3), streams=["a", "a"], frame_counts=[1, 1])),
+        (TypeError, "streams must be a sequence", lambda s: s.push(torch.ones(2, 4, 4, 3), streams="a")),
+        (ValueError, "frame_counts must be given for 2 streams", lambda s: s.push(torch.ones(2, 4, 4, 3))),
+        (ValueError, "sum to n = 2, got", lambda s: s.push(torch.ones(2, 4, 4, 3), frame_counts=[1, 2])),
+        (ValueError, "one number of frames", lambda s: s.push(torch.ones(2, 4, 4, 3), frame_counts=[3, -1])),
+        (ValueError, "open already", lambda s: s.open("a")),
+        (TypeError, "integer or a string", lambda s: s.open(1.5)),
+        (ValueError, "stream must be open", lambda s: s.close("c")),
+        (ValueError, "stream must be open", lambda s: s.reset("c")),
+        (ValueError, "stream must be open", lambda s: s.flush("c")),
+        (ValueError, "stream must be named", lambda s: s.frames()),
+    ],
+)
+def test_bad_calls_are_named_and_change_nothing(kind: type[Exception], message: str, call: Any) -> None:
+    x = tokens(16, 4, 4, 3)
+    stream = GridPoolStream(streams=["a", "b"], backend="reference")
+    stream.push(x[:3], streams=["a"])
+    with pytest.raises(kind, match=message):
+        call(stream)
+    assert stream.streams == ("a", "b")
+    assert_same_bits(stream.push(x[3:], streams=["a"]), stgridpool_kernels.grid_pool(x, backend="reference")[3:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (ValueError, {"sampling": "middle"}),
+        (ValueError, {"backend": "abacus"}),
+        (TypeError, {"frame_counts": [1]}),
+        (TypeError, {"streams": 3}),
+        (ValueError, {"streams": [1, 1]}),
+    ],
+    ids=str,
+)
+def test_bad_arguments_raise_at_once(kind: type[Exception], arguments: Arguments) -> None:
+    with pytest.raises(kind, match=next(iter(arguments)).rstrip("s")):
+        GridPoolStream(**arguments)
+
+
+@pytest.mark.parametrize("failing", ["grid_pool", "pool_chunk"])
+def test_failed_push_leaves_the_state(
+    failing: str, monkeypatch: pytest.MonkeyPatch, backend: str, device: torch.device
+) -> None:
+    """Kernels that have written all they write, and then fail."""
+    x = tokens(16, *small(backend, device), 8, device=device)
+    arguments = {"resize": "bilinear"} if failing == "grid_pool" else {}
+    number = next(n for n, known in enumerate(BACKENDS) if known.name == backend)
+    work = getattr(BACKENDS[number], failing)
+    if work is None:
+        pytest.skip(f"{backend} has no {failing}")
+    whole = run(backend, "grid_pool", x, **arguments)
+    stream = GridPoolStream(backend=backend, **arguments)
+    stream.push(x[:5])
+
+    def fail(*given: Any) -> None:
+        work(*given)
+        raise RuntimeError("cannot go on")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(BACKENDS[number].__dict__, failing, fail)
+        for chunk in (x[5:].flip(0), x[5:6]):
+            with pytest.raises(RuntimeError, match="cannot go on"):
+                stream.push(chunk)
+    assert stream.frames() == 5
+    assert_same_bits(stream.push(x[5:]), whole[5:])
+
+
+@calls
+def test_input_is_not_modified_nor_kept(arguments: Arguments, backend: str, device: torch.device) -> None:
+    x = tokens(24, *small(backend, device), 8, device=device)
+    stream = GridPoolStream(backend=backend, **arguments)
+    whole = run(backend, "grid_pool", x, **arguments)
+    results = []
+    for part in x.split(5):
+        mine = part.clone()
+        results.append(stream.push(mine))
+        assert_same_bits(mine, part)
+        mine.fill_(math.nan)  # a decoder's buffer is used again
+    assert_same_bits(torch.cat(results), whole)
+
+
+def test_the_backend_stays(backend: str, device: torch.device) -> None:
+    x = tokens(16, *small(backend, device), 8, device=device)
+    stream = GridPoolStream()
+    with stgridpool_kernels.use_backend(backend):
+        first = stream.push(x[:5])
+    with stgridpool_kernels.use_backend("reference"):
+        second = stream.push(x[5:])
+    assert_same_bits(torch.cat([first, second]), run(backend, "grid_pool", x))
+
+
+def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
+    x = tokens(16, *small(backend, device), 8, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        result = pushed(GridPoolStream(backend=backend), x.split(3))
+    assert_same_bits(result, run(backend, "grid_pool", x))
+
+
+def test_tables_of_a_chunk_are_checked() -> None:
+    from stgridpool_kernels import compiled
+
+    if compiled.LIBRARY is None:
+        pytest.skip("the compiled library was not built")
+    plan = grid_plan((), 4, 4)
+    chunk = chunk_tables(plan, 2, [[stream.ChunkEntry(0, 0, 3, (2, 2)), stream.ChunkEntry(1, 1, -1, ())]], 4)
+    x, out = torch.ones(2, 4, 4, 3), torch.empty(2, 2, 2, 3)
+    for slots in (torch.empty(3, 2, 2, 3), torch.empty(4, 2, 2, 4), torch.empty(4, 2, 2, 3).half()):
+        with pytest.raises(RuntimeError, match="of other miniatures"):
+            compiled.pool_chunk(x, chunk, 1.0, 2.0, True, slots, out)
+    compiled.pool_chunk(x, chunk, 1.0, 2.0, True, torch.empty(4, 2, 2, 3), out)
+    assert torch.equal(out, torch.ones_like(out))
