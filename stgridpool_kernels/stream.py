@@ -257,7 +257,11 @@ class GridPoolStream:
         self.arguments: dict[str, Any] = GridPool(**arguments).arguments
         self.backend = backend
         self._planned = {name: value for name, value in self.arguments.items() if name in _PLANNED}
-        self._settings = [self.arguments[name] for name in ("temperature", "norm_type", "normalize_norm")]
+        self._settings: tuple[float, float, bool] = (
+            self.arguments["temperature"],
+            self.arguments["norm_type"],
+            self.arguments["normalize_norm"],
+        )
         self._levels = len(self.arguments["frame_strides"])
         self._format: _Format | None = None
         self._states: dict[StreamId, _State] = {}

@@ -7,14 +7,18 @@ is refused with its cause and nothing is allocated for it. Every message names t
 from __future__ import annotations
 
 import io
+import json
 import math
 import mimetypes
 import os
 import pickle
 import re
+import sys
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .ops import DTYPES
-from .video import VideoError, read_frames
+from .video import VideoError, iter_frames, read_frames
 from .writing import atomic_write, refuse_existing
 
 if TYPE_CHECKING:
@@ -34,11 +38,15 @@ if TYPE_CHECKING:
 __all__ = [
     "SUFFIXES",
     "TokenFileError",
+    "TokenWriter",
     "atomic_write",
     "check_dtype",
+    "check_streamable",
     "load_input",
     "read_tokens",
     "refuse_existing",
+    "stream_input",
+    "stream_tokens",
     "write_tokens",
 ]
 
@@ -174,12 +182,153 @@ def load_input(
     return torch.from_numpy(encoder(frames, progress=encoding)), frames
 
 
+def stream_input(path: str | os.PathLike[str], *, grid: tuple[int, int], tap: str, chunk: int) -> Iterator[Tensor]:
+    """Tokens (n, H, W, C) with n ≤ `chunk` of all frames of a file or a pipe ("-" is standard input), as they come.
+
+    What starts as a .npy array is read as such arrays one after another (`stream_tokens`); a .safetensors file is read
+    from the file; all else is taken for a video, each frame of which the packaged encoder turns into tokens.
+
+    Raises as `stream_tokens`, `read_tokens` and `load_input`.
+    """
+    file = Path(path)
+    if str(path) != "-" and not file.is_fifo():
+        _check_file(file)
+        if file.suffix.lower() == ".safetensors":
+            yield from _stream_safetensors(file, chunk)
+            return
+        if file.suffix.lower() in (".pt", ".npz"):
+            raise TokenFileError(f"{file}: --stream reads .npy, .safetensors, videos and pipes")
+    with ExitStack() as stack:
+        pipe = sys.stdin.buffer if str(path) == "-" else stack.enter_context(file.open("rb"))
+        if not isinstance(pipe, io.BufferedReader):
+            pipe = io.BufferedReader(pipe)
+        if pipe.peek(1)[:1] == b"":
+            raise TokenFileError(f"{file}: no frame came")
+        if pipe.peek(1)[:1] == b"\x93":
+            yield from stream_tokens(pipe, str(path), chunk)
+            return
+        encoder = _encoder(tap)
+        size = (14 * grid[0], 14 * grid[1])
+        frames = iter_frames(file if str(path) != "-" and file.is_file() else pipe, str(path), size=size)
+        while some := list(islice(frames, chunk)):
+            yield torch.from_numpy(encoder(np.stack(some)))
+
+
+def _stream_safetensors(file: Path, chunk: int) -> Iterator[Tensor]:
+    try:
+        with safetensors.safe_open(file, framework="pt", device="cpu") as archive:
+            tensor = archive.get_slice(_choose(file, archive.keys(), None))
+            shape = tuple(tensor.get_shape())
+            _check_shape(file, shape)
+            if len(shape) != 4:
+                raise TokenFileError(f"{file}: a stream of tokens has shape (T, H, W, C), got {shape}")
+            for first in range(0, shape[0], chunk):
+                frames: Tensor = tensor[first : first + chunk]
+                if frames.dtype not in DTYPES:
+                    raise TokenFileError(_wrong_dtype(file, frames.dtype))
+                yield frames
+    except safetensors.SafetensorError as error:
+        raise TokenFileError(f"{file}: not in .safetensors format, damaged or cut short: {_line(error)}") from error
+
+
 @lru_cache(maxsize=1)
 def _encoder(tap: str) -> Encoder:
     """Loading the encoder takes seconds, so the videos of one command share it."""
     from .encoder import Encoder
 
     return Encoder(tap)  # type: ignore[arg-type]  # which checks it
+
+
+# ---- bit by bit ----
+
+
+def stream_tokens(source: BinaryIO, name: str, chunk: int) -> Iterator[Tensor]:
+    """Tokens (n, H, W, C) with n ≤ `chunk`, read from .npy arrays that follow one another, as numpy.save writes them.
+
+    Nothing is read ahead beyond what `source` buffers, so a pipe will do. `name` is what errors call it.
+
+    Raises TokenFileError where an array is damaged, cut short, holds no tokens or other ones than those before.
+    """
+    file, like = Path(name), None
+    while (start := source.read(1)) != b"":
+        head = io.BytesIO(start + _read_header(source, file))
+        shape, dtype, by_columns = _parse_header(file, head)
+        _check_shape(file, shape)
+        if len(shape) != 4 or by_columns:
+            raise TokenFileError(f"{file}: a stream of tokens has shape (T, H, W, C), row by row, got {shape}")
+        if like not in (None, (shape[1:], dtype)):
+            raise TokenFileError(f"{file}: after (…, H, W, C) = {like[0]} of {like[1]} came {shape[1:]} of {dtype}")
+        like = (shape[1:], dtype)
+        frame_bytes = math.prod(shape[1:]) * dtype.itemsize
+        for first in range(0, shape[0], chunk):
+            frames = min(chunk, shape[0] - first)
+            data = source.read(frames * frame_bytes)
+            if len(data) < frames * frame_bytes:
+                raise TokenFileError(f"{file}: cut short: {shape[0]} frames announced, {first} and a part came")
+            array = np.frombuffer(bytearray(data), dtype).reshape(frames, *shape[1:])
+            yield torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
+
+
+def _read_header(source: BinaryIO, file: Path) -> bytes:
+    """The header of a .npy array without its first byte."""
+    head = source.read(9)
+    if len(head) == 9 and head[5] == 2:
+        head += source.read(2)
+    size = int.from_bytes(head[7:], "little")
+    if len(head) < 9 or size > _NPY_HEADER:
+        raise TokenFileError(f"{file}: not in .npy format, damaged or cut short")
+    return head + source.read(size)
+
+
+class TokenWriter:
+    """Writes tokens bit by bit into an open file, as .npy or .safetensors: what `write_tokens` writes at once.
+
+    Their number stands in the header, which is therefore written last: the file must be seekable.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], out: BinaryIO) -> None:
+        self.path, self.out = Path(path), out
+        self.frames = 0
+        self._like: tuple[tuple[int, ...], torch.dtype] | None = None
+
+    def write(self, tokens: Tensor) -> None:
+        """(n, …), n may be 0; all but n as before."""
+        tokens = tokens.detach().cpu().contiguous()
+        if self._like is None:
+            check_dtype(self.path, tokens.dtype)
+            self._like = (tuple(tokens.shape[1:]), tokens.dtype)
+            self.out.write(self._header(0))
+        assert self._like == (tuple(tokens.shape[1:]), tokens.dtype)
+        self.out.write(tokens.view(torch.uint8).numpy().data)
+        self.frames += len(tokens)
+
+    def finish(self) -> None:
+        """Writes the header. Raises TokenFileError if there was no frame to tell shape and dtype by."""
+        if self._like is None:
+            raise TokenFileError(f"{self.path}: no frame came")
+        self.out.seek(0)
+        self.out.write(self._header(self.frames))
+
+    def _header(self, frames: int) -> bytes:
+        """Of the same length for every number of frames."""
+        assert self._like is not None
+        shape, dtype = self._like
+        if self.path.suffix.lower() == ".npy":
+            kind = np.lib.format.dtype_to_descr(torch.empty(0, dtype=dtype).numpy().dtype)
+            text = repr({"descr": kind, "fortran_order": False, "shape": (frames, *shape)})
+            text = text.ljust(246) + "\n"
+            return np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text.encode()
+        kind = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}[dtype]
+        bytes_ = frames * math.prod(shape) * dtype.itemsize
+        entry = {"dtype": kind, "shape": [frames, *shape], "data_offsets": [0, bytes_]}
+        text = json.dumps({KEY: entry}).ljust(248)
+        return len(text).to_bytes(8, "little") + text.encode()
+
+
+def check_streamable(path: str | os.PathLike[str]) -> None:
+    """Raises TokenFileError unless `TokenWriter` writes files that end as `path` does."""
+    if Path(path).suffix.lower() not in (".npy", ".safetensors"):
+        raise TokenFileError(f"{path}: --stream writes .npy and .safetensors, which can be written bit by bit")
 
 
 # ---- reading ----
@@ -259,20 +408,7 @@ def _read_array(file: Path, opened: Callable[[], BinaryIO], size: int) -> Tensor
     """An array in .npy format, once its header agrees with the `size` in bytes of what holds it."""
     with opened() as stream:
         head = io.BytesIO(stream.read(_NPY_HEADER))
-    try:
-        version = np.lib.format.read_magic(head)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"version {version} of the format is not used for numbers")
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(head)
-    except Exception as error:  # the header is a Python literal; damaged ones fail in any part of its parser
-        raise TokenFileError(f"{file}: not in .npy format, damaged or cut short: {_line(error)}") from error
-    if dtype.hasobject:
-        raise TokenFileError(f"{file}: refused: needs unpickling of {dtype} elements; save an array of floats")
-    if dtype.kind != "f" or dtype.itemsize > 8:
-        # NumPy has no bfloat16; what other packages add is saved as bare bytes
-        hint = " (bfloat16? use .pt or .safetensors)" if dtype.str[1:] == "V2" else ""
-        raise TokenFileError(_wrong_dtype(file, dtype) + hint)
+    shape, dtype, _ = _parse_header(file, head)
     claimed, found = math.prod(shape) * dtype.itemsize, size - head.tell()
     if min(shape, default=0) < 0 or claimed != found:
         raise TokenFileError(
@@ -282,6 +418,25 @@ def _read_array(file: Path, opened: Callable[[], BinaryIO], size: int) -> Tensor
     with opened() as stream:
         array = np.lib.format.read_array(stream, allow_pickle=False)
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def _parse_header(file: Path, head: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    """Shape and dtype of an array of floats in .npy format, and whether its columns come first."""
+    try:
+        version = np.lib.format.read_magic(head)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of the format is not used for numbers")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read_header(head)
+    except Exception as error:  # the header is a Python literal; damaged ones fail in any part of its parser
+        raise TokenFileError(f"{file}: not in .npy format, damaged or cut short: {_line(error)}") from error
+    if dtype.hasobject:
+        raise TokenFileError(f"{file}: refused: needs unpickling of {dtype} elements; save an array of floats")
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        # NumPy has no bfloat16; what other packages add is saved as bare bytes
+        hint = " (bfloat16? use .pt or .safetensors)" if dtype.str[1:] == "V2" else ""
+        raise TokenFileError(_wrong_dtype(file, dtype) + hint)
+    return shape, dtype, by_columns
 
 
 def _read_safetensors(file: Path, key: str | None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import os
     from types import ModuleType
 
-__all__ = ["VideoError", "count_frames", "read_frames", "sample_indices"]
+__all__ = ["VideoError", "count_frames", "iter_frames", "read_frames", "sample_indices"]
 
 # FFmpeg draws any .txt file as an animation of its characters; nobody means that by a video.
 _TEXT_FORMATS = frozenset({"tty"})
@@ -106,6 +106,27 @@ def read_frames(
     return frames
 
 
+def iter_frames(source: str | os.PathLike[str] | BinaryIO, name: str, *, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Every frame of a clip, one after the other, as uint8 `(H, W, 3)` RGB of `size`; the rest as in `read_frames`.
+
+    source: a local file, or a stream of bytes that need not end, nor be seekable: its container must be made for that
+        (Matroska, MPEG-TS, fragmented MP4). `name` is what errors call it.
+    """
+    file = Path(name) if hasattr(source, "read") else _existing(source)  # type: ignore[arg-type]
+    found, end = 0, 0.0
+    with _opened(file, source if hasattr(source, "read") else None) as (container, stream):
+        declared = int(stream.frames)
+        for frame in container.decode(stream):
+            if frame.time is not None:
+                end = max(end, frame.time + float((frame.duration or 0) * frame.time_base))
+            found += 1
+            yield _to_rgb(frame, size)
+        if not found:
+            raise VideoError(f"{file}: no frame of its video stream can be decoded")
+        if not hasattr(source, "read"):
+            _check_whole(file, container, stream, found, declared, end)
+
+
 def _decode(
     file: Path,
     indices: list[int],
@@ -171,12 +192,12 @@ def _check_whole(file: Path, container: Any, stream: Any, found: int, declared: 
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
+def _opened(file: Path, source: object = None) -> Iterator[tuple[Any, Any]]:
     """Open `file` and yield its container and best video stream; FFmpeg's errors become `VideoError`."""
     av = _import_av()
     try:
         # "file:" keeps a colon in the name from being read as a protocol.
-        with av.open(f"file:{file}") as container:
+        with av.open(f"file:{file}" if source is None else source) as container:
             stream = container.streams.best("video")
             if stream is None or container.format.name in _TEXT_FORMATS:
                 raise VideoError(f"{file}: the file holds no video stream")

@@ -1,0 +1,160 @@
+"""`stgp pool --stream`, and docs/streaming.md."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import stgridpool_kernels
+from stgridpool_kernels import token_files
+from stgridpool_kernels.cli import main
+from stgridpool_kernels.token_files import TokenFileError, TokenWriter, stream_tokens
+
+PAGE = (Path(__file__).parents[1] / "docs" / "streaming.md").read_text(encoding="utf-8")
+SNIPPETS = dict(re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
+
+
+def array(T: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((T, 5, 6, 8)).astype(np.float32)
+
+
+def test_snippets_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert list(SNIPPETS) == ["one", "several", "state"]
+    names: dict[str, object] = {}
+    for name, source in SNIPPETS.items():
+        exec(compile(source, f"docs/streaming.md: {name}", "exec"), names)
+    assert names["y"].shape == (5, 13, 13, 64)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("chunk", ["1", "7"])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_file_gives_what_the_command_gives_without(tmp_path: Path, suffix: str, chunk: str) -> None:
+    x = array(24)
+    source = tmp_path / f"in{suffix}"
+    np.save(source, x) if suffix == ".npy" else save_file({"tokens": torch.from_numpy(x)}, source)
+    for name, more in (("streamed", ["--stream", "--chunk", chunk]), ("whole", [])):
+        assert main(["pool", str(source), "-o", str(tmp_path / f"{name}{suffix}"), *more]) == 0
+    read = np.load if suffix == ".npy" else lambda path: load_file(path)["tokens"].numpy()
+    assert np.array_equal(read(tmp_path / f"streamed{suffix}"), read(tmp_path / f"whole{suffix}"))
+
+
+def stgp(*arguments: str, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "stgridpool_kernels", *arguments], input=stdin, capture_output=True)
+
+
+def test_pipe_of_arrays(tmp_path: Path) -> None:
+    x, pipe = array(26), io.BytesIO()
+    for part in np.split(x, [3, 3, 20]):
+        np.save(pipe, part)
+    out = tmp_path / "out.npy"
+    done = stgp("pool", "-", "-o", str(out), "--stream", "--dtype", "float16", stdin=pipe.getvalue())
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"26 frames are no multiple of the strides (2, 4, 8)" in done.stderr
+    longer = torch.cat([torch.from_numpy(x), torch.zeros(6, 5, 6, 8)])
+    assert np.array_equal(np.load(out), stgridpool_kernels.grid_pool(longer)[:26].half().numpy())
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "other shape", "no tokens", "text"])
+def test_pipe_that_is_no_stream_of_tokens(tmp_path: Path, damage: str) -> None:
+    pipe = io.BytesIO()
+    np.save(pipe, array(4))
+    data = pipe.getvalue()
+    if damage == "other shape":
+        np.save(pipe, array(4)[:, :4])
+        data = pipe.getvalue()
+    elif damage == "no tokens":
+        np.save(pipe := io.BytesIO(), np.zeros((4, 5)))
+        data = pipe.getvalue()
+    data = {"short": data[:-1], "empty": b"", "text": data[:6] + b"garbage" * 30}.get(damage, data)
+    with pytest.raises(TokenFileError):
+        if damage == "empty":
+            assert list(stream_tokens(io.BytesIO(data), "-", 2)) == []
+            raise TokenFileError
+        list(stream_tokens(io.BytesIO(data), "-", 2))
+    done = stgp("pool", "-", "-o", str(tmp_path / "out.npy"), "--stream", stdin=data)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"stgp pool: -")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--frame-counts", "4"],
+        ["--key", "x"],
+        ["--num-frames", "4"],
+    ],
+)
+def test_options_that_need_the_whole(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "in.npy", array(4))
+    command = ["pool", str(tmp_path / "in.npy"), "-o", str(tmp_path / "out.npy"), "--stream", *arguments]
+    assert main(command) == 1
+    assert f"{arguments[0]} cannot go with --stream" in capsys.readouterr().err
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_formats_that_cannot_be_written_bit_by_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "in.npy", array(4))
+    assert main(["pool", str(tmp_path / "in.npy"), "-o", str(tmp_path / "out.pt"), "--stream"]) == 1
+    assert "--stream writes .npy and .safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_writer_writes_what_write_tokens_writes(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
+    path = tmp_path / f"out{suffix}"
+    x = torch.randn(5, 2, 3, 4).to(dtype)
+    with open(path, "xb") as out:
+        writer = TokenWriter(path, out)
+        if suffix == ".npy" and dtype == torch.bfloat16:
+            with pytest.raises(TokenFileError, match="cannot hold bfloat16"):
+                writer.write(x)
+            return
+        for part in x.split([1, 0, 4]):
+            writer.write(part)
+        writer.finish()
+    assert torch.equal(token_files.read_tokens(path), x)
+
+
+MEMORY = """
+import re, sys
+from stgridpool_kernels.cli import main
+code = main(sys.argv[1:])
+print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+sys.exit(code)
+"""
+
+
+def peak_kib(tmp_path: Path, frames: int) -> int:
+    """The peak memory of a process that pools so many frames of 0.5 MB from a pipe."""
+    command = ["pool", "-", "-o", str(tmp_path / f"{frames}.npy"), "--stream", "--chunk", "4"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", MEMORY, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=False
+    )
+    assert process.stdin is not None
+    x = np.random.default_rng(0).standard_normal((8, 16, 16, 512)).astype(np.float32)
+    for _ in range(frames // 8):
+        np.save(process.stdin, x)
+    process.stdin.close()
+    assert process.stdout is not None
+    found = re.search(r"peak (\d+)", process.stdout.read().decode())
+    assert process.wait() == 0
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
+    """960 frames more, of 503 MB, take no more than 32 MB: that much the allocator may keep or not."""
+    short, long = (peak_kib(tmp_path, frames) for frames in (64, 1024))
+    assert np.load(tmp_path / "1024.npy", mmap_mode="r").shape == (1024, 8, 8, 512)
+    assert long - short < 32 << 10
