@@ -17,18 +17,26 @@ from .plan import GridPlan, Level, Runs
 
 def grid_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
     """norm_pool ∘ temporal_grid: (…, T, H, W, C) → (…, T, OH, OW, C) in x.dtype."""
-    return norm_pool(temporal_grid(x, plan), plan, temperature, norm_type, normalize_norm)
+    pooled = _pool(_grid(x, plan), plan, temperature, norm_type, normalize_norm)
+    return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
 
 
 def temporal_grid(x: Tensor, plan: GridPlan) -> Tensor:
     """Pyramid temporal gridding: the target of every group becomes a miniature of its frames. Same shape as x."""
-    frames = x.flatten(0, -4).clone()  # (T of all videos, H, W, C)
+    return _grid(x, plan).to(x.dtype).view(x.shape)
+
+
+def _grid(x: Tensor, plan: GridPlan) -> Tensor:
+    """(T of all videos, H, W, C) frames with their summaries, whose values are those that x.dtype has."""
+    frames = x.flatten(0, -4).to(_arithmetic(x), copy=True)
     for level in plan.levels:
         if level.targets:
             groups = frames[torch.tensor(level.sources, device=x.device)]  # (G, S, H, W, C)
-            summaries = _shrink(_accumulate(groups), level, plan.resize)
-            frames[torch.tensor(level.targets, device=x.device)] = summaries.to(x.dtype)
-    return frames.view(x.shape)
+            summaries = _shrink(groups, level, plan.resize)
+            with torch.no_grad():  # for the derivative, rounding is the identity
+                summaries.copy_(summaries.to(x.dtype))
+            frames[torch.tensor(level.targets, device=x.device)] = summaries
+    return frames
 
 
 def _shrink(groups: Tensor, level: Level, resize: str) -> Tensor:
@@ -47,10 +55,15 @@ def _shrink(groups: Tensor, level: Level, resize: str) -> Tensor:
 
 def norm_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
     """Norm-based spatial pooling: Σ softmax(temperature · ‖t‖) · t over every window of the plan."""
-    frames = _accumulate(x.flatten(0, -4))
+    pooled = _pool(_accumulate(x.flatten(0, -4)), plan, temperature, norm_type, normalize_norm)
+    return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
+
+
+def _pool(frames: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
+    """(T of all videos, H, W, C) → (T of all videos, OH, OW, C), nothing rounded."""
     norms = token_norm(frames, norm_type, normalize_norm)
-    rows, row_taken, top, bottom = _positions(plan.window_rows, plan.height, x.device)
-    cols, col_taken, left, right = _positions(plan.window_cols, plan.width, x.device)
+    rows, row_taken, top, bottom = _positions(plan.window_rows, plan.height, frames.device)
+    cols, col_taken, left, right = _positions(plan.window_cols, plan.width, frames.device)
     frames = F.pad(frames, (0, 0, left, right, top, bottom))  # zero tokens, whose norm is 0
     norms = F.pad(norms, (left, right, top, bottom))
 
@@ -62,7 +75,7 @@ def norm_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, n
     pooled = frames.new_zeros(())
     for weight, (r, c) in zip(weights.unbind(-1), window, strict=True):
         pooled = pooled + weight[..., None] * frames[:, r, c]
-    return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
+    return pooled
 
 
 def _positions(runs: Runs, size: int, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
@@ -100,11 +113,19 @@ def _power(base: Tensor, exponent: float) -> Tensor:
 
 
 def _accumulate(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(_arithmetic(x))
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def backward(op: str, grad: Tensor, x: Tensor, *arguments: object) -> Tensor:
-    """Gradient of `op(x, *arguments)` in x, by recomputing it."""
+    """Gradient of `op(x, *arguments)` in x, by recomputing it. Only the gradient itself is rounded to x.dtype.
+
+    Where a norm has no derivative: 0 at a zero token and, for p ≤ 1, at its zero elements; for p = inf, the elements
+    that are largest share it equally.
+    """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         result = globals()[op](leaf, *arguments)

@@ -5,6 +5,7 @@ A *content* is what a frame holds at some time, as one integer: t ≥ 0 is frame
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -124,6 +125,26 @@ def stairs(plan: GridPlan, cells: Iterable[Box]) -> tuple[int, ...]:
     """How many cells of each row some boxes of cells have."""
     boxes = list(cells)
     return tuple(max((b for a, b in boxes if a > i), default=0) for i in range(-(-plan.height // 2)))
+
+
+def feeds(steps: Schedule) -> dict[int, list[tuple[int, int]]]:
+    """Where every content that is sampled goes: (summary, tile) of each mosaic, in the order these are computed."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for s, summary in enumerate(steps.summaries):
+        for tile, source in enumerate(summary.sources):
+            found.setdefault(source, []).append((s, tile))
+    return found
+
+
+def covers(runs: Runs, size: int) -> Runs:
+    """Which of the runs cover each of `size` positions, the converse of `runs`: consecutive ones, or none.
+
+    They are consecutive since no run of a plan starts or ends before the one before it does.
+    """
+    stops = [start + count for start, count in zip(runs.start, runs.count, strict=True)]
+    starts = tuple(bisect_right(stops, position) for position in range(size))
+    counts = (bisect_right(runs.start, position) - start for position, start in enumerate(starts))
+    return Runs(starts, tuple(max(0, count) for count in counts))
 
 
 def _cell_ends(size: int) -> list[int]:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import stgridpool_kernels
+
 GOLDEN = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Largest relative norm of the difference to a golden value."""
 
@@ -70,6 +72,34 @@ def assert_accurate(
     exact = oracle(op, x, **arguments)
     dtype = published_dtype or (result.dtype if op == "token_norm" else x.dtype)
     assert_within(result, exact, 2 * published_error(op, x, arguments, dtype, exact))
+
+
+def reference_gradient(op: str, x: Tensor, grad: Tensor, **arguments: Any) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    result = getattr(stgridpool_kernels, op)(leaf, backend="reference", **arguments)
+    return torch.autograd.grad(result, leaf, grad)[0]
+
+
+def assert_gradient_accurate(
+    result: Tensor, op: str, x: Tensor, grad: Tensor, *, nearby: bool = True, **arguments: Any
+) -> None:
+    """`result`, the gradient of `op(x, **arguments)` for `grad`, is as accurate as it must be.
+
+    The reference may be right by luck on few tokens, hence its largest error over x and some inputs near x; at x alone
+    without `nearby`, for an x at which norms have no derivative.
+    """
+    wide = torch.float64
+    exact = reference_gradient(op, x.to(wide), grad.to(wide), **arguments)
+    generator, tokens = torch.Generator().manual_seed(0), x.numel() // x.shape[-1]
+    largest = 0.0
+    for draw in range(min(12, 1 + 2000 // max(tokens, 1)) if nearby else 1):
+        near, target = x, exact
+        if draw:
+            noise = torch.randn(*x.shape[:-1], 1, generator=generator, dtype=wide)
+            near = (x.to(wide) * (1 + 0.05 * noise.to(x.device))).to(x.dtype)
+            target = reference_gradient(op, near.to(wide), grad.to(wide), **arguments)
+        largest = max(largest, error(reference_gradient(op, near, grad, **arguments), target))
+    assert_within(result, exact, 2 * largest)
 
 
 def assert_within(result: Tensor, exact: Tensor, allowed: float = 0.0) -> None:

@@ -1,0 +1,274 @@
+"""Gradients of every backend against float64, and properties of them that hold exactly.
+
+A gradient is measured against that of the reference in float64, which rounds nothing and which `test_ops` checks by
+finite differences. Its largest error may be twice the reference's own in x.dtype, plus one ulp at the largest value.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_backends import (
+    LAYOUTS,
+    Arguments,
+    Size,
+    gridding_arguments,
+    inputs,
+    laid_out,
+    norm_arguments,
+    packings,
+    run,
+    skip_refused,
+    temperatures,
+    tokens,
+    window_arguments,
+)
+from tolerance import assert_gradient_accurate, assert_same_bits
+from torch import Tensor
+
+import stgridpool_kernels
+from stgridpool_kernels import reference
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+CALLS: dict[str, tuple[str, Arguments]] = {
+    "grid_pool-published": ("grid_pool", {}),
+    "grid_pool-ceil": ("grid_pool", {"ceil_mode": True}),
+    "grid_pool-first": ("grid_pool", {"sampling": "first"}),
+    "grid_pool-paper": ("grid_pool", {"sampling": "first", "resize": "bilinear", "normalize_norm": False}),
+    "grid_pool-overlapping": (
+        "grid_pool",
+        {"frame_strides": (1, 3), "grid_shape": (1, 2, 3, 1), "kernel_size": 3, "stride": 2, "padding": 1},
+    ),
+    "grid_pool-every-frame": ("grid_pool", {"frame_strides": (1, 2, 1), "temperature": -2.0, "norm_type": 1.0}),
+    "grid_pool-gaps": ("grid_pool", {"frame_strides": (1,), "kernel_size": 1, "stride": (2, 3), "norm_type": 3.0}),
+    "grid_pool-adaptive": ("grid_pool", {"frame_strides": (1, 2), "output_size": (3, 9), "norm_type": math.inf}),
+    "temporal_grid-published": ("temporal_grid", {}),
+    "temporal_grid-mixed": ("temporal_grid", {"frame_strides": (2, 1, 3), "grid_shape": (2, 1, 3, 2, 1, 1)}),
+    "temporal_grid-off": ("temporal_grid", {"frame_strides": ()}),
+    "norm_pool-published": ("norm_pool", {}),
+    "norm_pool-padding": ("norm_pool", {"kernel_size": 2, "padding": 1, "norm_type": 0.5, "temperature": 4.0}),
+    "norm_pool-exclude_pad": (
+        "norm_pool",
+        {"kernel_size": (3, 2), "stride": 1, "padding": 1, "count_include_pad": False, "norm_type": 1.0},
+    ),
+    "token_norm-published": ("token_norm", {}),
+}
+calls = pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS.keys())
+
+
+def gradient(backend: str, op: str, x: Tensor, grad: Tensor, **arguments: Any) -> Tensor:
+    """Of `op(x, **arguments)` in x on `backend`, where `grad` is that of the result."""
+    leaf = x.detach().requires_grad_()
+    result = run(backend, op, leaf, **arguments)
+    (found,) = torch.autograd.grad(result, leaf, grad)
+    assert found.dtype == x.dtype
+    return found
+
+
+def like_result(op: str, x: Tensor, seed: int = 1, **arguments: Any) -> Tensor:
+    """Random numbers in the shape and dtype of `op(x, **arguments)`."""
+    with torch.no_grad():
+        result = getattr(stgridpool_kernels, op)(x.to("meta"), **arguments)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(result.shape, generator=generator, dtype=torch.float64).to(x.device, result.dtype)
+
+
+# ---- accuracy ----
+
+
+@dtypes
+@calls
+def test_gradient(
+    op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    for content in ("usual", "outlier"):
+        x = tokens(*size, 11, content=content, dtype=dtype, device=device)
+        grad = like_result(op, x, **arguments)
+        assert_gradient_accurate(gradient(backend, op, x, grad, **arguments), op, x, grad, **arguments)
+
+
+@dtypes
+@given(data=st.data())
+def test_random_gradient_of_grid_pool(
+    data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    skip_refused(backend, dtype, device)
+    x = data.draw(inputs(dtype, device, size))
+    arguments = data.draw(gridding_arguments()) | data.draw(packings(x)) | data.draw(norm_arguments())
+    arguments |= data.draw(window_arguments(*x.shape[-3:-1])) | {"temperature": data.draw(temperatures)}
+    grad = laid_out(like_result("grid_pool", x, **arguments), data.draw(st.sampled_from(LAYOUTS)))
+    assert_gradient_accurate(
+        gradient(backend, "grid_pool", x, grad, **arguments), "grid_pool", x, grad, **arguments
+    )
+
+
+@dtypes
+@given(data=st.data())
+def test_random_gradient_at_the_published_windows(
+    data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    """What the fused kernels take: 2 × 2 windows and grids, any strides, any norm."""
+    skip_refused(backend, dtype, device)
+    x = data.draw(inputs(dtype, device, size))
+    H, W = x.shape[-3:-1]
+    arguments = data.draw(packings(x)) | data.draw(norm_arguments()) | {"temperature": data.draw(temperatures)}
+    arguments |= {"sampling": data.draw(st.sampled_from(["last", "first"])), "ceil_mode": min(H, W) < 2}
+    arguments["ceil_mode"] |= data.draw(st.booleans())
+    arguments["frame_strides"] = data.draw(st.lists(st.sampled_from([1, 2, 4, 3]), max_size=3))
+    if min(H, W) < 2:
+        arguments["output_size"] = None
+        arguments["kernel_size"] = (min(H, 2), min(W, 2))
+    grad = laid_out(like_result("grid_pool", x, **arguments), data.draw(st.sampled_from(LAYOUTS)))
+    assert_gradient_accurate(
+        gradient(backend, "grid_pool", x, grad, **arguments), "grid_pool", x, grad, **arguments
+    )
+
+
+@dtypes
+@given(data=st.data())
+def test_random_gradient_of_temporal_grid(
+    data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    skip_refused(backend, dtype, device)
+    x = data.draw(inputs(dtype, device, size))
+    arguments = data.draw(gridding_arguments()) | data.draw(packings(x))
+    grad = laid_out(like_result("temporal_grid", x, **arguments), data.draw(st.sampled_from(LAYOUTS)))
+    assert_gradient_accurate(
+        gradient(backend, "temporal_grid", x, grad, **arguments), "temporal_grid", x, grad, **arguments
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 7, 3584), (16, 9, 9, 100)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_realistic_tokens(
+    shape: tuple[int, ...], dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    x = tokens(*shape, dtype=dtype, device=device)
+    arguments = {"frame_strides": (1, 2), "ceil_mode": True}
+    grad = like_result("grid_pool", x, **arguments)
+    assert_gradient_accurate(
+        gradient(backend, "grid_pool", x, grad, **arguments), "grid_pool", x, grad, **arguments
+    )
+
+
+# ---- where norms have no derivative ----
+
+
+@dtypes
+@pytest.mark.parametrize("norm_type", [0.5, 1.0, 1.5, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("windows", [{}, {"kernel_size": 3, "stride": 1}], ids=["fused", "general"])
+def test_subgradients(
+    windows: Arguments, norm_type: float, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """Zero tokens, zero elements, and tokens that are equal or have several largest elements."""
+    x = tokens(4, 4, 6, 12, dtype=dtype, device=device)
+    x[0] = 0
+    x[1, 1] = 0
+    x[2, :, :, ::2] = 0
+    x[3] = x[3, 0, 0]
+    x[3, ..., 2:8] = x[3].abs().max() * 1.5
+    x[3, ..., 3:8:2] *= -1
+    arguments = {"norm_type": norm_type, **windows}
+    grad = like_result("norm_pool", x, **arguments)
+    found = gradient(backend, "norm_pool", x, grad, **arguments)
+    assert found.isfinite().all()
+    assert_gradient_accurate(found, "norm_pool", x, grad, nearby=False, **arguments)
+
+
+# ---- what holds exactly ----
+
+
+@dtypes
+@calls
+def test_repeatable(
+    op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    x = tokens(*size, 24, dtype=dtype, device=device)
+    grad = like_result(op, x, **arguments)
+    first = gradient(backend, op, x, grad, **arguments)
+    x_before, grad_before = x.clone(), grad.clone()
+    for _ in range(3):
+        assert_same_bits(gradient(backend, op, x, grad, **arguments), first)
+    assert_same_bits(x, x_before)
+    assert_same_bits(grad, grad_before)
+
+
+@dtypes
+@calls
+def test_packed_and_batched_videos_are_alone(
+    op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    T = size[0]
+    x = tokens(2 * T + 3, *size[1:], 24, dtype=dtype, device=device)
+    grad = like_result(op, x, **arguments)
+    counts = [T, 3, T]
+    alone = [
+        gradient(backend, op, video, of_video, **arguments)
+        for video, of_video in zip(x.split(counts), grad.split(counts), strict=True)
+    ]
+    if op in ("grid_pool", "temporal_grid"):
+        assert_same_bits(gradient(backend, op, x, grad, frame_counts=counts, **arguments), torch.cat(alone))
+    batch, of_batch = (torch.stack((t[:T], t[-T:])) for t in (x, grad))
+    assert_same_bits(gradient(backend, op, batch, of_batch, **arguments), torch.stack((alone[0], alone[2])))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@calls
+def test_layouts(
+    op: str, arguments: Arguments, layout: str, backend: str, device: torch.device, size: Size
+) -> None:
+    """The gradient of a contiguous x, up to the order of sums over channels, whatever the layout of x and of grad."""
+    x = tokens(*size, 24, dtype=torch.float32, device=device)
+    grad = like_result(op, x, **arguments)
+    expected = gradient(backend, op, x, grad, **arguments)
+    found = gradient(backend, op, laid_out(x, layout), grad, **arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    if op != "token_norm":  # the layouts are of tokens
+        found = gradient(backend, op, x, laid_out(grad, layout), **arguments)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_expanded_gradient(backend: str, device: torch.device, size: Size) -> None:
+    """Of a sum: one element in memory for all."""
+    x = tokens(*size, 24, device=device)
+    grad = torch.ones((), device=device).expand(like_result("grid_pool", x).shape)
+    assert_same_bits(gradient(backend, "grid_pool", x, grad), gradient(backend, "grid_pool", x, grad.contiguous()))
+
+
+@calls
+def test_frames_without_influence_get_zero(
+    op: str, arguments: Arguments, backend: str, device: torch.device, size: Size
+) -> None:
+    """NaN where nothing looks: an overwritten frame that no level samples, tokens that no window covers."""
+    x = tokens(*size, 16, device=device)
+    grad = like_result(op, x, **arguments)
+    exact = gradient("reference", op, x, grad, **arguments)
+    untouched = (exact == 0).all(-1)
+    x[untouched] = math.nan
+    found = gradient(backend, op, x, grad, **arguments)
+    assert found.isfinite().all()
+    assert (found[untouched] == 0).all()
+
+
+# ---- who computes it ----
+
+
+def test_kernels_have_a_backward_of_their_own(
+    backend: str, device: torch.device, size: Size, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "reference":
+        pytest.skip("it is the reference")
+    x = tokens(*size, 16, device=device)
+    ops = ("grid_pool", "norm_pool", "temporal_grid")
+    expected = [gradient(backend, op, x, like_result(op, x)) for op in ops]
+    for name in ("grid_pool", "norm_pool", "temporal_grid", "_norm"):
+        monkeypatch.setattr(reference, name, None)
+    for op, of_op in zip(ops, expected, strict=True):
+        assert_same_bits(gradient(backend, op, x, like_result(op, x)), of_op)
