@@ -68,6 +68,8 @@ class Call(ctypes.Structure):
         ("norm_type", ctypes.c_double),
         ("normalize_norm", ctypes.c_bool),
         ("miniatures", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("grad_strides", Strides),
     ]
 
 

@@ -200,6 +200,48 @@ void temporal_grid_on_cpu(const Tensor& x, const Tensor& tables, const std::opti
   cpu::temporal_grid(t, call, threads);
 }
 
+// Of a gradient: x is the gradient of the result where the kernels need no more of x, and out that of x.
+Call call_of_gradient(const Tensor& grad, const Tensor& x, const Tensor& out) {
+  Call call = call_of(x, out, true);
+  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() &&
+                      grad.get_device_index() == x.get_device_index() && out.is_contiguous(),
+                  "grad must be like x, out contiguous");
+  call.grad = grad.const_data_ptr();
+  call.grad_strides = strides_of(grad, true);
+  return call;
+}
+
+// The tables, with what a gradient follows, which must be of tensors like these; grad's frames are pooled or as x's.
+const int32_t* gradient_tables_of(const Tensor& tables, const Tensor& grad, const Tensor& x, const Tensor& out,
+                                  bool pooled) {
+  const int32_t* t = tables_of(tables, x, out, false);
+  tables_of(tables, x, grad, pooled);
+  STD_TORCH_CHECK(t[H_GRADIENT] > 0, "the tables have nothing for gradients");
+  for (int64_t axis = 0; axis < x.dim() - 3; ++axis) {
+    STD_TORCH_CHECK(grad.sizes()[axis] == x.sizes()[axis], "grad must have the frames of x");
+  }
+  return t;
+}
+
+void grid_pool_backward_on_cpu(const Tensor& grad, const Tensor& x, const Tensor& tables, const std::optional<Tensor>&,
+                               double temperature, double norm_type, bool normalize_norm, const Tensor& out) {
+  Call call = call_of_gradient(grad, x, out);
+  weigh(call, temperature, norm_type, normalize_norm);
+  const int32_t* t = gradient_tables_of(tables, grad, x, out, true);
+  const cpu::Threads threads = torch_threads();
+  const Scratch scratch(call, cpu::scratch_bytes(Op::grid_pool_backward, t, call, threads));
+  cpu::grid_pool_backward(t, call, threads);
+}
+
+void temporal_grid_backward_on_cpu(const Tensor& grad, const Tensor& tables, const std::optional<Tensor>&,
+                                   const Tensor& out) {
+  Call call = call_of_gradient(grad, grad, out);
+  const int32_t* t = gradient_tables_of(tables, grad, grad, out, false);
+  const cpu::Threads threads = torch_threads();
+  const Scratch scratch(call, cpu::scratch_bytes(Op::temporal_grid_backward, t, call, threads));
+  cpu::temporal_grid_backward(t, call, threads);
+}
+
 int64_t frames_of(const Tensor& x) { return x.dim() == 5 ? x.sizes()[0] * x.sizes()[1] : x.sizes()[0]; }
 
 void token_norm_on_cpu(const Tensor& x, double norm_type, bool normalize_norm, const Tensor& out) {
@@ -271,6 +313,26 @@ void temporal_grid_on_cuda(const Tensor& x, const Tensor& tables, const std::opt
   check_launch(cuda::temporal_grid(t, on_device(device_tables, tables, x), call, current_stream(x)));
 }
 
+void grid_pool_backward_on_cuda(const Tensor& grad, const Tensor& x, const Tensor& tables,
+                                const std::optional<Tensor>& device_tables, double temperature, double norm_type,
+                                bool normalize_norm, const Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Call call = call_of_gradient(grad, x, out);
+  weigh(call, temperature, norm_type, normalize_norm);
+  const int32_t* t = gradient_tables_of(tables, grad, x, out, true);
+  const Tensor scratch = scratch_for(call, x, cuda::scratch_bytes(Op::grid_pool_backward, t, call));
+  check_launch(cuda::grid_pool_backward(t, on_device(device_tables, tables, x), call, current_stream(x)));
+}
+
+void temporal_grid_backward_on_cuda(const Tensor& grad, const Tensor& tables,
+                                    const std::optional<Tensor>& device_tables, const Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  Call call = call_of_gradient(grad, grad, out);
+  const int32_t* t = gradient_tables_of(tables, grad, grad, out, false);
+  const Tensor scratch = scratch_for(call, grad, cuda::scratch_bytes(Op::temporal_grid_backward, t, call));
+  check_launch(cuda::temporal_grid_backward(t, on_device(device_tables, tables, grad), call, current_stream(grad)));
+}
+
 void token_norm_on_cuda(const Tensor& x, double norm_type, bool normalize_norm, const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = call_of(x, out, false);
@@ -292,6 +354,8 @@ STABLE_TORCH_LIBRARY_IMPL(stgp, CPU, library) {
   library.impl("_grid_pool_by_tables", TORCH_BOX(&stgp::grid_pool_on_cpu));
   library.impl("_pool_chunk_by_tables", TORCH_BOX(&stgp::pool_chunk_on_cpu));
   library.impl("_temporal_grid_by_tables", TORCH_BOX(&stgp::temporal_grid_on_cpu));
+  library.impl("_grid_pool_backward_by_tables", TORCH_BOX(&stgp::grid_pool_backward_on_cpu));
+  library.impl("_temporal_grid_backward_by_tables", TORCH_BOX(&stgp::temporal_grid_backward_on_cpu));
   library.impl("_token_norm_compiled", TORCH_BOX(&stgp::token_norm_on_cpu));
 }
 
@@ -300,6 +364,8 @@ STABLE_TORCH_LIBRARY_IMPL(stgp, CUDA, library) {
   library.impl("_grid_pool_by_tables", TORCH_BOX(&stgp::grid_pool_on_cuda));
   library.impl("_pool_chunk_by_tables", TORCH_BOX(&stgp::pool_chunk_on_cuda));
   library.impl("_temporal_grid_by_tables", TORCH_BOX(&stgp::temporal_grid_on_cuda));
+  library.impl("_grid_pool_backward_by_tables", TORCH_BOX(&stgp::grid_pool_backward_on_cuda));
+  library.impl("_temporal_grid_backward_by_tables", TORCH_BOX(&stgp::temporal_grid_backward_on_cuda));
   library.impl("_token_norm_compiled", TORCH_BOX(&stgp::token_norm_on_cuda));
 }
 #endif

@@ -4,6 +4,9 @@
 //   temporal_grid  out = x with every group's target frame replaced by the group's mosaic: the shape of x
 //   token_norm     out = (mean_c |x_c|^p)^(1/p): (B, T, H, W) in float32
 //
+// and the gradients of the first two in x: ..._backward, whose tables have a gradient section. Summaries are made again
+// for them, their gradients are float32, and only the gradient of x is rounded. temporal_grid_backward does not read x.
+//
 // Nothing here knows a tensor library. Which frame goes where and what a window covers is in the plan's tables, an
 // array of int32 that `GridPlan.save()` of the Python package writes to a file. tables.h has its form; tables of a plan
 // with frame_strides=[] make grid_pool the same as norm_pool.
@@ -23,7 +26,13 @@ namespace stgp {
 
 enum class DType : int32_t { bfloat16 = 0, float16 = 1, float32 = 2 };
 
-enum class Op : int32_t { grid_pool = 0, temporal_grid = 1, token_norm = 2 };
+enum class Op : int32_t {
+  grid_pool = 0,
+  temporal_grid = 1,
+  token_norm = 2,
+  grid_pool_backward = 3,
+  temporal_grid_backward = 4
+};
 
 // Distance between neighbours in elements. A channel stride of 1 is fast, every other is right.
 struct Strides {
@@ -48,6 +57,9 @@ struct Call {
   // For tables of a chunk of streams: their slots, which hold miniatures of earlier chunks and keep those of this one.
   // Then grid_pool takes the fused form; where it does not take these channels or this norm, it fails.
   void* miniatures = nullptr;
+  // For gradients: `grad` is that of the result, in its shape. out is the gradient of x then: (B, T, H, W, C) as well.
+  const void* grad = nullptr;
+  Strides grad_strides{};
 };
 
 // What is wrong with `words` integers as tables, or nullptr. The functions below trust tables that passed.
@@ -69,6 +81,8 @@ int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call, const Thre
 void grid_pool(const int32_t* tables, const Call& call, const Threads& threads);
 void temporal_grid(const int32_t* tables, const Call& call, const Threads& threads);
 void token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, const Threads& threads);
+void grid_pool_backward(const int32_t* tables, const Call& call, const Threads& threads);
+void temporal_grid_backward(const int32_t* tables, const Call& call, const Threads& threads);
 
 // Vector instructions that kernels are compiled for, from the widest: "avx512", "avx2", "portable".
 // `capability` is the one in use, by default the widest that this CPU runs.
@@ -87,6 +101,8 @@ int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call);
 int grid_pool(const int32_t* tables, const int32_t* device_tables, const Call& call, void* stream);
 int temporal_grid(const int32_t* tables, const int32_t* device_tables, const Call& call, void* stream);
 int token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, void* stream);
+int grid_pool_backward(const int32_t* tables, const int32_t* device_tables, const Call& call, void* stream);
+int temporal_grid_backward(const int32_t* tables, const int32_t* device_tables, const Call& call, void* stream);
 
 }  // namespace cuda
 

@@ -90,6 +90,58 @@ const char* check_steps(const int32_t* t, int64_t words) {
   return nullptr;
 }
 
+// Starts and counts of what covers each of `size` positions: consecutive ones out of `count`, or none.
+bool covers_fit(const int32_t* t, int64_t words, int64_t offset, int64_t size, int64_t count) {
+  if (!inside(offset, 2 * size, words)) return false;
+  for (int64_t p = 0; p < size; ++p) {
+    const int64_t start = t[offset + p], length = t[offset + size + p];
+    if (length < 0 || (length > 0 && (start < 0 || start + length > count))) return false;
+  }
+  return true;
+}
+
+const char* check_gradient(const int32_t* t, int64_t words) {
+  if (t[H_GRADIENT] == 0) return nullptr;
+  const int64_t H = t[H_HEIGHT], W = t[H_WIDTH], contents = int64_t{t[H_FRAMES]} + t[H_SUMMARIES];
+  if (!inside(t[H_GRADIENT], G_LEVELS + 2 * int64_t{t[H_NUM_LEVELS]}, words)) return "the gradient is out of range";
+  const int32_t* gradient = t + t[H_GRADIENT];
+  if (!inside(gradient[G_FEEDS], contents + 1, words)) return "the feeds are out of range";
+  const int32_t* starts = t + gradient[G_FEEDS];
+  for (int64_t c = 0; c < contents; ++c) {
+    const int64_t length = int64_t{starts[c + 1]} - starts[c];
+    if (length % FEED_WORDS != 0 || !inside(starts[c], length, words)) return "the feeds are out of range";
+    for (const int32_t* feed = t + starts[c]; feed < t + starts[c + 1]; feed += FEED_WORDS) {
+      if (feed[F_LEVEL] < 0 || feed[F_LEVEL] >= t[H_NUM_LEVELS]) return "a feed is out of range";
+      const int32_t* level = t + t[H_LEVELS] + feed[F_LEVEL] * LEVEL_WORDS;
+      const int64_t s = feed[F_SUMMARY] - int64_t{level[L_FIRST]};
+      const int64_t after = c - t[H_FRAMES];  // the summary that feeds, if it is one: it comes before
+      if (s < 0 || s >= level[L_COUNT] || feed[F_TILE] < 0 || feed[F_TILE] >= int64_t{level[L_ROWS]} * level[L_COLS] ||
+          after >= level[L_FIRST]) {
+        return "a feed is out of range";
+      }
+    }
+  }
+  for (int s = 0; s < t[H_NUM_STEPS]; ++s) {
+    const int32_t* step = t + t[H_STEPS] + s * STEP_WORDS;
+    for (int64_t e = 0; e < step[S_COUNT]; ++e) {
+      const int32_t content = t[step[S_ENTRIES] + e * ENTRY_WORDS + E_CONTENT];
+      if (content < -int64_t{t[H_SUMMARIES]}) return "an entry is of no summary";
+    }
+  }
+  for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
+    const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
+    if (!covers_fit(t, words, gradient[G_LEVELS + 2 * l], level[L_ROWS] * H, H) ||
+        !covers_fit(t, words, gradient[G_LEVELS + 2 * l + 1], level[L_COLS] * W, W)) {
+      return "the covers of a level are out of range";
+    }
+  }
+  if (!covers_fit(t, words, gradient[G_WINDOW_ROWS], H, t[H_OUT_ROWS]) ||
+      !covers_fit(t, words, gradient[G_WINDOW_COLS], W, t[H_OUT_COLS])) {
+    return "the covers of the windows are out of range";
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 const char* check_tables(const int32_t* t, int64_t words) {
@@ -118,7 +170,8 @@ const char* check_tables(const int32_t* t, int64_t words) {
   if (const char* wrong = check_levels(t, words)) return wrong;
   if (!inside(t[H_STEPS], int64_t{t[H_NUM_STEPS]} * STEP_WORDS, words)) return "the steps are out of range";
   if (t[H_NUM_STEPS] > 0 && (OH > (H + 1) / 2 || OW > (W + 1) / 2)) return "there are more windows than pairs";
-  return check_steps(t, words);
+  if (const char* wrong = check_steps(t, words)) return wrong;
+  return check_gradient(t, words);
 }
 
 }  // namespace stgp

@@ -29,6 +29,15 @@
 //                           order
 //   entries[][ENTRY_WORDS]  a content: it is pooled into `target`, and it is shrunk into miniature slot `slot`
 
+// Gradient section, in tables for the functions ..._backward: the converse of the above. Each content that is shrunk
+// has a slot of its own then, and each frame and each summary an entry.
+//
+//   feeds                   F + S + 1 offsets: contents 0, ..., F - 1, ~0, ..., ~(S - 1) go where the triples (summary,
+//                           level, tile) from one offset up to the next say
+//   window covers           H starts, then H counts: row r is covered by output rows start[r], ..., start[r] + count[r]
+//                           - 1; the same of W
+//   level covers            the same of the rows and columns of a level's mosaics: rows x H, cols x W
+
 #pragma once
 
 #include <cstdint>
@@ -36,7 +45,7 @@
 namespace stgp {
 
 constexpr int32_t MAGIC = 0x50475453;  // "STGP"
-constexpr int32_t VERSION = 1;
+constexpr int32_t VERSION = 2;
 
 // The first words of all tables.
 enum Header : int32_t {
@@ -58,7 +67,24 @@ enum Header : int32_t {
   H_STEPS,      // offset of `steps`
   H_NUM_STEPS,  // 0: there is no fused form
   H_SLOTS,      // miniatures that are kept at a time
+  H_GRADIENT,   // offset of the gradient section; 0: there is none
   HEADER_WORDS,
+};
+
+// The gradient section: offsets.
+enum Gradient : int32_t {
+  G_FEEDS,
+  G_WINDOW_ROWS,
+  G_WINDOW_COLS,
+  G_LEVELS,  // two words for every level: of its rows, of its columns
+};
+
+// A place that a content goes to.
+enum Feed : int32_t {
+  F_SUMMARY,
+  F_LEVEL,  // its place among the levels here
+  F_TILE,   // of its mosaic, row-major
+  FEED_WORDS,
 };
 
 // Summaries first, ..., first + count - 1. Summary token (r, c) is the mean over a run of rows and a run of columns of

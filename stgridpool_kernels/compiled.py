@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
@@ -94,36 +94,46 @@ def _why_not_call(x: Tensor, plan: GridPlan | None) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _tables(plan: GridPlan, gridding: bool, frames_per_step: int | None) -> Tensor:
-    return torch.frombuffer(plan_tables(plan, gridding, frames_per_step), dtype=torch.int32)
+def _tables(plan: GridPlan, gridding: bool, frames_per_step: int | None, gradient: bool) -> Tensor:
+    return torch.frombuffer(plan_tables(plan, gridding, frames_per_step, gradient), dtype=torch.int32)
 
 
 @lru_cache(maxsize=256)
-def _device_tables(plan: GridPlan, gridding: bool, device: torch.device) -> Tables:
+def _device_tables(plan: GridPlan, gridding: bool, gradient: bool, device: torch.device) -> Tables:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "warm up first: a CUDA graph cannot capture the first call with a given plan, which uploads its tables; "
             "run it once before the capture"
         )
-    tables = tables_on(device, plan_tables(plan, gridding))
+    tables = tables_on(device, plan_tables(plan, gridding, None, gradient))
     assert tables is not None
     return tables
 
 
-def _run(op: Callable[..., None], x: Tensor, plan: GridPlan, gridding: bool, *rest: object) -> None:
-    if not x.is_cuda:
+def _run(
+    op: Callable[..., None],
+    tensors: Sequence[Tensor],
+    plan: GridPlan,
+    gridding: bool,
+    *rest: object,
+    gradient: bool = False,
+) -> None:
+    device = tensors[0].device
+    if device.type != "cuda":
         # few frames at a time keep their miniatures in the cache, but every thread should find work
-        op(x, _tables(plan, gridding, 2 * torch.get_num_threads()), None, *rest)
+        frames_per_step = None if gradient else 2 * torch.get_num_threads()
+        op(*tensors, _tables(plan, gridding, frames_per_step, gradient), None, *rest)
         return
-    with torch.cuda.device(x.device):
-        op(x, _tables(plan, gridding, None), _device_tables(plan, gridding, x.device).use_now(), *rest)
+    with torch.cuda.device(device):
+        device_tables = _device_tables(plan, gridding, gradient, device).use_now()
+        op(*tensors, _tables(plan, gridding, None, gradient), device_tables, *rest)
 
 
 def grid_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
     op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, x, plan, True, temperature, norm_type, normalize_norm, out)
+    _run(op, (x,), plan, True, temperature, norm_type, normalize_norm, out)
 
 
 def keeps_miniatures_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
@@ -152,15 +162,25 @@ def pool_chunk(
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    _run(torch.ops.stgp._temporal_grid_by_tables.default, x, plan, True, out)
+    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, True, out)
 
 
 def norm_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
     op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, x, plan, False, temperature, norm_type, normalize_norm, out)
+    _run(op, (x,), plan, False, temperature, norm_type, normalize_norm, out)
 
 
 def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
     torch.ops.stgp._token_norm_compiled.default(x, norm_type, normalize_norm, out)
+
+
+def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: object) -> None:
+    """Gradient of grid_pool, norm_pool or temporal_grid of x by the plan, written into the last argument."""
+    if op == "temporal_grid":
+        kernel = torch.ops.stgp._temporal_grid_backward_by_tables.default
+        _run(kernel, (grad,), plan, True, *settings_and_out, gradient=True)
+    else:
+        kernel = torch.ops.stgp._grid_pool_backward_by_tables.default
+        _run(kernel, (grad, x), plan, op == "grid_pool", *settings_and_out, gradient=True)

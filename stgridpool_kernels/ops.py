@@ -320,6 +320,12 @@ _library.define(  # of a chunk of streams, whose miniatures are kept in between
     f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
     "Tensor(a!) miniatures, Tensor(b!) out) -> ()"
 )
+# tables of their gradients have a section for them; out is the gradient of x
+_library.define(
+    f"_grid_pool_backward_by_tables(Tensor grad, Tensor x, {_PLAN}, float temperature, float norm_type, "
+    "bool normalize_norm, Tensor(a!) out) -> ()"
+)
+_library.define(f"_temporal_grid_backward_by_tables(Tensor grad, {_PLAN}, Tensor(a!) out) -> ()")
 _library.define(f"_temporal_grid_by_tables(Tensor x, {_PLAN}, Tensor(a!) out) -> ()")
 _library.define("_token_norm_compiled(Tensor x, float norm_type, bool normalize_norm, Tensor(a!) out) -> ()")
 

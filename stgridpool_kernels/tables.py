@@ -10,21 +10,25 @@ from functools import lru_cache
 from heapq import heappop, heappush
 
 from .plan import GridPlan, Runs
-from .schedule import Schedule, needed_cells, pools_pairs, shrinks_by_halves
+from .schedule import Schedule, covers, feeds, needed_cells, pools_pairs, shrinks_by_halves
 
 MAGIC = int.from_bytes(b"STGP", "little")
-VERSION = 1
-HEADER_WORDS = 18
+VERSION = 2
+HEADER_WORDS = 19
 STEP_WORDS = 5
 
 
 @lru_cache(maxsize=256)
-def plan_tables(plan: GridPlan, gridding: bool = True, frames_per_step: int | None = None) -> array[int]:
+def plan_tables(
+    plan: GridPlan, gridding: bool = True, frames_per_step: int | None = None, gradient: bool = False
+) -> array[int]:
     """The tables of a plan; without gridding, of its windows alone.
 
     frames_per_step: read at least so many frames, then make the summaries that these complete, and so on: few
         miniatures are kept at a time, for a CPU's cache. None reads all frames first, then makes the summaries level by
         level: few steps, for a GPU.
+    gradient: with what a gradient follows. Every content that is shrunk has a miniature of its own then, and every
+        frame an entry: one that nothing depends on has a gradient too, which is 0. frames_per_step must be None.
     """
     steps = Schedule.of(plan) if gridding else Schedule.none(plan)
     words = [0] * HEADER_WORDS
@@ -45,18 +49,45 @@ def plan_tables(plan: GridPlan, gridding: bool = True, frames_per_step: int | No
     fused: list[int] = []
     slots = 0
     if pools_pairs(plan) and shrinks_by_halves(plan):
-        fused, slots = _fused(words, plan, steps, frames_per_step)
+        fused, slots = _fused(words, plan, steps, frames_per_step, gradient)
     first_step = len(words)
     words += fused
+    section = _gradient(words, plan, steps) if gradient else 0
 
     words[:HEADER_WORDS] = (
         *(MAGIC, VERSION, len(words)),
         *(len(steps.final), plan.height, plan.width, *plan.pooled_size),
         max(plan.window_rows.count) * max(plan.window_cols.count),
         *(len(steps.summaries), final, levels, len(steps.by_level()), window_rows, window_cols),
-        *(first_step, len(fused) // STEP_WORDS, slots),
+        *(first_step, len(fused) // STEP_WORDS, slots, section),
     )
     return array("i", words)
+
+
+def _gradient(words: list[int], plan: GridPlan, steps: Schedule) -> int:
+    """Adds what a gradient follows; where it starts."""
+    kept = steps.by_level()
+    level_of = {s: number for number, summaries in enumerate(kept) for s in summaries}
+    found = feeds(steps)
+    contents = (*range(len(steps.final)), *(~s for s in range(len(steps.summaries))))
+    starts = len(words)
+    words += [0] * (len(contents) + 1)
+    for number, content in enumerate(contents):
+        words[starts + number] = len(words)
+        for s, tile in found.get(content, ()):
+            words += (s, level_of[s], tile)
+    words[starts + len(contents)] = len(words)
+
+    records: list[int] = []
+    for summaries in kept:
+        level = plan.levels[steps.summaries[summaries[0]].level]
+        records.append(_append(words, covers(level.row_runs, level.rows * plan.height)))
+        records.append(_append(words, covers(level.col_runs, level.cols * plan.width)))
+    window_rows = _append(words, covers(plan.window_rows, plan.height))
+    window_cols = _append(words, covers(plan.window_cols, plan.width))
+    section = len(words)
+    words += (starts, window_rows, window_cols, *records)
+    return section
 
 
 @dataclass(frozen=True)
@@ -115,7 +146,7 @@ def chunk_tables(plan: GridPlan, frames: int, steps: Sequence[Sequence[ChunkEntr
         *(frames, plan.height, plan.width, *plan.pooled_size),
         max(plan.window_rows.count) * max(plan.window_cols.count),
         *(0, final, first_step, 0, window_rows, window_cols),
-        *(first_step, len(shape), slots),
+        *(first_step, len(shape), slots, 0),
     )
     return Chunk(plan, tuple(words), tuple(shape))
 
@@ -126,7 +157,9 @@ def _append(words: list[int], runs: Runs) -> int:
     return start
 
 
-def _fused(words: list[int], plan: GridPlan, steps: Schedule, frames_per_step: int | None) -> tuple[list[int], int]:
+def _fused(
+    words: list[int], plan: GridPlan, steps: Schedule, frames_per_step: int | None, gradient: bool
+) -> tuple[list[int], int]:
     """Steps of the fused form, whose entries are added to `words`, and how many slots they use."""
     needed = needed_cells(plan, steps)
     ends = {content: frame for frame, content in enumerate(steps.final)}
@@ -140,8 +173,8 @@ def _fused(words: list[int], plan: GridPlan, steps: Schedule, frames_per_step: i
     def sources(content: int) -> tuple[int, ...]:
         return steps.summaries[~content].sources if content < 0 else ()
 
-    frames = [frame for frame in range(len(steps.final)) if frame in needed or frame in ends]
-    levels = [[~s for s in level if ~s in needed or ~s in ends] for level in steps.by_level()]
+    frames = [frame for frame in range(len(steps.final)) if gradient or frame in needed or frame in ends]
+    levels = [[~s for s in level if gradient or ~s in needed or ~s in ends] for level in steps.by_level()]
     if frames_per_step is None:
         order = [frames, *levels]
     else:
@@ -170,7 +203,7 @@ def _fused(words: list[int], plan: GridPlan, steps: Schedule, frames_per_step: i
         for content in (*walked, *(content for content in contents if content not in needed)):
             words += (content, ends.get(content, -1), slot.get(content, -1), rows[needed.get(content, none_needed)])
             words += [slot.get(source, -1) for source in sources(content)] or [-1] * 4
-        for content in [content for content in slot if last_use[content] == step]:
+        for content in [content for content in slot if last_use[content] == step and not gradient]:
             freed[slot[content]] = step + 1
             heappush(free, slot.pop(content))
     return records, len(freed)
