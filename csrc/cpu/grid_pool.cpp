@@ -59,9 +59,6 @@ constexpr int64_t BYTES_PER_THREAD = 128 << 10;
 // lines would be read before they are written.
 constexpr int64_t STREAM_BYTES = 4 << 20;
 
-// Sums are kept in whole blocks of channels; the widest vectors have blocks of so many.
-constexpr int64_t WIDEST_BLOCK = 32;
-
 int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -73,6 +70,24 @@ int64_t miniature_bytes(const int32_t* t, const Call& call) {
 
 int64_t summary_bytes(const int32_t* t, const Call& call) {
   return aligned(int64_t{t[H_SUMMARIES]} * t[H_HEIGHT] * t[H_WIDTH] * call.C * element_size(call.dtype));
+}
+
+bool is_fused(Op op, const int32_t* t) {
+  return (op == Op::grid_pool || op == Op::grid_pool_backward) && t[H_NUM_STEPS] > 0;
+}
+
+bool is_backward(Op op) { return op == Op::grid_pool_backward || op == Op::temporal_grid_backward; }
+
+int64_t whole_blocks(int64_t C) { return (C + WIDEST_BLOCK - 1) / WIDEST_BLOCK * WIDEST_BLOCK; }
+
+// Of the gradients of summaries, and of windows.
+int64_t gradient_bytes(const int32_t* t, const Call& call) {
+  return aligned(int64_t{t[H_SUMMARIES]} * t[H_HEIGHT] * t[H_WIDTH] * whole_blocks(call.C) * sizeof(float));
+}
+
+int64_t window_bytes(Op op, const int32_t* t) {
+  if (op != Op::grid_pool_backward || is_fused(op, t)) return 0;
+  return aligned(int64_t{t[H_FRAMES]} * t[H_OUT_ROWS] * t[H_OUT_COLS] * 3 * sizeof(float));
 }
 
 // What one thread needs, by the most tokens that are looked at together.
@@ -106,7 +121,7 @@ struct Room {
 Room room(Op op, const int32_t* t, const Call& call) {
   Room room;
   int64_t tokens = 1;
-  if (op == Op::grid_pool && t[H_NUM_STEPS] > 0) {
+  if (is_fused(op, t)) {
     tokens = 9;
     if (t[H_SLOTS] > 0 && t[H_WIDTH] % 2 == 1) room.carried = (call.C + WIDEST_BLOCK) * sizeof(float);
   } else if (op != Op::token_norm) {
@@ -116,13 +131,14 @@ Room room(Op op, const int32_t* t, const Call& call) {
       tokens = std::max(tokens, int64_t{*std::max_element(heights, heights + t[H_HEIGHT])} *
                                     *std::max_element(widths, widths + t[H_WIDTH]));
     }
-    if (op == Op::grid_pool) {
+    if (op == Op::grid_pool || op == Op::grid_pool_backward) {
       room.norms = int64_t{t[H_HEIGHT]} * t[H_WIDTH];
       tokens = std::max(tokens, std::min<int64_t>(t[H_LARGEST_WINDOW], room.norms));  // padding is never looked at
     }
     room.taps = tokens;
   }
-  if (call.x_strides.channel != 1) {
+  if (is_backward(op)) room.carried = 4 * whole_blocks(call.C) * sizeof(float);
+  if (call.x_strides.channel != 1 || (is_backward(op) && call.grad_strides.channel != 1)) {
     room.gathered = (1 + tokens) * call.C * element_size(call.dtype);
   } else if (call.out_strides.channel != 1) {
     room.gathered = call.C * element_size(call.dtype);
@@ -132,7 +148,16 @@ Room room(Op op, const int32_t* t, const Call& call) {
 
 int64_t stored_bytes(Op op, const int32_t* t, const Call& call) {
   if (op == Op::token_norm || call.miniatures != nullptr) return 0;
-  return op == Op::grid_pool && t[H_NUM_STEPS] > 0 ? miniature_bytes(t, call) : summary_bytes(t, call);
+  const int64_t contents = op == Op::temporal_grid_backward ? 0
+                           : is_fused(op, t)                ? miniature_bytes(t, call)
+                                                            : summary_bytes(t, call);
+  return contents + (is_backward(op) ? gradient_bytes(t, call) + window_bytes(op, t) : 0);
+}
+
+Gradients gradients_in(Op op, const int32_t* t, const Call& call) {
+  char* const end = static_cast<char*>(call.scratch) + stored_bytes(op, t, call);
+  char* const windows = end - window_bytes(op, t);
+  return {windows - gradient_bytes(t, call), reinterpret_cast<float*>(windows)};
 }
 
 // Rows of `count` frames or summaries, each `height` rows, that wait for the first `after` stages of the call.
@@ -234,6 +259,20 @@ void add_summaries(const int32_t* t, int64_t row_bytes, Stages& stages) {
   }
 }
 
+// Gradients in the general form: of the summaries of each level, from the last, then of the frames.
+void add_gradients(const int32_t* t, int64_t row_bytes, Stages& stages) {
+  for (int l = t[H_NUM_LEVELS] - 1; l >= 0; --l) {
+    stages.emplace_back(t[t[H_LEVELS] + l * LEVEL_WORDS + L_COUNT], t[H_HEIGHT], 4 * row_bytes, stages.size());
+  }
+  stages.emplace_back(t[H_FRAMES], t[H_HEIGHT], 4 * row_bytes, stages.size());
+}
+
+// Number n of stage s of these.
+int64_t content_of(const int32_t* t, int64_t s, int64_t n) {
+  const int64_t level = t[H_NUM_LEVELS] - 1 - s;
+  return level < 0 ? n : -1 - (t[t[H_LEVELS] + level * LEVEL_WORDS + L_FIRST] + n);
+}
+
 }  // namespace
 
 const char* capability() { return provider()(DType::float32)->name; }
@@ -298,6 +337,68 @@ void temporal_grid(const int32_t* t, const Call& call, const Threads& threads) {
                } else {
                  kernels.final_rows(t, call, n, first, last, stream, workspace);
                }
+             });
+}
+
+void grid_pool_backward(const int32_t* t, const Call& call, const Threads& threads) {
+  const Kernels& kernels = *provider()(call.dtype);
+  const int64_t H = t[H_HEIGHT], OH = t[H_OUT_ROWS], frames = t[H_FRAMES], levels = t[H_NUM_LEVELS];
+  const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype);
+  const bool stream = frames * H * row_bytes >= STREAM_BYTES;
+  const Gradients gradients = gradients_in(Op::grid_pool_backward, t, call);
+  Stages stages;
+  if (t[H_NUM_STEPS] > 0) {
+    // the miniatures, step by step, then gradients, from the last step to the first
+    const int64_t num_steps = t[H_NUM_STEPS], shrinking = t[H_SUMMARIES] > 0 ? num_steps : 0;
+    const int32_t* steps = t + t[H_STEPS];
+    for (int64_t s = 0; s < shrinking; ++s) {
+      const int32_t* step = steps + s * STEP_WORDS;
+      stages.emplace_back(step[S_WALKED], (H + 1) / 2, 2 * row_bytes, step[S_AFTER]);
+    }
+    for (int64_t s = num_steps - 1; s >= 0; --s) {
+      stages.emplace_back(steps[s * STEP_WORDS + S_COUNT], (H + 1) / 2, 4 * row_bytes, stages.size());
+    }
+    run_stages(Op::grid_pool_backward, t, call, threads, stages,
+               [&](int64_t s, int64_t e, int64_t first, int64_t last, const Workspace& workspace) {
+                 const bool shrinks = s < shrinking;
+                 const int32_t* step = steps + (shrinks ? s : num_steps - 1 - (s - shrinking)) * STEP_WORDS;
+                 const int32_t* entry = t + step[S_ENTRIES] + e * ENTRY_WORDS;
+                 const bool mosaic = step[S_MOSAIC] != 0;
+                 if (shrinks) {
+                   kernels.fused_rows(t, call, entry, mosaic, first, last, false, workspace);
+                 } else {
+                   kernels.fused_gradient_rows(t, call, entry, mosaic, first, last, stream, gradients, workspace);
+                 }
+               });
+    return;
+  }
+  add_summaries(t, row_bytes, stages);
+  stages.emplace_back(frames, OH, H * row_bytes / OH, levels);
+  add_gradients(t, row_bytes, stages);
+  run_stages(Op::grid_pool_backward, t, call, threads, stages,
+             [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
+               if (s < levels) {
+                 kernels.summary_rows(t, call, t + t[H_LEVELS] + s * LEVEL_WORDS, n, first, last, workspace);
+               } else if (s == levels) {
+                 kernels.window_rows(t, call, n, first, last, gradients, workspace);
+               } else {
+                 const int64_t content = content_of(t, s - levels - 1, n);
+                 kernels.gradient_rows(t, call, true, content, first, last, stream, gradients, workspace);
+               }
+             });
+}
+
+void temporal_grid_backward(const int32_t* t, const Call& call, const Threads& threads) {
+  const Kernels& kernels = *provider()(call.dtype);
+  const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype);
+  const bool stream = int64_t{t[H_FRAMES]} * t[H_HEIGHT] * row_bytes >= STREAM_BYTES;
+  const Gradients gradients = gradients_in(Op::temporal_grid_backward, t, call);
+  Stages stages;
+  add_gradients(t, row_bytes, stages);
+  run_stages(Op::temporal_grid_backward, t, call, threads, stages,
+             [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
+               const int64_t content = content_of(t, s, n);
+               kernels.gradient_rows(t, call, false, content, first, last, stream, gradients, workspace);
              });
 }
 

@@ -221,6 +221,14 @@ constexpr int64_t FIRST_TAP = 1;
 
 // ---- weights ----
 
+// From the sum over the channels of |t_c|^p.
+float finish_norm(float total, const Call& call) {
+  const double p = call.norm_type;
+  if (call.normalize_norm) total /= static_cast<float>(call.C);
+  if (p == 1) return total;
+  return p == 2 ? sqrtf(total) : static_cast<float>(pow(total, 1 / p));
+}
+
 // (mean_c |t_c|^p)^(1/p), or the sum in place of the mean.
 template <typename T>
 float token_norm(const T* token, const T* next, const Call& call) {
@@ -235,9 +243,7 @@ float token_norm(const T* token, const T* next, const Call& call) {
   } else {
     total = reduce(token, next, C, [p](Floats v) { return power(absolute(v), p); });
   }
-  if (call.normalize_norm) total /= static_cast<float>(C);
-  if (p == 1) return total;
-  return p == 2 ? sqrtf(total) : static_cast<float>(pow(total, 1 / p));
+  return finish_norm(total, call);
 }
 
 // Norms become weights: softmax(temperature * norm) over n tokens and `zeros` more that have norm 0.
@@ -294,8 +300,8 @@ void fused_rows(const int32_t* tables, const Call& call, const int32_t* entry, b
 
   for (int64_t i = first; i < last; ++i) {
     const int64_t needed = entry[E_SLOT] >= 0 ? tables[entry[E_NEEDED] + i] : 0;
-    const int64_t pooled = entry[E_TARGET] >= 0 && i < OH ? OW : 0;
-    const bool halo = H % 2 == 1 && i > 0;  // a row above
+    const int64_t pooled = entry[E_TARGET] >= 0 && i < OH && call.grad == nullptr ? OW : 0;  // else shrunk alone
+    const bool halo = H % 2 == 1 && i > 0;                                                   // a row above
     const int64_t bottom = 2 * i + 2 < H ? 2 * i + 2 : H;
     if (carried != nullptr && needed > 0) __builtin_memset(carried, 0, (C + BLOCK - 1) / BLOCK * sizeof(Block));
     for (int64_t j = 0; j < (needed > pooled ? needed : pooled); ++j) {
@@ -432,6 +438,403 @@ void final_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t 
   if (stream) finish_stores();
 }
 
+// ---- gradients ----
+
+// Of a pooled token with gradient g, token k of the window gets
+//
+//   weight * g + gamma * d norm / d token,   gamma = temperature * weight * (g . token - sum of weights * (g . tokens))
+
+struct Sums {
+  float norm;  // of the token
+  float dot;   // grad . token
+};
+
+// The sums over channels of f(|t_c|), which is not a norm yet, and of g_c * t_c.
+template <typename T, typename F>
+inline Sums reduce_both(const T* token, const T* grad, const T* next, int64_t C, F f) {
+  Block norm{}, dot{};
+  int64_t c = 0;
+  for (; c + BLOCK <= C; c += BLOCK) {
+    prefetch(next + c);
+    const Block v = load(token + c), g = load(grad + c);
+    norm.a += f(v.a), norm.b += f(v.b);
+    dot.a += g.a * v.a, dot.b += g.b * v.b;
+  }
+  if (c < C) {
+    const Block v = load_some(token + c, C - c), g = load_some(grad + c, C - c);
+    norm.a += f(v.a), norm.b += f(v.b);
+    dot.a += g.a * v.a, dot.b += g.b * v.b;
+  }
+  return {sum_lanes(norm.a + norm.b), sum_lanes(dot.a + dot.b)};
+}
+
+template <typename T>
+Sums norm_and_dot(const T* token, const T* grad, const T* next, const Call& call) {
+  const int64_t C = call.C;
+  const double p = call.norm_type;
+  Sums sums;
+  if (p == HUGE_VAL) {
+    sums = reduce_both(token, grad, next, C, [](Floats v) { return v; });
+    return {largest_magnitude(token, C), sums.dot};
+  }
+  if (p == 2) {
+    sums = reduce_both(token, grad, next, C, [](Floats v) { return v * v; });
+  } else if (p == 1) {
+    sums = reduce_both(token, grad, next, C, [](Floats v) { return absolute(v); });
+  } else {
+    sums = reduce_both(token, grad, next, C, [p](Floats v) { return power(absolute(v), p); });
+  }
+  return {finish_norm(sums.norm, call), sums.dot};
+}
+
+// A product that is rounded by itself: fused with a subtraction, the largest logit less itself would not be 0.
+__attribute__((noinline)) float logit(float temperature, float norm) { return temperature * norm; }
+
+inline Floats sign(Floats v) {
+  const Floats zero{};
+  return v > zero ? zero + 1 : (v < zero ? zero - 1 : zero);
+}
+
+template <typename T>
+float count_largest(const T* token, float largest, int64_t C) {
+  Floats count{};
+  for (int64_t c = 0; c < C; c += BLOCK) {
+    const Block v = C - c < BLOCK ? load_some(token + c, C - c) : load(token + c);
+    const Floats zero{}, one = zero + 1;
+    count += (absolute(v.a) == largest ? one : zero) + (absolute(v.b) == largest ? one : zero);
+  }
+  return sum_lanes(count);
+}
+
+// gamma * d norm / d token, as `factor` times a function of the token's channels. Nothing at a token of norm 0.
+struct Slope {
+  enum Kind { NONE, L1, L2, MAX, POWER } kind = NONE;
+  float factor = 0;
+  float norm = 1;
+  double exponent = 1;
+
+  template <typename T>
+  static Slope of(float gamma, const T* token, float norm, const Call& call) {
+    if (norm == 0) return {};
+    const double p = call.norm_type;
+    const float mean = call.normalize_norm ? gamma / static_cast<float>(call.C) : gamma;
+    if (p == 2) return {L2, mean / norm, norm, 1};
+    if (p == 1) return {L1, mean, norm, 1};
+    if (p == HUGE_VAL) return {MAX, gamma / count_largest(token, norm, call.C), norm, 1};
+    return {POWER, mean, norm, p - 1};
+  }
+};
+
+// to = weight * grad + slope + the sums in `more`, of which some may be nullptr. `to` is a token or whole blocks;
+// without `grad`, it is the sums alone.
+template <Slope::Kind KIND, bool GRAD, typename To, typename T>
+void write_gradient(To* to, const T* grad, float weight, const T* token, const Slope& slope, const Block* const* more,
+                    int64_t C, bool stream) {
+  const auto function = [&](Floats v) {
+    if constexpr (KIND == Slope::L2) return v;
+    if constexpr (KIND == Slope::L1) return sign(v);
+    if constexpr (KIND == Slope::MAX) return absolute(v) == slope.norm ? sign(v) : Floats{};
+    if constexpr (KIND == Slope::POWER) return sign(v) * power(absolute(v) / slope.norm, slope.exponent);
+    return Floats{};
+  };
+  for (int64_t c = 0; c < C; c += BLOCK) {
+    const bool whole = c + BLOCK <= C;
+    Block sum{};
+    if constexpr (GRAD) {
+      const Block g = whole ? load(grad + c) : load_some(grad + c, C - c);
+      sum.a = weight * g.a, sum.b = weight * g.b;
+    }
+    if constexpr (KIND != Slope::NONE) {
+      const Block v = whole ? load(token + c) : load_some(token + c, C - c);
+      sum.a += slope.factor * function(v.a), sum.b += slope.factor * function(v.b);
+    }
+    for (int m = 0; m < 2; ++m) {
+      if (more[m] != nullptr) sum.a += more[m][c / BLOCK].a, sum.b += more[m][c / BLOCK].b;
+    }
+    if constexpr (__is_same(To, Block)) {
+      to[c / BLOCK] = sum;
+    } else if (whole) {
+      store(to + c, sum, stream);
+    } else {
+      store_some(to + c, sum, C - c);
+    }
+  }
+}
+
+template <typename To, typename T>
+void write_gradient(To* to, const T* grad, float weight, const T* token, const Slope& slope, const Block* const* more,
+                    int64_t C, bool stream) {
+  if (grad == nullptr) return write_gradient<Slope::NONE, false>(to, grad, weight, token, slope, more, C, stream);
+  switch (slope.kind) {
+    case Slope::NONE:
+      return write_gradient<Slope::NONE, true>(to, grad, weight, token, slope, more, C, stream);
+    case Slope::L1:
+      return write_gradient<Slope::L1, true>(to, grad, weight, token, slope, more, C, stream);
+    case Slope::L2:
+      return write_gradient<Slope::L2, true>(to, grad, weight, token, slope, more, C, stream);
+    case Slope::MAX:
+      return write_gradient<Slope::MAX, true>(to, grad, weight, token, slope, more, C, stream);
+    case Slope::POWER:
+      return write_gradient<Slope::POWER, true>(to, grad, weight, token, slope, more, C, stream);
+  }
+}
+
+// Where a frame's gradient of x is written, and what comes into it.
+template <typename T>
+T* gradient_of_x(const Call& call, int64_t frame, int64_t row, int64_t col) {
+  const Strides& s = call.out_strides;
+  return static_cast<T*>(call.out) + frame / call.T * s.video + frame % call.T * s.frame + row * s.row + col * s.col;
+}
+
+template <typename T>
+Frame<T> frame_of_grad(const Call& call, int64_t frame) {
+  const Strides& s = call.grad_strides;
+  const T* data = static_cast<const T*>(call.grad) + frame / call.T * s.video + frame % call.T * s.frame;
+  return {data, s.row, s.col, s.channel};
+}
+
+struct Feeds {
+  const int32_t *first, *last;
+
+  Feeds(const int32_t* tables, int64_t content) {
+    const int64_t number = content >= 0 ? content : tables[H_FRAMES] + (-1 - content);
+    const int32_t* starts = tables + tables[tables[H_GRADIENT] + G_FEEDS];
+    first = tables + starts[number], last = tables + starts[number + 1];
+  }
+};
+
+// Gradients of summaries, token by token in whole blocks.
+struct SummaryGradients {
+  Block* data;
+  int64_t H, W, blocks;
+
+  SummaryGradients(const int32_t* tables, const Call& call, const Gradients& gradients)
+      : data(static_cast<Block*>(gradients.summaries)),
+        H(tables[H_HEIGHT]),
+        W(tables[H_WIDTH]),
+        blocks((call.C + WIDEST_BLOCK - 1) / WIDEST_BLOCK * (WIDEST_BLOCK / BLOCK)) {}
+
+  Block* at(int64_t s, int64_t r, int64_t c) const { return data + ((s * H + r) * W + c) * blocks; }
+};
+
+inline void add_scaled(Block* sum, const Block* values, float scale, int64_t blocks) {
+  for (int64_t b = 0; b < blocks; ++b) sum[b].a += scale * values[b].a, sum[b].b += scale * values[b].b;
+}
+
+// What comes to tokens through the cells of a column of miniatures: to those of the upper row of windows, `upper`, and
+// of the lower one, `lower`, which a second row of cells covers too where H is odd.
+struct Column {
+  Block *upper, *lower;
+};
+
+void fill_column(const Column& column, const SummaryGradients& g, const Feeds& feeds, int64_t i, int64_t j) {
+  const int64_t h = (g.H + 1) / 2, w = (g.W + 1) / 2;
+  const auto tokens = [](int64_t cell, int64_t size) {  // rows or columns of a cell
+    return (size % 2 == 1 && cell > 0) + (2 * cell + 2 <= size ? 2 : 1);
+  };
+  __builtin_memset(column.upper, 0, g.blocks * sizeof(Block));
+  for (int64_t row = i; row < i + 1 + g.H % 2 && row < h; ++row) {
+    const float share = 1.0f / static_cast<float>(tokens(row, g.H) * tokens(j, g.W));
+    Block* const sum = row == i ? column.upper : column.lower;
+    for (const int32_t* feed = feeds.first; feed < feeds.last; feed += FEED_WORDS) {
+      const int64_t r = feed[F_TILE] / 2 * h + row, c = feed[F_TILE] % 2 * w + j;
+      if (r < g.H && c < g.W) add_scaled(sum, g.at(feed[F_SUMMARY], r, c), share, g.blocks);
+    }
+    if (row == i) __builtin_memcpy(column.lower, column.upper, g.blocks * sizeof(Block));
+  }
+}
+
+template <typename T>
+void fused_gradient_rows(const int32_t* tables, const Call& call, const int32_t* entry, bool mosaic, int64_t first,
+                         int64_t last, bool stream, const Gradients& gradients, const Workspace& workspace) {
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], h = (H + 1) / 2, w = (W + 1) / 2, C = call.C;
+  const int64_t OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], target = entry[E_TARGET];
+  const SummaryGradients summaries(tables, call, gradients);
+  const Feeds feeds(tables, entry[E_CONTENT]);
+  const bool fed = feeds.first < feeds.last;
+  const T* const miniatures = static_cast<const T*>(call.scratch);
+  Mosaic<T> image;
+  int64_t channel = 1;
+  if (mosaic) {
+    for (int k = 0; k < 4; ++k) {
+      const int64_t slot = entry[E_SOURCES + k];
+      image.tiles[k] = slot < 0 ? nullptr : miniatures + slot * h * w * C;
+    }
+    image.h = h, image.w = w, image.row = w * C, image.col = C;
+  } else {
+    const Frame<T> frame = frame_of_x<T>(call, entry[E_CONTENT]);
+    image = {{frame.data}, H, W, frame.row, frame.col};
+    channel = frame.channel;
+  }
+  Block* const columns = static_cast<Block*>(workspace.carried);
+  Column here{columns, columns + summaries.blocks};
+  Column beside{columns + 2 * summaries.blocks, columns + 3 * summaries.blocks};
+
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t bottom = 2 * i + 2 < H ? 2 * i + 2 : H;
+    if (fed) fill_column(here, summaries, feeds, i, 0);
+    for (int64_t j = 0; j < w; ++j) {
+      const int64_t right = 2 * j + 2 < W ? 2 * j + 2 : W;
+      const bool overlaps = W % 2 == 1 && j + 1 < w;  // with the cell to the right
+      if (fed && j + 1 < w) fill_column(beside, summaries, feeds, i, j + 1);
+      const bool pooled = target >= 0 && i < OH && j < OW;
+      const T *taps[4] = {}, *grad = nullptr;
+      float norms[4], dots[4], weights[4], mean = 0;
+      int64_t n = 0;
+      if (pooled) {
+        const Frame<T> of_result = frame_of_grad<T>(call, target);
+        grad = gather(of_result.at(i, j), of_result.channel, C, workspace, FIRST_TAP + 4);
+        for (int64_t r = 2 * i; r < bottom; ++r) {
+          for (int64_t c = 2 * j; c < right; ++c, ++n) {
+            taps[n] = gather(image.at(r, c), channel, C, workspace, FIRST_TAP + n);
+            const bool another = channel == 1 && 2 * j + 4 <= W && j + 1 < OW;
+            const Sums sums = norm_and_dot(taps[n], grad, another ? image.at(r, c + 2) : taps[n], call);
+            weights[n] = norms[n] = sums.norm;
+            dots[n] = sums.dot;
+          }
+        }
+        softmax(weights, n, 0, call.temperature);
+        for (int64_t k = 0; k < n; ++k) mean += weights[k] * dots[k];
+      }
+      n = 0;
+      for (int64_t r = 2 * i; r < bottom; ++r) {
+        for (int64_t c = 2 * j; c < right; ++c, ++n) {
+          const bool lower = r > 2 * i;
+          const Block* const more[2] = {
+              fed ? (lower ? here.lower : here.upper) : nullptr,
+              fed && overlaps && c > 2 * j ? (lower ? beside.lower : beside.upper) : nullptr,
+          };
+          Slope slope;
+          float weight = 0;
+          if (pooled) {
+            weight = weights[n];
+            slope = Slope::of(call.temperature * weight * (dots[n] - mean), taps[n], norms[n], call);
+          }
+          if (mosaic) {
+            write_gradient(summaries.at(-1 - entry[E_CONTENT], r, c), grad, weight, taps[n], slope, more, C, false);
+          } else {
+            T* const to = gradient_of_x<T>(call, entry[E_CONTENT], r, c);
+            write_gradient(to, grad, weight, taps[n], slope, more, C, stream);
+          }
+        }
+      }
+      const Column done = here;
+      here = beside, beside = done;
+    }
+  }
+  if (stream) finish_stores();
+}
+
+template <typename T>
+void window_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t first, int64_t last,
+                 const Gradients& gradients, const Workspace& workspace) {
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], C = call.C;
+  const int32_t *row_runs = tables + tables[H_WINDOW_ROWS], *col_runs = tables + tables[H_WINDOW_COLS];
+  const Frame<T> image = content<T>(tables, call, tables[tables[H_FINAL] + frame]),
+                 of_result = frame_of_grad<T>(call, frame);
+  const auto within = [](int64_t position, int64_t size) {
+    return position < 0 ? 0 : position < size ? position : size;
+  };
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t top = within(row_runs[i], H), bottom = within(row_runs[i] + row_runs[OH + i], H);
+    for (int64_t j = 0; j < OW; ++j) {
+      const int64_t left = within(col_runs[j], W), right = within(col_runs[j] + col_runs[OW + j], W);
+      const T* grad = gather(of_result.at(i, j), of_result.channel, C, workspace, 0);
+      int64_t n = 0;
+      float *logits = workspace.weights, *dots = workspace.norms;
+      for (int64_t r = top; r < bottom; ++r) {
+        for (int64_t c = left; c < right; ++c, ++n) {
+          const T* token = gather(image.at(r, c), image.channel, C, workspace, FIRST_TAP);
+          const Sums sums = norm_and_dot(token, grad, token, call);
+          logits[n] = logit(call.temperature, sums.norm);
+          dots[n] = sums.dot;
+        }
+      }
+      const int64_t zeros = int64_t{row_runs[OH + i]} * col_runs[OW + j] - n;
+      float largest = zeros > 0 ? 0.0f : -HUGE_VALF;
+      for (int64_t k = 0; k < n; ++k) largest = logits[k] > largest ? logits[k] : largest;
+      float total = zeros > 0 ? static_cast<float>(zeros) * expf(0.0f - largest) : 0.0f, mean = 0;
+      for (int64_t k = 0; k < n; ++k) total += logits[k] = expf(logits[k] - largest);
+      for (int64_t k = 0; k < n; ++k) mean += logits[k] / total * dots[k];
+      float* const window = gradients.windows + ((frame * OH + i) * OW + j) * 3;
+      window[0] = largest, window[1] = total, window[2] = mean;
+    }
+  }
+}
+
+template <typename T>
+void gradient_rows(const int32_t* tables, const Call& call, bool windows, int64_t number, int64_t first, int64_t last,
+                   bool stream, const Gradients& gradients, const Workspace& workspace) {
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], C = call.C;
+  const int32_t *section = tables + tables[H_GRADIENT], *final = tables + tables[H_FINAL];
+  const int32_t *row_covers = tables + section[G_WINDOW_ROWS], *col_covers = tables + section[G_WINDOW_COLS];
+  const SummaryGradients summaries(tables, call, gradients);
+  const Feeds feeds(tables, number);
+  int64_t target = number;  // the frame that ends with this content, or -1
+  if (number < 0) {
+    for (target = tables[H_FRAMES] - 1; target >= 0 && final[target] != number;) --target;
+  } else if (final[number] != number) {
+    target = -1;
+  }
+  // `windows` of temporal_grid would be of one token each, with weight 1
+  const Frame<T> of_result = frame_of_grad<T>(call, target < 0 ? 0 : target);
+  Block* const sum = static_cast<Block*>(workspace.carried);
+
+  for (int64_t r = first; r < last; ++r) {
+    for (int64_t c = 0; c < W; ++c) {
+      __builtin_memset(sum, 0, summaries.blocks * sizeof(Block));
+      for (const int32_t* feed = feeds.first; feed < feeds.last; feed += FEED_WORDS) {
+        const int32_t *level = tables + tables[H_LEVELS] + feed[F_LEVEL] * LEVEL_WORDS,
+                      *covers = section + G_LEVELS + 2 * feed[F_LEVEL];
+        const int64_t rows = level[L_ROWS], cols = level[L_COLS];
+        const int64_t row = feed[F_TILE] / cols * H + r, col = feed[F_TILE] % cols * W + c;
+        const int32_t *by_row = tables + covers[0], *by_col = tables + covers[1];
+        const int32_t *heights = tables + level[L_ROW_RUNS] + H, *widths = tables + level[L_COL_RUNS] + W;
+        for (int64_t i = by_row[row]; i < by_row[row] + by_row[rows * H + row]; ++i) {
+          for (int64_t j = by_col[col]; j < by_col[col] + by_col[cols * W + col]; ++j) {
+            const float share = 1.0f / (static_cast<float>(heights[i]) * static_cast<float>(widths[j]));
+            add_scaled(sum, summaries.at(feed[F_SUMMARY], i, j), share, summaries.blocks);
+          }
+        }
+      }
+
+      const T *token = nullptr, *grad = nullptr;
+      float weight = 0, gamma = 0, norm = 0;
+      if (target >= 0 && !windows) {
+        grad = gather(of_result.at(r, c), of_result.channel, C, workspace, 0);
+        weight = 1;
+      } else if (target >= 0) {
+        const int64_t rows = row_covers[H + r], cols = col_covers[W + c];
+        if (rows > 0 && cols > 0) {
+          const Frame<T> image = content<T>(tables, call, number);
+          token = gather(image.at(r, c), image.channel, C, workspace, FIRST_TAP);
+        }
+        for (int64_t w = 0; w < rows * cols; ++w) {
+          const int64_t i = row_covers[r] + w / cols, j = col_covers[c] + w % cols;
+          if (w > 0) {  // the one before
+            const Block* const more[2] = {sum, nullptr};
+            write_gradient(sum, grad, weight, token, Slope{}, more, C, false);
+          }
+          grad = gather(of_result.at(i, j), of_result.channel, C, workspace, 0);
+          const Sums sums = norm_and_dot(token, grad, token, call);
+          norm = sums.norm;
+          const float* window = gradients.windows + ((target * OH + i) * OW + j) * 3;
+          weight = expf(logit(call.temperature, norm) - window[0]) / window[1];
+          gamma += call.temperature * weight * (sums.dot - window[2]);
+        }
+      }
+      const Slope slope = token == nullptr ? Slope{} : Slope::of(gamma, token, norm, call);
+      const Block* const more[2] = {sum, nullptr};
+      if (number < 0) {
+        write_gradient(summaries.at(-1 - number, r, c), grad, weight, token, slope, more, C, false);
+      } else {
+        write_gradient(gradient_of_x<T>(call, number, r, c), grad, weight, token, slope, more, C, stream);
+      }
+    }
+  }
+  if (stream) finish_stores();
+}
+
 template <typename T>
 void norm_rows(const Call& call, int64_t W, int64_t frame, int64_t first, int64_t last, const Workspace& workspace) {
   const Frame<T> image = frame_of_x<T>(call, frame);
@@ -447,7 +850,8 @@ void norm_rows(const Call& call, int64_t W, int64_t frame, int64_t first, int64_
 
 template <typename T>
 constexpr Kernels KERNELS = {
-    STGP_CAPABILITY, fused_rows<T>, summary_rows<T>, pooled_rows<T>, final_rows<T>, norm_rows<T>,
+    STGP_CAPABILITY,        fused_rows<T>,  summary_rows<T>,  pooled_rows<T>, final_rows<T>,
+    fused_gradient_rows<T>, window_rows<T>, gradient_rows<T>, norm_rows<T>,
 };
 
 }  // namespace

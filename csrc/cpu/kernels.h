@@ -18,6 +18,16 @@ struct Workspace {
   float* norms;
 };
 
+// What a gradient keeps beside miniatures or summaries. Channels of `summaries` are in whole blocks, in the order in
+// which kernels hold them.
+struct Gradients {
+  void* summaries;  // (S, H, W, C rounded up to WIDEST_BLOCK) float
+  float* windows;   // (frames, OH, OW, 3): largest logit, sum of powers, mean of grad . token
+};
+
+// Sums are kept in whole blocks of channels; the widest vectors have blocks of so many.
+constexpr int64_t WIDEST_BLOCK = 32;
+
 struct Kernels {
   const char* name;
 
@@ -31,6 +41,14 @@ struct Kernels {
                       const Workspace&);
   void (*final_rows)(const int32_t* tables, const Call&, int64_t frame, int64_t first, int64_t last, bool stream,
                      const Workspace&);
+  // Gradients, whose Call has `grad`. Fused form: rows of cells of an entry. General form: rows of windows of a frame,
+  // then rows of tokens of a content; by windows, or else `grad` is that of every token.
+  void (*fused_gradient_rows)(const int32_t* tables, const Call&, const int32_t* entry, bool mosaic, int64_t first,
+                              int64_t last, bool stream, const Gradients&, const Workspace&);
+  void (*window_rows)(const int32_t* tables, const Call&, int64_t frame, int64_t first, int64_t last, const Gradients&,
+                      const Workspace&);
+  void (*gradient_rows)(const int32_t* tables, const Call&, bool windows, int64_t content, int64_t first, int64_t last,
+                        bool stream, const Gradients&, const Workspace&);
   void (*norm_rows)(const Call&, int64_t W, int64_t frame, int64_t first, int64_t last, const Workspace&);
 };
 
