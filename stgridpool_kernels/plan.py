@@ -114,7 +114,9 @@ class GridPlan:
         """Frames that some summary replaces, in order."""
         return tuple(sorted({target for level in self.levels for target in level.targets}))
 
-    def save(self, path: str | os.PathLike[str], *, frames_per_step: int | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, frames_per_step: int | None = None, gradient: bool = False
+    ) -> None:
         """Write the plan as tables: the file that the C++ functions of csrc/grid_pool.h take, without Python.
 
         The file is an array of little-endian int32 and nothing else; csrc/tables.h has its form, `check_tables` of
@@ -125,7 +127,9 @@ class GridPlan:
             the summaries that these complete are made, so that what is stored in between stays in the cache. None, for
             a GPU: all frames are read first, in as few steps as there can be. Results are the same bit by bit.
 
-        Raises ValueError if frames_per_step is less than 1, OSError where `path` is a folder or no regular file or
+        gradient: for the functions of csrc/grid_pool.h that compute gradients. frames_per_step must be None.
+
+        Raises ValueError if frames_per_step is less than 1, or given for a gradient, OSError where `path` is a folder or no regular file or
         cannot be written, OverflowError if a number of the plan exceeds 32 bits.
         """
         from .tables import plan_tables
@@ -133,7 +137,9 @@ class GridPlan:
 
         if frames_per_step is not None and frames_per_step < 1:
             raise ValueError(f"frames_per_step must be None or at least 1, got {frames_per_step}")
-        words = array("i", plan_tables(self, True, frames_per_step))
+        if frames_per_step is not None and gradient:
+            raise ValueError(f"frames_per_step must be None where gradient is True, got {frames_per_step}")
+        words = array("i", plan_tables(self, True, frames_per_step, gradient))
         if sys.byteorder == "big":
             words.byteswap()
         with atomic_write(path, force=True) as file:

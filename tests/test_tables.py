@@ -248,7 +248,7 @@ def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], frames
     content = (tmp_path / "plan.stgp").read_bytes()
     words = [int.from_bytes(content[i : i + 4], "little", signed=True) for i in range(0, len(content), 4)]
     assert words == list(plan_tables(saved, True, frames_per_step))
-    assert content.startswith(b"STGP\1\0\0\0")
+    assert content.startswith(b"STGP\2\0\0\0")
     assert os.listdir(tmp_path) == ["plan.stgp"]
 
 
