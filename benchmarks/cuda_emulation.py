@@ -19,12 +19,13 @@ import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stgridpool_kernels import compiled, reference
-from stgridpool_kernels.backends import Backend
+from stgridpool_kernels import compiled
+from stgridpool_kernels.backends import Backend, with_kernels
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.tables import Chunk, plan_tables
 
@@ -42,7 +43,7 @@ SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In the order of the C++ enumeration."""
 
-OPS = ("grid_pool", "temporal_grid", "token_norm")
+OPS = ("grid_pool", "temporal_grid", "token_norm", "grid_pool_backward", "temporal_grid_backward")
 """In the order of the C++ enumeration."""
 
 
@@ -156,10 +157,12 @@ def run(
     out: Tensor,
     library: Path | None = None,
     miniatures: Tensor | None = None,
+    grad: Tensor | None = None,
 ) -> None:
     """`op` of x into out by tables; settings are (temperature, norm_type, normalize_norm).
 
     miniatures: of streams, for tables of a chunk of them.
+    grad: of the result, for gradients.
     """
     functions = load(library)
     T, H, W, C = x.shape[-4:]
@@ -173,6 +176,8 @@ def run(
         *settings,
         None if miniatures is None else miniatures.data_ptr(),
     )
+    if grad is not None:
+        call.grad, call.grad_strides = grad.data_ptr(), _five(grad.stride(), grad.dim())
     words = None if tables is None else (ctypes.c_int32 * len(tables))(*tables)
     size = functions.stgp_scratch_bytes(OPS.index(op), words, ctypes.byref(call))
     scratch = torch.full((size + 64,), 0xFF, dtype=torch.uint8)  # NaN in every dtype
@@ -212,6 +217,17 @@ def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -
     run("token_norm", x, None, (1.0, norm_type, normalize_norm), out)
 
 
+def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: Any) -> None:
+    """Gradient of grid_pool, norm_pool or temporal_grid, written into the last argument."""
+    *settings, out = settings_and_out
+    tables = plan_tables(plan, gridding=op != "norm_pool", gradient=True)
+    if op == "temporal_grid":
+        run("temporal_grid_backward", grad, tables, (1.0, 2.0, True), out, grad=grad)
+    else:
+        temperature, norm_type, normalize_norm = settings
+        run("grid_pool_backward", x, tables, (temperature, norm_type, normalize_norm), out, grad=grad)
+
+
 def why_not(x: Tensor | None, plan: GridPlan | None) -> str | None:
     """None where the emulation can run a call, else the reason."""
     if find_compiler() is None:
@@ -232,7 +248,7 @@ def backend() -> Backend:
         temporal_grid=temporal_grid,
         norm_pool=norm_pool,
         token_norm=token_norm,
-        backward=reference.backward,
+        backward=with_kernels(backward),
         only_by_name=lambda: "the emulation runs the kernels on the CPU, slowly",
         keeps_miniatures=compiled.keeps_miniatures_on_cuda,
         pool_chunk=pool_chunk,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,13 @@ def test_every_kernel(capsys):
     assert main([]) == 0, capsys.readouterr().out
     rows = check(sorted(KERNELS.glob("*.cu")), ARCHITECTURES)
     kernels = {"grid_pool_kernel", "token_norm_kernel", "summary_kernel", "final_frames_kernel", "norm_pool_kernel"}
+    kernels |= {"grid_pool_backward_kernel", "window_statistics_kernel", "token_gradient_kernel", "ends_kernel"}
     for arch in ARCHITECTURES:
         here = [row for row in rows if row.arch == arch]
-        assert {row.kernel.split("<")[0] for row in here} == kernels
+        assert {re.split("[<(]", row.kernel)[0] for row in here} == kernels
         assert len({row.kernel for row in here}) == len(here)
         published = [row for row in here if row.published]
-        assert len(published) == 3 * 2 * 2  # types, frames or mosaics, even or odd sizes
+        assert len(published) == 2 * 3 * 2 * 2  # forward or backward, types, frames or mosaics, even or odd sizes
 
 
 def changed(folder: Path, *changes: tuple[str, str, str]) -> Path:

@@ -129,6 +129,8 @@ namespace stgp::cuda {
 int64_t scratch_bytes(Op, const int32_t*, const Call&) { return 0; }
 int grid_pool(const int32_t*, const int32_t*, const Call&, void*) { return 0; }
 int temporal_grid(const int32_t*, const int32_t*, const Call&, void*) { return 0; }
+int grid_pool_backward(const int32_t*, const int32_t*, const Call&, void*) { return 0; }
+int temporal_grid_backward(const int32_t*, const int32_t*, const Call&, void*) { return 0; }
 int token_norm(int64_t, int64_t, int64_t, const Call&, void*) { return 0; }
 }
 """

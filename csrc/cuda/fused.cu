@@ -6,7 +6,7 @@
 //
 // A launch per step of the tables: the frames of x, then the summaries of each level, read as mosaics of miniatures.
 
-#include "norms.cuh"
+#include "fused.cuh"
 
 namespace stgp::cuda {
 namespace {
@@ -30,40 +30,9 @@ struct Fused {
   int32_t cells, spans;           // of a row, for those that have a miniature: cells of a block, and blocks
   int32_t windows, window_spans;  // the same of the others
   int32_t H, W, h, w, OH, OW, C;
+  bool pools;  // or else only miniatures are made
   Norm norm;
   float share, temperature;
-};
-
-// 1 / n of the 1, 2 or 3 rows or columns of a cell: rounded once, exact for 1 and 2, and no division.
-__device__ __forceinline__ float share_of(int32_t n) { return n == 3 ? 1.0f / 3.0f : n == 2 ? 0.5f : 1.0f; }
-
-// Where the tokens of an entry are: in a frame of x, or in the four miniatures that a summary is tiled from.
-template <class T, bool MOSAIC>
-struct Image {
-  const Fused<T>& p;
-  const T* frame;
-  int32_t slots[4];
-
-  __device__ __forceinline__ Image(const Fused<T>& p, const int32_t* entry) : p(p) {
-    if constexpr (MOSAIC) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) slots[n] = entry[E_SOURCES + n];
-    } else {
-      frame = p.x.frame(entry[E_CONTENT]);
-    }
-  }
-
-  __device__ __forceinline__ const T* token(int32_t row, int32_t col) const {
-    if constexpr (MOSAIC) {
-      const bool below = row >= p.h, beside = col >= p.w;
-      const int64_t slot = below ? (beside ? slots[3] : slots[2]) : (beside ? slots[1] : slots[0]);
-      if (below) row -= p.h;
-      if (beside) col -= p.w;
-      return p.scratch + ((slot * p.h + row) * p.w + col) * p.C;
-    } else {
-      return p.x.token(frame, row, col);
-    }
-  }
 };
 
 // Whether blocks take more than a cell or a window each.
@@ -75,23 +44,6 @@ __device__ __forceinline__ void add_word(float (&sums)[PER_WORD<T>], uint32_t wo
   unpack<T>(word, values);
 #pragma unroll
   for (int e = 0; e < PER_WORD<T>; ++e) sums[e] += values[e];
-}
-
-// Weights of the four tokens of a window: softmax(temperature * norm), 0 for tokens that are not taken.
-__device__ __forceinline__ void weigh(const float (&norms)[4], const bool (&taken)[4], float temperature,
-                                      float (&weights)[4]) {
-  float highest = -INFINITY;
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    weights[q] = taken[q] ? logit(temperature, norms[q]) : -INFINITY;
-    highest = fmaxf(highest, weights[q]);
-  }
-#pragma unroll
-  for (int q = 0; q < 4; ++q) weights[q] = expf(weights[q] - highest);
-  // in the order of pool.cu's join over a block
-  const float total = (weights[0] + weights[2]) + (weights[1] + weights[3]);
-#pragma unroll
-  for (int q = 0; q < 4; ++q) weights[q] = __fdividef(weights[q], total);
 }
 
 // out[t, i, j] = sum of a * x[t, r, c] over window (i, j), a = softmax(temperature * norm of x[t, r, c])
@@ -120,12 +72,12 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
   const int32_t cells = walked ? p.cells : p.windows;
   const int32_t i = block / spans % rows, first = block % spans * cells;
   const int32_t* entry = p.entries + (block / (spans * rows) + (walked ? 0 : p.walked)) * ENTRY_WORDS;
-  const int32_t target = entry[E_TARGET], needed = p.tables[entry[E_NEEDED] + i];
+  const int32_t target = p.pools ? entry[E_TARGET] : -1, needed = p.tables[entry[E_NEEDED] + i];
   const bool pooled = target >= 0 && i < p.OH;
   const int32_t stop = min(max(needed, pooled ? p.OW : 0), first + cells);
   if (first >= stop) return;
 
-  const Image<T, MOSAIC> image(p, entry);
+  const Image<T, MOSAIC, Fused<T>> image(p, entry);
   const int64_t x_channel = MOSAIC ? 1 : p.x.strides.channel;
   const bool odd_W = p.W % 2 == 1, over = HALO && p.H % 2 == 1 && i > 0;
   const int32_t top = over ? 2 * i - 1 : 2 * i, bottom = min(2 * i + 2, p.H);
@@ -283,7 +235,8 @@ auto choose_kernel(bool halo, Norm norm) -> void (*)(Fused<T>) {
 }
 
 template <class T>
-cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream) {
+cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call& call, bool pools,
+                 cudaStream_t stream) {
   Fused<T> p{};
   p.x = frames_of_x<T>(call);
   p.out = frames_of_out<T>(call);
@@ -296,6 +249,7 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   p.OH = tables[H_OUT_ROWS];
   p.OW = tables[H_OUT_COLS];
   p.C = static_cast<int32_t>(call.C);
+  p.pools = pools;
   p.norm = norm_kind(call.norm_type);
   p.share = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
   p.temperature = call.temperature;
@@ -319,7 +273,8 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
     const cudaError_t error = launch_in_ranges(count, std::max(walk, pool), [&](int32_t first, int32_t range) {
       p.entries = device_tables + s[S_ENTRIES] + first * ENTRY_WORDS;
       p.walked = std::clamp(all_walked - first, 0, range);
-      return launch(kernel, p.walked * walk + (range - p.walked) * pool, threads, stream, p, shared);
+      const int64_t others = pools ? range - p.walked : 0;
+      return launch(kernel, p.walked * walk + others * pool, threads, stream, p, shared);
     });
     if (error != cudaSuccess) return error;
   }
@@ -328,8 +283,10 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
 
 }  // namespace
 
-cudaError_t pool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream) {
-  return with_type(call.dtype, [&](auto value) { return pool<decltype(value)>(tables, device_tables, call, stream); });
+cudaError_t pool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call, bool pools,
+                       cudaStream_t stream) {
+  return with_type(call.dtype,
+                   [&](auto value) { return pool<decltype(value)>(tables, device_tables, call, pools, stream); });
 }
 
 }  // namespace stgp::cuda

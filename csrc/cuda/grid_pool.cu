@@ -3,6 +3,7 @@
 //   grid_pool      fused.cu where tables, channels and norm allow; else summaries.cu, token_norm.cu and pool.cu
 //   temporal_grid  summaries.cu
 //   token_norm     token_norm.cu
+//   ..._backward   backward.cu, after what these need of the forward
 
 #include <cmath>
 #include <limits>
@@ -17,6 +18,33 @@ int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 int64_t summary_bytes(const int32_t* tables, const Call& call) {
   const int64_t tokens = static_cast<int64_t>(tables[H_SUMMARIES]) * tables[H_HEIGHT] * tables[H_WIDTH];
   return rounded_up(tokens * call.C * value_bytes(call.dtype));
+}
+
+int64_t miniature_bytes(const int32_t* tables, const Call& call) {
+  const int64_t h = (tables[H_HEIGHT] + 1) / 2, w = (tables[H_WIDTH] + 1) / 2;
+  return rounded_up(tables[H_SLOTS] * h * w * call.C * value_bytes(call.dtype));
+}
+
+// Where a gradient's parts of scratch are, and in `bytes` how much it is in all.
+GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool pooled, int64_t* bytes) {
+  const int64_t summaries = tables[H_SUMMARIES], frames = tables[H_FRAMES];
+  const int64_t tokens = static_cast<int64_t>(tables[H_HEIGHT]) * tables[H_WIDTH];
+  const int64_t windows = static_cast<int64_t>(tables[H_OUT_ROWS]) * tables[H_OUT_COLS];
+  const bool fused = pooled && takes_fused(tables, call);
+  *bytes = fused ? miniature_bytes(tables, call) : pooled ? summary_bytes(tables, call) : 0;
+  const auto take = [&](int64_t words) {
+    const int64_t start = *bytes;
+    *bytes += rounded_up(words * 4);
+    return call.scratch == nullptr ? nullptr : static_cast<char*>(call.scratch) + start;
+  };
+  GradientScratch scratch{};
+  scratch.summaries = reinterpret_cast<float*>(take(summaries * tokens * call.C));
+  if (fused) return scratch;
+  scratch.ends = reinterpret_cast<int32_t*>(take(summaries));
+  if (!pooled) return scratch;
+  scratch.norms = reinterpret_cast<float*>(take(frames * tokens));
+  scratch.statistics = reinterpret_cast<float*>(take(frames * windows * 3));
+  return scratch;
 }
 
 // Kernels count channels in int32, a block's pieces beyond the last included.
@@ -39,10 +67,13 @@ bool takes_fused(const int32_t* tables, const Call& call) {
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call) {
   if (op == Op::token_norm || call.miniatures != nullptr) return 0;
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
-  if (op == Op::temporal_grid) return summary_bytes(tables, call);
-  if (takes_fused(tables, call)) {
-    return rounded_up(tables[H_SLOTS] * ((H + 1) / 2) * ((W + 1) / 2) * call.C * value_bytes(call.dtype));
+  if (op == Op::grid_pool_backward || op == Op::temporal_grid_backward) {
+    int64_t bytes = 0;
+    gradient_scratch(tables, call, op == Op::grid_pool_backward, &bytes);
+    return bytes;
   }
+  if (op == Op::temporal_grid) return summary_bytes(tables, call);
+  if (takes_fused(tables, call)) return miniature_bytes(tables, call);
   return summary_bytes(tables, call) + tables[H_FRAMES] * H * W * static_cast<int64_t>(sizeof(float));
 }
 
@@ -50,7 +81,7 @@ int grid_pool(const int32_t* tables, const int32_t* device_tables, const Call& c
   if (tables[H_FRAMES] == 0 || call.C == 0) return cudaSuccess;
   if (too_many_channels(call)) return cudaErrorInvalidValue;
   const auto queue = static_cast<cudaStream_t>(stream);
-  if (takes_fused(tables, call)) return pool_fused(tables, device_tables, call, queue);
+  if (takes_fused(tables, call)) return pool_fused(tables, device_tables, call, true, queue);
   if (call.miniatures != nullptr) return cudaErrorInvalidValue;
   const cudaError_t error = make_summaries(tables, device_tables, call, queue);
   if (error != cudaSuccess) return error;
@@ -64,6 +95,34 @@ int temporal_grid(const int32_t* tables, const int32_t* device_tables, const Cal
   const auto queue = static_cast<cudaStream_t>(stream);
   const cudaError_t error = make_summaries(tables, device_tables, call, queue);
   return error != cudaSuccess ? error : copy_final(tables, device_tables, call, queue);
+}
+
+int grid_pool_backward(const int32_t* tables, const int32_t* device_tables, const Call& call, void* stream) {
+  if (tables[H_FRAMES] == 0 || call.C == 0) return cudaSuccess;
+  if (too_many_channels(call) || tables[H_GRADIENT] == 0) return cudaErrorInvalidValue;
+  const auto queue = static_cast<cudaStream_t>(stream);
+  int64_t bytes = 0;
+  const GradientScratch scratch = gradient_scratch(tables, call, true, &bytes);
+  if (takes_fused(tables, call)) {
+    const cudaError_t error = pool_fused(tables, device_tables, call, false, queue);
+    return error != cudaSuccess ? error : unpool_fused(tables, device_tables, call, scratch, queue);
+  }
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
+  const Strides strides{call.T * H * W, H * W, W, 1, 1};
+  cudaError_t error = make_summaries(tables, device_tables, call, queue);
+  if (error == cudaSuccess) {
+    error = find_norms(tables[H_FRAMES], tables[H_HEIGHT], tables[H_WIDTH], call, device_tables + tables[H_FINAL],
+                       scratch.norms, strides, false, queue);
+  }
+  return error != cudaSuccess ? error : unpool(tables, device_tables, call, scratch, true, queue);
+}
+
+int temporal_grid_backward(const int32_t* tables, const int32_t* device_tables, const Call& call, void* stream) {
+  if (tables[H_FRAMES] == 0 || call.C == 0) return cudaSuccess;
+  if (too_many_channels(call) || tables[H_GRADIENT] == 0) return cudaErrorInvalidValue;
+  int64_t bytes = 0;
+  const GradientScratch scratch = gradient_scratch(tables, call, false, &bytes);
+  return unpool(tables, device_tables, call, scratch, false, static_cast<cudaStream_t>(stream));
 }
 
 int token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, void* stream) {

@@ -20,8 +20,9 @@ bool takes_fused(const int32_t* tables, const Call& call);
 
 int64_t value_bytes(DType dtype);
 
-// The fused form: out from x, miniatures in scratch.
-cudaError_t pool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream);
+// The fused form: out from x, miniatures in scratch. Without `pools` the miniatures alone.
+cudaError_t pool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call, bool pools,
+                       cudaStream_t stream);
 
 // The general form: every summary into scratch as (summaries, H, W, C).
 cudaError_t make_summaries(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream);
@@ -37,5 +38,22 @@ cudaError_t pool_windows(const int32_t* tables, const int32_t* device_tables, co
 // round correctly; norms that only become weights do without.
 cudaError_t find_norms(int32_t frames, int32_t H, int32_t W, const Call& call, const int32_t* final, float* norms,
                        const Strides& norm_strides, bool exact, cudaStream_t stream);
+
+// What gradients need of scratch beside what the forward left at its start. None of it is initialized.
+struct GradientScratch {
+  float* summaries;   // gradients of summaries: (summaries, H, W, C)
+  float* norms;       // of what frames end with: (frames, H, W); those from here on of the general form alone
+  float* statistics;  // of windows: (frames, OH, OW, 3)
+  int32_t* ends;      // (summaries)
+};
+
+// Gradients in x, the fused form: miniatures are in scratch.
+cudaError_t unpool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call,
+                         const GradientScratch& scratch, cudaStream_t stream);
+
+// The same in the general form: summaries and norms are in scratch. Without `pooled` it is that of temporal_grid, which
+// needs neither.
+cudaError_t unpool(const int32_t* tables, const int32_t* device_tables, const Call& call,
+                   const GradientScratch& scratch, bool pooled, cudaStream_t stream);
 
 }  // namespace stgp::cuda

@@ -198,6 +198,14 @@ int stgp_temporal_grid(const int32_t* tables, const Call* call) {
   return cuda::temporal_grid(tables, tables, *call, nullptr);
 }
 
+int stgp_grid_pool_backward(const int32_t* tables, const Call* call) {
+  return cuda::grid_pool_backward(tables, tables, *call, nullptr);
+}
+
+int stgp_temporal_grid_backward(const int32_t* tables, const Call* call) {
+  return cuda::temporal_grid_backward(tables, tables, *call, nullptr);
+}
+
 int stgp_token_norm(int64_t frames, int64_t H, int64_t W, const Call* call) {
   return cuda::token_norm(frames, H, W, *call, nullptr);
 }
