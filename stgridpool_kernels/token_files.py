@@ -243,7 +243,7 @@ def _encoder(tap: str) -> Encoder:
 
 
 def stream_tokens(source: BinaryIO, name: str, chunk: int) -> Iterator[Tensor]:
-    """Tokens (n, H, W, C) with n ≤ `chunk`, read from .npy arrays that follow one another, as numpy.save writes them.
+    """Tokens (n, H, W, C) with n ≤ `chunk`, read from .npy arrays that follow one another.
 
     Nothing is read ahead beyond what `source` buffers, so a pipe will do. `name` is what errors call it.
 
@@ -318,9 +318,9 @@ class TokenWriter:
             text = repr({"descr": kind, "fortran_order": False, "shape": (frames, *shape)})
             text = text.ljust(246) + "\n"
             return np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text.encode()
-        kind = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}[dtype]
+        name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}[dtype]
         bytes_ = frames * math.prod(shape) * dtype.itemsize
-        entry = {"dtype": kind, "shape": [frames, *shape], "data_offsets": [0, bytes_]}
+        entry = {"dtype": name, "shape": [frames, *shape], "data_offsets": [0, bytes_]}
         text = json.dumps({KEY: entry}).ljust(248)
         return len(text).to_bytes(8, "little") + text.encode()
 

@@ -112,7 +112,7 @@ def iter_frames(source: str | os.PathLike[str] | BinaryIO, name: str, *, size: t
     source: a local file, or a stream of bytes that need not end, nor be seekable: its container must be made for that
         (Matroska, MPEG-TS, fragmented MP4). `name` is what errors call it.
     """
-    file = Path(name) if hasattr(source, "read") else _existing(source)  # type: ignore[arg-type]
+    file = Path(name) if hasattr(source, "read") else _existing(source)
     found, end = 0, 0.0
     with _opened(file, source if hasattr(source, "read") else None) as (container, stream):
         declared = int(stream.frames)
