@@ -81,9 +81,8 @@ def main() -> None:
                 torch.tensor([0.2, 0.5, 0.8]).double()
             )
             each = f"{middle / chunk / streams:.0f}"
-            table.add_row(
-                str(chunk), str(streams), f"{low:.0f}", f"{middle:.0f}", f"{high:.0f}", each, f"{kept / 1e6:.1f}"
-            )
+            row = (chunk, streams, f"{low:.0f}", f"{middle:.0f}", f"{high:.0f}", each, f"{kept / 1e6:.1f}")
+            table.add_row(*map(str, row))
     Console().print(table)
 
 

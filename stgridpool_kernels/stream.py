@@ -365,7 +365,7 @@ class GridPoolStream:
         out = x.new_empty((len(x), *known.plan.pooled_size, x.shape[-1]))
         if len(x) == 0:
             return out
-        plan = replace(known.plan, frame_counts=(1,) * len(x)) if len(x) > 64 else self._frames_plan(known, len(x))
+        plan = self._frames_plan(known, len(x))
         with use_backend(known.backend) if known.backend != "auto" else nullcontext():
             backend = choose_backend(x, plan)
         miniatures = backend.keeps_miniatures(known.plan, x.shape[-1], self._settings[1]) and self._levels > 0
@@ -470,7 +470,7 @@ class GridPoolStream:
         if ends:
             frames = torch.stack(list(ends.values()))
             pooled = torch.empty_like(out[: len(ends)])
-            of_ends = replace(known.plan, frame_counts=(1,) * len(ends))
+            of_ends = self._frames_plan(known, len(ends))
             backend.grid_pool(frames, of_ends, *self._settings, pooled)
             out[torch.tensor(list(ends), device=out.device)] = pooled
         return states
@@ -628,6 +628,8 @@ class GridPoolStream:
         states: dict[StreamId, _State] = {}
         for entry in state["streams"]:
             frames, groups = entry["frames"], []
+            if not isinstance(entry["stream"], (int, str)) or entry["stream"] in states:
+                raise ValueError(f"state is damaged: stream {entry['stream']!r} is there twice, or has no such name")
             if not isinstance(frames, int) or frames < 0 or len(entry["groups"]) != self._levels:
                 raise ValueError(f"state is damaged: stream {entry['stream']!r} has frames {frames!r}")
             for number, group in enumerate(entry["groups"]):

@@ -38,7 +38,7 @@ CALLS: dict[str, Arguments] = {
     "whole frames": {"frame_strides": (2, 1, 3), "grid_shape": (2, 1, 3, 2, 1, 1), "sampling": "first"},
     "overwritten": {"frame_strides": (1, 2), "grid_shape": (2, 2, 1, 1), "sampling": "first"},
     "nested": {"frame_strides": (1, 2, 1, 4)},
-    "adaptive": {"frame_strides": (1, 2), "output_size": (3, 9), "norm_type": math.inf},
+    "adaptive": {"frame_strides": (1, 2), "output_size": (3, 4), "norm_type": math.inf},
     "off": {"frame_strides": ()},
 }
 calls = pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS.keys())
@@ -58,7 +58,7 @@ def pushed(stream: GridPoolStream, chunks: list[Tensor] | tuple[Tensor, ...]) ->
 
 @calls
 @pytest.mark.parametrize("chunk", [1, 5, 24])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_chunks_give_the_bits_of_the_whole_video(
     dtype: torch.dtype, chunk: int, arguments: Arguments, backend: str, device: torch.device
 ) -> None:
@@ -102,10 +102,11 @@ def test_streams_packed_in_one_call(data: st.DataObject, backend: str, device: t
     """Streams that are opened, reset and closed as they like give each what they give alone."""
     arguments = data.draw(st.sampled_from([{}, {"sampling": "first"}, CALLS["overlapping"], CALLS["bilinear"]]))
     H, W = small(backend, device)
-    videos = {name: tokens(24, H, W, 8, device=device, seed=seed) for seed, name in enumerate(["a", 7, "c"])}
+    T = 16 if backend == "triton" else 24
+    videos = {name: tokens(T, H, W, 8, device=device, seed=seed) for seed, name in enumerate(["a", 7, "c"])}
     whole = {name: run(backend, "grid_pool", video, **arguments) for name, video in videos.items()}
     server = GridPoolStream(streams=["a", 7], backend=backend, **arguments)
-    for _ in range(4 if backend == "triton" else 12):
+    for _ in range(2 if backend == "triton" else 12):
         match data.draw(st.sampled_from(["push"] * 5 + ["toggle", "reset"])):
             case "toggle":
                 name = data.draw(st.sampled_from(list(videos)))
@@ -115,7 +116,7 @@ def test_streams_packed_in_one_call(data: st.DataObject, backend: str, device: t
             case "push" if server.streams:
                 names = data.draw(st.permutations(server.streams))
                 seen = {name: server.frames(name) for name in names}
-                counts = {name: data.draw(st.integers(0, min(9, 24 - seen[name]))) for name in names}
+                counts = {name: data.draw(st.integers(0, min(9, T - seen[name]))) for name in names}
                 parts = [videos[name][seen[name] : seen[name] + counts[name]] for name in names]
                 out = server.push(torch.cat(parts), streams=names, frame_counts=list(counts.values()))
                 for name, piece in zip(names, out.split(list(counts.values())), strict=True):
@@ -192,7 +193,7 @@ def test_state_is_bounded(arguments: Arguments, backend: str, device: torch.devi
     edges = sum(level.rows * level.cols * (H + W) * C * 4 for level in plan.levels)
     mosaics = len(plan.levels) * H * W * C * 4 + (edges if arguments.get("resize") == "bilinear" else 0)
     most = max(len(plan.levels) * stream_slots() * miniature, mosaics)
-    x = tokens(40 if backend == "triton" else 96, H, W, C, device=device)
+    x = tokens(18 if backend == "triton" else 96, H, W, C, device=device)
     for part in x.split(chunk):
         try:
             stream.push(part)

@@ -78,7 +78,7 @@ def test_pipe_that_is_no_stream_of_tokens(tmp_path: Path, damage: str) -> None:
     if damage == "empty":
         assert list(stream_tokens(io.BytesIO(data), "-", 2)) == []
     else:
-        with pytest.raises(TokenFileError, match="^-: "):
+        with pytest.raises(TokenFileError, match=r"^-: "):
             list(stream_tokens(io.BytesIO(data), "-", 2))
     done = stgp("pool", "-", "-o", str(tmp_path / "out.npy"), "--stream", stdin=data)
     assert done.returncode == 1
@@ -158,3 +158,76 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     short, long = (peak_kib(tmp_path, frames) for frames in (64, 1024))
     assert np.load(tmp_path / "1024.npy", mmap_mode="r").shape == (1024, 8, 8, 512)
     assert long - short < 32 << 10
+
+
+# ---- videos ----
+
+
+def make_video(path: Path, frames: int, height: int = 96, width: int = 128) -> Path:
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        picture = np.empty((height, width, 3), np.uint8)
+        for number in range(frames):
+            picture[...] = ((np.arange(width) + 3 * number) % 256)[:, None]
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                writer.mux(packet)
+        for packet in stream.encode(None):
+            writer.mux(packet)
+    return path
+
+
+def test_every_frame_of_a_video(tmp_path: Path) -> None:
+    from stgridpool_kernels.video import VideoError, iter_frames, read_frames
+
+    path = make_video(tmp_path / "clip.mkv", 37)
+    expected = read_frames(path, 1000, size=(28, 42))
+    assert len(expected) == 37
+    assert np.array_equal(np.stack(list(iter_frames(path, str(path), size=(28, 42)))), expected)
+    with path.open("rb") as pipe:
+        assert np.array_equal(np.stack(list(iter_frames(pipe, "-", size=(28, 42)))), expected)
+    with pytest.raises(VideoError, match="-: not a video"):
+        list(iter_frames(io.BytesIO(b"no video" * 99), "-", size=(28, 42)))
+
+
+def test_video_from_a_file_and_from_a_pipe(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from stgridpool_kernels.encoder import find_model
+
+    try:
+        find_model()
+    except ImportError as error:
+        pytest.skip(str(error))
+    path = make_video(tmp_path / "clip.mkv", 16)
+    x, _ = token_files.load_input(path, key=None, num_frames=99, grid=(2, 4), tap="post_ln")
+    options = ["--stream", "--chunk", "4", "--grid", "2x4"]
+    assert main(["pool", str(path), "-o", str(tmp_path / "file.npy"), *options]) == 0
+    done = stgp("pool", "-", "-o", str(tmp_path / "pipe.npy"), *options, stdin=path.read_bytes())
+    assert done.returncode == 0, done.stderr.decode()
+    expected = stgridpool_kernels.grid_pool(x).numpy()
+    for name in ("file", "pipe"):
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), expected)
+
+
+DECODE = """
+import re, sys
+from stgridpool_kernels.video import iter_frames
+count = sum(1 for _ in iter_frames(sys.stdin.buffer, "-", size=(480, 640)))
+print(count, re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_memory_does_not_grow_with_a_video(tmp_path: Path) -> None:
+    """900 frames more, of 829 MB decoded, take no more than 32 MB."""
+    peaks = []
+    for frames in (100, 1000):
+        path = make_video(tmp_path / f"{frames}.mkv", frames)
+        with path.open("rb") as pipe:
+            done = subprocess.run([sys.executable, "-c", DECODE], stdin=pipe, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        count, peak = map(int, done.stdout.split())
+        assert count == frames
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 32 << 10
