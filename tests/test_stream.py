@@ -102,7 +102,7 @@ def test_streams_packed_in_one_call(data: st.DataObject, backend: str, device: t
     """Streams that are opened, reset and closed as they like give each what they give alone."""
     arguments = data.draw(st.sampled_from([{}, {"sampling": "first"}, CALLS["overlapping"], CALLS["bilinear"]]))
     H, W = small(backend, device)
-    T = 16 if backend == "triton" else 24
+    T = 12 if backend == "triton" else 24  # the strides of every level that completes a group divide both
     videos = {name: tokens(T, H, W, 8, device=device, seed=seed) for seed, name in enumerate(["a", 7, "c"])}
     whole = {name: run(backend, "grid_pool", video, **arguments) for name, video in videos.items()}
     server = GridPoolStream(streams=["a", 7], backend=backend, **arguments)
@@ -214,12 +214,26 @@ def kept(stream: GridPoolStream) -> list[Tensor]:
     return [t for group in groups for t in group.tensors()] + ([] if stream._slots is None else [stream._slots])
 
 
-def test_miniatures_are_read_by_one_pass(backend: str, device: torch.device) -> None:
-    """Where the backend has fused kernels, a push is one call of them, whatever it completes."""
-    tested = next(known for known in BACKENDS if known.name == backend)
-    plan = grid_plan((), 5, 7)
-    assert tested.keeps_miniatures(plan, 8, 2.0) == (backend != "reference")
-    assert not tested.keeps_miniatures(grid_plan((), 5, 7, resize="bilinear"), 8, 2.0)
+def test_a_push_is_one_pass_where_kernels_are_fused(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: torch.device
+) -> None:
+    """At the published settings, whatever it completes: one call of pool_chunk and none of anything else."""
+    number = next(n for n, known in enumerate(BACKENDS) if known.name == backend)
+    names = ("grid_pool", "temporal_grid", "norm_pool", "pool_chunk")
+    called: list[str] = []
+    for name in names:
+        work = getattr(BACKENDS[number], name)
+
+        def counted(*given: Any, name: str = name, work: Any = work) -> None:
+            called.append(name)
+            work(*given)
+
+        monkeypatch.setitem(BACKENDS[number].__dict__, name, counted)
+    x = tokens(17, *small(backend, device), 8, device=device)
+    stream = GridPoolStream(backend=backend)
+    for part in x.split([1, 7, 9]):
+        stream.push(part)
+    assert (called == ["pool_chunk"] * 3) == (backend != "reference")
 
 
 # ---- state_dict ----
