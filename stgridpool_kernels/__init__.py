@@ -5,6 +5,7 @@ from .module import GridPool
 from .ops import grid_pool, norm_pool, temporal_grid, token_norm
 from .plan import GridPlan, grid_plan
 from .stream import GridPoolStream
+from .sharding import support_dtensor
 from .version import __version__
 
 __all__ = [
@@ -20,3 +21,5 @@ __all__ = [
     "token_norm",
     "use_backend",
 ]
+
+support_dtensor()

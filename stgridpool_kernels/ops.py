@@ -204,6 +204,13 @@ def _symbolic_pooled_size(name: str, x: Tensor, a: Arguments) -> tuple[int, int]
     return pooled_size(x.shape[-3], x.shape[-2], **_pooling(name, a))
 
 
+def check_call(name: str, x: Tensor, given: Arguments) -> tuple[tuple[int, ...], torch.dtype]:
+    """Checks a call of a public op by sizes alone, which may be symbolic. Shape and dtype of its result."""
+    a = _defaults[name] | given
+    _check(name, x, a)
+    return _result(x, _symbolic_pooled_size(name, x, a))
+
+
 # ---- registration ----
 
 
@@ -256,9 +263,7 @@ def _fake(name: str) -> None:
     defaults = _defaults[name]
 
     def forward(x: Tensor, **given: Any) -> Tensor:
-        a = defaults | given
-        _check(name, x, a)
-        shape, dtype = _result(x, _symbolic_pooled_size(name, x, a))
+        shape, dtype = check_call(name, x, given)
         return x.new_empty(shape, dtype=dtype)
 
     def forward_out(x: Tensor, *, out: Tensor, **given: Any) -> None:
