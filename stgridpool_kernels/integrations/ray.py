@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, value in (text.split("=", 1) for text in given if _is_option(text)):
             options[name] = read_option(name, value, name)
         report = extract([text for text in given if not _is_option(text)], **args, **options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     print(f"{len(report.written)} written, {len(report.skipped)} there already, {len(report.failed)} failed")
