@@ -125,11 +125,18 @@ def _backward(name: str, func: Any, grad: Tensor, x: Tensor, *others: Any, **giv
     grad_sharded = _dtensor("grad", grad)
     if grad_sharded.device_mesh != shards.mesh:
         raise ValueError(f"grad must be on the mesh of x, {shards.mesh}, got {grad_sharded.device_mesh}")
-    local = grad_sharded.redistribute(placements=shards.placements).to_local()
+    local = _redistribute(grad_sharded, shards.placements).to_local()
     if not shards.takes_part:
         local = local.new_empty((0, *shape[1:]))
     result = shards.whole(func(local, shards.local, *others, **shards.arguments), tuple(x.shape))
-    return result.redistribute(placements=_of_gradient(_dtensor("x", x).placements))
+    return _redistribute(result, _of_gradient(_dtensor("x", x).placements))
+
+
+def _redistribute(x: DTensor, placements: tuple[Placement, ...]) -> DTensor:
+    if tuple(x.placements) == placements:
+        return x
+    # detached, since torch 2.10 fails where x requires a gradient
+    return _dtensor("x", x.detach()).redistribute(placements=placements)
 
 
 def _of_gradient(placements: Sequence[Placement]) -> tuple[Placement, ...]:
@@ -156,7 +163,7 @@ class _Shards:
     def __init__(self, x: DTensor, placements: tuple[Placement, ...], arguments: dict[str, Any]) -> None:
         self.mesh, self.placements, self.arguments = x.device_mesh, placements, arguments
         self.takes_part = x.device_mesh.get_coordinate() is not None
-        self.local = x.redistribute(placements=placements).to_local()
+        self.local = _redistribute(x, placements).to_local()
         if not self.takes_part:  # no frames, so that the op runs and gives no frames
             self.local = self.local.new_empty((0, *x.shape[1:]))
 
