@@ -1,4 +1,4 @@
-# make demo | test | test-vllm | test-sglang | test-lmms-eval | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | compile-check | gpu-check | clean
+# make demo | test | test-vllm | test-sglang | test-lmms-eval | test-llava-next | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | compile-check | gpu-check | clean
 # TORCH="torch==…" puts another torch into .venv; STGP_NO_EXT=1 leaves the compiled kernels out.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/cuda_emulation/*)
 
-.PHONY: demo test test-vllm test-sglang test-lmms-eval lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check compile-check gpu-check clean
+.PHONY: demo test test-vllm test-sglang test-lmms-eval test-llava-next lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check compile-check gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -72,6 +72,19 @@ test-lmms-eval:
 	rm -rf *.egg-info
 	STGP_NO_EXT=1 $(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS_EVAL)/bin/python -m pytest tests/with_lmms_eval $(ARGS)
+
+# the patch for LLaVA-NeXT, on its own classes; no package has them under their name
+
+LLAVA_NEXT := build/llava-next-venv
+
+test-llava-next:
+	$(PYTHON) -m venv $(LLAVA_NEXT)
+	$(LLAVA_NEXT)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(LLAVA_NEXT)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_llava_next/requirements.txt
+	site=$$($(LLAVA_NEXT)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	    cp tests/with_vllm/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=.:tests $(LLAVA_NEXT)/bin/python -m pytest \
+	    --confcutdir=tests/with_llava_next tests/with_llava_next $(ARGS)
 
 # the hooks for SGLang, on its published sources
 
