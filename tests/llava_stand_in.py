@@ -1,7 +1,7 @@
 """What LLaVA-NeXT does between projector and language model, in few lines and with its names: `llava.model.llava_arch`.
 
-Written for the tests of integrations/llava_next.py, which then need no LLaVA-NeXT; `make test-llava-next` compares the two.
-Its pooling hands out views of what the projector returned where it can, as the original does.
+Written for the tests of integrations/llava_next.py, which then need no LLaVA-NeXT; `make test-llava-next` compares
+the two. Its pooling hands out views of what the projector returned where it can, as the original does.
 """
 
 from __future__ import annotations
