@@ -6,11 +6,18 @@ PYTHONPATH, as it is installed there, so that an engine can be run without it to
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +26,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` installs it into an environment of its own")
 
+import numpy as np
 import tiny
 import torch
 import transformers as hf
+from PIL import Image
 from torch import Tensor, nn
 
 from stgridpool_kernels.integrations import transformers as pooled_transformers
@@ -56,27 +65,31 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, caches: Path) -> Any:
+def settings(caches: Path) -> dict[str, str]:
+    """The environment of an engine: no network, little memory, and one process unless a test asks for three."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(caches),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path, settings: dict[str, str]) -> Any:
     """run(folder, batches, arguments, **environment) → (answers, or None if the engine fails; what it printed)."""
 
     def run(
         folder: Path, batches: list[list[str]], arguments: dict | None = None, **environment: str | None
     ) -> tuple[Answers | None, str]:
-        # one process unless a test asks for the three that vLLM starts by itself, each of which imports everything
         several = environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "1"
         request = {
             "arguments": {**({} if several else {"distributed_executor_backend": "uni"}), **(arguments or {})},
             "batches": batches,
         }
-        env = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CACHE_ROOT": str(caches),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            **environment,
-        }
+        env = {**settings, **environment}
         command = [sys.executable, str(HERE / "engine.py"), str(folder), json.dumps(request), "answers.json"]
         done = subprocess.run(
             command,
@@ -99,8 +112,10 @@ def selected(architecture: str, **options: Any) -> dict:
     return {"hf_overrides": {"architectures": [architecture], **({"stgp_options": options} if options else {})}}
 
 
-def expected(folder: Path, names: list[str], tokens_per_frame: int | None = None, **options: Any) -> Answers:
-    """What transformers answers with the same weights and options, one prompt at a time."""
+def expected(
+    folder: Path, names: list[str], tokens_per_frame: int | None = None, show: Any = tiny.video, **options: Any
+) -> Answers:
+    """What transformers answers with the same weights and options, one prompt at a time. show: makes the videos."""
     model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = hf.AutoProcessor.from_pretrained(folder)
     pooled_transformers.patch(model, tokens_per_frame=tokens_per_frame, **options)
@@ -109,7 +124,7 @@ def expected(folder: Path, names: list[str], tokens_per_frame: int | None = None
     answers = {}
     for name in names:
         prompt = tiny.PROMPTS[name]
-        videos = [tiny.video(*made) for made in prompt.videos]
+        videos = [show(*made) for made in prompt.videos]
         pixels = [processor.video_processor(videos=[one], return_tensors="pt")["pixel_values_videos"] for one in videos]
         places = iter([len(video) * 9 + newlines for video in videos])
         ids = torch.tensor([[t for i in prompt.ids for t in ([i] * next(places) if i == tiny.VIDEO else [i])]])
@@ -184,6 +199,118 @@ def test_the_snippet_of_the_page(run: Any, onevision: Path) -> None:
     assert answers, log
     assert_same_answers(answers, expected(onevision, ["6 frames"], temperature=2.0))
     assert "PoolOptions(ceil_mode=True, temperature=2.0)" in log
+
+
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def jpegs(seed: int, frames: int) -> list[bytes]:
+    """A video as a request to a server may hold it."""
+    pictures = []
+    for frame in tiny.video(seed, frames):
+        Image.fromarray(frame).save(packed := BytesIO(), format="JPEG", quality=95)
+        pictures.append(packed.getvalue())
+    return pictures
+
+
+def from_jpegs(seed: int, frames: int) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(BytesIO(picture)).convert("RGB")) for picture in jpegs(seed, frames)])
+
+
+@pytest.fixture
+def server(onevision: Path, tmp_path: Path, settings: dict[str, str]) -> Iterator[tuple[str, Path]]:
+    """The address of the server that the page's command starts, and the file that it logs to."""
+    page = (HERE.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    [command] = re.findall(r"```\n(vllm serve .*?)\n```", page, re.DOTALL)
+    checkpoint = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
+    assert command.count(checkpoint) == 1
+    # of a prompt, the template keeps words and videos; the tiny checkpoint has none of its own
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'video' %}<video> {% else %}{{ part['text'] }} {% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    few = (
+        f"--dtype float32 --enforce-eager --max-model-len 512 --host 127.0.0.1 --port {port} --chat-template {template}"
+    )
+    # the command asks for the version of a distribution called vllm, and the one built for CPUs is called vllm-cpu
+    about = tmp_path / "metadata/vllm-0.32.0+cpu.dist-info/METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    environment = {
+        **settings,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(about.parents[1])]),
+    }
+    log = tmp_path / "log"
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command.replace(checkpoint, str(onevision))} {few}"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            if process.poll() is not None:
+                pytest.fail(log.read_text()[-5000:])
+            try:
+                direct.open(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        else:
+            pytest.fail(log.read_text()[-5000:])
+        yield address, log
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def test_the_server_of_the_page(server: tuple[str, Path], onevision: Path) -> None:
+    """`vllm serve` as the page has it, asked over HTTP for a video; two requests are one after the other."""
+    address, log = server
+    answers = {}
+    for name in ("6 frames", "9 frames"):
+        [made] = tiny.PROMPTS[name].videos
+        data = ",".join(base64.b64encode(picture).decode() for picture in jpegs(*made))
+        content = [
+            {"type": "text", "text": "w5"},
+            {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{data}"}},
+            {"type": "text", "text": "w9 w11"},
+        ]
+        assert tiny.PROMPTS[name].ids == (5, tiny.VIDEO, 9, 11)
+        asked = {
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": tiny.ANSWER,
+            "ignore_eos": True,
+            "logprobs": True,
+            "return_token_ids": True,
+        }
+        request = urllib.request.Request(
+            f"{address}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with direct.open(request, timeout=120) as response:
+            found = json.load(response)
+        [best] = found["choices"]
+        answers[name] = {
+            "places": len(found["prompt_token_ids"]),
+            "tokens": best["token_ids"],
+            "logprobs": [step["logprob"] for step in best["logprobs"]["content"]],
+        }
+    assert_same_answers(answers, expected(onevision, list(answers), show=from_jpegs, temperature=2.0))
+    unlike = expected(onevision, list(answers), show=from_jpegs, temperature=-2.0)
+    assert all(difference(answers[name], unlike[name]) > 10 * CLOSE for name in answers)
+    assert "to 3 × 3 tokens, PoolOptions(ceil_mode=True, temperature=2.0)" in log.read_text()
 
 
 def test_options_in_the_environment_and_several_processes(run: Any, onevision: Path) -> None:
