@@ -61,7 +61,8 @@ cuda-link-check:
 	grep -E '^($(LINK_TOOLS))==' requirements.txt | build/cuda-link/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
 	build/cuda-link/bin/python -m tests.check_cuda_link $(ARGS)
 
-# the models for lmms-eval, in an environment of their own; metadata that `make wheel` leaves in the checkout would hide theirs
+# the models for lmms-eval, in an environment of their own; metadata that `make wheel` leaves in the checkout would hide the
+# entry points of what is installed
 
 LMMS_EVAL := build/lmms-eval-venv
 
@@ -95,7 +96,9 @@ test-sglang:
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	grep -E '^($(LINK_TOOLS))==' requirements.txt | $(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_sglang/requirements.txt
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(SGLANG)/bin/python -m pytest tests/with_sglang $(ARGS)
+	rm -rf *.egg-info
+	STGP_NO_EXT=1 $(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	OMP_NUM_THREADS=1 $(SGLANG)/bin/python -m pytest tests/with_sglang $(ARGS)
 
 # the plugin for vLLM, in an environment of its own; the package is put beside that, so that an engine can run without it
 

@@ -5,8 +5,13 @@ Skipped where SGLang is not installed. `pip install --no-deps -r tests/with_sgla
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from array import array
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,3 +255,43 @@ def test_the_engine_refuses_a_size_that_its_placeholders_do_not_fit(hooked: Any)
     with pytest.raises(ValueError, match=r"SGLang expects 9 tokens per frame .*4 \(2 × 2\)"):
         hooks.load_weights(lambda model, weights: None, of, [])
     assert Hooks(read_options("output_size=3")).load_weights(lambda model, weights: "loaded", of, []) == "loaded"
+
+
+# ---- the switch ----
+
+HERE = Path(__file__).parent
+PAGE = (HERE.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+SWITCHES = re.findall(r"^export STGP_SGLANG=.*$", PAGE, re.MULTILINE)
+
+
+def start(switch: str) -> subprocess.CompletedProcess[str]:
+    """A line of shell, and then what a process of the engine does first."""
+    environment = {name: value for name, value in os.environ.items() if name != "STGP_SGLANG"}
+    environment["PYTHONPATH"] = str(HERE)
+    command = ["bash", "-c", f"{switch}\n{sys.executable} {HERE / 'start.py'}"]
+    return subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_page_has_both_ways_to_switch_on() -> None:
+    assert [switch.partition("=")[2] for switch in SWITCHES] == ["on", "temperature=2,frame_strides=2:4:8"]
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_the_engine_finds_the_plugin_and_puts_its_hooks_in_force(switch: str) -> None:
+    done = start(switch)
+    assert done.returncode == 0, done.stderr
+    hooked, options = done.stdout.splitlines()[-2:]
+    assert hooked == str(sorted(sglang.HOOKED))
+    assert options == f"[{read_options(switch.partition('=')[2])}]"
+
+
+def test_without_the_switch_the_engine_hooks_nothing() -> None:
+    done = start("true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
+
+
+def test_wrong_options_end_the_engine() -> None:
+    done = start("export STGP_SGLANG=temprature=2")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("stgridpool_kernels: STGP_SGLANG=temprature=2: ")
