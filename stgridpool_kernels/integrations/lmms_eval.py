@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -29,8 +28,6 @@ _CLASSES = {
 _REQUESTS = ("loglikelihood", "generate_until", "generate_until_multi_round", "generate_until_agentic")
 # how LLaVA-NeXT calls what video_token_count calls otherwise
 _NEWLINES = {"no_token": "none", "one_token": "one_token", "grid": "grid", "frame": "frame"}
-
-_logger = logging.getLogger(__name__)
 
 
 def manifests() -> list[Any]:
@@ -144,4 +141,6 @@ def _check_tokens(model: Any) -> None:
             f"max_frames_num must leave room for a question: {frames} frames are {total} tokens with these options, "
             f"and LLaVA cuts a prompt at tokenizer_model_max_length, {limit}"
         )
-    _logger.info("%d × %d → %d tokens a frame, %d for %d frames", side, side, tokens, total, frames)
+    options = PoolOptions(**model.stgp_options)
+    log = importlib.import_module("loguru").logger  # lmms-eval's: it shows nothing of the library's own logging
+    log.info(f"ST-GridPool: {side} × {side} → {tokens} tokens a frame, {total} for {frames} frames, {options}")

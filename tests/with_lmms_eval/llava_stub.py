@@ -141,7 +141,10 @@ def install() -> None:
     modules: dict[str, dict[str, Any]] = {
         "llava": {"__version__": "1.7.0", "__path__": []},
         "llava.constants": constants,
-        "llava.conversation": {"SeparatorStyle": SimpleNamespace(TWO=2), "conv_templates": {"plain": talk}},
+        "llava.conversation": {
+            "SeparatorStyle": SimpleNamespace(TWO=2),
+            "conv_templates": {"plain": talk, "qwen_1_5": talk},
+        },
         "llava.mm_utils": text,
         "llava.model": {"__path__": []},
         "llava.model.llava_arch": {"LlavaMetaForCausalLM": LlavaMetaForCausalLM},

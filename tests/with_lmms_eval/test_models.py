@@ -5,12 +5,9 @@ Runs in an environment of its own, `make test-lmms-eval`; `llava` is a stub, as 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,63 +15,11 @@ import stgridpool_kernels as stgp
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed here: make test-lmms-eval")
 
-import av
 import llava_stub
 from lmms_eval import models
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
-
-FRAMES, QUESTIONS = 24, 2
-TASK = """
-task: tiny_video
-dataset_path: json
-dataset_kwargs: {{data_files: {questions}}}
-test_split: train
-output_type: generate_until
-doc_to_visual: !function tiny_task.visual
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{max_new_tokens: 4}}
-metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
-"""
-
-
-@pytest.fixture(autouse=True)
-def llava(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """The stub as `llava`; its own pooling is what a test must leave behind."""
-    llava_stub.install()
-    llava_stub.loaded.clear()
-    own = llava_stub.LlavaMetaForCausalLM.get_2dPool
-    yield own
-    assert llava_stub.LlavaMetaForCausalLM.get_2dPool is own
-
-
-@pytest.fixture(scope="session")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one task: two videos of noise, and a question on each."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = []
-    for number in range(QUESTIONS):
-        path = folder / f"{number}.mp4"
-        pixels = np.random.default_rng(number).integers(0, 256, (FRAMES, 64, 64, 3), dtype=np.uint8)
-        with av.open(path, "w") as container:
-            stream = container.add_stream("mpeg4", rate=1)
-            stream.width = stream.height = 64
-            for image in pixels:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
-        rows.append({"video": str(path), "question": f"What is in video {number}?", "answer": "noise"})
-    (folder / "questions.json").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "tiny_task.py").write_text("def visual(doc):\n    return [doc['video']]\n")
-    (folder / "tiny_video.yaml").write_text(TASK.format(questions=folder / "questions.json"))
-    return folder
-
-
-@pytest.fixture
-def pretrained(tmp_path: Path) -> str:
-    llava_stub.save(tmp_path / "llava-qwen")
-    return str(tmp_path / "llava-qwen")
+from tiny_task import FRAMES, QUESTIONS
 
 
 def arguments(model: str, pretrained: str, **more: object) -> str:

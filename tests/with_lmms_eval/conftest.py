@@ -1,0 +1,34 @@
+"""Fixtures: the stub as `llava`, a task, and a model of few random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+if find_spec("lmms_eval") is not None:  # else the tests are skipped
+    import llava_stub
+    import tiny_task
+
+
+@pytest.fixture(autouse=True)
+def llava(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """The stub as `llava`; its own pooling is what a test must leave behind."""
+    llava_stub.install()
+    llava_stub.loaded.clear()
+    own = llava_stub.LlavaMetaForCausalLM.get_2dPool
+    yield own
+    assert llava_stub.LlavaMetaForCausalLM.get_2dPool is own
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_task.save(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> str:
+    llava_stub.save(tmp_path / "llava-qwen")
+    return str(tmp_path / "llava-qwen")

@@ -1,0 +1,163 @@
+"""The commands of docs/accuracy.md, up to the weights and the data sets: `make test-lmms-eval`.
+
+A shell runs the page's blocks as they stand, with a `python` that notes what it is asked for. lmms-eval's own parser
+then reads every command, and each run is made: of the stub's model instead of the checkpoint, on a task made here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stgridpool_kernels as stgp
+
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed here: make test-lmms-eval")
+
+import llava_stub
+import tiny_task
+import torch
+from lmms_eval.__main__ import parse_eval_args
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import simple_parse_args_string
+
+HERE = Path(__file__).parent
+PAGE = (HERE.parents[1] / "docs" / "accuracy.md").read_text(encoding="utf-8")
+BLOCKS = [block for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) if "pip install" not in block]
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes=1", "-m", "lmms_eval"]
+SIDES = {"average": {"ceil_mode": False}, "bilinear": {"ceil_mode": True}}
+
+# what every name on the page stands for; None is the model's own pooling
+MEANT: dict[str, dict[str, Any] | None] = {
+    "onevision": None,
+    "onevision-stgp": {},
+    "video": None,
+    "video-stgp": {},
+    "ptg-only": {"temperature": 0.0},
+    "nsp-only": {"frame_strides": ()},
+    "both": {},
+    **{f"beta-{beta}": {"temperature": float(beta)} for beta in ("0", "0.5", "1", "2", "5", "10")},
+    **{f"p-{p}": {"norm_type": float(p)} for p in ("1", "2", "3", "4", "inf")},
+    "budget-30": {"output_size": 7},
+    "budget-50": {"output_size": 9},
+}
+
+
+def commands() -> dict[str, list[list[str]]]:
+    """What the page's shell hands to python, by the name that a run is logged under."""
+    note = f"""python() {{ {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@"; }}"""
+    script = "\n".join(["set -eu", note, *BLOCKS])
+    printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[list[str]]] = {}
+    for given in map(json.loads, printed.splitlines()):
+        assert given[: len(LAUNCH)] == LAUNCH
+        name = given[given.index("--output_path") + 1].removeprefix("logs/")
+        found.setdefault(name, []).append(given[len(LAUNCH) :])
+    return found
+
+
+COMMANDS = commands()
+
+
+def parsed(given: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "argv", ["lmms_eval", *given])
+    return parse_eval_args()[1]
+
+
+def test_the_page_has_every_run() -> None:
+    assert list(COMMANDS) == list(MEANT)
+    assert [len(runs) for runs in COMMANDS.values()] == [6] * 4 + [3] * 16
+
+
+def test_every_task_is_one_of_lmms_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = TaskManager("ERROR").all_tasks
+    asked = {parsed(given, monkeypatch).tasks for runs in COMMANDS.values() for given in runs}
+    assert len(asked) == 6
+    assert asked <= set(known)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_of_the_page(name: str, pretrained: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [parsed(given, monkeypatch) for given in COMMANDS[name]]
+    [model_args] = {each.model_args for each in asked}
+    assert {(each.model, each.batch_size, each.log_samples) for each in asked} == {("llava_onevision_stgp", "1", True)}
+    frames = simple_parse_args_string(model_args)["max_frames_num"]
+    options, model = MEANT[name], evaluate(asked[0], of_few_weights(model_args, pretrained), tasks)
+    for features, pooled in model.videos:
+        assert features.shape[:2] == (frames, llava_stub.SIDE**2)
+        own = model.get_2dPool(features)
+        if options is None:
+            assert torch.equal(pooled, own)
+            continue
+        size = {} if "output_size" in options else SIDES[model.config.mm_spatial_pool_mode]
+        grid = features.unflatten(1, (llava_stub.SIDE,) * 2)
+        assert torch.equal(pooled, stgp.grid_pool(grid, **size, **options).flatten(1, 2))
+        assert pooled.shape != own.shape or not torch.equal(pooled, own)
+
+
+def evaluate(asked: Any, model_args: str, tasks: Path) -> Any:
+    """The model that a command line's evaluation loads, here on the task that is made for it."""
+    simple_evaluate(
+        asked.model,
+        model_args=model_args,
+        tasks=["tiny_video"],
+        task_manager=TaskManager("ERROR", include_path=str(tasks), model_name=asked.model),
+        device="cpu",
+        batch_size=1,
+        bootstrap_iters=0,
+    )
+    model = llava_stub.loaded[-1]
+    assert len(model.videos) == tiny_task.QUESTIONS
+    return model
+
+
+def of_few_weights(model_args: str, pretrained: str) -> str:
+    checkpoint = simple_parse_args_string(model_args)["pretrained"]
+    assert model_args.count(checkpoint) == 1
+    return model_args.replace(checkpoint, pretrained) + ",device_map=auto"
+
+
+def test_one_command_in_full(pretrained: str, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launcher and command line in a process of their own; checkpoint, task and device are others."""
+    [given, *_] = COMMANDS["ptg-only"]
+    asked = parsed(given, monkeypatch)
+    swapped = {asked.model_args: of_few_weights(asked.model_args, pretrained), asked.tasks: "tiny_video"}
+    given = [swapped.get(word, word) for word in given]
+    package = tmp_path / "path/llava/__init__.py"  # what a clone of LLaVA-NeXT on the path would be
+    package.parent.mkdir(parents=True)
+    package.write_text("import llava_stub\n\nllava_stub.install()\n")
+    path = [str(package.parents[1]), str(HERE), str(HERE.parent)]
+    done = subprocess.run(
+        [sys.executable, *LAUNCH[:3], "--cpu", *LAUNCH[3:], *given, "--include_path", str(tasks), "--device", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [samples] = (tmp_path / "logs/ptg-only").rglob("*_samples_tiny_video.jsonl")
+    assert len(samples.read_text().splitlines()) == tiny_task.QUESTIONS
+    said = "ST-GridPool: 9 × 9 → 16 tokens a frame, 1024 for 64 frames, PoolOptions(temperature=0.0)"
+    assert said in done.stderr + done.stdout
+
+
+def test_the_command_of_the_other_page(pretrained: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (HERE.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    [command] = re.findall(r"```\n(python -m lmms_eval .*?)```", page, re.DOTALL)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "lmms_eval"]
+    asked = parsed(words[3:], monkeypatch)
+    assert (asked.model, asked.tasks) == ("llava_vid_stgp", "videomme")
+    model = evaluate(asked, of_few_weights(asked.model_args, pretrained), tasks)
+    for features, pooled in model.videos:
+        grid = features.unflatten(1, (llava_stub.SIDE,) * 2)
+        assert torch.equal(pooled, stgp.grid_pool(grid, temperature=2.0, frame_strides=(2, 4, 8)).flatten(1, 2))

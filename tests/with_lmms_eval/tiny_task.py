@@ -1,0 +1,43 @@
+"""A task of lmms-eval: two videos of noise, and a question on each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+
+FRAMES, QUESTIONS = 24, 2
+TASK = """
+task: tiny_video
+dataset_path: json
+dataset_kwargs: {{data_files: {questions}}}
+test_split: train
+output_type: generate_until
+doc_to_visual: !function tiny_visual.visual
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_new_tokens: 4}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def save(folder: Path) -> Path:
+    """What `--include_path` takes."""
+    rows = []
+    for number in range(QUESTIONS):
+        path = folder / f"{number}.mp4"
+        pixels = np.random.default_rng(number).integers(0, 256, (FRAMES, 64, 64, 3), dtype=np.uint8)
+        with av.open(path, "w") as container:
+            stream = container.add_stream("mpeg4", rate=1)
+            stream.width = stream.height = 64
+            for image in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        rows.append({"video": str(path), "question": f"What is in video {number}?", "answer": "noise"})
+    (folder / "questions.json").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tiny_visual.py").write_text("def visual(doc):\n    return [doc['video']]\n")
+    (folder / "tiny_video.yaml").write_text(TASK.format(questions=folder / "questions.json"))
+    return folder
