@@ -1,7 +1,7 @@
 """What a process of SGLang does first: python start.py loads plugins, with SGLang's own loader as published.
 
-Prints what was hooked, and the options that the hooks have. The classes that are hooked are those of published.py, since
-the module that they come from imports what is for a GPU.
+Prints what was hooked, and the options that the hooks have. The classes that are hooked are those of published.py: the
+module that they come from imports what is for a GPU.
 """
 
 from __future__ import annotations
