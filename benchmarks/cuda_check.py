@@ -48,8 +48,8 @@ CHANNELS = (1152, 3584, 4096)
 """Of SigLIP, of LLaVA-Video, and of a 24 × 24 tower: for their blocks, warps are counted."""
 
 FUSED = re.compile(
-    r"\b(?P<name>grid_pool_kernel|grid_pool_backward_kernel)<(?P<type>\w+), \(stgp::cuda::Access\)(?P<access>\d), (?P<l2>true|false), "
-    r"(?P<mosaic>true|false), (?P<halo>true|false)>"
+    r"\b(?P<name>grid_pool_kernel|grid_pool_backward_kernel)<(?P<type>\w+), \(stgp::cuda::Access\)(?P<access>\d), "
+    r"(?P<l2>true|false), (?P<mosaic>true|false), (?P<halo>true|false)>"
 )
 """Kernels of the fused form by their template arguments. Access 0 is by pieces of 128 bits."""
 

@@ -4,8 +4,8 @@ from .backends import available_backends, use_backend
 from .module import GridPool
 from .ops import grid_pool, norm_pool, temporal_grid, token_norm
 from .plan import GridPlan, grid_plan
-from .stream import GridPoolStream
 from .sharding import support_dtensor
+from .stream import GridPoolStream
 from .version import __version__
 
 __all__ = [

@@ -114,9 +114,7 @@ class GridPlan:
         """Frames that some summary replaces, in order."""
         return tuple(sorted({target for level in self.levels for target in level.targets}))
 
-    def save(
-        self, path: str | os.PathLike[str], *, frames_per_step: int | None = None, gradient: bool = False
-    ) -> None:
+    def save(self, path: str | os.PathLike[str], *, frames_per_step: int | None = None, gradient: bool = False) -> None:
         """Write the plan as tables: the file that the C++ functions of csrc/grid_pool.h take, without Python.
 
         The file is an array of little-endian int32 and nothing else; csrc/tables.h has its form, `check_tables` of
@@ -129,8 +127,8 @@ class GridPlan:
 
         gradient: for the functions of csrc/grid_pool.h that compute gradients. frames_per_step must be None.
 
-        Raises ValueError if frames_per_step is less than 1, or given for a gradient, OSError where `path` is a folder or no regular file or
-        cannot be written, OverflowError if a number of the plan exceeds 32 bits.
+        Raises ValueError if frames_per_step is less than 1 or given for a gradient, OSError where `path` is a folder or
+        no regular file or cannot be written, OverflowError if a number of the plan exceeds 32 bits.
         """
         from .tables import plan_tables
         from .writing import atomic_write

@@ -295,6 +295,16 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_file_for_gradients(tmp_path: Path) -> None:
+    PUBLISHED.save(tmp_path / "plan.stgp", gradient=True)
+    words = array("i")
+    words.frombytes((tmp_path / "plan.stgp").read_bytes())
+    assert words == plan_tables(PUBLISHED, gradient=True)
+    assert len(words) > len(plan_tables(PUBLISHED))
+    with pytest.raises(ValueError, match="frames_per_step must be None where gradient is True, got 4"):
+        PUBLISHED.save(tmp_path / "other.stgp", frames_per_step=4, gradient=True)
+
+
 @pytest.mark.parametrize("frames_per_step", [0, -4])
 def test_frames_per_step_is_checked(tmp_path: Path, frames_per_step: int) -> None:
     with pytest.raises(ValueError, match=f"frames_per_step must be None or at least 1, got {frames_per_step}"):
