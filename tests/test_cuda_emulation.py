@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from tolerance import assert_accurate, assert_same_bits
+from tolerance import assert_accurate, assert_gradient_accurate, assert_same_bits
 
 from benchmarks import cuda_emulation
 from stgridpool_kernels import grid_plan
@@ -106,6 +106,73 @@ def test_long_walks(dtype):
     x = tokens(4, 3, 41, 40, dtype=dtype)
     for arguments in ({"frame_strides": (1,)}, {"frame_strides": (1,), "ceil_mode": True}, {"frame_strides": ()}):
         assert_accurate(pooled(x, **arguments), "grid_pool", x, **arguments)
+
+
+# ---- gradients ----
+
+
+def gradient(x, grad, general=False, norm_type=2.0, **arguments):
+    """Of grid_pool of one video, by the fused form where there is one, or by the general form."""
+    T, H, W, _ = x.shape
+    plan = grid_plan(arguments.pop("frame_counts", [T]), H, W, **arguments)
+    tables = plan_tables(plan, gradient=True)
+    if general:
+        assert tables[NUM_STEPS] > 0
+        tables = tables[:]
+        tables[NUM_STEPS] = 0
+    out = torch.full(x.shape, math.nan, dtype=x.dtype)
+    cuda_emulation.run("grid_pool_backward", x, tables, (1.0, norm_type, True), out, grad=grad)
+    return out
+
+
+def gradient_of(x, **arguments):
+    """Random numbers in the shape of what is pooled."""
+    plan = grid_plan([len(x)], *x.shape[1:3], **arguments)
+    return torch.randn(len(x), *plan.pooled_size, x.shape[3], generator=torch.Generator().manual_seed(1)).to(x.dtype)
+
+
+@dtypes
+@sizes
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_fused_and_general_gradients_are_accurate(norm_type, size, dtype):
+    x = tokens(17, *size, 72, dtype=dtype)
+    arguments = {"frame_strides": (1, 2), "ceil_mode": True}
+    grad = gradient_of(x, **arguments)
+    for general in (False, True):
+        found = gradient(x, grad, general, norm_type, **arguments)
+        assert_gradient_accurate(found, "grid_pool", x, grad, norm_type=norm_type, **arguments)
+
+
+@dtypes
+@pytest.mark.parametrize("C", [8, 512, 520, 3584, 8192, 8200])
+def test_gradients_of_numbers_of_channels(C, dtype):
+    x = tokens(8, 3, 5, C, dtype=dtype)
+    arguments = {"frame_strides": (1, 2), "ceil_mode": True}
+    grad = gradient_of(x, **arguments)
+    assert_gradient_accurate(gradient(x, grad, **arguments), "grid_pool", x, grad, **arguments)
+
+
+@dtypes
+def test_a_gradient_alone_and_packed(dtype):
+    """A video that is too short for the grids that have no fused form."""
+    x = tokens(40, 5, 7, 24, dtype=dtype)
+    arguments = {"frame_strides": (2, 4), "grid_shape": (2, 2, 3, 1), "ceil_mode": True}
+    grad = gradient_of(x, **arguments)
+    packed = gradient(x, grad, frame_counts=[31, 9], **arguments)
+    assert_same_bits(packed[31:], gradient(x[31:], grad[31:], **arguments))
+
+
+@dtypes
+@pytest.mark.parametrize("general", [False, True])
+def test_memory_layout_does_not_change_a_bit_of_a_gradient(general, dtype):
+    x = tokens(16, 5, 7, 64, dtype=dtype)
+    arguments = {"frame_strides": (1, 2), "ceil_mode": True}
+    grad = gradient_of(x, **arguments)
+    expected = gradient(x, grad, general, **arguments)
+    assert_same_bits(gradient(misaligned(x), grad, general, **arguments), expected)
+    assert_same_bits(gradient(x, misaligned(grad), general, **arguments), expected)
+    strided = x.movedim(-1, -3).contiguous().movedim(-3, -1)
+    assert_same_bits(gradient(strided, grad, general, **arguments), expected)
 
 
 # ---- what the emulation sees ----
