@@ -30,6 +30,7 @@ from test_backends import (
 )
 from tolerance import assert_gradient_accurate, assert_same_bits
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import stgridpool_kernels
 from stgridpool_kernels import reference
@@ -262,3 +263,61 @@ def test_kernels_have_a_backward_of_their_own(
         monkeypatch.setattr(reference, name, None)
     for op, of_op in zip(ops, expected, strict=True):
         assert_same_bits(gradient(backend, op, x, like_result(op, x)), of_op)
+
+
+# ---- in a training step ----
+
+
+class Step(torch.nn.Module):
+    """A projector, the pooling, and something that its tokens go into."""
+
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.projector, self.head = torch.nn.Linear(C, C), torch.nn.Linear(C, 3)
+
+    def forward(self, x: Tensor, checkpointed: bool = False) -> Tensor:
+        def pooled(x: Tensor) -> Tensor:
+            return torch.ops.stgp.grid_pool(self.projector(x))
+
+        tokens = checkpoint(pooled, x, use_reentrant=False) if checkpointed else pooled(x)
+        return self.head(tokens).square().mean()
+
+
+def parameter_gradients(step: Step) -> list[Tensor]:
+    found = [parameter.grad for parameter in step.parameters()]
+    step.zero_grad()
+    return [gradient for gradient in found if gradient is not None]
+
+
+def test_training_step(backend: str, device: torch.device, size: Size) -> None:
+    """Compiled, and with activations that are computed again, it learns what it learns plainly."""
+    torch.manual_seed(0)
+    step, x = Step(16).to(device), tokens(*size, 16, device=device)
+    with stgridpool_kernels.use_backend(backend):
+        step(x).backward()
+        expected = parameter_gradients(step)
+        assert len(expected) == 4
+        step(x, checkpointed=True).backward()
+        for found, plain in zip(parameter_gradients(step), expected, strict=True):
+            assert_same_bits(found, plain)
+        torch.compile(step, fullgraph=True, backend="aot_eager")(x).backward()
+        for found, plain in zip(parameter_gradients(step), expected, strict=True):
+            torch.testing.assert_close(found, plain)
+    with stgridpool_kernels.use_backend("reference"):
+        step(x).backward()
+    for found, plain in zip(parameter_gradients(step), expected, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_saved_besides_x(backend: str, device: torch.device, size: Size) -> None:
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    x = tokens(*size, 16, device=device).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run(backend, "grid_pool", x)
+    assert sorted(tensor.numel() for tensor in saved) == [1, x.numel()]
+    assert max(saved, key=torch.numel).data_ptr() == x.data_ptr()
