@@ -445,9 +445,16 @@ void final_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t 
 //   weight * g + gamma * d norm / d token,   gamma = temperature * weight * (g . token - sum of weights * (g . tokens))
 
 struct Sums {
-  float norm;  // of the token
-  float dot;   // grad . token
+  double norm;  // of the token
+  double dot;   // grad . token
 };
+
+// Large logits magnify what norms lose, and differences of dots what these lose: lanes are joined in float64.
+inline double sum_lanes_wide(Floats v) {
+  double sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += v[i];
+  return sum;
+}
 
 // The sums over channels of f(|t_c|), which is not a norm yet, and of g_c * t_c.
 template <typename T, typename F>
@@ -465,7 +472,7 @@ inline Sums reduce_both(const T* token, const T* grad, const T* next, int64_t C,
     norm.a += f(v.a), norm.b += f(v.b);
     dot.a += g.a * v.a, dot.b += g.b * v.b;
   }
-  return {sum_lanes(norm.a + norm.b), sum_lanes(dot.a + dot.b)};
+  return {sum_lanes_wide(norm.a) + sum_lanes_wide(norm.b), sum_lanes_wide(dot.a) + sum_lanes_wide(dot.b)};
 }
 
 template <typename T>
@@ -484,7 +491,8 @@ Sums norm_and_dot(const T* token, const T* grad, const T* next, const Call& call
   } else {
     sums = reduce_both(token, grad, next, C, [p](Floats v) { return power(absolute(v), p); });
   }
-  return {finish_norm(sums.norm, call), sums.dot};
+  const double mean = call.normalize_norm ? sums.norm / static_cast<double>(C) : sums.norm;
+  return {p == 1 ? mean : p == 2 ? sqrt(mean) : pow(mean, 1 / p), sums.dot};
 }
 
 // A product that is rounded by itself: fused with a subtraction, the largest logit less itself would not be 0.
@@ -679,7 +687,7 @@ void fused_gradient_rows(const int32_t* tables, const Call& call, const int32_t*
       if (fed && j + 1 < w) fill_column(beside, summaries, feeds, i, j + 1);
       const bool pooled = target >= 0 && i < OH && j < OW;
       const T *taps[4] = {}, *grad = nullptr;
-      float norms[4], dots[4], weights[4], mean = 0;
+      double norms[4], dots[4], weights[4], largest = -HUGE_VAL, total = 0, mean = 0;
       int64_t n = 0;
       if (pooled) {
         const Frame<T> of_result = frame_of_grad<T>(call, target);
@@ -689,12 +697,13 @@ void fused_gradient_rows(const int32_t* tables, const Call& call, const int32_t*
             taps[n] = gather(image.at(r, c), channel, C, workspace, FIRST_TAP + n);
             const bool another = channel == 1 && 2 * j + 4 <= W && j + 1 < OW;
             const Sums sums = norm_and_dot(taps[n], grad, another ? image.at(r, c + 2) : taps[n], call);
-            weights[n] = norms[n] = sums.norm;
-            dots[n] = sums.dot;
+            norms[n] = sums.norm, dots[n] = sums.dot;
+            weights[n] = call.temperature * norms[n];
+            largest = weights[n] > largest ? weights[n] : largest;
           }
         }
-        softmax(weights, n, 0, call.temperature);
-        for (int64_t k = 0; k < n; ++k) mean += weights[k] * dots[k];
+        for (int64_t k = 0; k < n; ++k) total += weights[k] = exp(weights[k] - largest);
+        for (int64_t k = 0; k < n; ++k) weights[k] /= total, mean += weights[k] * dots[k];
       }
       n = 0;
       for (int64_t r = 2 * i; r < bottom; ++r) {
@@ -707,8 +716,9 @@ void fused_gradient_rows(const int32_t* tables, const Call& call, const int32_t*
           Slope slope;
           float weight = 0;
           if (pooled) {
-            weight = weights[n];
-            slope = Slope::of(call.temperature * weight * (dots[n] - mean), taps[n], norms[n], call);
+            weight = static_cast<float>(weights[n]);
+            const double gamma = call.temperature * weights[n] * (dots[n] - mean);
+            slope = Slope::of(static_cast<float>(gamma), taps[n], static_cast<float>(norms[n]), call);
           }
           if (mosaic) {
             write_gradient(summaries.at(-1 - entry[E_CONTENT], r, c), grad, weight, taps[n], slope, more, C, false);
@@ -746,8 +756,8 @@ void window_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t
         for (int64_t c = left; c < right; ++c, ++n) {
           const T* token = gather(image.at(r, c), image.channel, C, workspace, FIRST_TAP);
           const Sums sums = norm_and_dot(token, grad, token, call);
-          logits[n] = logit(call.temperature, sums.norm);
-          dots[n] = sums.dot;
+          logits[n] = logit(call.temperature, static_cast<float>(sums.norm));
+          dots[n] = static_cast<float>(sums.dot);
         }
       }
       const int64_t zeros = int64_t{row_runs[OH + i]} * col_runs[OW + j] - n;
@@ -817,10 +827,10 @@ void gradient_rows(const int32_t* tables, const Call& call, bool windows, int64_
           }
           grad = gather(of_result.at(i, j), of_result.channel, C, workspace, 0);
           const Sums sums = norm_and_dot(token, grad, token, call);
-          norm = sums.norm;
+          norm = static_cast<float>(sums.norm);
           const float* window = gradients.windows + ((target * OH + i) * OW + j) * 3;
           weight = expf(logit(call.temperature, norm) - window[0]) / window[1];
-          gamma += call.temperature * weight * (sums.dot - window[2]);
+          gamma += call.temperature * weight * (static_cast<float>(sums.dot) - window[2]);
         }
       }
       const Slope slope = token == nullptr ? Slope{} : Slope::of(gamma, token, norm, call);
