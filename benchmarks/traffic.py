@@ -121,7 +121,7 @@ def count_launches(plan: GridPlan) -> list[Counts]:
     for launch in call.launches:
         recorder = Recorder(x=x, out=out, cells=cells, tables=tables)
         with recorder.watch():
-            launch(x, out, cells, tables, 0)
+            launch((x, out, cells, tables), 0)
         loads, stores = recorder.loads, recorder.stores
         again = {name: int(times.sum()) - np.count_nonzero(times) for name, times in loads.items()}
         counts.append(

@@ -8,6 +8,7 @@ import os
 import re
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,12 @@ def norm_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
     _kernels().execute("norm_pool", x, plan, (temperature, norm_type, normalize_norm), out)
+
+
+def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *arguments: Any) -> None:
+    """The gradient of any op but token_norm in x; the arguments are those of the op, then the tensor for it."""
+    *settings, grad_x = arguments
+    _kernels().execute_backward(op, grad, x, plan, tuple(settings) or (1.0, 2.0, True), grad_x)
 
 
 def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:

@@ -254,8 +254,8 @@ def test_frames_without_influence_get_zero(
 def test_kernels_have_a_backward_of_their_own(
     backend: str, device: torch.device, size: Size, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend in ("reference", "triton"):
-        pytest.skip("the reference computes it")
+    if backend == "reference":
+        pytest.skip("it is what the others are held against")
     x = tokens(*size, 16, device=device)
     ops = ("grid_pool", "norm_pool", "temporal_grid")
     expected = [gradient(backend, op, x, like_result(op, x)) for op in ops]

@@ -1,8 +1,8 @@
 """Triton kernels for every op, and which of them a call takes. One file per idea, each a kernel and then its launches:
 
 fused: grid_pool and norm_pool at the published settings. summaries: temporal_grid. pool: norm_pool with any windows.
-token_norm. Tiles and the arithmetic on them are in tiles, sizes in config, what happens between a call and the device
-in launch.
+token_norm. backward: the gradients of all but the last. Tiles and the arithmetic on them are in tiles, sizes in config,
+what happens between a call and the device in launch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..plan import GridPlan, grid_plan
 from ..schedule import Schedule, pools_pairs, shrinks_by_halves
 from ..tables import Chunk
-from . import config, fused, pool, summaries, token_norm
+from . import backward, config, fused, pool, summaries, token_norm
 from .launch import Call, Request, run
 
 INTERPRETED = not isinstance(fused.grid_pool_kernel, triton.JITFunction)
@@ -29,6 +29,16 @@ def execute(op: str, x: Tensor, plan: GridPlan | None, settings: tuple[float, fl
     layout = (x.shape, x.stride(), out.stride(), x.data_ptr() % 16, out.data_ptr() % 16)
     key = (op, id(plan), settings, layout, x.dtype, x.device)
     run(key, lambda: prepare(op, x, plan, settings, out), x, out)
+
+
+def execute_backward(
+    op: str, grad: Tensor, x: Tensor, plan: GridPlan, settings: tuple[float, float, bool], grad_x: Tensor
+) -> None:
+    """The gradient in x of any op but token_norm, from `grad`, that of its result, into grad_x."""
+    aligned = (x.data_ptr() % 16, grad.data_ptr() % 16, grad_x.data_ptr() % 16)
+    layout = (x.shape, x.stride(), grad.stride(), grad_x.stride(), aligned)
+    key = (f"gradient of {op}", id(plan), settings, layout, x.dtype, grad.dtype, x.device)
+    run(key, lambda: prepare_backward(op, grad, x, plan, settings, grad_x), x, grad_x, grad=grad)
 
 
 def takes_fused(plan: GridPlan, channels: int) -> bool:
@@ -70,3 +80,22 @@ def prepare(
     if takes_fused(plan, x.shape[-1]):
         return fused.prepare(request)
     return pool.prepare(request)
+
+
+def prepare_backward(
+    op: str,
+    grad: Tensor,
+    x: Tensor,
+    plan: GridPlan,
+    settings: tuple[float, float, bool],
+    grad_x: Tensor,
+    capability: tuple[int, int] | None = None,
+) -> Call:
+    """What the gradient of `op` launches, as `prepare`."""
+    if capability is None:
+        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    steps = Schedule.none(plan) if op == "norm_pool" else Schedule.of(plan)
+    request = Request(op, x, grad_x, plan, steps, *settings, capability, grad)
+    if op != "temporal_grid" and takes_fused(plan, x.shape[-1]):
+        return backward.prepare_pairs(request)
+    return backward.prepare_tokens(request)

@@ -33,6 +33,15 @@ class FusedConfig:
 
 
 @dataclass(frozen=True)
+class BackwardConfig:
+    """block, num_warps: as above; a tile is a window of 4 tokens. registers: at most so many a thread, or None."""
+
+    block: int
+    num_warps: int
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """Tiles of (4, `block`) values of at most `bytes` bytes, on compute capability `capability` and above."""
 
@@ -74,6 +83,12 @@ def fused_config(C: int, value_bytes: int, capability: tuple[int, int]) -> Fused
     block = _block(C, MAX_BLOCK)
     row = next(row for row in ROWS if block <= row.block and value_bytes <= row.bytes and capability >= row.capability)
     return FusedConfig(block, row.num_warps, row.stages)
+
+
+def backward_config(C: int, value_bytes: int, capability: tuple[int, int]) -> BackwardConfig:
+    """For the gradient of the windows of 4 tokens."""
+    found = fused_config(C, value_bytes, capability)
+    return BackwardConfig(found.block, found.num_warps)
 
 
 def tile_config(C: int, wanted: int) -> Config:

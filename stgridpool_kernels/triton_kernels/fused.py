@@ -230,7 +230,21 @@ def prepare_chunk(request: Request, chunk: Chunk) -> Call:
 
 def prepare(request: Request) -> Call:
     """One launch for the frames of x, then one for the mosaics of each level."""
+    ends = {content: frame for frame, content in enumerate(request.steps.final)}
+    launches, tables, slots = launch_cells(request, ends)
+    return Call(request.plan, launches, len(slots) * cells_of_slot(request), tables_on(request.x.device, tables))
+
+
+def cells_of_slot(request: Request) -> int:
+    """Elements of a miniature."""
     H, W, C = request.x.shape[-3:]
+    return -(-H // 2) * -(-W // 2) * C
+
+
+def launch_cells(request: Request, ends: dict[int, int]) -> tuple[list[Launch], list[int], dict[int, int]]:
+    """Launches that pool the contents of `ends` into these frames, and shrink what is sampled; their tables; and the
+    slot of every miniature."""
+    H, W = request.x.shape[-3:-1]
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
     steps = request.steps
@@ -246,7 +260,6 @@ def prepare(request: Request) -> Call:
         if counts not in rows:
             rows[counts] = len(tables)
             tables += counts
-    ends = {content: frame for frame, content in enumerate(steps.final)}
 
     def launch(walked: Sequence[int], pooled: Sequence[int], cells: int, **arguments: object) -> Launch:
         entries = len(tables)
@@ -261,7 +274,7 @@ def prepare(request: Request) -> Call:
         return Launch(grid_pool_kernel, (programs, 1, 1), shared | arguments, num_warps=config.num_warps, **options)
 
     sampled = sorted(content for content in needed if content >= 0)
-    pooled = [frame for frame, content in enumerate(steps.final) if content == frame and frame not in needed]
+    pooled = [content for content in ends if content >= 0 and content not in needed]
     levels = [[~s for s in level if ~s in needed or ~s in ends] for level in steps.by_level()]
     levels = [mosaics for mosaics in levels if mosaics]
     parts = len(levels) + 1 if config.spread else 1
@@ -272,4 +285,4 @@ def prepare(request: Request) -> Call:
     # mosaics are few and in the cache: rather more programs than fewer bytes
     for mosaics, share_of_windows in zip(levels, shares[1:], strict=True):
         launches.append(launch(mosaics, share_of_windows, config.mosaic_cells, STAGES=1, MOSAIC=True))
-    return Call(request.plan, launches, len(slots) * h * w * C, tables_on(request.x.device, tables))
+    return launches, tables, slots

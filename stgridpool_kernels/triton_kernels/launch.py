@@ -23,6 +23,8 @@ from .tiles import norm_kind
 MAX_CALLS = 256
 """Prepared calls, and so tables, that are kept; the least recently used goes first."""
 
+TENSORS = ("x", "out", "scratch", "tables", "grad", "gradients")
+"""What kernels get first, of which the backward's alone take the last two."""
 
 Arguments = dict[str, Any]
 """Of a kernel, by name."""
@@ -41,6 +43,8 @@ class Request:
     norm_type: float
     normalize_norm: bool
     capability: tuple[int, int]
+    grad: Tensor | None = None
+    """Of the result, where `out` is the gradient in x."""
 
     @property
     def gridded(self) -> bool:
@@ -48,10 +52,12 @@ class Request:
         return self.op in ("grid_pool", "temporal_grid") and bool(self.plan.levels)
 
     def sizes(self) -> Arguments:
-        """H, W, C, T and the strides of x and out by the names that every kernel uses."""
+        """H, W, C, T and the strides of x, out and grad by the names that every kernel uses."""
         T, H, W, C = self.x.shape[-4:]
         found: Arguments = {"T": T, "H": H, "W": W, "C": C}
-        for name, tensor in (("x", self.x), ("out", self.out)):
+        for name, tensor in (("x", self.x), ("out", self.out), ("grad", self.grad)):
+            if tensor is None:
+                continue
             strides = tensor.stride() if self.x.dim() == 5 else (0, *tensor.stride())
             axes = ("video", "frame", "row", "col", "channel")
             found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
@@ -69,47 +75,71 @@ class Request:
 
 
 class Launch:
-    """One launch of a kernel, whose first parameters are (x, out, scratch, tables); `arguments` names the others."""
+    """One launch of a kernel, whose first parameters are the first so many of `TENSORS`: 4, or all in the backward.
 
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: Arguments, **options: Any) -> None:
+    `arguments` names the others.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], arguments: Arguments, tensors: int = 4, **options: Any
+    ) -> None:
         self.kernel = kernel
         self.grid = grid
-        self.arguments = tuple(arguments[name] for name in kernel.arg_names[4:])
+        self.tensors = tensors
+        self.arguments = tuple(arguments[name] for name in kernel.arg_names[tensors:])
         self.options = {"enable_fp_fusion": True, **options}
         self._compiled: Callable[..., None] | None = None
 
-    def __call__(self, x: Tensor, out: Tensor, scratch: Tensor | None, tables: Tensor | None, stream: int) -> None:
+    def __call__(self, tensors: Sequence[Tensor | None], stream: int) -> None:
         # The first time, triton compiles or finds the kernel for these types, alignments and constants. The caches'
         # keys hold all of them, so what it found stays right, and finding it is most of the time of a launch.
         if self._compiled is None:
-            compiled = self.kernel[self.grid](x, out, scratch, tables, *self.arguments, **self.options)
+            compiled = self.kernel[self.grid](*tensors[: self.tensors], *self.arguments, **self.options)
             if compiled is not None:  # the interpreter compiles nothing
                 self._compiled = compiled[self.grid]
         else:
-            self._compiled(x, out, scratch, tables, *self.arguments, stream=stream)
+            self._compiled(*tensors[: self.tensors], *self.arguments, stream=stream)
 
 
 class Call:
-    """All launches of a call with given sizes, strides, dtype, alignment and settings; `scratch` is in elements."""
+    """All launches of a call with given sizes, strides, dtype, alignment and settings.
 
-    def __init__(self, plan: object, launches: Sequence[Launch], scratch: int, tables: Tables | None) -> None:
+    `scratch` and `gradients` are in elements, of x.dtype and of float32.
+    """
+
+    def __init__(
+        self, plan: object, launches: Sequence[Launch], scratch: int, tables: Tables | None, gradients: int = 0
+    ) -> None:
         self.plan = plan  # the cache knows plans by identity: this one must stay while its call is kept
         self.launches = tuple(launches)
         self.has_run = False
         self.scratch = scratch
         self.tables = tables
+        self.gradients = gradients
 
-    def __call__(self, x: Tensor, out: Tensor, stream: int, capturing: bool, kept: Tensor | None = None) -> None:
+    def __call__(
+        self,
+        x: Tensor,
+        out: Tensor,
+        stream: int,
+        capturing: bool,
+        kept: Tensor | None = None,
+        grad: Tensor | None = None,
+    ) -> None:
         scratch = kept
         if self.scratch:
             scratch = torch.empty(self.scratch, dtype=x.dtype, device=x.device)
+        gradients = None
+        if self.gradients:
+            gradients = torch.empty(self.gradients, dtype=torch.float32, device=x.device)
         tables = None
         if self.tables is not None:
             tables = self.tables.tensor
             if x.is_cuda:
                 self.tables.use(stream, capturing)
+        tensors = (x, out, scratch, tables, grad, gradients)
         for launch in self.launches:
-            launch(x, out, scratch, tables, stream)
+            launch(tensors, stream)
         self.has_run = True
 
 
@@ -117,22 +147,29 @@ _lock = threading.Lock()
 _calls: OrderedDict[Hashable, Call] = OrderedDict()
 
 
-def run(key: Hashable, prepare: Callable[[], Call], x: Tensor, out: Tensor, kept: Tensor | None = None) -> None:
+def run(
+    key: Hashable,
+    prepare: Callable[[], Call],
+    x: Tensor,
+    out: Tensor,
+    kept: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> None:
     """Runs the call known as `key`, which `prepare` makes the first time, on the current stream of x's device.
 
-    kept: scratch of the caller's, for a call that allocates none.
+    kept: scratch of the caller's, for a call that allocates none. grad: of the result, where out is the gradient in x.
     """
     if not x.is_cuda:
         # triton's interpreter computes with NumPy, which warns of NaN and overflow
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _find(key, prepare, False)(x, out, 0, False, kept)
+            _find(key, prepare, False)(x, out, 0, False, kept, grad)
         return
     other_device = x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if other_device else nullcontext():
         capturing = torch.cuda.is_current_stream_capturing()
         call = _find(key, prepare, capturing)
-        call(x, out, triton.runtime.driver.active.get_current_stream(x.device.index), capturing, kept)
+        call(x, out, triton.runtime.driver.active.get_current_stream(x.device.index), capturing, kept, grad)
 
 
 def _find(key: Hashable, prepare: Callable[[], Call], capturing: bool) -> Call:
