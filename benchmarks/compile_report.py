@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -46,34 +46,48 @@ SHAPES = ((64, 27, 27, 3584), (64, 24, 24, 4096), (64, 27, 27, 1152))
 
 @dataclass(frozen=True)
 class Case:
-    """A call. published: with the settings that have kernels of their own, of which `limits_missed` asks most."""
+    """A call. published: with the settings that have kernels of their own, of which `limits_missed` asks most.
+    gradient: of the call in x, instead of the call."""
 
     op: str
     arguments: Mapping[str, Any]
     published: bool = False
+    gradient: bool = False
 
     @property
     def name(self) -> str:
         shown = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
-        return f"{self.op}({shown})" if shown else self.op
+        call = f"{self.op}({shown})" if shown else self.op
+        return f"gradient of {call}" if self.gradient else call
+
+    @property
+    def of_gradient(self) -> Case:
+        return replace(self, gradient=True)
 
 
-PUBLISHED = (
+def _with_gradients(*cases: Case) -> tuple[Case, ...]:
+    """token_norm has no kernel for its own."""
+    return (*cases, *(case.of_gradient for case in cases if case.op != "token_norm"))
+
+
+PUBLISHED = _with_gradients(
     Case("grid_pool", {}, published=True),
     Case("grid_pool", {"ceil_mode": True}, published=True),
     Case("norm_pool", {}, published=True),
 )
-GENERAL = (
+GENERAL = _with_gradients(
     Case("grid_pool", {"kernel_size": 3, "stride": 2, "padding": 1}),
     Case("grid_pool", {"resize": "bilinear"}),
     Case("grid_pool", {"output_size": (10, 10)}),
     Case("temporal_grid", {}),
     Case("token_norm", {}),
 )
-NORMS = tuple(
-    Case(op, {**windows, **norm})
-    for op, windows in (("grid_pool", {}), ("norm_pool", {"kernel_size": 3}), ("token_norm", {}))
-    for norm in ({"norm_type": 1.0}, {"norm_type": float("inf")}, {"norm_type": 3.0, "normalize_norm": False})
+NORMS = _with_gradients(
+    *(
+        Case(op, {**windows, **norm})
+        for op, windows in (("grid_pool", {}), ("norm_pool", {"kernel_size": 3}), ("token_norm", {}))
+        for norm in ({"norm_type": 1.0}, {"norm_type": float("inf")}, {"norm_type": 3.0, "normalize_norm": False})
+    )
 )
 """Of everything that kernels are specialised for, the one that no shape and no window brings about."""
 
@@ -221,13 +235,19 @@ def compile_call(case: Case, shape: Shape, dtype: torch.dtype, arch: int) -> lis
     T, H, W, _ = shape
     plan = None if case.op == "token_norm" else grid_plan([T], H, W, **OTHER_HALF.get(case.op, {}), **geometry)
 
-    call = triton_kernels.prepare(case.op, x, plan, tuple(settings.values()), out, divmod(arch, 10))
+    values, capability = tuple(settings.values()), divmod(arch, 10)
+    if case.gradient:
+        grad, out = out, torch.empty_like(x)
+        call = triton_kernels.prepare_backward(case.op, grad, x, plan, values, out, capability)
+    else:
+        grad, call = None, triton_kernels.prepare(case.op, x, plan, values, out, capability)
     scratch = torch.empty(call.scratch, dtype=dtype, device="meta") if call.scratch else None
-    tables = call.tables.tensor if call.tables else None
+    gradients = torch.empty(call.gradients, dtype=torch.float32, device="meta") if call.gradients else None
+    tensors = (x, out, scratch, call.tables.tensor if call.tables else None, grad, gradients)
     triton.runtime.driver.set_active(AbsentDevice(arch))
     return [
         # what a launch does the first time, up to the launch itself
-        launch.kernel.warmup(x, out, scratch, tables, *launch.arguments, grid=launch.grid, **launch.options)
+        launch.kernel.warmup(*tensors[: launch.tensors], *launch.arguments, grid=launch.grid, **launch.options)
         for launch in call.launches
     ]
 
