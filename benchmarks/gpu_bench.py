@@ -33,9 +33,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "spread, mosaic_cells 2": {"spread": True, "mosaic_cells": 2},
     "stages 1": {"stages": 1},
     "stages 3": {"stages": 3},
-    "num_warps 4": {"num_warps": 4, "walk_registers": 255},
+    "num_warps 4": {"num_warps": 4, "registers": 255},
     "num_warps 16": {"num_warps": 16},
-    "walk_registers 168": {"walk_registers": 168},
+    "registers 168": {"registers": 168},
 }
 """What the fused kernel may do otherwise (`triton_kernels.config.FusedConfig`)."""
 

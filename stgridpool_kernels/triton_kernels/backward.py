@@ -24,7 +24,7 @@ import triton.language as tl
 from ..device_tables import tables_on
 from ..plan import Runs
 from ..schedule import covers, feeds
-from .config import backward_config, channelwise_config, tile_config
+from .config import channelwise_config, fused_config, tile_config
 from .fused import cells_of_slot, frame_of, launch_cells, load_tile, places_in, share
 from .launch import TENSORS, Call, Launch, Request
 from .pool import load_window
@@ -143,20 +143,19 @@ def pair_gradient_kernel(
 
     if not PLAIN:
         feed = tables + tl.load(entry + 2)
-        for number in tl.range(tl.load(entry + 3), num_stages=1):
-            s, tile_number = tl.load(feed + 2 * number), tl.load(feed + 2 * number + 1)
-            for cell in tl.static_range(4):
-                if cell // 2 <= ODD_H and cell % 2 <= ODD_W:
-                    down, right = i + cell // 2, j + cell % 2
-                    row, col = tile_number // 2 * h + down, tile_number % 2 * w + right
-                    sampled = (down < h) & (right < w) & (row < H) & (col < W)
-                    top = tl.maximum(2 * down - ODD_H, 0)
-                    left = tl.maximum(2 * right - ODD_W, 0)
-                    size = share(tl.minimum(2 * down + 2, H) - top) * share(tl.minimum(2 * right + 2, W) - left)
-                    place = ((s.to(tl.int64) * H + row) * W + col) * C
-                    of_cell = tl.load(gradients + place + channels, mask=channels < tl.where(sampled, C, 0), other=0.0)
-                    averaged = (token // 2 >= cell // 2) & (token % 2 >= cell % 2)
-                    found += tl.where(averaged[:, None], (of_cell * size)[None, :], 0.0)
+        CELLS: tl.constexpr = (1 + ODD_H) * (1 + ODD_W)
+        for step in tl.range(tl.load(entry + 3) * CELLS, num_stages=1):  # one loop: it is not unrolled
+            s, tile_number = tl.load(feed + step // CELLS * 2), tl.load(feed + step // CELLS * 2 + 1)
+            below, beside = step % CELLS // (1 + ODD_W), step % (1 + ODD_W)
+            down, right = i + below, j + beside
+            row, col = tile_number // 2 * h + down, tile_number % 2 * w + right
+            sampled = (down < h) & (right < w) & (row < H) & (col < W)
+            top, left = tl.maximum(2 * down - ODD_H, 0), tl.maximum(2 * right - ODD_W, 0)
+            size = share(tl.minimum(2 * down + 2, H) - top) * share(tl.minimum(2 * right + 2, W) - left)
+            place = ((s.to(tl.int64) * H + row) * W + col) * C
+            of_cell = tl.load(gradients + place + channels, mask=channels < tl.where(sampled, C, 0), other=0.0)
+            averaged = (token // 2 >= below) & (token % 2 >= beside)
+            found += tl.where(averaged[:, None], (of_cell * size)[None, :], 0.0)
 
     mask = inside[:, None] & (channels < C)[None, :]
     if MOSAIC:
@@ -174,7 +173,7 @@ def prepare_pairs(request: Request) -> Call:
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
     steps = request.steps
-    config = backward_config(C, request.x.element_size(), request.capability)
+    config = fused_config(C, request.x.element_size(), request.capability)
     shared = request.sizes() | request.weights() | {"h": h, "w": w, "OH": OH, "OW": OW, "BLOCK": config.block}
     # by the settings, whether or not these videos are long enough for a summary: a video alone gives the same bits
     # as packed with a longer one
@@ -198,9 +197,8 @@ def prepare_pairs(request: Request) -> Call:
             tables.extend(number for feed in of_content for number in feed)
         arguments = shared | {"entries": len(tables), "MOSAIC": mosaic}
         tables.extend(entries)
-        options = {} if config.registers is None else {"maxnreg": config.registers}
         grid = (len(contents) * h * w, 1, 1)
-        return Launch(pair_gradient_kernel, grid, arguments, len(TENSORS), num_warps=config.num_warps, **options)
+        return Launch(pair_gradient_kernel, grid, arguments, len(TENSORS), num_warps=config.num_warps)
 
     launches += [launch([~s for s in level], True) for level in reversed(steps.by_level())]
     launches.append(launch(range(len(steps.final)), False))
@@ -527,7 +525,7 @@ def prepare_tokens(request: Request) -> Call:
         arguments = shared | {"first": contents[0], "contents": len(tables), "MOSAIC": mosaic}
         tables.extend(entries)
         grid = (len(contents) * triton.cdiv(H * W, config.tokens), 1, 1)
-        return Launch(token_gradient_kernel, grid, arguments, len(TENSORS), num_warps=config.num_warps)
+        return Launch(token_gradient_kernel, grid, arguments, len(TENSORS), num_warps=2 * config.num_warps, maxnreg=168)
 
     launches += [launch([~s for s in level], True) for level in reversed(steps.by_level())]
     launches.append(launch(range(frames), False))

@@ -20,25 +20,16 @@ class Config:
 @dataclass(frozen=True)
 class FusedConfig:
     """block, num_warps: as above; a tile is a window of 4 tokens. stages: of a walk's pipeline; from 2 on, tokens of
-    later steps are copied to shared memory meanwhile. walk_registers: per thread, for walks that carry a column.
+    later steps are copied to shared memory meanwhile. registers: per thread, for walks that carry a column.
     mosaic_cells: that a program of a level's launch walks. spread: windows of frames that are not sampled are shared
     out among all launches, where they run beside the few programs of a level; else all are in the first."""
 
     block: int
     num_warps: int
     stages: int
-    walk_registers: int = 128
+    registers: int = 128
     mosaic_cells: int = 1
     spread: bool = False
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """block, num_warps: as above; a tile is a window of 4 tokens. registers: at most so many a thread, or None."""
-
-    block: int
-    num_warps: int
-    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,12 +74,6 @@ def fused_config(C: int, value_bytes: int, capability: tuple[int, int]) -> Fused
     block = _block(C, MAX_BLOCK)
     row = next(row for row in ROWS if block <= row.block and value_bytes <= row.bytes and capability >= row.capability)
     return FusedConfig(block, row.num_warps, row.stages)
-
-
-def backward_config(C: int, value_bytes: int, capability: tuple[int, int]) -> BackwardConfig:
-    """For the gradient of the windows of 4 tokens."""
-    found = fused_config(C, value_bytes, capability)
-    return BackwardConfig(found.block, found.num_warps)
 
 
 def tile_config(C: int, wanted: int) -> Config:

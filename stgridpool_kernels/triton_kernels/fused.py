@@ -205,7 +205,7 @@ def _shared(request: Request) -> tuple[FusedConfig, Arguments, Arguments]:
     config = fused_config(C, request.x.element_size(), request.capability)
     shared = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "BLOCK": config.block}
     shared |= {"h": -(-H // 2), "w": -(-W // 2), "ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1}
-    return config, shared, {"maxnreg": config.walk_registers} if W % 2 else {}
+    return config, shared, {"maxnreg": config.registers} if W % 2 else {}
 
 
 def prepare_chunk(request: Request, chunk: Chunk) -> Call:
