@@ -18,6 +18,7 @@ from benchmarks.compile_report import (
     NORMS,
     PUBLISHED,
     SHAPES,
+    Case,
     Code,
     Row,
     limits_missed,
@@ -38,6 +39,14 @@ def report(tmp_path: Path, *arguments: str) -> list[Row]:
     return [Row.from_json(row) for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
 
 
+def number_of_launches(case: Case) -> int:
+    """For 64 frames at the published settings. A gradient shrinks the frames and two levels again, goes back through
+    three levels, and comes to the frames."""
+    if case.op == "norm_pool":
+        return 1
+    return 3 + 3 + 1 if case.gradient else 1 + 3
+
+
 def test_published_settings(tmp_path):
     """No spills, tokens moved 16 bytes at a time, 16 warps on a multiprocessor; for every width and architecture."""
     rows = report(tmp_path, "--calls", "published")
@@ -46,9 +55,10 @@ def test_published_settings(tmp_path):
         for arch in ARCHITECTURES:
             here = [row for row in rows if (row.shape, row.arch) == (shape, arch)]
             launches = [(call, n) for row in here for call, numbers in row.launches.items() for n in numbers]
-            pooled = [(case.name, n) for case in PUBLISHED for n in range(1, 2 if case.op == "norm_pool" else 5)]
-            assert sorted(launches) == sorted(pooled)
-    assert all(row.published and row.kernel == "grid_pool_kernel" for row in rows)
+            expected = [(case.name, n) for case in PUBLISHED for n in range(1, number_of_launches(case) + 1)]
+            assert sorted(launches) == sorted(expected)
+    assert all(row.published for row in rows)
+    assert {row.kernel for row in rows} == {"grid_pool_kernel", "pair_gradient_kernel"}
     assert [(row.name, row.shape, row.arch, missed) for row in rows if (missed := limits_missed(row))] == []
 
 
@@ -57,6 +67,7 @@ def test_general_kernels(tmp_path):
     rows = report(tmp_path, "--shape", "64x27x27x3584", "--arch", "90", "--cubins", str(tmp_path / "cubins"))
     assert {call for row in rows for call in row.launches} == {case.name for case in PUBLISHED + GENERAL}
     kernels = {"grid_pool_kernel", "norm_pool_kernel", "summary_kernel", "final_frames_kernel", "token_norm_kernel"}
+    kernels |= {"pair_gradient_kernel", "window_statistics_kernel", "token_gradient_kernel"}
     assert {row.kernel for row in rows} == kernels
     assert [(row.name, missed) for row in rows if (missed := limits_missed(row))] == []
     cubins = list((tmp_path / "cubins").iterdir())
