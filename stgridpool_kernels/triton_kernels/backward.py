@@ -25,7 +25,7 @@ from ..device_tables import tables_on
 from ..plan import Runs
 from ..schedule import covers, feeds
 from .config import channelwise_config, fused_config, tile_config
-from .fused import cells_of_slot, frame_of, launch_cells, load_tile, places_in, share
+from .fused import Shrunk, frame_of, launch_cells, load_tile, places_in, share
 from .launch import TENSORS, Call, Launch, Request
 from .pool import load_window
 from .summaries import launch_summaries
@@ -59,6 +59,11 @@ def count_largest(tile, norms, channels, C: tl.constexpr):
 
 # ---- the published settings ----
 
+ENTRY: tl.constexpr = tl.constexpr(9)
+"""Integers of an entry of the table: the content, the frame that ends with it or −1, where its feeds start, their
+number, the four slots that a mosaic is tiled from, and where its row counts of needed cells start: the gradient of
+others is 0. A feed is a summary and a tile of its mosaic."""
+
 
 @triton.jit(do_not_specialize=["entries", "T"])  # what changes with the videos
 def pair_gradient_kernel(
@@ -68,7 +73,7 @@ def pair_gradient_kernel(
     tables,
     grad,  # (…, T, OH, OW, C)
     gradients,  # of summaries, float32: (S, H, W, C)
-    entries,  # where in `tables`, 8 integers each: content, frame that ends with it or −1, feeds, their number, slots
+    entries,  # where in `tables` those of this launch start
     T,
     H,
     W,
@@ -120,7 +125,7 @@ def pair_gradient_kernel(
     target = content
     entry = tables
     if not PLAIN:
-        entry = tables + entries + content * 8
+        entry = tables + entries + content * ENTRY
         content, target = tl.load(entry), tl.load(entry + 1)
     rows, cols = 2 * i + token // 2, 2 * j + token % 2
     inside = (rows < H) & (cols < W)
@@ -142,14 +147,14 @@ def pair_gradient_kernel(
         found = weights[:, None] * upstream[None, :] + factors[:, None] * slopes
 
     if not PLAIN:
-        feed = tables + tl.load(entry + 2)
+        feed, needed = tables + tl.load(entry + 2), tables + tl.load(entry + 8)
         CELLS: tl.constexpr = (1 + ODD_H) * (1 + ODD_W)
         for step in tl.range(tl.load(entry + 3) * CELLS, num_stages=1):  # one loop: it is not unrolled
             s, tile_number = tl.load(feed + step // CELLS * 2), tl.load(feed + step // CELLS * 2 + 1)
             below, beside = step % CELLS // (1 + ODD_W), step % (1 + ODD_W)
             down, right = i + below, j + beside
             row, col = tile_number // 2 * h + down, tile_number % 2 * w + right
-            sampled = (down < h) & (right < w) & (row < H) & (col < W)
+            sampled = (right < tl.load(needed + down, mask=down < h, other=0)) & (row < H) & (col < W)
             top, left = tl.maximum(2 * down - ODD_H, 0), tl.maximum(2 * right - ODD_W, 0)
             size = share(tl.minimum(2 * down + 2, H) - top) * share(tl.minimum(2 * right + 2, W) - left)
             place = ((s.to(tl.int64) * H + row) * W + col) * C
@@ -179,11 +184,8 @@ def prepare_pairs(request: Request) -> Call:
     # as packed with a longer one
     shared |= {"ODD_H": H % 2, "ODD_W": W % 2, "PLAIN": not request.gridded}
 
-    launches: list[Launch] = []
-    tables: list[int] = []
-    slots: dict[int, int] = {}
-    if steps.summaries:
-        launches, tables, slots = launch_cells(request, {})
+    shrunk = launch_cells(request, {}) if steps.summaries else Shrunk([], [], {}, {}, 0)
+    launches, tables, slots = shrunk.launches, shrunk.tables, shrunk.slots
     ends = {content: frame for frame, content in enumerate(steps.final)}
     goes = feeds(steps)
 
@@ -191,9 +193,10 @@ def prepare_pairs(request: Request) -> Call:
         entries: list[int] = []
         for content in contents if request.gridded else ():
             sources = steps.summaries[~content].sources if mosaic else ()
-            of_content = goes.get(content, [])
+            of_content = goes[content] if content in shrunk.counts else []  # without any, nothing comes back from them
             entries += (content, ends.get(content, -1), len(tables), len(of_content))
             entries += [slots.get(source, -1) for source in sources] or [-1] * 4
+            entries.append(shrunk.counts.get(content, -1))
             tables.extend(number for feed in of_content for number in feed)
         arguments = shared | {"entries": len(tables), "MOSAIC": mosaic}
         tables.extend(entries)
@@ -203,7 +206,7 @@ def prepare_pairs(request: Request) -> Call:
     launches += [launch([~s for s in level], True) for level in reversed(steps.by_level())]
     launches.append(launch(range(len(steps.final)), False))
     gradients = max(len(steps.summaries), int(request.gridded)) * H * W * C
-    scratch = max(len(slots), int(request.gridded)) * cells_of_slot(request)
+    scratch = max(shrunk.scratch, int(request.gridded) * h * w * C)
     return Call(request.plan, launches, scratch, tables_on(request.x.device, tables), gradients)
 
 

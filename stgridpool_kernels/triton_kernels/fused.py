@@ -16,6 +16,7 @@ miniatures. A launch pools what a frame ends with, and shrinks what a later leve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -231,20 +232,25 @@ def prepare_chunk(request: Request, chunk: Chunk) -> Call:
 def prepare(request: Request) -> Call:
     """One launch for the frames of x, then one for the mosaics of each level."""
     ends = {content: frame for frame, content in enumerate(request.steps.final)}
-    launches, tables, slots = launch_cells(request, ends)
-    return Call(request.plan, launches, len(slots) * cells_of_slot(request), tables_on(request.x.device, tables))
+    shrunk = launch_cells(request, ends)
+    return Call(request.plan, shrunk.launches, shrunk.scratch, tables_on(request.x.device, shrunk.tables))
 
 
-def cells_of_slot(request: Request) -> int:
-    """Elements of a miniature."""
+@dataclass(frozen=True)
+class Shrunk:
+    """slots: of the miniature of every content that is sampled. counts: where in `tables` the numbers of its needed
+    cells are, row by row. scratch: elements of all miniatures."""
+
+    launches: list[Launch]
+    tables: list[int]
+    slots: dict[int, int]
+    counts: dict[int, int]
+    scratch: int
+
+
+def launch_cells(request: Request, ends: dict[int, int]) -> Shrunk:
+    """Launches that pool the contents of `ends` into these frames, and shrink what is sampled."""
     H, W, C = request.x.shape[-3:]
-    return -(-H // 2) * -(-W // 2) * C
-
-
-def launch_cells(request: Request, ends: dict[int, int]) -> tuple[list[Launch], list[int], dict[int, int]]:
-    """Launches that pool the contents of `ends` into these frames, and shrink what is sampled; their tables; and the
-    slot of every miniature."""
-    H, W = request.x.shape[-3:-1]
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
     steps = request.steps
@@ -285,4 +291,5 @@ def launch_cells(request: Request, ends: dict[int, int]) -> tuple[list[Launch], 
     # mosaics are few and in the cache: rather more programs than fewer bytes
     for mosaics, share_of_windows in zip(levels, shares[1:], strict=True):
         launches.append(launch(mosaics, share_of_windows, config.mosaic_cells, STAGES=1, MOSAIC=True))
-    return launches, tables, slots
+    places = {content: rows[of_content] for content, of_content in needed.items()}
+    return Shrunk(launches, tables, slots, places, len(slots) * h * w * C)
