@@ -1,11 +1,11 @@
-"""Bytes that the kernels of a grid_pool call ask for, launch by launch, counted in Triton's interpreter.
+"""Bytes that the kernels of grid_pool and of its gradient ask for, launch by launch, counted in Triton's interpreter.
 
 `python -m benchmarks.traffic` prints tables for the shapes that goals are set for, in Markdown. What is counted are
 requests: every element that a load or a store names, as often as it names it, wherever the hardware would find it. How
 much of that goes to device memory only the counters of a GPU can tell; the estimates say what they assume.
 
 Tokens have one channel here. The kernels for the published settings ask for all channels of a token or for none, so
-that one stands for all; it takes some 4 ms per program, and a minute for 64 frames.
+that one stands for all; it takes some 4 ms per program, and minutes for 64 frames.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ TABLE_BYTES = 4
 class Counts:
     """Tokens of x and out, cells of miniatures, and entries of tables that one launch, or several, ask for.
 
-    x_again, cells_again: of the loads, those of what the same launch has asked for before.
+    x_again, cells_again, sums_again: of the loads, those of what the same launch has asked for before. In a gradient,
+    `out` is that of x, grad_loads are tokens of the result's, and sums are those of summaries, in float32.
     """
 
     programs: int = 0
@@ -51,6 +52,17 @@ class Counts:
     out_stores: int = 0
     cell_stores: int = 0
     table_loads: int = 0
+    grad_loads: int = 0
+    sum_loads: int = 0
+    sums_again: int = 0
+    sum_stores: int = 0
+
+    def requests(self, itemsize: int = 2, again: bool = True) -> float:
+        """In units of a token of x with elements of so many bytes; without tables. Not `again`: what a launch loads
+        several times counts once, as if its second time were always served by a cache."""
+        sums = self.sum_loads + self.sum_stores - (0 if again else self.sums_again)
+        tokens = self.x_loads + self.cell_loads + self.grad_loads + self.out_stores + self.cell_stores
+        return tokens - (0 if again else self.x_again + self.cells_again) + sums * 4 / itemsize
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -98,30 +110,39 @@ class Recorder:
             InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
 
 
-def count_launches(plan: GridPlan) -> list[Counts]:
-    """For every launch of grid_pool by `plan`.
+def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
+    """For every launch of grid_pool by `plan`, or of its gradient.
 
     Raises RuntimeError unless the kernels are interpreted, ValueError for a plan that takes the general kernels.
     """
     from stgridpool_kernels import triton_kernels  # here, since it reads TRITON_INTERPRET once
-    from stgridpool_kernels.triton_kernels import fused
+    from stgridpool_kernels.triton_kernels import backward, fused
 
     if not triton_kernels.INTERPRETED:
         raise RuntimeError("the kernels are compiled: set TRITON_INTERPRET=1 before they are imported")
     T = sum(plan.frame_counts)
     x = torch.ones(T, plan.height, plan.width, 1, dtype=torch.bfloat16)
-    out = torch.empty(T, *plan.pooled_size, 1, dtype=x.dtype)
-    call = triton_kernels.prepare("grid_pool", x, plan, (1.0, 2.0, True), out)
-    if any(launch.kernel is not fused.grid_pool_kernel for launch in call.launches):
+    result = torch.ones(T, *plan.pooled_size, 1, dtype=x.dtype)
+    settings = (1.0, 2.0, True)
+    if gradient:
+        out = torch.empty_like(x)
+        call = triton_kernels.prepare_backward("grid_pool", result, x, plan, settings, out)
+    else:
+        out = result
+        call = triton_kernels.prepare("grid_pool", x, plan, settings, out)
+    if any(launch.kernel not in (fused.grid_pool_kernel, backward.pair_gradient_kernel) for launch in call.launches):
         raise ValueError(f"the general kernels run {plan}: one channel does not stand for all of a token there")
     cells = torch.empty(call.scratch, dtype=x.dtype)
     tables = call.tables.tensor if call.tables else torch.empty(0, dtype=torch.int32)
+    tensors = {"x": x, "out": out, "cells": cells, "tables": tables}
+    if gradient:
+        tensors |= {"grad": result, "sums": torch.empty(call.gradients)}
 
     counts = []
     for launch in call.launches:
-        recorder = Recorder(x=x, out=out, cells=cells, tables=tables)
+        recorder = Recorder(**tensors)
         with recorder.watch():
-            launch((x, out, cells, tables), 0)
+            launch(tuple(tensors.values()), 0)
         loads, stores = recorder.loads, recorder.stores
         again = {name: int(times.sum()) - np.count_nonzero(times) for name, times in loads.items()}
         counts.append(
@@ -134,9 +155,21 @@ def count_launches(plan: GridPlan) -> list[Counts]:
                 out_stores=int(stores["out"].sum()),
                 cell_stores=int(stores["cells"].sum()),
                 table_loads=int(loads["tables"].sum()),
+                **of_gradient(recorder) if gradient else {},
             )
         )
     return counts
+
+
+def of_gradient(recorder: Recorder) -> dict[str, int]:
+    """What a gradient asks for besides what its call does."""
+    sums = recorder.loads["sums"]
+    return {
+        "grad_loads": int(recorder.loads["grad"].sum()),
+        "sum_loads": int(sums.sum()),
+        "sums_again": int(sums.sum()) - np.count_nonzero(sums),
+        "sum_stores": int(recorder.stores["sums"].sum()),
+    }
 
 
 def loads_without_carrying(plan: GridPlan) -> int:
@@ -165,28 +198,61 @@ def loads_without_carrying(plan: GridPlan) -> int:
 
 # ---- tables ----
 
-COLUMNS = (
-    "programs",
-    "x loaded",
-    "of it again",
-    "miniatures loaded",
-    "of it again",
-    "out stored",
-    "miniatures stored",
-    "tables, KB",
-)
+COLUMNS = {
+    "x loaded": "x_loads",
+    "of it again": "x_again",
+    "miniatures loaded": "cell_loads",
+    "of them again": "cells_again",
+    "out stored": "out_stores",
+    "miniatures stored": "cell_stores",
+}
+GRADIENT_COLUMNS = {
+    "x loaded": "x_loads",
+    "of it again": "x_again",
+    "miniatures loaded": "cell_loads",
+    "of them again": "cells_again",
+    "miniatures stored": "cell_stores",
+    "gradient of out loaded": "grad_loads",
+    "of summaries loaded": "sum_loads",
+    "of these again": "sums_again",
+    "of summaries stored": "sum_stores",
+    "of x stored": "out_stores",
+}
 
 
-def launch_table(counts: Sequence[Counts], token_bytes: int) -> Table:
-    """A row per launch, and their sum; MB."""
+def launch_table(counts: Sequence[Counts], channels: int, itemsize: int, names: Sequence[str] = ()) -> Table:
+    """A row per launch, and their sum; MB. `names`: of the launches of a gradient."""
     table = Table("launch", box=box.MARKDOWN)
-    for name in COLUMNS:
+    columns = GRADIENT_COLUMNS if names else COLUMNS
+    for name in ("programs", *columns, "tables, KB"):
         table.add_column(name, justify="right")
-    names = ("frames of x", *(f"summaries, {number}" for number in range(1, len(counts))), "all")
-    for name, found in zip(names, (*counts, sum(counts, Counts())), strict=True):
-        programs, *tokens, entries = (getattr(found, field.name) for field in fields(found))
-        megabytes = (f"{number * token_bytes / 1e6:.1f}" for number in tokens)
-        table.add_row(name, str(programs), *megabytes, f"{entries * TABLE_BYTES / 1e3:.1f}")
+    names = names or ("frames of x", *(f"summaries, {number}" for number in range(1, len(counts))))
+    for name, found in zip((*names, "all"), (*counts, sum(counts, Counts())), strict=True):
+        sizes = (channels * (4 if field.startswith("sum") else itemsize) for field in columns.values())
+        numbers = (getattr(found, field) * size for field, size in zip(columns.values(), sizes, strict=True))
+        megabytes = (f"{number / 1e6:.1f}" for number in numbers)
+        table.add_row(name, str(found.programs), *megabytes, f"{found.table_loads * TABLE_BYTES / 1e3:.1f}")
+    return table
+
+
+def launch_names(plan: GridPlan, counts: Sequence[Counts]) -> list[str]:
+    """Of a gradient: miniatures again, then back through the levels."""
+    levels = len(Schedule.of(plan).by_level())
+    shrunk = len(counts) - levels - 1
+    names = [f"miniatures, {'frames of x' if number == 0 else f'summaries, {number}'}" for number in range(shrunk)]
+    return [*names, *(f"summaries, {number}" for number in range(levels, 0, -1)), "frames of x"]
+
+
+def gradient_table(forward: Counts, backward: Counts, workload: Workload) -> Table:
+    """A gradient's bytes, and how many times those of its call."""
+    token_bytes = workload.channels * workload.dtype.itemsize
+    table = Table("bytes", box=box.MARKDOWN)
+    for name in ("grid_pool, MB", "gradient, MB", "ratio"):
+        table.add_column(name, justify="right")
+    rows = {"requests: all of the tables above": True, "what a launch loads several times counted once": False}
+    for name, again in rows.items():
+        both = [counts.requests(workload.dtype.itemsize, again) for counts in (forward, backward)]
+        table.add_row(name, *(f"{tokens * token_bytes / 1e6:.1f}" for tokens in both), f"{both[1] / both[0]:.2f}")
     return table
 
 
@@ -222,12 +288,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     goals = [name for name, workload in WORKLOADS.items() if workload.goal]
     parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=goals, help=f"by default {', '.join(goals)}")
     parser.add_argument("--frames", type=int, metavar="T", help="one video of so many frames, in place of the shape's")
+    parser.add_argument(
+        "--gradient", action="store_true", help="of grid_pool's gradient too, which takes twice as long"
+    )
     given = parser.parse_args(arguments)
 
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     repair_interpreter()
     hasten_interpreter()
-    console = Console(width=200)  # a line of a Markdown table must not be broken
+    console = Console(width=300)  # a line of a Markdown table must not be broken
     console.print("Requests of the kernels, counted in Triton's interpreter; not measurements of device memory.")
     for name in given.shape:
         workload = WORKLOADS[name]
@@ -240,13 +309,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shapes = [" × ".join(map(str, shape)) for shape in (workload.shape, plan.pooled_size)]
         print(f"\n{shapes[0]} {dtype}, frames pooled to {shapes[1]}; MB:\n")
         token_bytes = workload.channels * workload.dtype.itemsize
-        for table in (launch_table(counts, token_bytes), total_table(counts, workload)):
-            with console.capture() as captured:
-                console.print(table)
-            lines = (line.rstrip() for line in captured.get().splitlines())
-            print("\n".join(line for line in lines if line), end="\n\n", flush=True)
+        itemsize = workload.dtype.itemsize
+        show(console, launch_table(counts, workload.channels, itemsize))
+        show(console, total_table(counts, workload))
         alone = loads_without_carrying(plan) * token_bytes / 1e6
         print(f"If no column were carried, programs would load {alone:.1f} MB of x.", flush=True)
+        if given.gradient:
+            with Console(stderr=True).status(f"counting the gradient of {name}"):
+                back = count_launches(plan, gradient=True)
+            print("\nIts gradient; MB, those of summaries in float32:\n")
+            show(console, launch_table(back, workload.channels, itemsize, launch_names(plan, back)))
+            show(console, gradient_table(sum(counts, Counts()), sum(back, Counts()), workload))
+
+
+def show(console: Console, table: Table) -> None:
+    with console.capture() as captured:
+        console.print(table)
+    lines = (line.rstrip() for line in captured.get().splitlines())
+    print("\n".join(line for line in lines if line), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":
