@@ -121,6 +121,38 @@ def test_no_program_loads_what_it_does_not_need(counts: list[int], H: int, W: in
     assert loads_without_carrying(plan) == needed_tokens(plan, carried=False)[0].x_loads
 
 
+# ---- gradients ----
+
+
+def test_gradient_of_even_frames() -> None:
+    """8 frames of 8 × 8: frames 1, 3, 5 and 7 are shrunk again; frame 7, which ends as the summary, has no window."""
+    launches = count_launches(grid_plan([8], 8, 8), gradient=True)
+    assert [replace(counts, table_loads=0) for counts in launches] == [
+        Counts(programs=4 * 16, x_loads=4 * 64, cell_stores=4 * 16),
+        Counts(programs=16, cell_loads=64, grad_loads=16, sum_stores=64),
+        # every cell of the four frames has one token of the summary
+        Counts(programs=8 * 16, x_loads=7 * 64, grad_loads=7 * 16, sum_loads=64, out_stores=8 * 64),
+    ]
+
+
+def test_gradient_without_summaries() -> None:
+    (counts,) = count_launches(grid_plan([3], 5, 4), gradient=True)
+    assert replace(counts, table_loads=0) == Counts(programs=3 * 6, x_loads=48, grad_loads=12, out_stores=60)
+
+
+@pytest.mark.parametrize(("H", "W", "ceil_mode"), [(8, 8, False), (9, 9, False), (9, 9, True)], ids=str)
+def test_bytes_of_a_gradient(H: int, W: int, ceil_mode: bool) -> None:
+    """At most three times those of its call, whether or not a cache serves what a launch loads again."""
+    plan = grid_plan([16], H, W, ceil_mode=ceil_mode)
+    forward, backward = (sum(count_launches(plan, gradient), Counts()) for gradient in (False, True))
+    for again in (True, False):
+        assert 1 < backward.requests(again=again) / forward.requests(again=again) <= 3
+    assert backward.out_stores == 16 * H * W
+    assert backward.grad_loads == forward.out_stores  # each once
+    # x for the miniatures as in the call, and for the windows that are not of a summary
+    assert backward.x_loads <= 2 * 16 * H * W
+
+
 def test_general_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match="general kernels"):
         count_launches(grid_plan([8], 4, 4, kernel_size=3))
@@ -128,7 +160,7 @@ def test_general_kernels_are_refused() -> None:
 
 def test_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.traffic", "--shape", "llava-next-video-7b", "--frames", "1"],
+        [sys.executable, "-m", "benchmarks.traffic", "--shape", "llava-next-video-7b", "--frames", "1", "--gradient"],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -139,3 +171,4 @@ def test_command() -> None:
     x, out = 24 * 24 * 4096 * 2 / 1e6, 12 * 12 * 4096 * 2 / 1e6
     assert f"| frames of x |      144 |      {x:.1f} |" in done.stdout
     assert f"{x + out:.1f} |           1.00 |         1.00 |" in done.stdout
+    assert f" {x + out:.1f} |" in done.stdout.split("Its gradient")[1]

@@ -37,7 +37,7 @@ def norm_slopes(tile, norms, largest, C: tl.constexpr, MEAN: tl.constexpr, NORM:
     """∂‖t‖/∂t_c of tokens with these norms: 0 where ‖t‖ or t_c is. `largest`: how many elements are, for "max"."""
     M: tl.constexpr = C if MEAN else 1
     if NORM == "l2":
-        slopes = tile * tl.where(norms > 0, 1 / (norms * M), 0.0)[:, None]
+        slopes = tile * (1 / tl.where(norms > 0, norms * M, float("inf")))[:, None]
     else:
         signs = tl.where(tile > 0, 1.0, tl.where(tile < 0, -1.0, 0.0))
         if NORM == "l1":
