@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from test_backends import CALLS, Arguments, calls, tokens
-from tolerance import assert_accurate, assert_same_bits
+from test_backward import CALLS as GRADIENT_CALLS
+from test_backward import gradient, like_result
+from tolerance import assert_accurate, assert_gradient_accurate, assert_same_bits
 from torch import Tensor
 
 import stgridpool_kernels
@@ -24,7 +26,7 @@ from stgridpool_kernels import backends, device_tables, grid_plan, triton_backen
 
 pytest.importorskip("triton")
 from stgridpool_kernels import triton_kernels
-from stgridpool_kernels.triton_kernels import config, fused, launch
+from stgridpool_kernels.triton_kernels import backward, config, fused, launch
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
@@ -56,11 +58,15 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: fill(new_empty(*args, **kwargs)))
 
 
-def prepared(op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> launch.Call:
-    """What a call with tensors of that shape launches; nothing is allocated."""
+def prepared(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, gradient: bool = False, **arguments: Any
+) -> launch.Call:
+    """What a call with tensors of that shape launches, or its gradient; nothing is allocated."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     plan = grid_plan(arguments.pop("frame_counts", shape[:1]), *shape[1:3], **arguments)
     out = torch.empty(shape[0], *plan.pooled_size, shape[3], dtype=dtype, device="meta")
+    if gradient:
+        return triton_kernels.prepare_backward(op, out, x, plan, (1.0, 2.0, True), torch.empty_like(x))
     return triton_kernels.prepare(op, x, plan, (1.0, 2.0, True), out)
 
 
@@ -184,6 +190,132 @@ def test_scratch_beyond_32_bits(kernel_size: int) -> None:
     assert_same_bits(found, expected)
 
 
+# ---- gradients where the common suite does not look ----
+
+gradients = pytest.mark.parametrize(
+    ("op", "arguments"),
+    [call for call in GRADIENT_CALLS.values() if call[0] != "token_norm"],
+    ids=[name for name, call in GRADIENT_CALLS.items() if call[0] != "token_norm"],
+)
+
+
+def assert_gradient(op: str, x: Tensor, **arguments: Any) -> None:
+    grad = like_result(op, x, **arguments)
+    assert_gradient_accurate(gradient("triton", op, x, grad, **arguments), op, x, grad, **arguments)
+
+
+@gradients
+def test_gradients_are_written_before_they_are_read(op: str, arguments: Arguments, poisoned_memory: None) -> None:
+    assert_gradient(op, tokens(19, 3, 5, 11), **arguments)
+
+
+@pytest.mark.parametrize("H", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("W", [1, 2, 3, 4, 5])
+def test_gradients_of_every_parity_of_height_and_width(H: int, W: int, poisoned_memory: None) -> None:
+    x = tokens(16, H, W, 3)
+    for ceil_mode in (False, True):
+        if ceil_mode or min(H, W) > 1:
+            assert_gradient("grid_pool", x, ceil_mode=ceil_mode)
+
+
+@gradients
+def test_no_integer_of_a_gradient_overflows(op: str, arguments: Arguments) -> None:
+    x = tokens(12, 3, 4, 5)
+    grad = like_result(op, x, **arguments)
+    check_integers(True)
+    try:
+        gradient("triton", op, x, grad, **arguments)
+    finally:
+        check_integers(False)
+
+
+@gradients
+def test_gradients_of_tokens_longer_than_a_tile(
+    op: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    monkeypatch.setattr(config, "MAX_BLOCK", 16)
+    monkeypatch.setattr(config, "TILE", 64)
+    assert_gradient(op, tokens(9, 3, 4, 21, dtype=torch.bfloat16), **arguments)
+
+
+def far_apart(like: Tensor, axis: int) -> Tensor:
+    """A tensor of the same shape, of which one stride leads past 2³¹ elements."""
+    strides = list(like.contiguous().stride())
+    strides[axis] = (1 << 31) // (like.shape[axis] - 1) + 8
+    return torch.empty((1 << 31) + 4000, dtype=like.dtype).as_strided(like.shape, strides)
+
+
+@pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed"])
+@pytest.mark.parametrize("which", ["x", "grad", "grad_x"])
+@pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
+def test_gradients_beyond_32_bits(axis: int, which: str, op: str) -> None:
+    name, arguments = GRADIENT_CALLS[op]
+    if name == "temporal_grid" and which == "x":
+        pytest.skip("it is linear: its gradient does not read x")
+    x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
+    grad = like_result(name, x, **arguments)
+    plan = stgridpool_kernels.grid_plan([9], 4, 4, **(arguments | ({"kernel_size": 1} if "temporal" in name else {})))
+    settings = () if name == "temporal_grid" else (1.0, 2.0, True)
+    expected = torch.empty_like(x)
+    triton_backend.backward(name, grad, x, plan, *settings, expected)
+    tensors = {"grad": grad, "x": x, "grad_x": torch.empty_like(x)}
+    tensors[which] = far_apart(tensors[which], axis).copy_(tensors[which])
+    triton_backend.backward(name, tensors["grad"], tensors["x"], plan, *settings, tensors["grad_x"])
+    assert_same_bits(tensors["grad_x"], expected)
+
+
+def test_gradients_of_summaries_beyond_32_bits() -> None:
+    """Numbers of summaries so high that the places of their gradients pass 2³¹."""
+    x = tokens(16, 4, 5, 3, dtype=torch.bfloat16)
+    grad = like_result("grid_pool", x)
+    expected = gradient("triton", "grid_pool", x, grad)
+    launch._calls.clear()
+    found = torch.empty_like(x)
+    call = triton_kernels.prepare_backward("grid_pool", grad, x, grid_plan([16], 4, 5), (1.0, 2.0, True), found)
+    far = (1 << 31) // (4 * 5 * 3) + 1
+    call.gradients += far * 4 * 5 * 3
+    tables = call.tables.tensor
+    moved = 0
+    for one in call.launches:
+        if one.kernel is backward.pair_gradient_kernel:
+            first = one.arguments[one.kernel.arg_names[one.tensors :].index("entries")]
+            for entry in tables[first:].split(9)[: one.grid[0] // (2 * 3)]:
+                if entry[0] < 0:
+                    entry[0] -= far
+                feeds = tables[entry[2] : entry[2] + 2 * entry[3]]
+                feeds[::2] += far
+                moved += int(entry[3])
+    assert moved > 0
+    call(x, found, 0, capturing=False, grad=grad)
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("frame_counts", [[64], [32, 8, 24], [4] * 16], ids=str)
+@pytest.mark.parametrize("levels", range(4))
+def test_launches_of_a_gradient(levels: int, frame_counts: list[int]) -> None:
+    """At most those of the call again, one for each level back, and one for the frames."""
+    arguments = {"frame_strides": (2, 4, 8)[:levels], "frame_counts": frame_counts}
+    shape = (sum(frame_counts), 27, 27, 3584)
+    for kernel_size in (2, 3):
+        forward = len(prepared("grid_pool", shape, kernel_size=kernel_size, **arguments).launches)
+        backward = len(prepared("grid_pool", shape, gradient=True, kernel_size=kernel_size, **arguments).launches)
+        assert backward <= forward + levels + 1
+    assert len(prepared("norm_pool", shape, gradient=True, frame_counts=frame_counts).launches) == 1
+
+
+def test_scratch_of_a_gradient() -> None:
+    """As docs/kernels.md has it: the call's, and a frame of float32 per summary; 3 numbers per general window."""
+    shape, frames = (64, 27, 27, 896), 14 * 27 * 27 * 896
+    call = prepared("grid_pool", shape, gradient=True)
+    assert (call.scratch, call.gradients) == ((32 + 8 + 4) * 14 * 14 * 896, frames)
+    call = prepared("grid_pool", shape, gradient=True, kernel_size=3, stride=1)
+    assert (call.scratch, call.gradients) == (frames, frames + 64 * 25 * 25 * 3)
+    call = prepared("temporal_grid", shape, gradient=True, kernel_size=1)
+    assert (call.scratch, call.gradients) == (0, frames)
+    call = prepared("norm_pool", shape, gradient=True)
+    assert (call.scratch, call.gradients) == (0, 0)
+
+
 # ---- traffic, launches, scratch ----
 
 
@@ -251,9 +383,10 @@ def test_launches_depend_on_nothing_that_packing_changes() -> None:
     """A video's frames go through the same kernels, tiles and walks whatever comes with it."""
 
     def recipe(call: launch.Call) -> list[Any]:
-        changing = {"entries", "walked", "row_starts", "T", "x_video", "out_video"}
+        changing = {"entries", "walked", "row_starts", "T", "x_video", "out_video", "grad_video"}
+        changing |= {"first", "contents", "windows", "statistics"}
         return [
-            {k: v for k, v in zip(one.kernel.arg_names[4:], one.arguments, strict=True) if k not in changing}
+            {k: v for k, v in zip(one.kernel.arg_names[one.tensors :], one.arguments, strict=True) if k not in changing}
             for one in call.launches
         ]
 
@@ -262,6 +395,10 @@ def test_launches_depend_on_nothing_that_packing_changes() -> None:
     # a video too short for a summary, beside one that has some
     alone = recipe(prepared("grid_pool", (3, 27, 27, 3584), kernel_size=3))
     assert recipe(prepared("grid_pool", (35, 27, 27, 3584), kernel_size=3, frame_counts=[3, 32]))[-1:] == alone
+    for kernel_size in (2, 3):
+        alone = recipe(prepared("grid_pool", (3, 27, 27, 3584), gradient=True, kernel_size=kernel_size))
+        packed = {"kernel_size": kernel_size, "frame_counts": [3, 32]}
+        assert recipe(prepared("grid_pool", (35, 27, 27, 3584), gradient=True, **packed))[-1:] == alone[-1:]
 
 
 # ---- configuration ----
