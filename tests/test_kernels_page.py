@@ -48,6 +48,19 @@ def test_counted_bytes_are_of_this_plan(name: str) -> None:
     assert numbers["lower bound"] == numbers["estimate 1"] == round(bound.total_bytes / 1e6, 1)
 
 
+@pytest.mark.parametrize("shape", ["64 × 27 × 27 × 3584", "64 × 24 × 24 × 4096"])
+def test_bytes_of_a_gradient_add_up(shape: str) -> None:
+    """The ratios are those of the tables, and what the README promises."""
+    of_call = PAGE.split(f"\n{shape} bfloat16, frames pooled", 1)[1]
+    of_gradient = PAGE.split("With `--gradient`", 1)[1].split(shape, 1)[1]
+    megabytes = re.search(r"^\| requests.*?\| +([\d.]+)", of_call, re.MULTILINE)
+    found = re.search(r"^\| requests.*?\| +([\d.]+) \| +([\d.]+) \| +([\d.]+) \|$", of_gradient, re.MULTILINE)
+    assert megabytes is not None and found is not None
+    call, gradient, ratio = map(float, found.groups())
+    assert call == float(megabytes[1])
+    assert ratio == round(gradient / call, 2) <= 3
+
+
 def test_files_and_commands_exist() -> None:
     root = Path(__file__).parents[1]
     assert (root / "docs" / "kernels.png").exists()
