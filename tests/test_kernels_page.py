@@ -55,7 +55,8 @@ def test_bytes_of_a_gradient_add_up(shape: str) -> None:
     of_gradient = PAGE.split("With `--gradient`", 1)[1].split(shape, 1)[1]
     megabytes = re.search(r"^\| requests.*?\| +([\d.]+)", of_call, re.MULTILINE)
     found = re.search(r"^\| requests.*?\| +([\d.]+) \| +([\d.]+) \| +([\d.]+) \|$", of_gradient, re.MULTILINE)
-    assert megabytes is not None and found is not None
+    assert megabytes is not None
+    assert found is not None
     call, gradient, ratio = map(float, found.groups())
     assert call == float(megabytes[1])
     assert ratio == round(gradient / call, 2) <= 3
