@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 8 examples/sharded.py --device cuda    # 
 
 import argparse
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -15,28 +16,42 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import stgridpool_kernels as stgp
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-parser.add_argument("--frames", type=int, default=64, help="of every video")
-args = parser.parse_args()
 
-if args.device == "cuda":
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-world = int(os.environ["WORLD_SIZE"])
-mesh = init_device_mesh(args.device, (world,))  # starts NCCL for cuda, gloo for cpu
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--frames", type=int, default=64, help="of every video")
+    args = parser.parse_args()
 
-torch.manual_seed(0)
-videos = torch.randn(world, args.frames, 12, 12, 64, device=args.device)  # (B, T, H, W, C), the same in every process
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    world = int(os.environ["WORLD_SIZE"])
+    mesh = init_device_mesh(args.device, (world,))  # starts NCCL for cuda, gloo for cpu
 
-for name, dim in (("videos", 0), ("frames", 1)):
-    x = distribute_tensor(videos, mesh, [Shard(dim)]).requires_grad_()
-    with CommDebugMode() as communication:
-        y = stgp.grid_pool(x)
-        y.backward(torch.ones_like(y))
-    same = torch.equal(y.full_tensor(), stgp.grid_pool(videos))
-    if dist.get_rank() == 0:
-        print(
-            f"sharded over {name}: {tuple(x.to_local().shape)} → {tuple(y.to_local().shape)} in every process, "
-            f"{communication.get_total_counts()} collectives, {'equal to' if same else 'NOT'} the result of one process"
-        )
-dist.destroy_process_group()
+    torch.manual_seed(0)
+    # (B, T, H, W, C), the same in every process
+    videos = torch.randn(world, args.frames, 12, 12, 64, device=args.device)
+
+    for name, dim in (("videos", 0), ("frames", 1)):
+        x = distribute_tensor(videos, mesh, [Shard(dim)]).requires_grad_()
+        with CommDebugMode() as communication:
+            y = stgp.grid_pool(x)
+            y.backward(torch.ones_like(y))
+        same = torch.equal(y.full_tensor(), stgp.grid_pool(videos))
+        if dist.get_rank() == 0:
+            print(
+                f"sharded over {name}: {tuple(x.to_local().shape)} → {tuple(y.to_local().shape)} in every process, "
+                f"{communication.get_total_counts()} collectives, "
+                f"{'equal to' if same else 'NOT'} the result of one process"
+            )
+    dist.barrier()  # no process leaves while another still hears from it
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+    # Not through the interpreter's own end: a thread of gloo may still hold a tensor of the last collective, needs the
+    # GIL to let go of it, and aborts the process where Python is ending. destroy_process_group does not wait for these
+    # threads, and the caches of DTensor keep the group alive.
+    sys.stdout.flush()
+    os._exit(0)

@@ -44,7 +44,8 @@ def test_dtensor(tmp_path: Path) -> None:
     start = "import torch.distributed as dist; dist.init_process_group('gloo', init_method='file://'"
     start += " + __import__('os').path.abspath('store'), rank=0, world_size=1)\n"
     end = "\nassert y.shape == (4, 64, 6, 6, 64) and y.placements == x.placements"
-    end += "\nassert torch.equal(y.full_tensor(), stgp.grid_pool(x.full_tensor())); print('right')"
+    end += "\nassert torch.equal(y.full_tensor(), stgp.grid_pool(x.full_tensor())); print('right', flush=True)"
+    end += "\ndist.destroy_process_group(); __import__('os')._exit(0)  # as examples/sharded.py, which says why"
     assert python(tmp_path, "-c", start + SNIPPETS["dtensor"] + end) == "right\n"
 
 
