@@ -200,6 +200,30 @@ def packed_videos() -> None:
 
 
 @case
+def a_mesh_of_some_processes() -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    on = DeviceMesh("cpu", [0, 1])
+    for name in OPS:
+        counts = {"frame_counts": [32, 32]} if name in ("grid_pool", "temporal_grid") else {}
+        for x, arguments in ((tokens(64, 4, 3, 8), {}), (tokens(64, 4, 3, 8), counts), (tokens(3, 16, 4, 3, 8), {})):
+            plain = x.clone().requires_grad_()
+            expected = getattr(stgp, name)(plain, **arguments)
+            grad = tokens(*expected.shape, seed=1)
+            expected.backward(grad)
+            leaf, grad_sharded = shard(x, on, 0).requires_grad_(), shard(grad, on, 0)
+            with communication(False):
+                result = getattr(stgp, name)(leaf, **arguments)
+                result.backward(grad_sharded)
+            assert result.shape == expected.shape
+            if on.get_coordinate() is None:
+                assert result.to_local().numel() == leaf.grad.to_local().numel() == 0
+            else:
+                same(result.detach(), expected.detach())
+                same(leaf.grad, plain.grad)
+
+
+@case
 def rows_columns_and_channels_are_redistributed() -> None:
     on = mesh()
     for name in OPS:
@@ -250,6 +274,10 @@ def calls_that_differ_in_one_argument() -> None:
     ]
     for arguments in [{}, *changes, {}, *reversed(changes)]:
         compare("grid_pool", x, on, (0,), communicates=False, **arguments)
+    of_op = {"norm_pool": changes[:9], "temporal_grid": changes[9:], "token_norm": changes[7:9]}
+    for name, its_changes in of_op.items():
+        for arguments in [{}, *its_changes, {}]:
+            compare(name, x, on, (0,), communicates=False, **arguments)
     # and one whose placement depends on a string: 63 frames
     for sampling in ("last", "first", "last"):
         first = sampling == "first"
@@ -264,8 +292,6 @@ def calls_that_differ_in_one_argument() -> None:
             frame_strides=[2],
             sampling=sampling,
         )
-    for normalize_norm in (True, False, True):
-        compare("token_norm", x, on, (0,), communicates=False, normalize_norm=normalize_norm)
 
 
 @case
@@ -334,6 +360,10 @@ def compiled() -> None:
     x = tokens(8, 16, 4, 4, 8)
     call = torch.compile(lambda t: torch.ops.stgp.grid_pool(t, ceil_mode=True) * 2, backend="aot_eager", fullgraph=True)
     same(call(shard(x, on, 0)), stgp.grid_pool(x, ceil_mode=True) * 2)
+    plain, leaf = x.clone().requires_grad_(), shard(x, on, 0).requires_grad_()
+    (stgp.grid_pool(plain, ceil_mode=True) * 2).sum().backward()
+    call(leaf).sum().backward()
+    same(leaf.grad, plain.grad)
 
 
 def raises(kind: type[Exception], message: str, call: Callable[[], object]) -> None:
