@@ -150,8 +150,8 @@ def extract(
         key, num_frames, grid, tap: as in `token_files.load_input`.
         options: arguments of `grid_pool` except `frame_counts` and `out`.
 
-    Uses the cluster that this process is connected to; else the one of RAY_ADDRESS; else starts one on this machine,
-    for the length of the call.
+    Uses the cluster that this process is connected to; else the one of RAY_ADDRESS; else the one that `ray start` left
+    running on this machine; else starts one here, for the length of the call.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: before anything is read, naming the argument, its value and what is
