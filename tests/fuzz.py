@@ -40,7 +40,7 @@ from tolerance import assert_same_bits, assert_within, oracle, published_error, 
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels import compiled, grid_plan
-from stgridpool_kernels.tables import plan_tables
+from stgridpool_kernels.tables import HEADER_WORDS, plan_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("grid_pool", "grid_pool", "grid_pool", "temporal_grid", "norm_pool", "token_norm")
@@ -209,9 +209,11 @@ def wrong_tables(seed: int) -> bool:
     H, W, C = (draw.choice([1, 2, 3, 5, 8]), draw.choice([1, 2, 3, 5, 8]), draw.choice([1, 5, 8, 40]))
     T = draw.choice([1, 9, 16, 33])
     plan = grid_plan([T], H, W, **draw_gridding(draw), **draw_windows(draw, H, W))
-    words = torch.tensor(plan_tables(plan, True, draw.choice([None, 1, 4, 14])), dtype=torch.int32)
+    gradient = draw.random() < 0.5
+    frames_per_step = None if gradient else draw.choice([None, 1, 4, 14])
+    words = torch.tensor(plan_tables(plan, True, frames_per_step, gradient), dtype=torch.int32)
     for _ in range(draw.choice([1, 1, 1, 2, 4])):
-        place = draw.randrange(len(words)) if draw.random() < 0.7 else draw.randrange(18)
+        place = draw.randrange(len(words)) if draw.random() < 0.7 else draw.randrange(HEADER_WORDS)
         near = int(words[place]) % (1 << 30) + draw.choice([-2, -1, 1, 2])
         any_word = int(words[draw.randrange(len(words))])
         words[place] = draw.choice([near, near, any_word, -1, 0, draw.randint(-40, 40), -(1 << 31), (1 << 31) - 1])
@@ -219,13 +221,19 @@ def wrong_tables(seed: int) -> bool:
     torch.set_num_threads(draw.choice([1, 2]))
     dtype = getattr(torch, draw.choice(["bfloat16", "float16", "float32"]))
     x = laid_out(tokens(T, H, W, C, dtype=dtype), draw.choice(["contiguous", "channels first"]))
-    refused = False
-    for call in (
-        lambda: torch.ops.stgp._grid_pool_by_tables(
-            x, words, None, 1.0, 2.0, True, torch.empty(T, *plan.pooled_size, C, dtype=dtype)
-        ),
-        lambda: torch.ops.stgp._temporal_grid_by_tables(x, words, None, torch.empty(T, H, W, C, dtype=dtype)),
-    ):
+    pooled, like_x = (torch.empty(T, *size, C, dtype=dtype) for size in (plan.pooled_size, (H, W)))
+    weights, refused = (1.0, draw.choice([2.0, 2.0, 1.0, 3.0, math.inf]), True), False
+    calls = [
+        lambda: torch.ops.stgp._grid_pool_by_tables(x, words, None, *weights, pooled),
+        lambda: torch.ops.stgp._temporal_grid_by_tables(x, words, None, like_x),
+    ]
+    if gradient:
+        grad = tokens(T, *plan.pooled_size, C, dtype=dtype, seed=1)
+        calls += [
+            lambda: torch.ops.stgp._grid_pool_backward_by_tables(grad, x, words, None, *weights, like_x),
+            lambda: torch.ops.stgp._temporal_grid_backward_by_tables(x, words, None, like_x),
+        ]
+    for call in calls:
         try:
             call()
         except RuntimeError:

@@ -149,6 +149,7 @@ def address(seconds: float) -> list[dict[str, Any]]:
         ("address: C++ API", [*pytest, "tests/test_cpp_api.py"]),
         ("address: test_cpu", [*pytest, "tests/test_cpu.py"]),
         ("address: test_backends", [*pytest, "tests/test_backends.py", "-k", "cpu-cpu"]),
+        ("address: test_backward", [*pytest, "tests/test_backward.py", "-k", "cpu-cpu"]),
         ("address: fuzz", fuzz),
         ("address: wrong tables", [*fuzz, "--tables-only"]),
     ]

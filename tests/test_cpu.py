@@ -43,6 +43,7 @@ from stgridpool_kernels.tables import plan_tables
 
 Arguments = dict[str, Any]
 PACKAGE = Path(stgp.__file__).parent
+CSRC = PACKAGE.parent / "csrc"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 pytestmark = pytest.mark.skipif(
@@ -415,8 +416,10 @@ def test_norms_of_no_tokens(shape: tuple[int, ...]) -> None:
         torch.ops.stgp._token_norm_compiled(torch.empty(shape), 2.0, True, out.new_empty((*shape[:-2], 4)))
 
 
-REASONS = re.findall(r'"(.+)";', (PACKAGE.parent / "csrc" / "tables.cpp").read_text())
+REASONS = re.findall(r'"(.+)";', (CSRC / "tables.cpp").read_text())
 REASONS += ["the tables are of another x", "the tables are of another out", "no memory for"]
+REASONS += ["the tables have nothing for gradients"]
+GRADIENTS = set(re.findall(r'"(.*(?:gradient|feed|cover|no summary).*)";', (CSRC / "tables.cpp").read_text()))
 
 
 @pytest.mark.parametrize("value", [-(1 << 31), -7, -1, 0, 1, 3, 1000, (1 << 31) - 1])
@@ -437,6 +440,49 @@ def test_corrupted_tables(value: int) -> None:
                 except RuntimeError as refusal:
                     reasons.add(next((reason for reason in REASONS if reason in str(refusal)), str(refusal)))
     assert 3 < len(reasons & set(REASONS)) == len(reasons), reasons
+
+
+def grid_pool_backward_by_tables(grad: Tensor, x: Tensor, words: Tensor, out: Tensor) -> None:
+    torch.ops.stgp._grid_pool_backward_by_tables(grad, x, words, None, 1.0, 2.0, True, out)
+
+
+def temporal_grid_backward_by_tables(grad: Tensor, x: Tensor, words: Tensor, out: Tensor) -> None:
+    torch.ops.stgp._temporal_grid_backward_by_tables(grad, words, None, out)
+
+
+@pytest.mark.parametrize("value", [-(1 << 31), -7, -1, 0, 1, 3, 1000, (1 << 31) - 1, "before", "after"])
+def test_corrupted_tables_of_gradients(value: int | str) -> None:
+    """The same of gradients, also with words that are off by one: every reason that check_gradient has is given."""
+    x = tokens(9, 3, 5, 8)
+    reasons = set()
+    for arguments in ({"frame_strides": (1, 2)}, {"frame_strides": (1, 2), "grid_shape": (1, 2), "kernel_size": 3}):
+        plan = grid_plan([9], 3, 5, **arguments)
+        words = torch.tensor(plan_tables(plan, gradient=True), dtype=torch.int32)
+        grad, out = tokens(9, *plan.pooled_size, 8), torch.empty_like(x)
+        for op, of_result in ((grid_pool_backward_by_tables, grad), (temporal_grid_backward_by_tables, x)):
+            op(of_result, x, words, out)
+            for place in range(len(words)):
+                changed = words.clone()
+                changed[place] = int(words[place]) + {"before": -1, "after": 1}[value] if isinstance(value, str) else value
+                try:
+                    op(of_result, x, changed, out)
+                except RuntimeError as refusal:
+                    reasons.add(next((reason for reason in REASONS if reason in str(refusal)), str(refusal)))
+    assert reasons <= set(REASONS), reasons - set(REASONS)
+    if value == -7:  # contents that are in range otherwise
+        assert "an entry is of no summary" in reasons
+    if isinstance(value, int) and abs(value) >= 1000:
+        assert GRADIENTS - {"an entry is of no summary"} <= reasons, GRADIENTS - reasons
+
+
+def test_tables_without_gradients() -> None:
+    x = tokens(9, 3, 5, 8)
+    plan = grid_plan([9], 3, 5)
+    words = torch.tensor(plan_tables(plan), dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="the tables have nothing for gradients"):
+        grid_pool_backward_by_tables(tokens(9, *plan.pooled_size, 8), x, words, torch.empty_like(x))
+    with pytest.raises(RuntimeError, match="the tables have nothing for gradients"):
+        temporal_grid_backward_by_tables(x, x, words, torch.empty_like(x))
 
 
 # ---- loading ----

@@ -178,6 +178,59 @@ def test_general_form_is_the_plan(plan: GridPlan, gridding: bool, frames_per_ste
     assert not any(words[word] for word in set(range(len(words))) - reader.read)
 
 
+@given(plans(), st.booleans())
+def test_gradient_section_is_the_converse(plan: GridPlan, gridding: bool) -> None:
+    """Feeds are the levels' sources, covers their runs and the windows, each looked at from what is read."""
+    words = plan_tables(plan, gridding, gradient=True)
+    reader, plain = Reader(words), Reader(plan_tables(plan, gridding))
+    assert plain.header("H_GRADIENT") == 0
+    levels = reader.levels()
+    assert levels == plain.levels()
+    frames, summaries = reader.header("H_FRAMES"), reader.header("H_SUMMARIES")
+    reader.take(reader.header("H_FINAL"), frames)
+    section = reader.take(reader.header("H_GRADIENT"), C["G_LEVELS"] + 2 * len(levels))
+
+    expected: dict[int, list[tuple[int, int, int]]] = {}
+    s = 0
+    for number, (_, _, groups, _, _) in enumerate(levels):
+        for sources in groups:
+            for tile, source in enumerate(sources):
+                expected.setdefault(source, []).append((s, number, tile))
+            s += 1
+    starts = reader.take(section[C["G_FEEDS"]], frames + summaries + 1)
+    for number, content in enumerate([*range(frames), *(~s for s in range(summaries))]):
+        feeds = reader.take(starts[number], starts[number + 1] - starts[number])
+        size = C["FEED_WORDS"]
+        found = [feeds[i : i + size] for i in range(0, len(feeds), size)]
+        assert found == expected.get(content, [])
+
+    def assert_converse(offset: int, runs: Runs, size: int) -> None:
+        covering = reader.runs(offset, size)
+        for position in range(size):
+            first, count = covering.start[position], covering.count[position]
+            covered = [
+                i for i in range(len(runs)) if runs.start[i] <= position < runs.start[i] + runs.count[i]
+            ]
+            assert covered == list(range(first, first + count))
+
+    for number, (rows, cols, _, row_runs, col_runs) in enumerate(levels):
+        assert_converse(section[C["G_LEVELS"] + 2 * number], row_runs, rows * plan.height)
+        assert_converse(section[C["G_LEVELS"] + 2 * number + 1], col_runs, cols * plan.width)
+    row_windows = reader.runs(reader.header("H_WINDOW_ROWS"), plan.pooled_size[0])
+    col_windows = reader.runs(reader.header("H_WINDOW_COLS"), plan.pooled_size[1])
+    assert_converse(section[C["G_WINDOW_ROWS"]], row_windows, plan.height)
+    assert_converse(section[C["G_WINDOW_COLS"]], col_windows, plan.width)
+
+    steps = reader.steps()
+    assert bool(steps) == bool(plain.steps())
+    if steps:  # every content once, and no two in one slot
+        entries = [entry for step in steps for entry in step.entries]
+        assert sorted(entry.content for entry in entries) == list(range(-summaries, frames))
+        slots = [entry.slot for entry in entries if entry.slot >= 0]
+        assert sorted(slots) == list(range(reader.header("H_SLOTS")))
+    assert not any(words[word] for word in set(range(len(words))) - reader.read)
+
+
 @given(plans(), frames_per_step)
 def test_steps_compute_every_frame_once(plan: GridPlan, frames_per_step: int | None) -> None:
     reader = Reader(plan_tables(plan, True, frames_per_step))
