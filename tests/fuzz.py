@@ -4,7 +4,9 @@ Each seed stands for one call, and for one set of tables with wrong words in it.
 
 - its result is as near to the reference in float64 as float32 arithmetic gets, or else as `tolerance` allows;
 - another memory layout of x and of out, and another number of threads, give the same bits, and nothing beside out is
-  written.
+  written;
+- its gradient, unless x holds a NaN or an infinity, is as near to the reference's in float64 as `tolerance` allows, and
+  another memory layout of x and of the result's gradient, and another number of threads, give the same bits.
 
 Wrong tables have to be refused with RuntimeError, or to give something: any other end is a failure (best seen with the
 address sanitizer, see tests/sanitize.py). A failure ends the run; it is printed as a line to run again. After a crash,
@@ -36,7 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from test_backends import LAYOUTS, laid_out, tokens
-from tolerance import assert_same_bits, assert_within, oracle, published_error, ulp
+from tolerance import assert_gradient_accurate, assert_same_bits, assert_within, oracle, published_error, ulp
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels import compiled, grid_plan
@@ -112,6 +114,23 @@ class Call:
         assert memory.isnan().sum() == memory.numel() - out.numel() + out.isnan().sum(), (
             "something beside out is written"
         )
+        if self.op != "token_norm" and not self.spoilt:  # the gradient of norms alone is the reference's
+            self.check_gradient(x, result)
+
+    def check_gradient(self, x: Tensor, result: Tensor) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        grad = torch.randn(result.shape, generator=generator).to(result.dtype)
+        torch.set_num_threads(1)
+        found = self.gradient(x, grad)
+        nearby = self.content in ("usual", "outlier")  # norms of the others may have no derivative
+        assert_gradient_accurate(found, self.op, x, grad, nearby=nearby, **self.arguments)
+        torch.set_num_threads(self.threads)
+        again = self.gradient(laid_out(x, self.layout), laid_out(grad, self.out_layout))
+        assert_same_bits(again, found)
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(self.run(leaf), leaf, grad)[0]
 
     def allowed(self, x: Tensor) -> float:
         """Error beside one ulp of the result: of float32 sums, norms and logits, and of summaries in x's dtype."""
