@@ -4,8 +4,9 @@
 //   temporal_grid  out = x with every group's target frame replaced by the group's mosaic: the shape of x
 //   token_norm     out = (mean_c |x_c|^p)^(1/p): (B, T, H, W) in float32
 //
-// and the gradients of the first two in x: ..._backward, whose tables have a gradient section. Summaries are made again
-// for them, their gradients are float32, and only the gradient of x is rounded. temporal_grid_backward does not read x.
+// and the gradients of the first two in x: ..._backward, by tables with a gradient section (H_GRADIENT is not 0), which
+// `GridPlan.save(gradient=True)` writes. Summaries are made again for them, their gradients are float32, and only the
+// gradient of x is rounded. temporal_grid_backward does not read x.
 //
 // Nothing here knows a tensor library. Which frame goes where and what a window covers is in the plan's tables, an
 // array of int32 that `GridPlan.save()` of the Python package writes to a file. tables.h has its form; tables of a plan
@@ -57,7 +58,8 @@ struct Call {
   // For tables of a chunk of streams: their slots, which hold miniatures of earlier chunks and keep those of this one.
   // Then grid_pool takes the fused form; where it does not take these channels or this norm, it fails.
   void* miniatures = nullptr;
-  // For gradients: `grad` is that of the result, in its shape. out is the gradient of x then: (B, T, H, W, C) as well.
+  // For gradients: `grad` is that of the result, in its shape. out is the gradient of x then: (B, T, H, W, C) as well,
+  // with a channel stride of 1.
   const void* grad = nullptr;
   Strides grad_strides{};
 };

@@ -3,7 +3,8 @@
 1. The library is built with the address and the undefined behaviour sanitizer, into a copy of the package in
    build/sanitize/, and there the tests of the backend `cpu`, the C++ test program and the fuzzer run. The library of
    this checkout stays as it is.
-2. The C++ test program is built with the thread sanitizer and runs every op on several threads, by several plans.
+2. The C++ test program is built with the thread sanitizer and runs every op and gradient on several threads, by several
+   plans.
 
 It takes a compiler with sanitizers, cmake, ninja, and some minutes. What came out is written to benchmarks/results/.
 Exit code: 0 if all is well, 1 if not.
@@ -170,12 +171,13 @@ def thread() -> list[dict[str, Any]]:
     program = str(folder / "grid_pool_test")
     outcomes.append(run("thread: checks", [program], logs / "thread-checks.log"))
     for number, (counts, height, width, arguments, channels, dtype, weights) in enumerate(THREADED):
-        for frames_per_step in (None, 4):
+        for saved in ({}, {"frames_per_step": 4}, {"gradient": True}):
             tables = BUILD / f"tables-{number}"
-            grid_plan(counts, height, width, **arguments).save(tables, frames_per_step=frames_per_step)
+            grid_plan(counts, height, width, **arguments).save(tables, **saved)
             command = [program, str(tables), "-", str(BUILD / "out"), dtype, "1", str(channels), "4", *weights]
-            name = f"thread: plan {number}, frames_per_step={frames_per_step}"
-            outcomes.append(run(name, command, logs / f"thread-{number}-{frames_per_step}.log"))
+            words = ", ".join(f"{key}={value}" for key, value in saved.items()) or "for a GPU"
+            log = logs / f"thread-{number}-{len(outcomes)}.log"
+            outcomes.append(run(f"thread: plan {number}, {words}", command, log))
     return outcomes
 
 

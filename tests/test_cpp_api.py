@@ -87,8 +87,13 @@ def bits_of(x: Tensor) -> bytes:
     return x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def tokens(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+def tokens(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def gradient(op: str, x: Tensor, grad: Tensor, **given: Any) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(getattr(stgridpool_kernels, op)(leaf, backend="cpu", **given), leaf, grad)[0]
 
 
 def test_checks_in_cpp(program: Path) -> None:
@@ -96,7 +101,9 @@ def test_checks_in_cpp(program: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "all checks passed\n"), done.stderr
 
 
-@pytest.mark.parametrize("frames_per_step", [None, 4], ids=["for a GPU", "for a CPU"])
+@pytest.mark.parametrize(
+    "saved", [{}, {"frames_per_step": 4}, {"gradient": True}], ids=["for a GPU", "for a CPU", "for gradients"]
+)
 @pytest.mark.parametrize(("counts", "H", "W", "C", "dtype", "arguments"), CALLS.values(), ids=CALLS.keys())
 def test_saved_plan(
     counts: list[int],
@@ -105,17 +112,23 @@ def test_saved_plan(
     C: int,
     dtype: torch.dtype,
     arguments: dict[str, Any],
-    frames_per_step: int | None,
+    saved: dict[str, Any],
     program: Path,
     tmp_path: Path,
 ) -> None:
-    """Every op, with every set of instructions and with 1 or 5 threads, gives the bits that Python's call gives."""
+    """Every op, with every set of instructions and with 1 or 5 threads, gives the bits that Python's call gives.
+
+    So do gradients, if they were saved with the plan.
+    """
     if compiled.LIBRARY is None:
         pytest.skip(f"cpu: {compiled.why_not_on_cpu(None, None)}")
     geometry = {name: value for name, value in arguments.items() if name not in WEIGHTS}
-    grid_plan(counts, H, W, **geometry).save(tmp_path / "tables", frames_per_step=frames_per_step)
+    grid_plan(counts, H, W, **geometry).save(tmp_path / "tables", **saved)
     x = tokens(sum(counts), H, W, C, dtype=dtype)
     (tmp_path / "x").write_bytes(bits_of(x))
+    pooled = stgridpool_kernels.grid_pool(x.to("meta"), frame_counts=counts, **arguments)
+    grad = tokens(*pooled.shape, dtype=dtype, seed=1)
+    (tmp_path / "x.grad").write_bytes(bits_of(grad))
     temperature, norm_type, normalize = (
         arguments.get(name, default) for name, default in zip(WEIGHTS, (1.0, 2.0, True), strict=True)
     )
@@ -142,15 +155,20 @@ def test_saved_plan(
                     compiled.LIBRARY.use_cpu_capability(capability)
                 continue
             compiled.LIBRARY.use_cpu_capability(capability)
-            for op, given in calls.items():
-                result = getattr(stgridpool_kernels, op)(x, backend="cpu", **given)
+            results = {op: getattr(stgridpool_kernels, op)(x, backend="cpu", **given) for op, given in calls.items()}
+            if "gradient" in saved:
+                results |= {
+                    f"{op}_backward": gradient(op, x, of_result, **calls[op])
+                    for op, of_result in (("grid_pool", grad), ("temporal_grid", x))
+                }
+            for op, result in results.items():
                 written = bytearray((tmp_path / f"out.{op}.{capability}").read_bytes())
                 found = torch.frombuffer(written, dtype=result.dtype).view(result.shape)
                 assert_same_bits(found, result)
                 compared += 1
     finally:
         compiled.LIBRARY.use_cpu_capability(before)
-    assert compared >= 3
+    assert compared >= (5 if "gradient" in saved else 3)
 
 
 def test_batch(program: Path, tmp_path: Path) -> None:
@@ -158,12 +176,19 @@ def test_batch(program: Path, tmp_path: Path) -> None:
     if compiled.LIBRARY is None:
         pytest.skip(f"cpu: {compiled.why_not_on_cpu(None, None)}")
     x = tokens(3, 16, 5, 7, 24, dtype=torch.bfloat16)
-    grid_plan([16] * 3, 5, 7).save(tmp_path / "tables", frames_per_step=4)
+    grid_plan([16] * 3, 5, 7).save(tmp_path / "tables", gradient=True)
     (tmp_path / "x").write_bytes(bits_of(x))
+    grad = tokens(3, 16, 2, 3, 24, dtype=torch.bfloat16, seed=1)
+    (tmp_path / "x.grad").write_bytes(bits_of(grad))
     done = run(program, tmp_path / "tables", tmp_path / "x", tmp_path / "out", "bfloat16", 3, 24, 2, 1, 2, 1)
     assert done.returncode == 0, done.stderr
-    result = stgridpool_kernels.grid_pool(x, backend="cpu")
-    assert (tmp_path / f"out.grid_pool.{compiled.LIBRARY.cpu_capability()}").read_bytes() == bits_of(result)
+    results = {
+        "grid_pool": stgridpool_kernels.grid_pool(x, backend="cpu"),
+        "grid_pool_backward": gradient("grid_pool", x, grad),
+        "temporal_grid_backward": gradient("temporal_grid", x, x),
+    }
+    for op, result in results.items():
+        assert (tmp_path / f"out.{op}.{compiled.LIBRARY.cpu_capability()}").read_bytes() == bits_of(result)
 
 
 def test_file_that_holds_no_tables(program: Path, tmp_path: Path) -> None:

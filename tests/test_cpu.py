@@ -463,7 +463,9 @@ def test_corrupted_tables_of_gradients(value: int | str) -> None:
             op(of_result, x, words, out)
             for place in range(len(words)):
                 changed = words.clone()
-                changed[place] = int(words[place]) + {"before": -1, "after": 1}[value] if isinstance(value, str) else value
+                changed[place] = (
+                    value if isinstance(value, int) else int(words[place]) + {"before": -1, "after": 1}[value]
+                )
                 try:
                     op(of_result, x, changed, out)
                 except RuntimeError as refusal:

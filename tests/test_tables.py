@@ -208,9 +208,7 @@ def test_gradient_section_is_the_converse(plan: GridPlan, gridding: bool) -> Non
         covering = reader.runs(offset, size)
         for position in range(size):
             first, count = covering.start[position], covering.count[position]
-            covered = [
-                i for i in range(len(runs)) if runs.start[i] <= position < runs.start[i] + runs.count[i]
-            ]
+            covered = [i for i in range(len(runs)) if runs.start[i] <= position < runs.start[i] + runs.count[i]]
             assert covered == list(range(first, first + count))
 
     for number, (rows, cols, _, row_runs, col_runs) in enumerate(levels):

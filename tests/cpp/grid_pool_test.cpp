@@ -6,7 +6,9 @@
 //       runs every op on B videos, by every set of vector instructions that this CPU has, with one thread and with
 //       THREADS. Results have to be equal bit by bit and are written to OUT.grid_pool, OUT.temporal_grid and
 //       OUT.token_norm, followed by the instructions (".avx2"). TABLES is a file of GridPlan.save, X a file of tokens
-//       (B, T, H, W, C), or "-" for some that are made here.
+//       (B, T, H, W, C), or "-" for some that are made here. If the tables have a gradient section, gradients are
+//       computed as well: of grid_pool, where the file X.grad holds that of its result, and of temporal_grid, where x
+//       stands in for it.
 //
 // Exit code: 0 if all is well, 1 if not; what is wrong is on stderr.
 
@@ -119,9 +121,15 @@ struct Problem {
   int64_t element_size() const { return dtype == DType::float32 ? 4 : 2; }
 };
 
+int64_t count_tokens(const Problem& p, bool pooled) {
+  const int64_t rows = pooled ? p.tables[stgp::H_OUT_ROWS] : p.height,
+                cols = pooled ? p.tables[stgp::H_OUT_COLS] : p.width;
+  return p.videos * p.frames * rows * cols;
+}
+
 // Tokens that look like noise, of either sign and a magnitude of 1/2 to 4.
-std::vector<char> make_tokens(const Problem& p) {
-  const int64_t count = p.videos * p.frames * p.height * p.width * p.channels;
+std::vector<char> make_tokens(const Problem& p, int64_t tokens) {
+  const int64_t count = tokens * p.channels;
   std::vector<char> bytes(count * p.element_size());
   uint64_t state = 1;
   for (int64_t i = 0; i < count; ++i) {
@@ -144,10 +152,13 @@ stgp::Strides contiguous(int64_t frames, int64_t rows, int64_t cols, int64_t cha
   return {frames * rows * cols * channels, rows * cols * channels, cols * channels, channels, 1};
 }
 
-std::vector<char> run(const Problem& p, const std::vector<char>& x, Op op, const stgp::cpu::Threads& threads) {
+// `grad` is that of the result, for gradients.
+std::vector<char> run(const Problem& p, const std::vector<char>& x, Op op, const stgp::cpu::Threads& threads,
+                      const std::vector<char>& grad = {}) {
   const int32_t* t = p.tables.data();
   const bool norms = op == Op::token_norm, pooled = op == Op::grid_pool;
-  const int64_t rows = pooled ? t[stgp::H_OUT_ROWS] : p.height, cols = pooled ? t[stgp::H_OUT_COLS] : p.width;
+  const int64_t OH = t[stgp::H_OUT_ROWS], OW = t[stgp::H_OUT_COLS];
+  const int64_t rows = pooled ? OH : p.height, cols = pooled ? OW : p.width;
   const int64_t channels = norms ? 1 : p.channels;
   std::vector<char> out(p.videos * p.frames * rows * cols * channels * (norms ? 4 : p.element_size()), '\xff');
   Call call;
@@ -161,6 +172,12 @@ std::vector<char> run(const Problem& p, const std::vector<char>& x, Op op, const
   call.temperature = p.temperature;
   call.norm_type = p.norm_type;
   call.normalize_norm = p.normalize;
+  if (op == Op::grid_pool_backward || op == Op::temporal_grid_backward) {
+    const bool of_pooled = op == Op::grid_pool_backward;
+    call.grad = grad.data();
+    call.grad_strides = contiguous(p.frames, of_pooled ? OH : p.height, of_pooled ? OW : p.width, p.channels);
+    if (!of_pooled) call.x = nullptr;  // which is not read
+  }
   const Memory scratch(stgp::cpu::scratch_bytes(op, norms ? nullptr : t, call, threads));
   call.scratch = scratch.data();
   switch (op) {
@@ -170,10 +187,25 @@ std::vector<char> run(const Problem& p, const std::vector<char>& x, Op op, const
     case Op::temporal_grid:
       stgp::cpu::temporal_grid(t, call, threads);
       break;
+    case Op::grid_pool_backward:
+      stgp::cpu::grid_pool_backward(t, call, threads);
+      break;
+    case Op::temporal_grid_backward:
+      stgp::cpu::temporal_grid_backward(t, call, threads);
+      break;
     default:
       stgp::cpu::token_norm(p.videos * p.frames, p.height, p.width, call, threads);
   }
   return out;
+}
+
+// The tokens of a file, or some that are made here.
+std::vector<char> tokens_of(const std::string& path, const Problem& p, int64_t tokens) {
+  std::vector<char> made = make_tokens(p, tokens);
+  if (path == "-") return made;
+  std::vector<char> read = read_file(path);
+  if (read.size() != made.size()) give_up(path + ": the tables are of another size");
+  return read;
 }
 
 int run_file(char** arguments) {
@@ -191,22 +223,25 @@ int run_file(char** arguments) {
   p.norm_type = std::strtod(arguments[8], nullptr);
   p.normalize = std::atoi(arguments[9]) != 0;
 
-  std::vector<char> x = make_tokens(p);
-  if (x_path != "-") {
-    const size_t bytes = x.size();
-    x = read_file(x_path);
-    if (x.size() != bytes) give_up(x_path + ": the tables are of another size");
-  }
-  const struct {
+  const std::vector<char> x = tokens_of(x_path, p, count_tokens(p, false));
+  struct Run {
     Op op;
     const char* name;
-  } ops[] = {{Op::grid_pool, "grid_pool"}, {Op::temporal_grid, "temporal_grid"}, {Op::token_norm, "token_norm"}};
+    std::vector<char> grad = {};
+  };
+  std::vector<Run> runs = {
+      {Op::grid_pool, "grid_pool"}, {Op::temporal_grid, "temporal_grid"}, {Op::token_norm, "token_norm"}};
+  if (p.tables[stgp::H_GRADIENT] > 0) {
+    const std::string path = x_path == "-" ? "-" : x_path + ".grad";
+    runs.push_back({Op::grid_pool_backward, "grid_pool_backward", tokens_of(path, p, count_tokens(p, true))});
+    runs.push_back({Op::temporal_grid_backward, "temporal_grid_backward", x});
+  }
   for (const std::string& capability : capabilities()) {
     CHECK(stgp::cpu::use_capability(capability.c_str()));
-    for (const auto& [op, name] : ops) {
-      const std::vector<char> alone = run(p, x, op, {});
-      CHECK(alone == run(p, x, op, threads_of(count)));
-      CHECK(alone == run(p, x, op, {count, nullptr, nullptr}));  // no threads in spite of the count
+    for (const auto& [op, name, grad] : runs) {
+      const std::vector<char> alone = run(p, x, op, {}, grad);
+      CHECK(alone == run(p, x, op, threads_of(count), grad));
+      CHECK(alone == run(p, x, op, {count, nullptr, nullptr}, grad));  // no threads in spite of the count
       write_file(out_path + "." + name + "." + capability, alone);
     }
   }
@@ -265,6 +300,22 @@ Tables one_summary(bool fused) {
   return t;
 }
 
+// The same with what gradients follow: frame 0 is tile 0 of the summary, frame 1 the other three.
+Tables with_gradients(Tables t) {
+  const auto here = [&t] { return static_cast<int32_t>(t.size()); };
+  const auto add = [&](std::initializer_list<int32_t> words) {
+    const int32_t offset = here();
+    t.insert(t.end(), words);
+    return offset;
+  };
+  const int32_t feeds = add({0, 0, 0, 0, 0, 1, 0, 0, 2, 0, 0, 3});
+  const int32_t starts = add({feeds, feeds + 3, feeds + 12, feeds + 12});
+  const int32_t windows = add({0, 0, 1, 1}), rows = add({0, 0, 1, 1, 1, 1, 1, 1}), cols = add({0, 0, 1, 1, 1, 1, 1, 1});
+  t[stgp::H_GRADIENT] = add({starts, windows, windows, rows, cols});
+  t[stgp::H_WORDS] = here();
+  return t;
+}
+
 const char* wrong_with(const Tables& t) { return stgp::check_tables(t.data(), static_cast<int64_t>(t.size())); }
 
 bool near(float a, double b) { return std::abs(a - b) <= 1e-6 * std::abs(b); }
@@ -302,6 +353,55 @@ void test_a_summary_by_hand() {
   }
 }
 
+std::vector<char> bytes_of(const std::vector<float>& values) {
+  std::vector<char> bytes(values.size() * sizeof(float));
+  if (!values.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
+  return bytes;
+}
+
+std::vector<float> floats_of(const std::vector<char>& bytes) {
+  std::vector<float> values(bytes.size() / sizeof(float));
+  if (!values.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
+  return values;
+}
+
+// Of the frames above: a token of the summary passes a quarter of its gradient to each token of its tile.
+void test_gradients_by_hand() {
+  for (const bool fused : {false, true}) {
+    const Problem p{with_gradients(one_summary(fused)), 1, 2, 2, 2, 1, DType::float32, 0, 2, true};
+    CHECK(wrong_with(p.tables) == nullptr);
+    const std::vector<char> x = bytes_of({1, 3, 5, 7, 2, 2, 6, 6});
+    const std::vector<float> grid =
+        floats_of(run(p, {}, Op::temporal_grid_backward, {}, bytes_of({10, 20, 30, 40, 4, 8, 12, 16})));
+    CHECK((grid == std::vector<float>{11, 21, 31, 41, 9, 9, 9, 9}));
+    // windows are means here: their tokens get a quarter
+    const std::vector<float> pooled = floats_of(run(p, x, Op::grid_pool_backward, {}, bytes_of({8, 16})));
+    CHECK((pooled == std::vector<float>{3, 3, 3, 3, 3, 3, 3, 3}));
+  }
+}
+
+// Tokens learn a result: steps against the gradient of half the squared distance to it.
+void test_training() {
+  for (const bool fused : {false, true}) {
+    const Problem p{with_gradients(one_summary(fused)), 1, 2, 2, 2, 3, DType::float32, 1.5f, 2, true};
+    std::vector<float> x = floats_of(make_tokens(p, count_tokens(p, false)));
+    const std::vector<float> wanted = {1, -2, 3, 2, 1, -1};
+    double first = 0, last = 0;
+    for (int step = 0; step < 300; ++step) {
+      std::vector<float> grad = floats_of(run(p, bytes_of(x), Op::grid_pool, {}));
+      double loss = 0;
+      for (size_t k = 0; k < grad.size(); ++k) grad[k] -= wanted[k], loss += grad[k] * grad[k] / 2;
+      (step == 0 ? first : last) = loss;
+      const std::vector<float> slope =
+          floats_of(run(p, bytes_of(x), Op::grid_pool_backward, threads_of(2), bytes_of(grad)));
+      CHECK(slope.size() == x.size());
+      for (size_t k = 0; k < x.size(); ++k) x[k] -= 0.3f * slope[k];
+    }
+    CHECK(first > 1);
+    CHECK(last < 1e-6 * first);
+  }
+}
+
 void test_no_frames_and_no_tokens() {
   Problem p{one_window(), 0, 0, 2, 2, 2, DType::float32, 1, 2, true};
   p.tables[stgp::H_FRAMES] = 0;
@@ -310,6 +410,15 @@ void test_no_frames_and_no_tokens() {
     for (const Op op : {Op::grid_pool, Op::temporal_grid, Op::token_norm}) {
       CHECK(run(p, {}, op, threads_of(count)).empty());
     }
+    Problem with_section = p;
+    const auto end = static_cast<int32_t>(p.tables.size());
+    with_section.tables.insert(with_section.tables.end(), {end + 1, 0, 0, 1, 1, end, end + 1, end + 1});
+    with_section.tables[stgp::H_GRADIENT] = end + 5;
+    with_section.tables[stgp::H_WORDS] = end + 8;
+    CHECK(wrong_with(with_section.tables) == nullptr);
+    for (const Op op : {Op::grid_pool_backward, Op::temporal_grid_backward}) {
+      CHECK(run(with_section, {}, op, threads_of(count)).empty());
+    }
     Problem without_rows{p.tables, 1, 2, 0, 3, 2, DType::float32, 1, 2, true};
     CHECK(run(without_rows, {}, Op::token_norm, threads_of(count)).empty());
     Problem without_cols{p.tables, 1, 2, 3, 0, 2, DType::float32, 1, 2, true};
@@ -317,8 +426,7 @@ void test_no_frames_and_no_tokens() {
   }
 }
 
-void test_tables_that_are_refused() {
-  const Tables good = one_summary(true);
+void test_tables_that_are_refused(const Tables& good) {
   CHECK(wrong_with(good) == nullptr);
   CHECK(stgp::check_tables(nullptr, 0) != nullptr);
   for (size_t words = 0; words < good.size(); ++words) {
@@ -341,6 +449,30 @@ void test_tables_that_are_refused() {
       CHECK(wrong_with(changed) != nullptr);
     }
   }
+}
+
+// Every word of the gradient section above is an offset, a place or a count.
+void test_gradients_that_are_refused() {
+  for (const bool fused : {false, true}) {
+    const Tables without = one_summary(fused), good = with_gradients(without);
+    for (size_t word = without.size(); word < good.size(); ++word) {
+      for (const int32_t value : {INT32_MIN, -1, 1 << 20, INT32_MAX}) {
+        Tables changed = good;
+        changed[word] = value;
+        CHECK(wrong_with(changed) != nullptr);
+      }
+    }
+    for (const int32_t value : {1, int32_t{stgp::HEADER_WORDS} - 1, good[stgp::H_WORDS] - 4, good[stgp::H_WORDS]}) {
+      Tables changed = good;
+      changed[stgp::H_GRADIENT] = value;
+      CHECK(wrong_with(changed) != nullptr);
+    }
+  }
+  // a summary goes to later levels only: otherwise its gradient would wait for itself
+  Tables circular = with_gradients(one_summary(true));
+  int32_t* const starts = circular.data() + circular[circular[stgp::H_GRADIENT]];
+  starts[2] -= stgp::FEED_WORDS;
+  CHECK(std::string(wrong_with(circular)) == "a feed is out of range");
 }
 
 // A tile that a mosaic shows has to be there: -1 stands for one that nothing depends on.
@@ -388,8 +520,12 @@ int main(int argc, char** argv) {
   test_capabilities();
   test_results_by_hand();
   test_a_summary_by_hand();
+  test_gradients_by_hand();
+  test_training();
   test_no_frames_and_no_tokens();
-  test_tables_that_are_refused();
+  test_tables_that_are_refused(one_summary(true));
+  test_tables_that_are_refused(with_gradients(one_summary(true)));
+  test_gradients_that_are_refused();
   test_missing_tiles_are_refused();
   test_sizes_whose_product_exceeds_64_bits();
   if (failures == 0) std::puts("all checks passed");
