@@ -186,10 +186,11 @@ def run_build(seconds: float, logs: Path) -> Outcome:
 # ---- tests ----
 
 TEST_STEPS = (
-    ("test_gpu, triton", ["tests/test_gpu.py", "-k", "by_triton"], 0.35, False),
-    ("test_gpu, cuda", ["tests/test_gpu.py", "-k", "by_cuda"], 0.2, False),
-    ("backends", ["tests/test_backends.py", "-k", "(triton-cuda or cuda-cuda) and not random"], 0.25, True),
-    ("backends, random calls", ["tests/test_backends.py", "-k", "(triton-cuda or cuda-cuda) and random"], 0.15, True),
+    ("test_gpu, triton", ["tests/test_gpu.py", "-k", "by_triton"], 0.3, False),
+    ("test_gpu, cuda", ["tests/test_gpu.py", "-k", "by_cuda"], 0.15, False),
+    ("backends", ["tests/test_backends.py", "-k", "(triton-cuda or cuda-cuda) and not random"], 0.2, True),
+    ("gradients", ["tests/test_backward.py", "-k", "triton-cuda or cuda-cuda"], 0.2, True),
+    ("backends, random calls", ["tests/test_backends.py", "-k", "(triton-cuda or cuda-cuda) and random"], 0.1, True),
     ("backends, reference", ["tests/test_backends.py", "-k", "reference"], 0.05, True),
 )
 """Name, what of the suite, share of the time, and whether several processes may share the GPU."""
@@ -320,11 +321,19 @@ class Pass:
 
 
 def passes() -> list[Pass]:
-    """Shapes that goals are set for first, then the other models, then torch.compile, which takes long, then sweeps."""
+    """Shapes that goals are set for first, then the other models, then gradients, then torch.compile, which takes long,
+    then sweeps."""
     main = sorted(MAIN, key=lambda name: not WORKLOADS[name].goal)
     sweeps = [name for name in WORKLOADS if name not in main]
     most = ["--skip", COMPILED]
-    return [Pass(main, most), Pass(GOALS, ["--provider", COMPILED, "--baseline", "copy"]), Pass(sweeps, most)]
+    gradients = Pass(GOALS, ["--provider", "*_backward:*", "--baseline", "copy"])
+    compiled = Pass(GOALS, ["--provider", COMPILED, "--baseline", "copy"])
+    return [Pass(main, most), gradients, compiled, Pass(sweeps, most)]
+
+
+def is_kernel(provider: str) -> bool:
+    """Whether it is one of the package's kernels, gradients included."""
+    return is_ours(provider.replace("_backward", ""))
 
 
 def run_bench(seconds: float, logs: Path) -> Outcome:
@@ -385,7 +394,7 @@ def read_bench(
     results: Sequence[Results],
     ends: Sequence[str],
     unfinished: Sequence[str],
-    ours: Callable[[str], bool] = is_ours,
+    ours: Callable[[str], bool] = is_kernel,
 ) -> Outcome:
     """Passed only if all of `ours` are right. `ends` says how processes ended that did not end well."""
     rows = [row for each in results for row in each.rows]

@@ -644,6 +644,7 @@ def _add_bench(commands: Any) -> None:
         "examples:\n"
         "  stgp bench --quick --plot plots/\n"
         "  stgp bench --shape llava-video-7b 32x27x27x3584:fp16 --provider grid_pool avg_pool2d\n"
+        "  stgp bench --shape llava-video-7b --provider 'grid_pool*' --baseline grid_pool:cpu\n"
         "  stgp bench --compare before.jsonl after.jsonl\n"
         "  stgp bench --load benchmarks/results/cpu-amd-epyc.jsonl --plot plots/"
     )
@@ -663,8 +664,8 @@ def _add_bench(commands: Any) -> None:
         action="extend",
         default=[],
         metavar="P",
-        help="only these: names of --list, the part before a colon, or patterns as in '*avg*'; default: all, but those "
-        "that take seconds on a CPU only on smaller shapes and on those that goals are set for",
+        help="only these: names of --list, the part before a colon, or patterns as in '*avg*'; default: all but "
+        "gradients, and those that take seconds on a CPU only on smaller shapes and on those that goals are set for",
     )
     parser.add_argument(
         "--skip", nargs="+", action="extend", default=[], metavar="P", help="not these, named in the same way"

@@ -25,6 +25,7 @@ from stgridpool_kernels.bench.providers import (
     mismatch,
     op_by_op_grid_pool,
     providers,
+    random_gradient,
     select,
 )
 from stgridpool_kernels.bench.workloads import QUICK, WORKLOADS, Workload, merged, parse_workload, random_tokens
@@ -240,6 +241,14 @@ def test_operations_of_a_provider() -> None:
     assert counted["avg_pool2d"] == counted["max_pool2d"] == 8 * 26 * 26 * 896  # one for each value
     assert counted["norm_pool:reference"] == counted["naive_norm_pool"] == 4 * counted["avg_pool2d"]
     assert counted["grid_pool:reference"] == workload.flops("grid_pool") > counted["norm_pool:reference"]
+    assert counted["grid_pool_backward:reference"] == 2 * counted["grid_pool:reference"]
+
+
+def test_bytes_of_a_gradient() -> None:
+    """It reads what the op reads, and the gradient of what the op writes."""
+    workload = WORKLOADS[VIDEO]
+    forward, backward = workload.bound("grid_pool"), workload.bound("grid_pool_backward")
+    assert (backward.read_bytes, backward.write_bytes) == (forward.total_bytes, workload.input_bytes)
 
 
 # ---- who is timed ----
@@ -277,8 +286,9 @@ def test_everyone_is_right(workload: Workload) -> None:
         names += [*PLAIN, "naive_norm_pool", "naive_grid_pool"]
     else:
         names += ["adaptive_avg_pool2d"]
+    names += [f"{op}_backward:{backend}" for op in ("norm_pool", "grid_pool") for backend in [*CPU, "reference"]]
     assert [provider.name for provider in timed] == names
-    assert [provider.name for provider in timed if provider.takes_out] == [name for name in names if ":cpu" in name]
+    assert [provider.name for provider in timed if provider.takes_out] == [name for name in names if "pool:cpu" in name]
     wrong = {}
     for provider in timed:
         expected = provider.definition(x)
@@ -300,6 +310,26 @@ def test_ours_are_held_to_the_ops(name: str) -> None:
     for op, arguments in given.items():
         expected = getattr(stgp, op)(x, **arguments, backend="reference")
         assert torch.equal(definitions[f"{op}:reference"](x), expected)
+
+
+@pytest.mark.parametrize("name", ["odd", "packed", "batch", "window 3", "output size, fp32"])
+def test_gradients_are_those_of_autograd(name: str) -> None:
+    workload = CASES[name]
+    x = random_tokens(workload.shape, workload.dtype, "cpu", 0).requires_grad_()
+    known = {provider.name: provider for provider in providers(workload, "cpu")}
+    given = {"grid_pool": {**workload.settings, **workload.packing}, "norm_pool": workload.settings}
+    for op, arguments in given.items():
+        for backend in [*CPU, "reference"]:
+            result = getattr(stgp, op)(x, **arguments, backend=backend)
+            grad = random_gradient(op, arguments, x.shape, x.dtype, x.device)
+            (expected,) = torch.autograd.grad(result, x, grad)
+            assert torch.equal(known[f"{op}_backward:{backend}"].call(x.detach()), expected)
+
+
+def test_gradients_are_timed_if_they_are_asked_for() -> None:
+    assert not any("backward" in provider.name for provider in chosen(TINY, "cpu", []))
+    found = [provider.name for provider in chosen(TINY, "cpu", ["grid_pool*"], ["*:cpu"])]
+    assert found == ["grid_pool:reference", "grid_pool_backward:reference"]
 
 
 def test_naive_code_is_held_to_the_published_settings() -> None:
@@ -459,7 +489,7 @@ def test_slow_ones_are_timed_on_large_tokens_only_if_they_are_wanted() -> None:
     assert names(small) - names(large) == slow
     assert slow < names(goal)
     assert slow < names(large, device="cuda")
-    assert names(large, "naive_grid_pool", "*:reference") == slow - {"naive_norm_pool"}
+    assert names(large, "naive_grid_pool", "*_pool:reference") == slow - {"naive_norm_pool"}
 
 
 def test_chosen_providers() -> None:

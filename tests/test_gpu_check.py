@@ -496,12 +496,12 @@ def test_a_line_that_was_cut_costs_no_run(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_every_workload_is_timed_once_and_those_of_goals_first() -> None:
-    first, compiled, sweeps = passes()
+    first, gradients, compiled, sweeps = passes()
     assert sorted([*first.shapes, *sweeps.shapes]) == sorted(WORKLOADS)
-    assert list(first.shapes[: len(GOALS)]) == list(compiled.shapes) == GOALS
+    assert list(first.shapes[: len(GOALS)]) == list(compiled.shapes) == list(gradients.shapes) == GOALS
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_passes_are_understood(number: int) -> None:
     """Also where only the last of its workloads are left."""
     wanted = passes()[number]
@@ -619,12 +619,13 @@ def test_counted_calls(monkeypatch: pytest.MonkeyPatch, marks: Marks, provider: 
     def op(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         inputs.append(x)
         marks.calls.append("call")
-        return out.copy_(getattr(stgp, provider.partition(":")[0])(x, backend="reference"))
+        return out.copy_(right.definition(x))
+
+    (right,) = command.chosen(TINY, "cuda", [f"{provider.partition(':')[0]}:reference"])
 
     def chosen(*arguments: Any) -> list[Any]:
         assert arguments == (TINY, "cuda", [provider])
-        name = f"{provider.partition(':')[0]}:reference"
-        return [replace(each, call=op) for each in command.chosen(TINY, "cuda", [name])]
+        return [replace(right, call=op, takes_out=True)]
 
     monkeypatch.setattr(gpu_bench, "chosen", chosen)
     gpu_bench.run_counted_calls(provider, DEVICE)
@@ -636,7 +637,7 @@ def test_counted_calls(monkeypatch: pytest.MonkeyPatch, marks: Marks, provider: 
 
 def test_counted_calls_must_be_right(monkeypatch: pytest.MonkeyPatch, marks: Marks) -> None:
     (right,) = command.chosen(TINY, "cuda", ["grid_pool:reference"])
-    wrong = replace(right, call=lambda x, out: out.zero_())
+    wrong = replace(right, call=lambda x, out: out.zero_(), takes_out=True)
     monkeypatch.setattr(gpu_bench, "chosen", lambda *arguments: [wrong])
     with pytest.raises(Exception, match="off by"):
         gpu_bench.run_counted_calls("grid_pool:triton", DEVICE)

@@ -158,7 +158,8 @@ class Sheet:
 
 
 def sheets(results: Results) -> dict[str, Sheet]:
-    """The pictures that there are results for, by file name."""
+    """The pictures that there are results for, by file name. Gradients are in none of them."""
+    results = Results(results.run, [row for row in results.rows if not row.op.endswith("_backward")])
     made = (_time_sheet(results), _roofline_sheet(results), _ratios_sheet(results), _memory_sheet(results))
     return {name: sheet for name, sheet in zip(_NAMES, made, strict=True) if sheet is not None}
 

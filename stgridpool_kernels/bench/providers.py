@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from ..backends import available_backends
+from ..backends import available_backends, backend_names
 from ..plan import GridPlan
 from . import baselines
 from .workloads import Workload
@@ -37,7 +38,7 @@ class Provider:
     one operation for every value read.
 
     memory: what a call needs besides x, in bytes, about, for one byte of x. compiles: the first call takes long.
-    slow: a call takes seconds on large tokens.
+    slow: a call takes seconds on large tokens. asked: it is timed only where it is asked for by name.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Provider:
     plain: bool = False
     compiles: bool = False
     slow: bool = False
+    asked: bool = False
     memory: float = 1.0
     note: str = ""
 
@@ -111,6 +113,65 @@ def providers(workload: Workload, device: str) -> list[Provider]:
         for name, mode in modes.items():
             call = compiled_grid_pool(w.plan("grid_pool"), mode)
             found.append(Provider(name, "grid_pool", call, right["grid_pool"], every, compiles=True, memory=4 * wide))
+    found += gradients(w, [p.name.partition(":")[2] for p in found if p.name.startswith("grid_pool:")], device)
+    return found
+
+
+def gradients(workload: Workload, backends: Sequence[str], device: str) -> list[Provider]:
+    """The gradients alone, in the tokens, where that of the result is random: their forwards are done."""
+    w, found = workload, []
+    # the definition rounds the gradients of summaries too
+    ulps, wide = 8 if w.dtype.itemsize == 2 else 64, 4 / w.dtype.itemsize
+    for op, settings in (("norm_pool", w.settings), ("grid_pool", w.settings | w.packing)):
+        of_result = cache(partial(random_gradient, op, settings))
+        definition = partial(gradient_in_segments, w, op, of_result)
+        for backend in backends:
+            found.append(
+                Provider(
+                    f"{op}_backward:{backend}",
+                    f"{op}_backward",
+                    partial(gradient, op, backend, settings, of_result),
+                    definition,
+                    ulps,
+                    asked=True,
+                    memory=16 * wide if backend == "reference" else 0.5,
+                    slow=backend == "reference" and device == "cpu",
+                )
+            )
+    return found
+
+
+OfResult = Callable[[torch.Size, torch.dtype, torch.device], Tensor]
+
+
+def random_gradient(
+    op: str, settings: dict[str, Any], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """That of a result, for tokens of a shape."""
+    result = getattr(ops, op)(torch.empty(shape, dtype=dtype, device="meta"), **settings)
+    return torch.randn(
+        result.shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(len(shape))
+    )
+
+
+def gradient(op: str, backend: str, settings: dict[str, Any], of_result: OfResult, x: Tensor) -> Tensor:
+    return _backward(op, backend, of_result(x.shape, x.dtype, x.device), x, settings)
+
+
+def gradient_in_segments(workload: Workload, op: str, of_result: OfResult, x: Tensor) -> Tensor:
+    """By the reference, as `in_segments`."""
+    counts, grad = list(workload.frame_counts), of_result(x.shape, x.dtype, x.device)
+    parts: list[Tensor] = []
+    for video, of_video in zip(x.flatten(0, -4).split(counts), grad.flatten(0, -4).split(counts), strict=True):
+        length = SEGMENT if len(video) % SEGMENT == 0 else len(video)
+        pairs = zip(video.split(length), of_video.split(length), strict=True)
+        parts += [_backward(op, "reference", b, a, workload.settings) for a, b in pairs]
+    return torch.cat(parts).view(x.shape)
+
+
+def _backward(op: str, backend: str, grad: Tensor, x: Tensor, settings: dict[str, Any]) -> Tensor:
+    requested = torch.tensor(backend_names().index(backend))
+    found: Tensor = getattr(torch.ops.stgp, f"_{op}_backward")(grad, x, requested, **settings)
     return found
 
 
@@ -226,12 +287,12 @@ def mismatch(result: Tensor, expected: Tensor, ulps: float) -> str | None:
 
 
 def chosen(workload: Workload, device: str, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> list[Provider]:
-    """Those of `providers` that `select` picks. If nothing is wanted by name, slow ones are left out on large tokens
-    other than those that goals are set for."""
+    """Those of `providers` that `select` picks. If nothing is wanted by name, gradients are left out, and slow ones on
+    large tokens other than those that goals are set for."""
     known = {provider.name: provider for provider in providers(workload, device)}
     found = [known[name] for name in select(list(known), wanted, unwanted)]
     patient = bool(wanted) or workload.goal or workload.input_bytes <= SLOW_UP_TO
-    return [provider for provider in found if patient or not provider.slow]
+    return [p for p in found if (patient or not p.slow) and (wanted or not p.asked)]
 
 
 def select(names: Sequence[str], wanted: Sequence[str], unwanted: Sequence[str] = ()) -> list[str]:

@@ -70,10 +70,15 @@ class Workload:
         return grid_plan(self.frame_counts, *self.grid, frame_strides=frame_strides, **self.settings)
 
     def bound(self, op: str) -> Traffic:
-        return lower_bound(self.plan(op), self.channels, self.dtype.itemsize)
+        """A gradient, "grid_pool_backward", reads what the op reads and the gradient of its result, and writes x's."""
+        forward = op.removesuffix("_backward")
+        bound = lower_bound(self.plan(forward), self.channels, self.dtype.itemsize)
+        return bound if op == forward else Traffic(bound.total_bytes, self.input_bytes)
 
     def flops(self, op: str) -> int:
-        return flops(self.plan(op), self.channels)
+        """A gradient takes twice: norms and products with the result's gradient, then sums of two for each token."""
+        forward = op.removesuffix("_backward")
+        return flops(self.plan(forward), self.channels) * (1 if op == forward else 2)
 
 
 def _models() -> list[Workload]:
