@@ -115,7 +115,8 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
   if constexpr (KEEPS) load_tiles(first);
 
   T* pooled_token = pooled ? p.out.token(p.out.frame(target), i, first) : p.out.base;
-  T* cell = p.scratch + ((static_cast<int64_t>(entry[E_SLOT]) * p.h + i) * p.w + first) * p.C;
+  T* cell = p.scratch;  // nullptr where nothing is stored
+  if (MOSAIC || needed > 0) cell += ((static_cast<int64_t>(entry[E_SLOT]) * p.h + i) * p.w + first) * p.C;
   for (int32_t j = first; j < stop; ++j) {
     const bool pools = pooled && j < p.OW, shrinks = j < needed;
     float weights[4] = {};
@@ -219,7 +220,7 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
     if constexpr (WALKS) {
       walk += 2 * p.x.strides.col;
       pooled_token += p.out.strides.col;
-      cell += p.C;
+      if (shrinks) cell += p.C;
     }
   }
 }
