@@ -3,7 +3,8 @@
 1. The library is built with the address and the undefined behaviour sanitizer, into a copy of the package in
    build/sanitize/, and there the tests of the backend `cpu`, the C++ test program and the fuzzer run. The library of
    this checkout stays as it is.
-2. The C++ test program is built with the thread sanitizer and runs every op and gradient on several threads, by several
+2. The source of the CUDA kernels runs on the CPU (benchmarks/cuda_emulation.py), built with the same two sanitizers.
+3. The C++ test program is built with the thread sanitizer and runs every op and gradient on several threads, by several
    plans.
 
 It takes a compiler with sanitizers, cmake, ninja, and some minutes. What came out is written to benchmarks/results/.
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import cuda_emulation
 from stgridpool_kernels import grid_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,18 @@ THREADED = [
     ([9, 33], 9, 7, {"ceil_mode": True}, 200, "float32", ("40", "1", "0")),
     ([48], 9, 12, {"resize": "bilinear", "kernel_size": 3, "padding": 1}, 200, "bfloat16", ("-1", "inf", "1")),
 ]
+
+
+EMULATED = """
+import sys
+import pytest
+from benchmarks import cuda_emulation
+
+library, load = cuda_emulation.build(sanitize=True), cuda_emulation.load
+cuda_emulation.load = lambda other=None: load(other or library)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+"""pytest, with the emulation under sanitizers."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -105,10 +119,11 @@ def copy_checkout() -> None:
             shutil.copy2(source, COPY / name)  # its time too: what has not changed is not built again
 
 
-def runtime(compiler: str, library: str) -> str:
-    """Where a sanitizer's runtime is: it must be loaded before Python's own libraries."""
-    found = subprocess.check_output([compiler, f"-print-file-name={library}"], text=True).strip()
-    return found if Path(found).is_absolute() else ""
+def runtimes(compiler: str) -> str:
+    """Where the address sanitizer's runtime is: it must be loaded before Python's own libraries."""
+    libraries = ("libasan.so", "libstdc++.so")
+    found = (subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in libraries)
+    return " ".join(path for path in found if Path(path).is_absolute())
 
 
 def address(seconds: float) -> list[dict[str, Any]]:
@@ -137,9 +152,7 @@ def address(seconds: float) -> list[dict[str, Any]]:
     compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)
     assert compiler is not None
     more = ADDRESS | {
-        "LD_PRELOAD": " ".join(
-            filter(None, (runtime(compiler[1], "libasan.so"), runtime(compiler[1], "libstdc++.so")))
-        ),
+        "LD_PRELOAD": runtimes(compiler[1]),
         # the C++ test program is built in the copy with the same sanitizers
         "CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=RelWithDebInfo -DSTGP_SANITIZE=address,undefined",
         "OMP_NUM_THREADS": "1",
@@ -157,6 +170,22 @@ def address(seconds: float) -> list[dict[str, Any]]:
     for name, command in tests:
         outcomes.append(run(name, command, logs / f"{name.replace(': ', '-').replace(' ', '_')}.log", COPY, **more))
     return outcomes
+
+
+def emulation() -> list[dict[str, Any]]:
+    """In this checkout, where the library of the emulation is kept from one time to the next."""
+    logs = BUILD / "logs"
+    build = "from benchmarks import cuda_emulation; print(cuda_emulation.build(sanitize=True))"
+    # with a sanitizer loaded into it, a compiler takes many times as long
+    outcomes = [run("emulation: build", [sys.executable, "-c", build], logs / "emulation-build.log")]
+    compiler = cuda_emulation.find_compiler()
+    if not outcomes[0]["ok"] or compiler is None:
+        return outcomes
+    more = ADDRESS | {"LD_PRELOAD": runtimes(compiler), "OMP_NUM_THREADS": "1"}
+    # -s: what a sanitizer says before it ends the process must not be caught
+    tests = ["-q", "-s", "-p", "no:cacheprovider", "tests/test_cuda_emulation.py", "-k", "not meet"]
+    command = [sys.executable, "-c", EMULATED, *tests]
+    return [*outcomes, run("emulation: test_cuda_emulation", command, logs / "emulation.log", **more)]
 
 
 def thread() -> list[dict[str, Any]]:
@@ -184,15 +213,17 @@ def thread() -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fuzz-seconds", type=float, default=30, help="how long each of the two fuzzers runs (30)")
-    parser.add_argument("--only", choices=["address", "thread"], help="one of the two parts")
+    parser.add_argument("--only", choices=["address", "emulation", "thread"], help="one of the parts")
     given = parser.parse_args()
     (BUILD / "logs").mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     copy_checkout()
     outcomes = []
-    if given.only != "thread":
+    if given.only in (None, "address"):
         outcomes += address(given.fuzz_seconds)
-    if given.only != "address":
+    if given.only in (None, "emulation"):
+        outcomes += emulation()
+    if given.only in (None, "thread"):
         outcomes += thread()
     ok = all(outcome["ok"] for outcome in outcomes)
     compiler = subprocess.run(["c++", "--version"], env=environment(), capture_output=True, text=True).stdout
