@@ -120,4 +120,4 @@ def test_check_says_what_is_stale(
 
 def test_results_that_are_kept_can_be_read() -> None:
     files = sorted(path.name for path in RESULTS.glob("*.jsonl"))
-    assert all(re.fullmatch(r"(prefill-|tune-)?(cpu|cuda)-[a-z0-9-]+\.jsonl", name) for name in files), files
+    assert all(re.fullmatch(r"(prefill-|tune-|gradients-)?(cpu|cuda)-[a-z0-9-]+\.jsonl", name) for name in files), files
