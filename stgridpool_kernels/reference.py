@@ -28,7 +28,8 @@ def temporal_grid(x: Tensor, plan: GridPlan) -> Tensor:
 
 def _grid(x: Tensor, plan: GridPlan) -> Tensor:
     """(T of all videos, H, W, C) frames with their summaries, whose values are those that x.dtype has."""
-    frames = x.flatten(0, -4).to(_arithmetic(x), copy=True)
+    # torch shrinks by another kernel, with other bits, where channels are not last in memory
+    frames = x.flatten(0, -4).to(_arithmetic(x), copy=True, memory_format=torch.contiguous_format)
     for level in plan.levels:
         if level.targets:
             groups = frames[torch.tensor(level.sources, device=x.device)]  # (G, S, H, W, C)

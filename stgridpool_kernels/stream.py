@@ -237,7 +237,7 @@ class GridPoolStream:
     cut into chunks: with sampling="first" always, with "last" where the stride of every level that completes a group
     (stride · rows · cols frames at most T) divides T. Otherwise `grid_pool` spreads its samples over all of T, which
     a stream cannot know: it samples the last frame of every `stride`, as if T were a multiple. `matches_offline` says
-    which it is. On backends whose sums follow the layout in memory this holds for chunks of the video's layout.
+    which it is. On `triton`, whose sums follow the layout in memory, this holds for chunks of the video's layout.
 
     **What is kept** of a stream are the sampled frames of its open groups, shrunk, in the dtype of the tokens. Where
     `grid_pool` has fused kernels (the published settings) these are miniatures of ⌈H/2⌉ × ⌈W/2⌉ tokens, and there is

@@ -96,6 +96,22 @@ def test_any_chunking_of_any_call(data: st.DataObject, backend: str, device: tor
     assert_same_bits(result, run(backend, "grid_pool", x, **arguments))
 
 
+LAYOUTS = {"channels first": (0, 3, 1, 2), "frames last": (3, 1, 2, 0), "columns first": (0, 2, 1, 3)}
+
+
+@pytest.mark.parametrize("order", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("name", ["published", "nested", "overlapping", "bilinear"])
+def test_chunks_of_a_permuted_video(name: str, order: tuple[int, ...], backend: str, device: torch.device) -> None:
+    T = 12 if backend == "triton" else 24
+    x = tokens(T, *small(backend, device), 11, device=device)
+    x = x.permute(order).contiguous().permute([order.index(axis) for axis in range(4)])
+    whole = run(backend, "grid_pool", x, **CALLS[name])
+    assert_same_bits(pushed(GridPoolStream(backend=backend, **CALLS[name]), x.split(5)), whole)
+    if backend != "triton":  # whose sums follow the layout
+        contiguous = [part.contiguous() for part in x.split(5)]
+        assert_same_bits(pushed(GridPoolStream(backend=backend, **CALLS[name]), contiguous), whole)
+
+
 @settings(max_examples=12)
 @given(data=st.data())
 def test_streams_packed_in_one_call(data: st.DataObject, backend: str, device: torch.device) -> None:
