@@ -180,7 +180,7 @@ def run(
         call.grad, call.grad_strides = grad.data_ptr(), _five(grad.stride(), grad.dim())
     words = None if tables is None else (ctypes.c_int32 * len(tables))(*tables)
     size = functions.stgp_scratch_bytes(OPS.index(op), words, ctypes.byref(call))
-    scratch = torch.full((size + 64,), 0xFF, dtype=torch.uint8)  # NaN in every dtype
+    scratch = torch.full((size + 64,), 0xFF, dtype=torch.uint8, device="cpu")  # NaN in every dtype
     call.scratch = scratch.data_ptr() + -scratch.data_ptr() % 64 if size else None
     if op == "token_norm":
         frames = math.prod(x.shape[:-3])

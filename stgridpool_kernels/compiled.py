@@ -148,7 +148,8 @@ def keeps_miniatures_on_cuda(plan: GridPlan, channels: int, norm_type: float) ->
 
 @lru_cache(maxsize=256)
 def _chunk_tables(words: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tables | None]:
-    return torch.tensor(words, dtype=torch.int32), tables_on(device, words) if device.type == "cuda" else None
+    tables = torch.tensor(words, dtype=torch.int32, device="cpu")  # whatever torch.set_default_device says
+    return tables, tables_on(device, words) if device.type == "cuda" else None
 
 
 def pool_chunk(

@@ -18,7 +18,7 @@ class Tables:
     """
 
     def __init__(self, values: Sequence[int], device: torch.device) -> None:
-        self.tensor = torch.tensor(values, dtype=torch.int32)
+        self.tensor = torch.tensor(values, dtype=torch.int32, device="cpu")  # whatever torch.set_default_device says
         self.uploaded: torch.cuda.Event | None = None
         self.streams: set[int] = set()
         if device.type == "cuda":
