@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -146,6 +147,11 @@ class _State:
     def slots(self) -> set[int]:
         return {slot for tiles in self.tiles for slot in tiles} - {-1}
 
+    def moved(self, held: Sequence[int]) -> _State:
+        """With what is in the slots `held` in the slots 0, 1, …"""
+        places = {slot: place for place, slot in enumerate(held)} | {-1: -1}
+        return replace(self, tiles=tuple(tuple(places[slot] for slot in of_level) for of_level in self.tiles))
+
 
 @dataclass(frozen=True)
 class _Need:
@@ -245,8 +251,8 @@ class GridPoolStream:
     resize="bilinear" and mosaics whose tiles share tokens, the last row and column of these frames. `state_bytes`
     counts them. It depends on neither the length of a video nor that of a chunk.
 
-    No gradient, no CUDA graph, one thread at a time, and on a GPU one CUDA stream at a time. A call that raises leaves
-    everything as it was.
+    No gradient, no CUDA graph, one thread at a time, and on a GPU one CUDA stream at a time. torch.compile leaves a
+    push as it is, and breaks its graph there. A call that raises leaves everything as it was.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the backend asked
     for cannot run the call.
@@ -280,23 +286,21 @@ class GridPoolStream:
 
     def open(self, stream: StreamId) -> None:
         """Opens a stream. Raises ValueError if it is open, TypeError unless it is an integer or a string."""
-        if isinstance(stream, bool) or not isinstance(stream, (int, str)):
-            raise TypeError(f"a stream must be an integer or a string, got {stream!r}")
+        _check_name(stream)
         if stream in self._states:
             raise ValueError(f"stream {stream!r} is open already; open are {list(self._states)}")
         self._states[stream] = self._new_state()
 
     def close(self, stream: StreamId) -> None:
         """Drops a stream and all that is kept of it. Raises ValueError unless it is open."""
-        self._known(stream)
-        del self._states[stream]
-        self._keep()
+        states = {name: state for name, state in self._states.items() if name != self._known(stream)}
+        self._states, self._slots = self._compacted(states, self._slots)
 
     def reset(self, stream: StreamId | None = None) -> None:
         """Has the next frame of a stream, or of all, start a new video. Raises ValueError unless it is open."""
-        for one in self._states if stream is None else [self._known(stream)]:
-            self._states[one] = self._new_state()
-        self._keep()
+        ended = self.streams if stream is None else (self._known(stream),)
+        states = self._states | {name: self._new_state() for name in ended}
+        self._states, self._slots = self._compacted(states, self._slots)
 
     def flush(self, stream: StreamId | None = None) -> Tensor:
         """Ends the video of a stream, or of all: the pooled frames that are still to come, then `reset`.
@@ -351,11 +355,17 @@ class GridPoolStream:
         Raises ValueError or TypeError as `grid_pool` does, or for streams that are not open and frames unlike those
         before; RuntimeError if a gradient is required, or under capture of a CUDA graph.
         """
+        if torch.compiler.is_compiling():  # compiled, the reference has other bits, and a push for every T its own code
+            pushed: Tensor = torch.compiler.disable(self._push)(x, streams, frame_counts)
+            return pushed
+        return self._push(x, streams, frame_counts)
+
+    def _push(self, x: Tensor, streams: Sequence[StreamId] | None, frame_counts: Sequence[int] | None) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        check_tokens(x)
         if x.dim() != 4:
             raise ValueError(f"x must have shape (n, H, W, C), got {tuple(x.shape)}; pack streams with frame_counts")
+        check_tokens(x)
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("a stream has no gradient: push x.detach(), or use torch.no_grad()")
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -371,11 +381,11 @@ class GridPoolStream:
         miniatures = backend.keeps_miniatures(known.plan, x.shape[-1], self._settings[1]) and self._levels > 0
         known = replace(known, backend=backend.name, miniatures=miniatures)
         push = self._push_miniatures if miniatures else self._push_mosaics
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            states = push(x.detach(), pieces, known, backend, plan, out)
-        self._format = known
-        self._states |= states
-        self._keep()
+        # what is kept by a call in inference mode can only be written to in that mode
+        with torch.inference_mode(), torch.autocast(x.device.type, enabled=False):
+            states, slots = push(x.detach(), pieces, known, backend, plan, out)
+            states, slots = self._compacted(self._states | states, slots)
+        self._format, self._states, self._slots = known, states, slots
         return out
 
     def _push_miniatures(
@@ -386,9 +396,10 @@ class GridPoolStream:
         backend: Backend,
         plan: GridPlan,
         out: Tensor,
-    ) -> dict[StreamId, _State]:
-        """Pools and shrinks x in one go; the streams' new states. Writes to slots that hold nothing before the call."""
-        held = self._held()
+    ) -> tuple[dict[StreamId, _State], Tensor | None]:
+        """Pools and shrinks x in one go; the streams' new states, and all slots. Those that held something before the
+        call are not written to."""
+        held = _held(self._states)
         free = (slot for slot in itertools.count() if slot not in held)
         steps: list[list[ChunkEntry]] = [[] for _ in range(1 + self._levels)]
         states: dict[StreamId, _State] = {}
@@ -418,36 +429,32 @@ class GridPoolStream:
         slots = self._room(used, x, known)
         assert backend.pool_chunk is not None
         backend.pool_chunk(x, chunk_tables(known.plan, len(x), steps, used), *self._settings, slots, out)
-        return states
+        return states, slots
 
     def _room(self, slots: int, x: Tensor, known: _Format) -> Tensor:
-        """At least so many slots; what they hold stays."""
+        """At least so many slots; what they hold is in them."""
         size = _miniature_size(known)
         if self._slots is None or (*self._slots.shape[1:], self._slots.dtype, self._slots.device) != (
             *(*size, x.dtype, x.device),
         ):
-            self._slots = x.new_empty((slots, *size))
-        elif len(self._slots) < slots:
-            grown = x.new_empty((slots, *self._slots.shape[1:]))
-            grown[: len(self._slots)] = self._slots
-            self._slots = grown
-        return self._slots
+            return x.new_empty((slots, *size))
+        if len(self._slots) >= slots:
+            return self._slots
+        grown = x.new_empty((slots, *size))
+        grown[: len(self._slots)] = self._slots
+        return grown
 
-    def _keep(self) -> None:
-        """Gives memory back that a long chunk took, or closed streams: what is held moves to the first slots."""
-        if self._slots is None:
-            return
-        most = len(self._states) * SLOTS_PER_LEVEL * self._levels
-        if len(self._slots) <= most:
-            return
-        held = sorted(self._held())
-        moved = {slot: place for place, slot in enumerate(held)} | {-1: -1}
-        kept = self._slots.new_empty((max(len(held), most), *self._slots.shape[1:]))
-        kept[: len(held)] = self._slots[torch.tensor(held, dtype=torch.long, device=kept.device)]
-        for stream, state in self._states.items():
-            tiles = tuple(tuple(moved[slot] for slot in of_level) for of_level in state.tiles)
-            self._states[stream] = replace(state, tiles=tiles)
-        self._slots = kept
+    def _compacted(
+        self, states: dict[StreamId, _State], slots: Tensor | None
+    ) -> tuple[dict[StreamId, _State], Tensor | None]:
+        """Without the memory that a long chunk took, or closed streams: what is held moves to the first slots."""
+        most = len(states) * SLOTS_PER_LEVEL * self._levels
+        if slots is None or len(slots) <= most:
+            return states, slots
+        held = sorted(_held(states))
+        kept = slots.new_empty((max(len(held), most), *slots.shape[1:]))
+        kept[: len(held)] = slots[torch.tensor(held, dtype=torch.long, device=kept.device)]
+        return {name: state.moved(held) for name, state in states.items()}, kept
 
     def _push_mosaics(
         self,
@@ -457,8 +464,9 @@ class GridPoolStream:
         backend: Backend,
         plan: GridPlan,
         out: Tensor,
-    ) -> dict[StreamId, _State]:
-        """Pools x into out; the streams' new states. States as they are may be written to only where nothing is yet."""
+    ) -> tuple[dict[StreamId, _State], Tensor | None]:
+        """Pools x into out; the streams' new states, and no slots. States as they are may be written to only where
+        nothing is yet."""
         states: dict[StreamId, _State] = {}
         ends: dict[int, Tensor] = {}  # summaries that replace frames of x
         for stream, (first, count) in pieces.items():
@@ -473,7 +481,7 @@ class GridPoolStream:
             of_ends = self._frames_plan(known, len(ends))
             backend.grid_pool(frames, of_ends, *self._settings, pooled)
             out[torch.tensor(list(ends), device=out.device)] = pooled
-        return states
+        return states, None
 
     def _frames_plan(self, known: _Format, frames: int) -> GridPlan:
         """Of frames that share no group: the cache gives the same plan every time."""
@@ -491,12 +499,18 @@ class GridPoolStream:
         if len(set(names)) < len(names):
             raise ValueError(f"streams must name each stream once, got {list(names)}")
         if frame_counts is None:
+            if not names:
+                raise ValueError("streams must name an open stream, got []")
             if len(names) != 1:
                 raise ValueError(f"frame_counts must be given for {len(names)} streams, got None for {list(names)}")
             frame_counts = [n]
-        counts = list(frame_counts)
-        if len(counts) != len(names) or any(not isinstance(count, int) or count < 0 for count in counts):
-            raise ValueError(f"frame_counts must be one number of frames for each of {list(names)}, got {counts}")
+        allowed = f"frame_counts must be one number of frames for each of {list(names)}, got {frame_counts}"
+        try:
+            counts = [operator.index(count) for count in frame_counts]
+        except TypeError as error:
+            raise TypeError(allowed) from error
+        if len(counts) != len(names) or min(counts, default=0) < 0:
+            raise ValueError(allowed)
         if sum(counts) != n:
             raise ValueError(f"frame_counts must sum to n = {n}, got {counts} with sum {sum(counts)}")
         firsts = [sum(counts[:number]) for number in range(len(counts))]
@@ -521,14 +535,11 @@ class GridPoolStream:
         segments = tuple(_Segment.of(plan, number) for number in range(self._levels))
         return _Format(H, W, C, dtype, device, backend, plan, segments)
 
-    def _held(self) -> set[int]:
-        """The slots that hold something."""
-        return {slot for state in self._states.values() for slot in state.slots()}
-
     def _new_state(self) -> _State:
         return _State(0, (None,) * self._levels, ((-1,) * 4,) * self._levels)
 
     def _known(self, stream: StreamId) -> StreamId:
+        _check_name(stream)
         if stream not in self._states:
             raise ValueError(f"stream must be open, got {stream!r}; open are {list(self._states)}")
         return stream
@@ -536,6 +547,8 @@ class GridPoolStream:
     def _only(self, stream: StreamId | None) -> StreamId:
         if stream is not None:
             return self._known(stream)
+        if not self._states:
+            raise ValueError("streams must name an open stream, got []: none is open")
         if len(self._states) != 1:
             raise ValueError(f"stream must be named, got None; open are {list(self._states)}")
         return next(iter(self._states))
@@ -548,8 +561,7 @@ class GridPoolStream:
         `torch.save` writes it, `torch.load(weights_only=True)` reads it.
         """
         known = self._format
-        held = sorted(self._held())
-        moved = {slot: place for place, slot in enumerate(held)} | {-1: -1}
+        held = sorted(_held(self._states))
         return {
             "version": VERSION,
             "arguments": {name: _plain(value) for name, value in self.arguments.items()},
@@ -577,7 +589,7 @@ class GridPoolStream:
                         }
                         for group in state.groups
                     ],
-                    "tiles": [[moved[slot] for slot in tiles] for tiles in state.tiles],
+                    "tiles": [list(tiles) for tiles in state.moved(held).tiles],
                 }
                 for stream, state in self._states.items()
             ],
@@ -647,6 +659,16 @@ class GridPoolStream:
         ):
             raise ValueError(f"state is damaged: {len(state['miniatures'])} miniatures for the slots {sorted(held)}")
         return known, states, slots
+
+
+def _held(states: dict[StreamId, _State]) -> set[int]:
+    """The slots that hold something."""
+    return {slot for state in states.values() for slot in state.slots()}
+
+
+def _check_name(stream: StreamId) -> None:
+    if isinstance(stream, bool) or not isinstance(stream, (int, str)):
+        raise TypeError(f"a stream must be an integer or a string, got {stream!r}")
 
 
 _PLAIN_WINDOWS = {"stride": None, "padding": (0, 0), "ceil_mode": False, "count_include_pad": True}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backends import gridding_arguments, norm_arguments, run, skip_refused, temperatures, tokens, window_arguments
@@ -16,7 +19,7 @@ from tolerance import assert_same_bits
 from torch import Tensor
 
 import stgridpool_kernels
-from stgridpool_kernels import GridPoolStream, grid_plan, stream
+from stgridpool_kernels import GridPoolStream, compiled, grid_plan, stream
 from stgridpool_kernels.backends import BACKENDS
 from stgridpool_kernels.schedule import Schedule, needed_cells
 from stgridpool_kernels.tables import chunk_tables
@@ -361,6 +364,14 @@ def test_another_format_needs_a_reset() -> None:
         (ValueError, "frame_counts must be given for 2 streams", lambda s: s.push(torch.ones(2, 4, 4, 3))),
         (ValueError, "sum to n = 2, got", lambda s: s.push(torch.ones(2, 4, 4, 3), frame_counts=[1, 2])),
         (ValueError, "one number of frames", lambda s: s.push(torch.ones(2, 4, 4, 3), frame_counts=[3, -1])),
+        (ValueError, r"frame_counts must be .*, got \[2\]", lambda s: s.push(torch.ones(2, 4, 4, 3), frame_counts=[2])),
+        (TypeError, "frame_counts must be", lambda s: s.push(torch.ones(2, 4, 4, 3), frame_counts=[1.0, 1.0])),
+        (TypeError, "frame_counts must be", lambda s: s.push(torch.ones(2, 4, 4, 3), frame_counts=2)),
+        (ValueError, r"x must have shape \(n, H, W, C\), got \(4, 4, 3\)", lambda s: s.push(torch.ones(4, 4, 3))),
+        (TypeError, r"an integer or a string, got \[1\]", lambda s: s.push(torch.ones(2, 4, 4, 3), streams=[[1]])),
+        (TypeError, "an integer or a string, got True", lambda s: s.push(torch.ones(2, 4, 4, 3), streams=[True])),
+        (TypeError, "an integer or a string, got {}", lambda s: s.close({})),
+        (TypeError, "an integer or a string, got {}", lambda s: s.frames({})),
         (ValueError, "open already", lambda s: s.open("a")),
         (TypeError, "integer or a string", lambda s: s.open(1.5)),
         (ValueError, "stream must be open", lambda s: s.close("c")),
@@ -377,6 +388,22 @@ def test_bad_calls_are_named_and_change_nothing(kind: type[Exception], message: 
         call(stream)
     assert stream.streams == ("a", "b")
     assert_same_bits(stream.push(x[3:], streams=["a"]), stgridpool_kernels.grid_pool(x, backend="reference")[3:])
+
+
+def test_no_stream_is_open() -> None:
+    stream = GridPoolStream(streams=[])
+    with pytest.raises(ValueError, match=r"streams must name an open stream, got \[\]"):
+        stream.push(torch.ones(2, 4, 4, 3))
+    with pytest.raises(ValueError, match=r"streams must name an open stream"):
+        stream.frames()
+
+
+@pytest.mark.parametrize("counts", [np.array([1, 2]), torch.tensor([1, 2]), (np.int64(1), 2)], ids=type)
+def test_frame_counts_of_any_integers(counts: Any) -> None:
+    server = GridPoolStream(streams=["a", "b"])
+    assert server.push(torch.ones(3, 4, 4, 3), frame_counts=counts).shape == (3, 2, 2, 3)
+    assert [server.frames("a"), server.frames("b")] == [1, 2]
+    assert all(type(server.frames(name)) is int for name in server.streams)
 
 
 @pytest.mark.parametrize(
@@ -409,6 +436,7 @@ def test_failed_push_leaves_the_state(
     whole = run(backend, "grid_pool", x, **arguments)
     stream = GridPoolStream(backend=backend, **arguments)
     stream.push(x[:5])
+    before = stream.state_bytes
 
     def fail(*given: Any) -> None:
         work(*given)
@@ -416,11 +444,31 @@ def test_failed_push_leaves_the_state(
 
     with monkeypatch.context() as patch:
         patch.setitem(BACKENDS[number].__dict__, failing, fail)
-        for chunk in (x[5:].flip(0), x[5:6]):
+        for chunk in (torch.cat([x, x, x[5:].flip(0)]), x[5:6]):
             with pytest.raises(RuntimeError, match="cannot go on"):
                 stream.push(chunk)
     assert stream.frames() == 5
+    assert stream.state_bytes == before
     assert_same_bits(stream.push(x[5:]), whole[5:])
+
+
+def test_a_push_that_cannot_give_memory_back_leaves_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a long chunk took is given back last: where that fails, the push has not happened."""
+    skip_refused("cpu", torch.float32, torch.device("cpu"))
+    x = tokens(128, 5, 7, 8)
+    stream = GridPoolStream(backend="cpu")
+    stream.push(x[:5])
+    before = stream.state_bytes
+
+    def fail(*given: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_compacted", fail)
+        with pytest.raises(MemoryError):
+            stream.push(x[5:])
+    assert (stream.frames(), stream.state_bytes) == (5, before)
+    assert_same_bits(stream.push(x[5:]), stgridpool_kernels.grid_pool(x, backend="cpu")[5:])
 
 
 @calls
@@ -454,9 +502,62 @@ def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
     assert_same_bits(result, run(backend, "grid_pool", x))
 
 
-def test_tables_of_a_chunk_are_checked() -> None:
-    from stgridpool_kernels import compiled
+@pytest.mark.parametrize("name", ["published", "bilinear"])
+def test_inference_mode_may_come_and_go(name: str, backend: str, device: torch.device) -> None:
+    x = tokens(16, *small(backend, device), 8, device=device)
+    whole = run(backend, "grid_pool", x, **CALLS[name])
+    stream = GridPoolStream(backend=backend, **CALLS[name])
+    with torch.inference_mode():
+        first = stream.push(x[:1].clone())
+        other = GridPoolStream(backend=backend, **CALLS[name])
+        other.load_state_dict(stream.state_dict())
+    second = stream.push(x[1:2])
+    with torch.inference_mode():
+        third = stream.push(x[2:].clone())
+    assert_same_bits(torch.cat([first, second, third]), whole)
+    assert_same_bits(other.push(x[1:]), whole[1:])
 
+
+@pytest.mark.parametrize("name", ["published", "bilinear"])
+def test_default_device_is_not_used(name: str, backend: str, device: torch.device) -> None:
+    """What a stream keeps is where its frames are; 13 channels, as tables of an earlier call may be there already."""
+    T = 12 if backend == "triton" else 24
+    x = tokens(T, *small(backend, device), 13, device=device)
+    compiled._chunk_tables.cache_clear()
+    with torch.device("meta"):
+        result = pushed(GridPoolStream(backend=backend, **CALLS[name]), x.split(5))
+    assert_same_bits(result, run(backend, "grid_pool", x, **CALLS[name]))
+
+
+@pytest.mark.filterwarnings("default")  # of torch.compile
+@pytest.mark.parametrize("name", ["published", "bilinear"])
+def test_torch_compile_goes_round_a_push(name: str, backend: str, device: torch.device) -> None:
+    """It compiles what is before and behind, and nothing of the stream, whose bits stay."""
+    x = tokens(8, *small(backend, device), 8, device=device)
+    stream = GridPoolStream(backend=backend, **CALLS[name])
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(lambda frames: stream.push(frames + 1) * 2, backend=counter)
+    result = torch.cat([step(part) for part in x.split(2)])
+    assert_same_bits(result, 2 * run(backend, "grid_pool", x + 1, **CALLS[name]))
+    assert counter.frame_count == 2
+    stream.reset()
+    push = torch.compile(stream.push, backend=counter)
+    assert_same_bits(torch.cat([push(part) for part in x.split(3)]), run(backend, "grid_pool", x, **CALLS[name]))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", ["published", "bilinear"])
+def test_a_copy_goes_its_own_way(name: str, copied: str, backend: str, device: torch.device) -> None:
+    x = tokens(16, *small(backend, device), 8, device=device)
+    stream = GridPoolStream(backend=backend, **CALLS[name])
+    stream.push(x[:5])
+    other = copy.deepcopy(stream) if copied == "deepcopy" else pickle.loads(pickle.dumps(stream))
+    stream.push(x[5:].flip(0))
+    assert_same_bits(other.push(x[5:]), run(backend, "grid_pool", x, **CALLS[name])[5:])
+
+
+def test_tables_of_a_chunk_are_checked() -> None:
     if compiled.LIBRARY is None:
         pytest.skip("the compiled library was not built")
     plan = grid_plan((), 4, 4)
