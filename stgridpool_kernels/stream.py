@@ -601,12 +601,13 @@ class GridPoolStream:
         device: where the frames to come will be; by default where they were. The backend stays what it was, since
         another one has other bits.
 
-        Raises ValueError for a state of another version, of other arguments, or a damaged one; nothing has changed
-        then.
+        Raises ValueError for a state of another version, of other arguments, or a damaged one, and for a device that is
+        not there; nothing has changed then.
         """
         try:
             version, arguments = state["version"], state["arguments"]
-        except (KeyError, TypeError) as error:
+            arguments = dict(arguments)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError("state must be what state_dict returned: version or arguments are missing") from error
         if version != VERSION:
             raise ValueError(f"state must be of version {VERSION}, got {version!r}")
@@ -627,11 +628,11 @@ class GridPoolStream:
         if given is not None:
             sizes = [int(given[name]) for name in ("height", "width", "channels")]
             dtype = getattr(torch, given["dtype"])
-            if dtype not in DTYPES or given["backend"] not in backend_names():
+            if dtype not in DTYPES or given["backend"] not in backend_names()[1:]:
                 raise ValueError(f"state is damaged: dtype {given['dtype']!r}, backend {given['backend']!r}")
             if self.backend not in ("auto", given["backend"]):
                 raise ValueError(f"state must be of backend={self.backend!r}, got {given['backend']!r}")
-            where = torch.device(device if device is not None else given["device"])
+            where = _usable(given["device"], ", where the state was") if device is None else _usable(device)
             known = self._make_format(sizes[0], sizes[1], sizes[2], dtype, where, given["backend"])
             known = replace(known, miniatures=bool(given["miniatures"]))
             kept = [_read_tensor(tensor, known, *_miniature_size(known)) for tensor in state["miniatures"]]
@@ -640,8 +641,9 @@ class GridPoolStream:
         states: dict[StreamId, _State] = {}
         for entry in state["streams"]:
             frames, groups = entry["frames"], []
-            if not isinstance(entry["stream"], (int, str)) or entry["stream"] in states:
-                raise ValueError(f"state is damaged: stream {entry['stream']!r} is there twice, or has no such name")
+            _check_name(entry["stream"])
+            if entry["stream"] in states:
+                raise ValueError(f"state is damaged: stream {entry['stream']!r} is there twice")
             if not isinstance(frames, int) or frames < 0 or len(entry["groups"]) != self._levels:
                 raise ValueError(f"state is damaged: stream {entry['stream']!r} has frames {frames!r}")
             for number, group in enumerate(entry["groups"]):
@@ -780,6 +782,15 @@ class _Chunk:
         out = torch.empty(sources.shape, dtype=some.dtype, device=some.device)
         self.backend.temporal_grid(sources, segment.plan, out)
         return out[segment.plan.levels[0].targets[0]]
+
+
+def _usable(device: torch.device | str, whose: str = "") -> torch.device:
+    """The device that tensors there say they are on: cuda is one of cuda:0, cuda:1, …"""
+    try:
+        return torch.empty(0, device=device).cpu().to(device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that can be used here, got {str(device)!r}{whose}: {cause}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,9 @@ import copy
 import io
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,11 +309,21 @@ def damaged(state: dict[str, Any], change: str) -> dict[str, Any]:
             state["miniatures"][0] = state["miniatures"][0][:1]
         case "mosaic":
             state["streams"][0]["groups"][0] = {"mosaic": torch.zeros(5, 7, 8), "edges": {}}
+        case "argument list":
+            state["arguments"] = []
+        case "backend":
+            state["format"]["backend"] = "auto"
+        case "device":
+            state["format"]["device"] = "abacus"
+        case "stream":
+            state["streams"][0]["stream"] = True
     return state
 
 
 @pytest.mark.parametrize(
-    "change", ["version", "arguments", "no streams", "tiles", "frames", "miniatures", "mosaic", "nothing at all"]
+    "change",
+    ["version", "arguments", "argument list", "no streams", "stream", "tiles", "frames", "miniatures"]
+    + ["mosaic", "backend", "device", "nothing at all"],
 )
 def test_damaged_state_is_refused(change: str) -> None:
     if next(known for known in BACKENDS if known.name == "cpu").why_not(None, None) is not None:
@@ -322,6 +335,49 @@ def test_damaged_state_is_refused(change: str) -> None:
     with pytest.raises(ValueError, match="state"):
         stream.load_state_dict({} if change == "nothing at all" else damaged(state, change))
     assert_same_bits(stream.push(x[5:]), stgridpool_kernels.grid_pool(x, backend="cpu")[5:])
+
+
+@pytest.mark.parametrize("where", ["abacus", "cuda:99", "mps:7"])
+def test_state_for_a_device_that_is_not_there(where: str) -> None:
+    x = tokens(16, 5, 7, 8)
+    stream = GridPoolStream()
+    stream.push(x[:5])
+    with pytest.raises(ValueError, match=f"device must be one that can be used here, got '{where}'"):
+        stream.load_state_dict(stream.state_dict(), device=where)
+    assert stream.frames() == 5
+
+
+def test_state_for_a_device_by_any_of_its_names(device: torch.device) -> None:
+    """A frame is on cuda:0, whether one says so or says cuda."""
+    x = tokens(16, 5, 7, 8, device=device)
+    stream = GridPoolStream()
+    first = stream.push(x[:5])
+    again = GridPoolStream()
+    again.load_state_dict(stream.state_dict(), device=f"{device.type}:0")
+    assert_same_bits(again.push(x[5:]), stream.push(x[5:]))
+    again.load_state_dict(stream.state_dict(), device=device.type)
+    assert again.flush().device == first.device
+
+
+PROCESS = """
+import sys, torch
+from stgridpool_kernels import GridPoolStream
+stream = GridPoolStream(frame_strides=(1, 3), resize="bilinear")
+stream.load_state_dict(torch.load(sys.argv[1], weights_only=True))
+torch.save(stream.push(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+def test_another_process_goes_on(tmp_path: Path) -> None:
+    x = tokens(24, 5, 7, 8)
+    arguments = {"frame_strides": (1, 3), "resize": "bilinear"}
+    stream = GridPoolStream(**arguments)
+    stream.push(x[:10])
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    torch.save(x[10:].clone(), tmp_path / "x.pt")
+    files = [str(tmp_path / name) for name in ("state.pt", "x.pt", "y.pt")]
+    subprocess.run([sys.executable, "-c", PROCESS, *files], check=True)
+    assert_same_bits(torch.load(tmp_path / "y.pt"), stgridpool_kernels.grid_pool(x, **arguments)[10:])
 
 
 # ---- reset, flush, errors ----
