@@ -363,7 +363,7 @@ def _add_pool(commands: Any) -> None:
         ".npy or .safetensors",
     )
     parser.add_argument(
-        "--chunk", type=_positive, default=1, metavar="N", help="with --stream, most frames at a time (default: 1)"
+        "--chunk", type=_positive, metavar="N", help="with --stream, most frames at a time (default: 1)"
     )
     _add_input_options(parser)
     add_op_options(parser)
@@ -381,6 +381,10 @@ def _run_pool(args: argparse.Namespace) -> int:
             check_dtype(output, _DTYPES[args.dtype])
     if args.stream:
         _check_stream(args, outputs)
+    elif args.chunk is not None:
+        raise ValueError(f"--chunk goes with --stream only, got {args.chunk}")
+    elif Path("-") in args.inputs:
+        raise ValueError("-: standard input is read with --stream only")
 
     finished: list[_Pooled] = []
     failures: list[str] = []
@@ -522,7 +526,7 @@ def _stream_file(
     before: tuple[int, ...] = ()
     with ExitStack() as stack:
         writer = None
-        for x in stream_input(source, grid=args.grid, tap=args.tap, chunk=args.chunk):
+        for x in stream_input(source, grid=args.grid, tap=args.tap, chunk=args.chunk or 1):
             pooled = stream.push(x.to(device))
             dtype = _DTYPES[args.dtype] if args.dtype else x.dtype
             if writer is None:

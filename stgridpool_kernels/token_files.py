@@ -59,6 +59,8 @@ KEY = "tokens"
 # A .npy header is a line of text; NumPy itself reads none above 10 000 bytes.
 _NPY_HEADER = 1 << 16
 
+_READ_AT_ONCE = 1 << 24
+
 # Tokens hardly compress. Larger arrays than this many bytes may be at most this many times larger than in the file.
 _UNPACKED_FREELY, _UNPACKED_RATIO = 1 << 28, 100
 
@@ -199,6 +201,8 @@ def stream_input(path: str | os.PathLike[str], *, grid: tuple[int, int], tap: st
         if file.suffix.lower() in (".pt", ".npz"):
             raise TokenFileError(f"{file}: --stream reads .npy, .safetensors, videos and pipes")
     with ExitStack() as stack:
+        if str(path) == "-" and sys.stdin is None:
+            raise TokenFileError("-: standard input is closed")
         pipe = sys.stdin.buffer if str(path) == "-" else stack.enter_context(file.open("rb"))
         if not isinstance(pipe, io.BufferedReader):
             pipe = io.BufferedReader(pipe)
@@ -222,7 +226,7 @@ def _stream_safetensors(file: Path, chunk: int) -> Iterator[Tensor]:
             _check_shape(file, shape)
             if len(shape) != 4:
                 raise TokenFileError(f"{file}: a stream of tokens has shape (T, H, W, C), got {shape}")
-            for first in range(0, shape[0], chunk):
+            for first in range(0, max(1, shape[0]), chunk):  # no frames have H, W and C too
                 frames: Tensor = tensor[first : first + chunk]
                 if frames.dtype not in DTYPES:
                     raise TokenFileError(_wrong_dtype(file, frames.dtype))
@@ -255,17 +259,20 @@ def stream_tokens(source: BinaryIO, name: str, chunk: int) -> Iterator[Tensor]:
         shape, dtype, by_columns = _parse_header(file, head)
         _check_shape(file, shape)
         if len(shape) != 4 or by_columns:
-            raise TokenFileError(f"{file}: a stream of tokens has shape (T, H, W, C), row by row, got {shape}")
+            order = ", column by column" if by_columns else ""
+            raise TokenFileError(f"{file}: a stream of tokens has shape (T, H, W, C), row by row, got {shape}{order}")
+        if shape[0] < 0:
+            raise TokenFileError(f"{file}: not in .npy format, damaged or cut short: its shape is {shape}")
         if like not in (None, (shape[1:], dtype)):
             raise TokenFileError(f"{file}: after (…, H, W, C) = {like[0]} of {like[1]} came {shape[1:]} of {dtype}")
         like = (shape[1:], dtype)
         frame_bytes = math.prod(shape[1:]) * dtype.itemsize
-        for first in range(0, shape[0], chunk):
+        for first in range(0, max(1, shape[0]), chunk):  # an array of no frames has H, W and C too
             frames = min(chunk, shape[0] - first)
-            data = source.read(frames * frame_bytes)
+            data = _read_bytes(source, frames * frame_bytes)
             if len(data) < frames * frame_bytes:
                 raise TokenFileError(f"{file}: cut short: {shape[0]} frames announced, {first} and a part came")
-            array = np.frombuffer(bytearray(data), dtype).reshape(frames, *shape[1:])
+            array = np.frombuffer(data, dtype).reshape(frames, *shape[1:])
             yield torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
 
 
@@ -278,6 +285,14 @@ def _read_header(source: BinaryIO, file: Path) -> bytes:
     if len(head) < 9 or size > _NPY_HEADER:
         raise TokenFileError(f"{file}: not in .npy format, damaged or cut short")
     return head + source.read(size)
+
+
+def _read_bytes(source: BinaryIO, size: int) -> bytearray:
+    """So many bytes, or fewer where the source ends. A header may claim any size: memory is taken for what comes."""
+    data = bytearray()
+    while len(data) < size and (part := source.read(min(size - len(data), _READ_AT_ONCE))):
+        data += part
+    return data
 
 
 class TokenWriter:
@@ -316,7 +331,7 @@ class TokenWriter:
         if self.path.suffix.lower() == ".npy":
             kind = np.lib.format.dtype_to_descr(torch.empty(0, dtype=dtype).numpy().dtype)
             text = repr({"descr": kind, "fortran_order": False, "shape": (frames, *shape)})
-            text = text.ljust(246) + "\n"
+            text = text.ljust(245) + "\n"  # 256 bytes with what is before it: a file that is mapped has aligned numbers
             return np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text.encode()
         name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}[dtype]
         bytes_ = frames * math.prod(shape) * dtype.itemsize

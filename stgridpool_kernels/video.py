@@ -123,8 +123,7 @@ def iter_frames(source: str | os.PathLike[str] | BinaryIO, name: str, *, size: t
             yield _to_rgb(frame, size)
         if not found:
             raise VideoError(f"{file}: no frame of its video stream can be decoded")
-        if not hasattr(source, "read"):
-            _check_whole(file, container, stream, found, declared, end)
+        _check_whole(file, container, stream, found, declared, end)
 
 
 def _decode(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,7 @@ def test_pipe_of_arrays(tmp_path: Path) -> None:
     assert np.array_equal(np.load(out), stgridpool_kernels.grid_pool(longer)[:26].half().numpy())
 
 
-@pytest.mark.parametrize("damage", ["short", "empty", "other shape", "no tokens", "text"])
+@pytest.mark.parametrize("damage", ["short", "empty", "other shape", "no tokens", "text", "huge", "larger", "negative"])
 def test_pipe_that_is_no_stream_of_tokens(tmp_path: Path, damage: str) -> None:
     pipe = io.BytesIO()
     np.save(pipe, array(4))
@@ -74,6 +76,11 @@ def test_pipe_that_is_no_stream_of_tokens(tmp_path: Path, damage: str) -> None:
     elif damage == "no tokens":
         np.save(pipe := io.BytesIO(), np.zeros((4, 5)))
         data = pipe.getvalue()
+    elif damage in ("huge", "larger", "negative"):
+        shape = {"huge": (2, 10**9, 10**9, 8), "larger": (4, 1 << 15, 1 << 15, 8), "negative": (-3, 5, 6, 8)}[damage]
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(pipe := io.BytesIO(), header)
+        data = pipe.getvalue() + bytes(99)
     data = {"short": data[:-1], "empty": b"", "text": data[:6] + b"garbage" * 30}.get(damage, data)
     if damage == "empty":
         assert list(stream_tokens(io.BytesIO(data), "-", 2)) == []
@@ -82,7 +89,49 @@ def test_pipe_that_is_no_stream_of_tokens(tmp_path: Path, damage: str) -> None:
             list(stream_tokens(io.BytesIO(data), "-", 2))
     done = stgp("pool", "-", "-o", str(tmp_path / "out.npy"), "--stream", stdin=data)
     assert done.returncode == 1
-    assert done.stderr.startswith(b"stgp pool: -")
+    assert done.stderr.startswith(b"stgp pool: -: ")
+    assert (b"cut short" in done.stderr) == (damage not in ("empty", "other shape", "no tokens"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_no_frames_give_no_frames(tmp_path: Path, suffix: str) -> None:
+    source = tmp_path / f"in{suffix}"
+    x = array(0)
+    np.save(source, x) if suffix == ".npy" else save_file({"tokens": torch.from_numpy(x)}, source)
+    assert main(["pool", str(source), "-o", str(tmp_path / "out.npy"), "--stream"]) == 0
+    assert np.load(tmp_path / "out.npy").shape == (0, 2, 3, 8)
+
+
+def test_standard_input_that_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["pool", "-", "-o", str(tmp_path / "out.npy"), "--stream"]) == 1
+    assert capsys.readouterr().err == "stgp pool: -: standard input is closed\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+@pytest.mark.parametrize("when", ["between arrays", "in an array"])
+def test_interrupted(tmp_path: Path, when: str) -> None:
+    """Nothing is left of what was written by then."""
+    command = ["pool", "-", "-o", str(tmp_path / "out.npy"), "--stream"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stgridpool_kernels", *command],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    np.save(part := io.BytesIO(), array(4))
+    process.stdin.write(part.getvalue() + (part.getvalue()[:999] if when == "in an array" else b""))
+    process.stdin.flush()
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".tmp"]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (130, b"stgp pool: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,6 +148,16 @@ def test_options_that_need_the_whole(tmp_path: Path, arguments: list[str], capsy
     command = ["pool", str(tmp_path / "in.npy"), "-o", str(tmp_path / "out.npy"), "--stream", *arguments]
     assert main(command) == 1
     assert f"{arguments[0]} cannot go with --stream" in capsys.readouterr().err
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_options_that_need_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "in.npy", array(4))
+    output = ["-o", str(tmp_path / "out.npy")]
+    assert main(["pool", str(tmp_path / "in.npy"), *output, "--chunk", "4"]) == 1
+    assert "--chunk goes with --stream only, got 4" in capsys.readouterr().err
+    assert main(["pool", "-", *output]) == 1
+    assert "-: standard input is read with --stream only" in capsys.readouterr().err
     assert not (tmp_path / "out.npy").exists()
 
 
@@ -123,6 +182,8 @@ def test_writer_writes_what_write_tokens_writes(tmp_path: Path, suffix: str, dty
             writer.write(part)
         writer.finish()
     assert torch.equal(token_files.read_tokens(path), x)
+    if suffix == ".npy":
+        assert np.load(path, mmap_mode="r").flags.aligned
 
 
 MEMORY = """
@@ -181,12 +242,18 @@ def make_video(path: Path, frames: int, height: int = 96, width: int = 128) -> P
 def test_every_frame_of_a_video(tmp_path: Path) -> None:
     from stgridpool_kernels.video import VideoError, iter_frames, read_frames
 
-    path = make_video(tmp_path / "clip.mkv", 37)
+    path = make_video(tmp_path / "clip.mkv", 75)
     expected = read_frames(path, 1000, size=(28, 42))
-    assert len(expected) == 37
+    assert len(expected) == 75
     assert np.array_equal(np.stack(list(iter_frames(path, str(path), size=(28, 42)))), expected)
     with path.open("rb") as pipe:
         assert np.array_equal(np.stack(list(iter_frames(pipe, "-", size=(28, 42)))), expected)
+    cut = path.read_bytes()
+    cut = cut[: len(cut) // 4]
+    (tmp_path / "cut.mkv").write_bytes(cut)
+    for source, name in ((tmp_path / "cut.mkv", "cut.mkv"), (io.BytesIO(cut), "-")):
+        with pytest.raises(VideoError, match=f"{name}: the file is cut short: it announces 3.00 s"):
+            list(iter_frames(source, name, size=(28, 42)))
     with pytest.raises(VideoError, match="-: not a video"):
         list(iter_frames(io.BytesIO(b"no video" * 99), "-", size=(28, 42)))
 
