@@ -212,7 +212,15 @@ def test_videos(tmp_path: Path) -> None:
         ({"device": "tpu"}, ValueError, "device must be None, 'cpu' or 'cuda', got 'tpu'"),
         ({"actors": 0}, ValueError, "actors must be at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
-        ({"grid": (0, 1)}, ValueError, "grid must be"),
+        ({"grid": (0, 1)}, ValueError, r"grid must be \(rows, cols\) of at least 1, got \(0, 1\)"),
+        ({"grid": (1, 2, 3)}, ValueError, r"grid must be .*, got \(1, 2, 3\)"),
+        ({"grid": 3}, TypeError, r"grid must be two integers \(rows, cols\), got 3"),
+        ({"grid": "ab"}, TypeError, r"grid must be two integers \(rows, cols\), got 'ab'"),
+        ({"tap": "last"}, ValueError, "tap must be one of post_ln.*, got 'last'"),
+        ({"tap": ["last"]}, ValueError, r"tap must be one of post_ln.*, got \['last'\]"),
+        ({"num_frames": 0}, ValueError, "num_frames must be at least 1, got 0"),
+        ({"num_frames": "8"}, TypeError, "num_frames must be an integer, got '8'"),
+        ({"actors": 1.5}, TypeError, "actors must be an integer, got 1.5"),
         ({"inputs": []}, ValueError, "inputs must name at least one"),
         ({"inputs": "missing"}, FileNotFoundError, "inputs must exist"),
         ({"output": "in/out"}, ValueError, "output must not be in a folder of inputs"),
@@ -230,6 +238,12 @@ def test_bad_input_is_refused_before_ray_is_asked(
     with pytest.raises(error, match=message):
         extract(given.pop("inputs"), given.pop("output"), **given)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"grid": 3}, {"grid": (0, 1)}, {"tap": "last"}, {"num_frames": 0}], ids=str)
+def test_a_step_is_refused_as_it_is_made(arguments: dict) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(arguments))} must be"):
+        PoolFiles(**arguments)
 
 
 def test_without_ray_the_error_says_which_is_needed(

@@ -15,6 +15,7 @@ import glob
 import logging
 import math
 import mimetypes
+import operator
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import grid_pool
+from ..encoder import TAPS
 from ..token_files import SUFFIXES, load_input, write_tokens
 from .arguments import read_option
 from .base import PoolOptions, require
@@ -52,8 +54,8 @@ class PoolFiles:
     batch again may find as well as a second run; "failed", with the reason in "reason". Outputs appear whole or not at
     all, and inputs are never modified.
 
-    device: where it pools. key, num_frames, grid, tap: as in `token_files.load_input`. options: arguments of
-    `grid_pool` except `frame_counts` and `out`; errors as in `PoolOptions`.
+    device: where it pools. key, num_frames, grid, tap: as in `token_files.load_input`, errors as in `extract`. options:
+    arguments of `grid_pool` except `frame_counts` and `out`; errors as in `PoolOptions`.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class PoolFiles:
     ) -> None:
         self.arguments = PoolOptions(**options).arguments
         self.device = torch.device(device)
-        self.reading: dict[str, Any] = {"key": key, "num_frames": num_frames, "grid": grid, "tap": tap}
+        self.reading = _reading(key, num_frames, grid, tap)
 
     def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         sources, outputs = ([str(path) for path in batch[column]] for column in ("source", "output"))
@@ -159,15 +161,13 @@ def extract(
         ImportError, RuntimeError: Ray is not installed, or of a version that was not tested.
         Whatever Ray raises where it gives up.
     """
-    reading = {"key": key, "num_frames": num_frames, "grid": tuple(grid), "tap": tap}
+    reading = _reading(key, num_frames, grid, tap)
     PoolOptions(**options)
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be None, 'cpu' or 'cuda', got {device!r}")
-    for name, value in (("actors", actors), ("batch_size", batch_size), ("num_frames", num_frames)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"grid must be (rows, cols) of at least 1, got {grid}")
+    for name, value in (("actors", actors), ("batch_size", batch_size)):
+        if value is not None:
+            _check_count(name, value)
     out = Path(output)
     jobs = _jobs([inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs), out)
     ray = require("ray", **_TESTED)
@@ -193,6 +193,29 @@ def extract(
         if started:
             ray.shutdown()
     return report
+
+
+def _reading(key: str | None, num_frames: int, grid: tuple[int, int], tap: str) -> dict[str, Any]:
+    """Arguments of `load_input`, checked before there is any file."""
+    _check_count("num_frames", num_frames)
+    try:
+        size = tuple(operator.index(count) for count in grid)
+    except TypeError as error:
+        raise TypeError(f"grid must be two integers (rows, cols), got {grid!r}") from error
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"grid must be (rows, cols) of at least 1, got {grid}")
+    if tap not in tuple(TAPS):
+        raise ValueError(f"tap must be one of {', '.join(TAPS)}, got {tap!r}")
+    return {"key": key, "num_frames": num_frames, "grid": size, "tap": tap}
+
+
+def _check_count(name: str, value: int) -> None:
+    try:
+        operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from error
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _run(
