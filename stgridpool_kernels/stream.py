@@ -249,7 +249,7 @@ class GridPoolStream:
     `grid_pool` has fused kernels (the published settings) these are miniatures of ⌈H/2⌉ × ⌈W/2⌉ tokens, and there is
     room for 6 per level and stream. Elsewhere it is at most one mosaic of H × W tokens per level, and, with
     resize="bilinear" and mosaics whose tiles share tokens, the last row and column of these frames. `state_bytes`
-    counts them. It depends on neither the length of a video nor that of a chunk.
+    counts them. How many it is at most depends on neither the length of a video nor that of a chunk.
 
     No gradient, no CUDA graph, one thread at a time, and on a GPU one CUDA stream at a time. torch.compile leaves a
     push as it is, and breaks its graph there. A call that raises leaves everything as it was.

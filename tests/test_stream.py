@@ -8,6 +8,7 @@ import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,32 @@ def test_streams_packed_in_one_call(data: st.DataObject, backend: str, device: t
                 out = server.push(torch.cat(parts), streams=names, frame_counts=list(counts.values()))
                 for name, piece in zip(names, out.split(list(counts.values())), strict=True):
                     assert_same_bits(piece, whole[name][seen[name] : seen[name] + counts[name]])
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written to holds NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory, deterministic = before
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@calls
+def test_nan_goes_where_it_goes_in_the_whole_video(
+    arguments: Arguments, poisoned: None, backend: str, device: torch.device
+) -> None:
+    H, W = small(backend, device)
+    x = tokens(24, H, W, 8, device=device)
+    for number, value in enumerate([math.nan, math.inf, -math.inf, math.nan]):
+        x[5 * number + 1, number % H, -1 - number % W, number] = value
+    whole = run(backend, "grid_pool", x, **arguments)
+    result = pushed(GridPoolStream(backend=backend, **arguments), x.split([1, 0, 5, 2, 1, 15]))
+    torch.testing.assert_close(result, whole, rtol=0, atol=0, equal_nan=True)
+    assert whole.isnan().any()
+    assert not whole.isnan().all()
 
 
 @pytest.mark.parametrize("T", [9, 21, 30, 39])
