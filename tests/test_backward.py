@@ -179,6 +179,23 @@ def test_subgradients(
 
 
 @dtypes
+@pytest.mark.parametrize("norm_type", [1.0, 1.5, 2.0, math.inf])
+@pytest.mark.parametrize("C", [24, 3600])
+@pytest.mark.parametrize("size", [2, 4], ids=["fused", "general"])
+def test_a_token_with_all_the_weight(
+    size: int, C: int, norm_type: float, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """It gets the gradient of its window as it is: g·t − Σ α g·t is 0 then, with no rounding left for τ to magnify."""
+    x = tokens(6, size, size, C, dtype=dtype, device=device)
+    x[:, 1, 0] *= 50
+    arguments = {"kernel_size": size, "norm_type": norm_type, "temperature": 40.0, "normalize_norm": False}
+    grad = like_result("norm_pool", x, **arguments)
+    expected = torch.zeros_like(x)
+    expected[:, 1, 0] = grad[:, 0, 0]
+    torch.testing.assert_close(gradient(backend, "norm_pool", x, grad, **arguments), expected, rtol=0, atol=0)
+
+
+@dtypes
 @calls
 def test_repeatable(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size

@@ -67,7 +67,7 @@ def test_general_kernels(tmp_path):
     rows = report(tmp_path, "--shape", "64x27x27x3584", "--arch", "90", "--cubins", str(tmp_path / "cubins"))
     assert {call for row in rows for call in row.launches} == {case.name for case in PUBLISHED + GENERAL}
     kernels = {"grid_pool_kernel", "norm_pool_kernel", "summary_kernel", "final_frames_kernel", "token_norm_kernel"}
-    kernels |= {"pair_gradient_kernel", "window_statistics_kernel", "token_gradient_kernel"}
+    kernels |= {"pair_gradient_kernel", "window_weights_kernel", "token_gradient_kernel"}
     assert {row.kernel for row in rows} == kernels
     assert [(row.name, missed) for row in rows if (missed := limits_missed(row))] == []
     cubins = list((tmp_path / "cubins").iterdir())

@@ -304,12 +304,12 @@ def test_launches_of_a_gradient(levels: int, frame_counts: list[int]) -> None:
 
 
 def test_scratch_of_a_gradient() -> None:
-    """As docs/kernels.md has it: the call's, and a frame of float32 per summary; 3 numbers per general window."""
+    """As docs/kernels.md has it: the call's, a frame of float32 a summary, 2 numbers per token of a general window."""
     shape, frames = (64, 27, 27, 896), 14 * 27 * 27 * 896
     call = prepared("grid_pool", shape, gradient=True)
     assert (call.scratch, call.gradients) == ((32 + 8 + 4) * 14 * 14 * 896, frames)
     call = prepared("grid_pool", shape, gradient=True, kernel_size=3, stride=1)
-    assert (call.scratch, call.gradients) == (frames, frames + 64 * 25 * 25 * 3)
+    assert (call.scratch, call.gradients) == (frames, frames + 64 * 25 * 25 * 9 * 2)
     call = prepared("temporal_grid", shape, gradient=True, kernel_size=1)
     assert (call.scratch, call.gradients) == (0, frames)
     call = prepared("norm_pool", shape, gradient=True)
@@ -384,7 +384,7 @@ def test_launches_depend_on_nothing_that_packing_changes() -> None:
 
     def recipe(call: launch.Call) -> list[Any]:
         changing = {"entries", "walked", "row_starts", "T", "x_video", "out_video", "grad_video"}
-        changing |= {"first", "contents", "windows", "statistics"}
+        changing |= {"first", "contents", "windows", "of_windows"}
         return [
             {k: v for k, v in zip(one.kernel.arg_names[one.tensors :], one.arguments, strict=True) if k not in changing}
             for one in call.launches

@@ -213,16 +213,17 @@ def prepare_pairs(request: Request) -> Call:
 # ---- any settings ----
 
 
-@triton.jit(do_not_specialize=["row_starts", "statistics", "T"])  # what changes with the videos
-def window_statistics_kernel(
+@triton.jit(do_not_specialize=["row_starts", "of_windows", "T"])  # what changes with the videos
+def window_weights_kernel(
     x,  # (…, T, H, W, C)
     out,  # unused
     scratch,  # summaries: (S, H, W, C)
     tables,
     grad,  # (…, T, OH, OW, C)
-    gradients,  # from `statistics` on: (frames, OH, OW, 3)
+    gradients,  # from `of_windows` on, α and γ of a window's tokens: (frames, OH, OW, room, 2)
     row_starts,  # where in `tables`: OH starts of windows, OH counts, OW starts, OW counts
-    statistics,
+    of_windows,
+    room,  # tokens of the largest window
     T,
     H,
     W,
@@ -249,10 +250,11 @@ def window_statistics_kernel(
     NORM: tl.constexpr,
     P: tl.constexpr,
 ):
-    """Of window (i, j): the largest logit m, Σ exp(τ n − m), and Σ α g·t. One window a program.
+    """α and γ of the tokens of window (i, j), row by row. One window a program.
 
-    TOKENS at a time, their channels BLOCK at a time. SUMMARIES: some frames end as summaries; `tables` starts with what
-    each ends with.
+    They are computed here only: where one token has all the weight, its g·t − Σ α g·t is 0, and would not be if the two
+    products were summed in different orders; τ may be large. TOKENS at a time, their channels BLOCK at a time.
+    SUMMARIES: some frames end as summaries; `tables` starts with what each ends with.
     """
     x_strides = (x_video, x_frame, x_row, x_col, x_channel)
     program = tl.program_id(0)
@@ -280,28 +282,28 @@ def window_statistics_kernel(
         found = finish_norms(total, C, MEAN, NORM, P, False)
         norms = tl.where((step_of == step)[:, None], found[None, :], norms)
         dots = tl.where((step_of == step)[:, None], product[None, :], dots)
-    taken = step_of[:, None] * TOKENS + position[None, :] < height * width
-    logits = tl.where(taken, temperature * norms, float("-inf"))
-    most = tl.max(logits)
-    powers = tl.exp(logits - most)
-    total_power = tl.sum(powers)
-    place = gradients + statistics + program.to(tl.int64) * 3
-    tl.store(place, most)
-    tl.store(place + 1, total_power)
-    tl.store(place + 2, tl.sum(powers * dots) / total_power)
+    number = step_of[:, None] * TOKENS + position[None, :]
+    taken = number < height * width
+    weights = softmax(temperature * norms, taken)
+    place = gradients + of_windows + (program.to(tl.int64) * room + number) * 2
+    tl.store(place, weights, mask=taken)
+    tl.store(place + 1, temperature * weights * (dots - tl.sum(weights * dots)), mask=taken)
 
 
-@triton.jit(do_not_specialize=["contents", "first", "feeds", "statistics", "T"])  # what changes with the videos
+# what changes with the videos
+@triton.jit(do_not_specialize=["contents", "first", "feeds", "row_starts", "of_windows", "T"])
 def token_gradient_kernel(
     x,  # (…, T, H, W, C)
     out,  # gradient in x: (…, T, H, W, C)
     scratch,  # summaries: (S, H, W, C)
     tables,
     grad,  # (…, T, OH, OW, C)
-    gradients,  # of summaries, float32: (S, H, W, C); from `statistics` on, what is known of windows
+    gradients,  # of summaries, float32: (S, H, W, C); from `of_windows` on, as above
     first,  # the first content of this launch; they count down if MOSAIC, up if not
     contents,  # where in `tables`, 3 integers each: frame that ends with it or −1, where its feeds start, their number
-    statistics,
+    row_starts,  # as above
+    of_windows,
+    room,
     windows,  # where in `tables`: start and number of the windows that cover each of H rows, then of W columns
     highest,  # largest number of them for a row
     widest,  # and for a column
@@ -385,20 +387,10 @@ def token_gradient_kernel(
         for n in range(highest * widest):
             down, right = n // widest, n % widest
             covered = pooled & (down < height) & (right < width)
-            dots = tl.zeros((TOKENS,), tl.float32)
-            for chunk in range(CHUNKS):
-                channels = chunk * BLOCK + tl.arange(0, BLOCK)
-                tile = load_tokens(
-                    x, scratch, content + 0 * number, rows, cols, covered, channels, T, H, W, x_strides, C, MOSAIC
-                ).to(tl.float32)
-                g = load_upstream(
-                    grad, target, top + down, left + right, covered, channels, T, grad_strides, grad_channel, C
-                )
-                dots += tl.sum(tile * g, 1)
-            known = (target * OH + top + down).to(tl.int64) * OW + left + right
-            place = gradients + statistics + known * 3
-            weights = window_weights(place, norms, temperature, covered)
-            factors += temperature * weights * (dots - tl.load(place + 2, mask=covered, other=0.0))
+            place = places_in_windows(
+                tables + row_starts, target, top + down, left + right, rows, cols, covered, room, OH, OW
+            )
+            factors += tl.load(gradients + of_windows + place + 1, mask=covered, other=0.0)
 
     for chunk in range(CHUNKS):
         channels = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -411,9 +403,10 @@ def token_gradient_kernel(
                 g = load_upstream(
                     grad, target, top + down, left + right, covered, channels, T, grad_strides, grad_channel, C
                 )
-                known = (target * OH + top + down).to(tl.int64) * OW + left + right
-                place = gradients + statistics + known * 3
-                found += window_weights(place, norms, temperature, covered)[:, None] * g
+                place = places_in_windows(
+                    tables + row_starts, target, top + down, left + right, rows, cols, covered, room, OH, OW
+                )
+                found += tl.load(gradients + of_windows + place, mask=covered, other=0.0)[:, None] * g
             tile = load_tokens(
                 x, scratch, content + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
             ).to(tl.float32)
@@ -459,14 +452,17 @@ def load_upstream(grad, frame, rows, cols, taken, channels, T, strides, channel_
 
 
 @triton.jit
-def window_weights(place, norms, temperature, taken):
-    """α of tokens with these norms in windows whose statistics are there, 0 where not taken."""
-    most, total = tl.load(place, mask=taken, other=0.0), tl.load(place + 1, mask=taken, other=1.0)
-    return tl.where(taken, tl.exp(temperature * norms - most) / total, 0.0)
+def places_in_windows(row_starts, frame, i, j, rows, cols, taken, room, OH, OW):
+    """Where α of tokens (row, col) in windows (i, j) of a frame is; γ follows it."""
+    top = tl.load(row_starts + i, mask=taken, other=0)
+    left = tl.load(row_starts + 2 * OH + j, mask=taken, other=0)
+    width = tl.load(row_starts + 2 * OH + OW + j, mask=taken, other=0)
+    number = (rows - top) * width + cols - left
+    return (((frame * OH + i) * OW + j).to(tl.int64) * room + number) * 2
 
 
 def prepare_tokens(request: Request) -> Call:
-    """The summaries in full and what is known of windows, if it is pooled; then a launch for the summaries of each
+    """The summaries in full and α and γ of every window, if it is pooled; then a launch for the summaries of each
     level from the last on, and one for the frames of x."""
     H, W, C = request.x.shape[-3:]
     plan, steps = request.plan, request.steps
@@ -474,28 +470,28 @@ def prepare_tokens(request: Request) -> Call:
     OH, OW = plan.pooled_size if pooled else (H, W)
     frames = len(steps.final)
     values = max(len(steps.summaries), int(request.gridded)) * H * W * C
-    shared = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "statistics": values}
+    shared = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "of_windows": values}
+    shared |= {"row_starts": 0, "room": 0, "windows": 0, "highest": 0, "widest": 0}
 
     launches: list[Launch] = []
     tables: list[int] = []
-    scratch = 0
+    scratch = room = 0
     if pooled:
         launches, tables, scratch = launch_summaries(request)
-        largest = max(plan.window_rows.count) * max(plan.window_cols.count)
-        config = tile_config(C, largest)
-        arguments = shared | {"row_starts": len(tables), "SUMMARIES": request.gridded}
+        room = max(plan.window_rows.count) * max(plan.window_cols.count)
+        config = tile_config(C, room)
+        shared |= {"row_starts": len(tables), "room": room}
+        arguments = shared | {"SUMMARIES": request.gridded}
         arguments |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
-        arguments |= {"STEPS": triton.next_power_of_2(triton.cdiv(largest, config.tokens))}
+        arguments |= {"STEPS": triton.next_power_of_2(triton.cdiv(room, config.tokens))}
         for runs in (plan.window_rows, plan.window_cols):
             tables += (*runs.start, *runs.count)
         grid = (frames * OH * OW, 1, 1)
-        launches.append(Launch(window_statistics_kernel, grid, arguments, len(TENSORS), num_warps=config.num_warps))
+        launches.append(Launch(window_weights_kernel, grid, arguments, len(TENSORS), num_warps=config.num_warps))
 
-    shared |= {"windows": len(tables), "highest": 0, "widest": 0}
-    if pooled:
         of_rows, of_cols = covers(plan.window_rows, H), covers(plan.window_cols, W)
+        shared |= {"windows": len(tables), "highest": max(of_rows.count), "widest": max(of_cols.count)}
         tables += _pairs(of_rows) + _pairs(of_cols)
-        shared |= {"highest": max(of_rows.count), "widest": max(of_cols.count)}
 
     of_levels: list[tuple[int, int, int, int]] = []  # as in feeds, for the first tile
     largest_counts = [(1, 1)]
@@ -532,7 +528,7 @@ def prepare_tokens(request: Request) -> Call:
 
     launches += [launch([~s for s in level], True) for level in reversed(steps.by_level())]
     launches.append(launch(range(frames), False))
-    gradients = values + (3 * frames * OH * OW if pooled else 0)
+    gradients = values + 2 * frames * OH * OW * room
     return Call(plan, launches, scratch, tables_on(request.x.device, tables), gradients)
 
 
