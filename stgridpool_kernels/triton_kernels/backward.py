@@ -291,7 +291,7 @@ def window_weights_kernel(
 
 
 # what changes with the videos
-@triton.jit(do_not_specialize=["contents", "first", "feeds", "row_starts", "of_windows", "T"])
+@triton.jit(do_not_specialize=["first", "contents", "row_starts", "of_windows", "windows", "T"])
 def token_gradient_kernel(
     x,  # (…, T, H, W, C)
     out,  # gradient in x: (…, T, H, W, C)
