@@ -511,6 +511,8 @@ def prepare_tokens(request: Request) -> Call:
     shared |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
     shared |= {"PLAIN": not request.gridded, "POOLED": pooled}
 
+    registers = 168 if request.x.element_size() == 2 else 240  # at least so many keep the compiler from spilling
+
     def launch(contents: Sequence[int], mosaic: bool) -> Launch:
         entries: list[int] = []
         for content in contents if request.gridded else ():
@@ -524,7 +526,8 @@ def prepare_tokens(request: Request) -> Call:
         arguments = shared | {"first": contents[0], "contents": len(tables), "MOSAIC": mosaic}
         tables.extend(entries)
         grid = (len(contents) * triton.cdiv(H * W, config.tokens), 1, 1)
-        return Launch(token_gradient_kernel, grid, arguments, len(TENSORS), num_warps=2 * config.num_warps, maxnreg=168)
+        options = {"num_warps": 2 * config.num_warps, "maxnreg": registers}
+        return Launch(token_gradient_kernel, grid, arguments, len(TENSORS), **options)
 
     launches += [launch([~s for s in level], True) for level in reversed(steps.by_level())]
     launches.append(launch(range(frames), False))
