@@ -195,6 +195,20 @@ def test_a_token_with_all_the_weight(
     torch.testing.assert_close(gradient(backend, "norm_pool", x, grad, **arguments), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("windows", [{"kernel_size": 3, "stride": 2}, {"kernel_size": (5, 4), "stride": 1}], ids=str)
+def test_equal_tokens(windows: Arguments, backend: str, device: torch.device) -> None:
+    """Their g·t are equal: what is left of g·t − Σ α g·t by rounding is not there for τ to magnify."""
+    if backend == "reference":
+        pytest.skip("PyTorch's softmax leaves something")
+    token = tokens(1, 1, 1, 11, device=device)
+    x = token.expand(3, 6, 7, -1).contiguous()
+    grad = like_result("norm_pool", x, **windows)
+    expected, found = (
+        gradient(backend, "norm_pool", x, grad, temperature=temperature, **windows) for temperature in (0.0, 1e6)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 @dtypes
 @calls
 def test_repeatable(

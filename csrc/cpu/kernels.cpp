@@ -763,11 +763,14 @@ void window_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t
       const int64_t zeros = int64_t{row_runs[OH + i]} * col_runs[OW + j] - n;
       float largest = zeros > 0 ? 0.0f : -HUGE_VALF;
       for (int64_t k = 0; k < n; ++k) largest = logits[k] > largest ? logits[k] : largest;
-      float total = zeros > 0 ? static_cast<float>(zeros) * expf(0.0f - largest) : 0.0f, mean = 0;
-      for (int64_t k = 0; k < n; ++k) total += logits[k] = expf(logits[k] - largest);
-      for (int64_t k = 0; k < n; ++k) mean += logits[k] / total * dots[k];
+      // in float64: of equal products the mean is exactly one of them, and a temperature magnifies what is not
+      double total = zeros > 0 ? static_cast<double>(zeros) * expf(0.0f - largest) : 0.0, mean = 0;
+      for (int64_t k = 0; k < n; ++k) {
+        const double power = expf(logits[k] - largest);
+        total += power, mean += power * dots[k];
+      }
       float* const window = gradients.windows + ((frame * OH + i) * OW + j) * 3;
-      window[0] = largest, window[1] = total, window[2] = mean;
+      window[0] = largest, window[1] = static_cast<float>(total), window[2] = static_cast<float>(mean / total);
     }
   }
 }

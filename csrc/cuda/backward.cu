@@ -142,26 +142,27 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __
   const auto logit_at = [&](int64_t n) {
     return logit_of(top + static_cast<int32_t>(n / width), left + static_cast<int32_t>(n % width));
   };
-  float highest[1] = {-INFINITY}, total[1] = {};
+  float highest[1] = {-INFINITY};
   for (int64_t n = threadIdx.x; n < size; n += blockDim.x) highest[0] = fmaxf(highest[0], logit_at(n));
   join_block([](float a, float b) { return fmaxf(a, b); }, highest, 0);
-  for (int64_t n = threadIdx.x; n < size; n += blockDim.x) total[0] += expf(logit_at(n) - highest[0]);
-  join_block(Sum{}, total, 1);
 
   const T* grad = p.grad.token(p.grad.frame(frame), i, j);
-  float mean = 0.0f;
-  int32_t buffer = 0;
+  // in float64: of equal products the mean is exactly one of them, and a temperature magnifies what is not
+  double total = 0.0, mean = 0.0;
+  int32_t buffer = 1;
   for (int64_t n = 0; n < size; n += 4, buffer ^= 1) {
     const T* tokens[4] = {};
-    float found[4] = {}, few_weights[4] = {};
+    float found[4] = {}, powers[4] = {};
     int64_t stride = 1;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int32_t row = top + static_cast<int32_t>((n + q) / width),
                     col = left + static_cast<int32_t>((n + q) % width);
-      if (n + q >= size || row < 0 || row >= H || col < 0 || col >= W) continue;
+      if (n + q >= size) continue;
+      powers[q] = expf(logit_of(row, col) - highest[0]);
+      total += powers[q];
+      if (row < 0 || row >= H || col < 0 || col >= W) continue;
       tokens[q] = p.contents.token(content, row, col, &stride);
-      few_weights[q] = __fdividef(expf(logit_of(row, col) - highest[0]), total[0]);
     }
     for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
       const Piece of_grad = load_piece<A, Use::again>(grad, channel, C, p.grad.strides.channel);
@@ -174,14 +175,14 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __
     join_block(Sum{}, found, buffer);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      if (tokens[q] != nullptr) mean = fmaf(few_weights[q], found[q], mean);
+      if (tokens[q] != nullptr) mean += static_cast<double>(powers[q]) * found[q];
     }
   }
   if (threadIdx.x != 0) return;
   float* statistics = p.statistics + ((static_cast<int64_t>(frame) * p.OH + i) * p.OW + j) * 3;
   statistics[0] = highest[0];
-  statistics[1] = total[0];
-  statistics[2] = mean;
+  statistics[1] = static_cast<float>(total);
+  statistics[2] = static_cast<float>(mean / total);
 }
 
 // The gradient of a token of a content. A block takes one token.

@@ -285,9 +285,11 @@ def window_weights_kernel(
     number = step_of[:, None] * TOKENS + position[None, :]
     taken = number < height * width
     weights = softmax(temperature * norms, taken)
+    # in float64: of equal products the mean is exactly one of them, and a temperature magnifies what is not
+    mean = (tl.sum(weights.to(tl.float64) * dots) / tl.sum(weights.to(tl.float64))).to(tl.float32)
     place = gradients + of_windows + (program.to(tl.int64) * room + number) * 2
     tl.store(place, weights, mask=taken)
-    tl.store(place + 1, temperature * weights * (dots - tl.sum(weights * dots)), mask=taken)
+    tl.store(place + 1, temperature * weights * (dots - mean), mask=taken)
 
 
 # what changes with the videos
