@@ -6,7 +6,9 @@ Each seed stands for one call, and for one set of tables with wrong words in it.
 - another memory layout of x and of out, and another number of threads, give the same bits, and nothing beside out is
   written;
 - its gradient, unless x holds a NaN or an infinity, is as near to the reference's in float64 as `tolerance` allows, and
-  another memory layout of x and of the result's gradient, and another number of threads, give the same bits.
+  another memory layout of x and of the result's gradient, and another number of threads, give the same bits. For p < 1
+  only the latter: the derivative of a norm has no bound near 0, and so magnifies what rounding does to a summary whose
+  elements cancel, in the reference as well.
 
 Wrong tables have to be refused with RuntimeError, or to give something: any other end is a failure (best seen with the
 address sanitizer, see tests/sanitize.py). A failure ends the run; it is printed as a line to run again. After a crash,
@@ -122,7 +124,8 @@ class Call:
         grad = torch.randn(result.shape, generator=generator).to(result.dtype)
         torch.set_num_threads(1)
         found = self.gradient(x, grad)
-        assert_gradient_accurate(found, self.op, x, grad, **self.arguments)
+        if self.op == "temporal_grid" or self.arguments.get("norm_type", 2.0) >= 1:
+            assert_gradient_accurate(found, self.op, x, grad, **self.arguments)
         torch.set_num_threads(self.threads)
         again = self.gradient(laid_out(x, self.layout), laid_out(grad, self.out_layout))
         assert_same_bits(again, found)
