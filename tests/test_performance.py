@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from benchmarks import performance
 from benchmarks.goals import RESULTS, newest
 from benchmarks.performance import MARK, PAGE, README, ROOT, page, readme_table, sweep, with_table
-from stgridpool_kernels.bench.results import Results, Row, Run
+from stgridpool_kernels.bench.results import Results, Row, Run, load
 
 RUN = Run(
     run="20260101T000000Z-abcd",
@@ -118,6 +119,23 @@ def test_check_says_what_is_stale(
     assert not stale.exists()
 
 
-def test_results_that_are_kept_can_be_read() -> None:
-    files = sorted(path.name for path in RESULTS.glob("*.jsonl"))
-    assert all(re.fullmatch(r"(prefill-|tune-|gradients-)?(cpu|cuda)-[a-z0-9-]+\.jsonl", name) for name in files), files
+KEPT = {"": "row", "gradients-": "row", "tune-": "row", "prefill-": "prefill", "stream-": "push"}
+"""How the name of a file of results begins, and the kind of its lines."""
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.name)
+def test_results_that_are_kept_can_be_read(path: Path) -> None:
+    name = re.fullmatch(r"([a-z]+-)??(cpu|cuda)-[a-z0-9-]+\.jsonl", path.name)
+    assert name is not None
+    kind = KEPT[name[1] or ""]
+    runs: dict[str, int] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        if line["kind"] == "run":
+            assert line["run"] not in runs
+            runs[line["run"]] = 0
+        else:
+            assert line["kind"] == kind
+            runs[line["run"]] += 1
+    assert runs
+    assert all(runs.values())
+    assert len(load(path)) == len(runs)
