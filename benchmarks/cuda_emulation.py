@@ -27,6 +27,7 @@ from torch import Tensor
 from stgridpool_kernels import compiled
 from stgridpool_kernels.backends import Backend, with_kernels
 from stgridpool_kernels.plan import GridPlan
+from stgridpool_kernels.schedule import Schedule
 from stgridpool_kernels.tables import Chunk, plan_tables
 
 ROOT = Path(__file__).parents[1]
@@ -207,10 +208,14 @@ def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
     run("temporal_grid", x, plan_tables(plan), (1.0, 2.0, True), out)
 
 
+def repeat_in_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
+    run("temporal_grid", x, plan_tables(plan, Schedule.repeated), (1.0, 2.0, True), out)
+
+
 def norm_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
-    run("grid_pool", x, plan_tables(plan, gridding=False), (temperature, norm_type, normalize_norm), out)
+    run("grid_pool", x, plan_tables(plan, Schedule.none), (temperature, norm_type, normalize_norm), out)
 
 
 def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
@@ -220,7 +225,7 @@ def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -
 def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: Any) -> None:
     """Gradient of grid_pool, norm_pool or temporal_grid, written into the last argument."""
     *settings, out = settings_and_out
-    tables = plan_tables(plan, gridding=op != "norm_pool", gradient=True)
+    tables = plan_tables(plan, Schedule.none if op == "norm_pool" else Schedule.of, gradient=True)
     if op == "temporal_grid":
         run("temporal_grid_backward", grad, tables, (1.0, 2.0, True), out, grad=grad)
     else:
@@ -248,6 +253,7 @@ def backend() -> Backend:
         temporal_grid=temporal_grid,
         norm_pool=norm_pool,
         token_norm=token_norm,
+        repeat_in_grid=repeat_in_grid,
         backward=with_kernels(backward),
         only_by_name=lambda: "the emulation runs the kernels on the CPU, slowly",
         keeps_miniatures=compiled.keeps_miniatures_on_cuda,

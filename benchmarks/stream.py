@@ -2,6 +2,7 @@
 
     python -m benchmarks.stream                              # the published settings, 27 × 27 × 3584 in bfloat16
     python -m benchmarks.stream --size 24x24x1152 --chunk 1 8 --streams 1 4 --backend cpu
+    python -m benchmarks.stream output_size=10 temperature=2     # other settings, lists of numbers like 2:4:8
 
 Every row is first compared with grid_pool, bit by bit. Times are medians, 20th and 80th percentiles, of one push, over
 `--periods` periods of 32 frames after one that warms up. Frames are taken in turn from a buffer of 64 for each stream.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,8 +28,12 @@ from stgridpool_kernels import GridPoolStream, grid_pool
 from stgridpool_kernels.backends import backend_names
 from stgridpool_kernels.bench.machine import describe
 from stgridpool_kernels.bench.results import Run, Writer, file_name
+from stgridpool_kernels.integrations.arguments import READERS, read_option
 
 RESULTS = Path(__file__).with_name("results")
+
+Options = dict[str, Any]
+"""Arguments of grid_pool that a stream takes too."""
 
 PERIOD = 32
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -51,30 +57,30 @@ class Push:
     kept_bytes: int
 
 
-def timed(x: Tensor, backend: str, periods: int) -> float:
+def timed(x: Tensor, options: Options, periods: int) -> float:
     """The median time in µs that grid_pool of x takes for one of its frames."""
     found = []
     for _ in range(periods + 1):
         finish(x)
         begin = time.perf_counter()
-        grid_pool(x, backend=backend)
+        grid_pool(x, **options)
         finish(x)
         found.append((time.perf_counter() - begin) * 1e6 / len(x))
     return quantiles(found[1:])[1]
 
 
-def check(x: Tensor, whole: Tensor, chunk: int, streams: int, backend: str) -> None:
+def check(x: Tensor, whole: Tensor, chunk: int, streams: int, options: Options) -> None:
     """Raises SystemExit where pushes do not give the bits of `whole`."""
-    server = GridPoolStream(streams=range(streams), backend=backend)
+    server = GridPoolStream(streams=range(streams), **options)
     for start in range(0, len(x), chunk):
         out = server.push(packed(x, start, chunk, streams), frame_counts=[chunk] * streams)
         if not torch.equal(out, packed(whole, start, chunk, streams)):
             raise SystemExit(f"pushes of {chunk} frames to {streams} streams differ from grid_pool")
 
 
-def times(x: Tensor, chunk: int, streams: int, backend: str, periods: int) -> tuple[list[float], int]:
+def times(x: Tensor, chunk: int, streams: int, options: Options, periods: int) -> tuple[list[float], int]:
     """Microseconds of each push; and bytes kept at most."""
-    server = GridPoolStream(streams=range(streams), backend=backend)
+    server = GridPoolStream(streams=range(streams), **options)
     found, kept = [], 0
     for start in range(0, (1 + periods) * PERIOD, chunk):
         frames = packed(x, start % len(x), chunk, streams)
@@ -110,6 +116,13 @@ def size(text: str) -> tuple[int, int, int]:
     return H, W, C
 
 
+def option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or name not in READERS or name == "backend":
+        raise ValueError
+    return name, read_option(name, value, name)
+
+
 def count(text: str) -> int:
     if int(text) < 1:
         raise ValueError
@@ -124,6 +137,9 @@ def divisor(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description="Latency of GridPoolStream")
+    parser.add_argument(
+        "options", type=option, nargs="*", metavar="NAME=VALUE", help="of grid_pool, like output_size=10"
+    )
     parser.add_argument("--size", type=size, default="27x27x3584", help="HxWxC of a frame (default: 27x27x3584)")
     parser.add_argument("--chunk", type=divisor, nargs="+", default=[1, 4, 32], help="frames of a push, divisors of 32")
     parser.add_argument("--streams", type=count, nargs="+", default=[1], help="that share a push")
@@ -133,25 +149,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--periods", type=count, default=4)
     parser.add_argument("-o", "--output", type=Path, help="where results go (default: a file in benchmarks/results)")
     parser.add_argument("--no-save", action="store_true", help="only print them")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
+    given.options = dict(given.options)
+    try:
+        strides = GridPoolStream(**given.options).arguments["frame_strides"]
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    if any(2 * PERIOD % stride for stride in strides):
+        parser.error(f"frame_strides must divide {2 * PERIOD}, as the frames of the whole video, got {list(strides)}")
+    options: Options = given.options | {"backend": given.backend}
     x = torch.randn(2 * PERIOD, *given.size, device=given.device).to(getattr(torch, given.dtype))
     now = datetime.now(timezone.utc)
     settings = {name: value for name, value in vars(given).items() if name not in ("output", "no_save", "device")}
     about = describe(given.device)
     run = Run(f"{now:%Y%m%d-%H%M%S}-stream", now.isoformat(timespec="seconds"), **about, settings=settings)
 
-    whole = grid_pool(x, backend=given.backend)
-    offline = timed(x, given.backend, given.periods)
+    whole = grid_pool(x, **options)
+    offline = timed(x, options, given.periods)
     rows = []
     for chunk in given.chunk:
         for streams in given.streams:
-            check(x, whole, chunk, streams, given.backend)
-            found, kept = times(x, chunk, streams, given.backend, given.periods)
+            check(x, whole, chunk, streams, options)
+            found, kept = times(x, chunk, streams, options, given.periods)
             spread = quantiles(found)
             rows.append(Push(run.run, chunk, streams, *spread, round(spread[1] / chunk / streams, 2), offline, kept))
 
     shape = " × ".join(map(str, given.size))
-    table = Table(title=f"{shape} {given.dtype}, {given.device}, {torch.get_num_threads()} threads, µs")
+    named = "".join(f", {name}={value}" for name, value in given.options.items())
+    table = Table(title=f"{shape} {given.dtype}{named}, {given.device}, {torch.get_num_threads()} threads, µs")
     for name in ("frames", "streams", "p20", "median", "p80", "median of a frame", "kept, MB"):
         table.add_column(name, justify="right")
     table.add_row("grid_pool", "", "", "", "", f"{offline:.0f}", "")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .device_tables import Tables, tables_on
 from .plan import GridPlan
-from .schedule import pools_pairs, shrinks_by_halves
+from .schedule import Schedule, Scheduling, pools_pairs, shrinks_by_halves
 from .tables import VERSION, Chunk, plan_tables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -94,18 +94,18 @@ def _why_not_call(x: Tensor, plan: GridPlan | None) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _tables(plan: GridPlan, gridding: bool, frames_per_step: int | None, gradient: bool) -> Tensor:
-    return torch.frombuffer(plan_tables(plan, gridding, frames_per_step, gradient), dtype=torch.int32)
+def _tables(plan: GridPlan, schedule: Scheduling, frames_per_step: int | None, gradient: bool) -> Tensor:
+    return torch.frombuffer(plan_tables(plan, schedule, frames_per_step, gradient), dtype=torch.int32)
 
 
 @lru_cache(maxsize=256)
-def _device_tables(plan: GridPlan, gridding: bool, gradient: bool, device: torch.device) -> Tables:
+def _device_tables(plan: GridPlan, schedule: Scheduling, gradient: bool, device: torch.device) -> Tables:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "warm up first: a CUDA graph cannot capture the first call with a given plan, which uploads its tables; "
             "run it once before the capture"
         )
-    tables = tables_on(device, plan_tables(plan, gridding, None, gradient))
+    tables = tables_on(device, plan_tables(plan, schedule, None, gradient))
     assert tables is not None
     return tables
 
@@ -114,7 +114,7 @@ def _run(
     op: Callable[..., None],
     tensors: Sequence[Tensor],
     plan: GridPlan,
-    gridding: bool,
+    schedule: Scheduling,
     *rest: object,
     gradient: bool = False,
 ) -> None:
@@ -122,18 +122,18 @@ def _run(
     if device.type != "cuda":
         # few frames at a time keep their miniatures in the cache, but every thread should find work
         frames_per_step = None if gradient else 2 * torch.get_num_threads()
-        op(*tensors, _tables(plan, gridding, frames_per_step, gradient), None, *rest)
+        op(*tensors, _tables(plan, schedule, frames_per_step, gradient), None, *rest)
         return
     with torch.cuda.device(device):
-        device_tables = _device_tables(plan, gridding, gradient, device).use_now()
-        op(*tensors, _tables(plan, gridding, None, gradient), device_tables, *rest)
+        device_tables = _device_tables(plan, schedule, gradient, device).use_now()
+        op(*tensors, _tables(plan, schedule, None, gradient), device_tables, *rest)
 
 
 def grid_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
     op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, (x,), plan, True, temperature, norm_type, normalize_norm, out)
+    _run(op, (x,), plan, Schedule.of, temperature, norm_type, normalize_norm, out)
 
 
 def keeps_miniatures_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
@@ -163,14 +163,18 @@ def pool_chunk(
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, True, out)
+    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Schedule.of, out)
+
+
+def repeat_in_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
+    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Schedule.repeated, out)
 
 
 def norm_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
     op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, (x,), plan, False, temperature, norm_type, normalize_norm, out)
+    _run(op, (x,), plan, Schedule.none, temperature, norm_type, normalize_norm, out)
 
 
 def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
@@ -181,7 +185,8 @@ def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out
     """Gradient of grid_pool, norm_pool or temporal_grid of x by the plan, written into the last argument."""
     if op == "temporal_grid":
         kernel = torch.ops.stgp._temporal_grid_backward_by_tables.default
-        _run(kernel, (grad,), plan, True, *settings_and_out, gradient=True)
+        _run(kernel, (grad,), plan, Schedule.of, *settings_and_out, gradient=True)
     else:
         kernel = torch.ops.stgp._grid_pool_backward_by_tables.default
-        _run(kernel, (grad, x), plan, op == "grid_pool", *settings_and_out, gradient=True)
+        schedule = Schedule.of if op == "grid_pool" else Schedule.none
+        _run(kernel, (grad, x), plan, schedule, *settings_and_out, gradient=True)

@@ -137,7 +137,7 @@ class GridPlan:
             raise ValueError(f"frames_per_step must be None or at least 1, got {frames_per_step}")
         if frames_per_step is not None and gradient:
             raise ValueError(f"frames_per_step must be None where gradient is True, got {frames_per_step}")
-        words = array("i", plan_tables(self, True, frames_per_step, gradient))
+        words = array("i", plan_tables(self, frames_per_step=frames_per_step, gradient=gradient))
         if sys.byteorder == "big":
             words.byteswap()
         with atomic_write(path, force=True) as file:

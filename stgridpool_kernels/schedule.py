@@ -6,7 +6,7 @@ A *content* is what a frame holds at some time, as one integer: t ≥ 0 is frame
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -45,6 +45,12 @@ class Schedule:
         return Schedule((), tuple(range(sum(plan.frame_counts))))
 
     @staticmethod
+    def repeated(plan: GridPlan) -> Schedule:
+        """Of one frame, which ends as the mosaic that has it in every place, by the first level of `plan`."""
+        level = plan.levels[0]
+        return Schedule((Summary(0, 0, (0,) * (level.rows * level.cols)),), (~0,))
+
+    @staticmethod
     def of(plan: GridPlan) -> Schedule:
         """Of temporal gridding by `plan`."""
         contents = list(range(sum(plan.frame_counts)))
@@ -68,6 +74,10 @@ class Schedule:
             ),
             tuple(renamed.get(content, content) for content in contents),
         )
+
+
+Scheduling = Callable[[GridPlan], Schedule]
+"""`Schedule.of`, `Schedule.none` or `Schedule.repeated`."""
 
 
 def pools_pairs(plan: GridPlan) -> bool:

@@ -7,7 +7,9 @@ level repeats itself.
 
 There are two ways to keep them, since results must have the bits of `grid_pool`. Where its kernels tile summaries from
 miniatures, a stream has them follow tables whose miniatures are kept: one pass over a chunk. Elsewhere summaries are
-means over a mosaic, which the backend's temporal_grid computes, and which fill up place by place.
+means over a mosaic, which fills up place by place, each a part of what the backend's repeat_in_grid makes of its frame.
+But where a chunk reaches from one frame at which all levels begin again to another, grid_pool takes what is between as
+a video of its own.
 """
 
 from __future__ import annotations
@@ -182,6 +184,19 @@ class _Format:
     def same_tokens(self, x: Tensor) -> bool:
         return (*x.shape[1:], x.dtype, x.device) == (self.height, self.width, self.channels, self.dtype, self.device)
 
+    @property
+    def period(self) -> int:
+        """Frames after which all levels begin again at once."""
+        return math.lcm(*(segment.length for segment in self.segments))
+
+    def whole_periods(self, seen: int, count: int) -> tuple[int, int]:
+        """Of the next `count` frames of a stream, how many come before whole periods, and how many make these up.
+
+        Whole periods are a video that `grid_pool` takes as it is: no group is open at either end.
+        """
+        before = min(-seen % self.period, count)
+        return before, (count - before) // self.period * self.period
+
     def _later(self, level: int, frame: int) -> tuple[list[tuple[int, int, int]], bool]:
         """Who samples what `frame` holds after `level` (−1: as given) until it is overwritten: levels, with the place
         in their mosaic and its target; and whether the frame ends with it."""
@@ -202,7 +217,7 @@ class _Format:
 
     def need(self, level: int, frame: int) -> _Need:
         """Of what `frame` holds after `level`, if every group to come is completed; on the way by miniatures."""
-        key = (level, frame % math.lcm(*(segment.length for segment in self.segments)))
+        key = (level, frame % self.period)
         found = self.needs.get(key)
         if found is not None:
             return found
@@ -375,15 +390,14 @@ class GridPoolStream:
         out = x.new_empty((len(x), *known.plan.pooled_size, x.shape[-1]))
         if len(x) == 0:
             return out
-        plan = self._frames_plan(known, len(x))
         with use_backend(known.backend) if known.backend != "auto" else nullcontext():
-            backend = choose_backend(x, plan)
+            backend = choose_backend(x, self._videos_plan(known, (1,) * len(x)))
         miniatures = backend.keeps_miniatures(known.plan, x.shape[-1], self._settings[1]) and self._levels > 0
         known = replace(known, backend=backend.name, miniatures=miniatures)
         push = self._push_miniatures if miniatures else self._push_mosaics
         # what is kept by a call in inference mode can only be written to in that mode
         with torch.inference_mode(), torch.autocast(x.device.type, enabled=False):
-            states, slots = push(x.detach(), pieces, known, backend, plan, out)
+            states, slots = push(x.detach(), pieces, known, backend, out)
             states, slots = self._compacted(self._states | states, slots)
         self._format, self._states, self._slots = known, states, slots
         return out
@@ -394,7 +408,6 @@ class GridPoolStream:
         pieces: dict[StreamId, tuple[int, int]],
         known: _Format,
         backend: Backend,
-        plan: GridPlan,
         out: Tensor,
     ) -> tuple[dict[StreamId, _State], Tensor | None]:
         """Pools and shrinks x in one go; the streams' new states, and all slots. Those that held something before the
@@ -462,30 +475,35 @@ class GridPoolStream:
         pieces: dict[StreamId, tuple[int, int]],
         known: _Format,
         backend: Backend,
-        plan: GridPlan,
         out: Tensor,
     ) -> tuple[dict[StreamId, _State], Tensor | None]:
         """Pools x into out; the streams' new states, and no slots. States as they are may be written to only where
         nothing is yet."""
         states: dict[StreamId, _State] = {}
-        ends: dict[int, Tensor] = {}  # summaries that replace frames of x
+        ends: dict[int, Tensor] = {}  # summaries that replace frames of x, of those gridded here
+        videos: list[int] = []
         for stream, (first, count) in pieces.items():
-            chunk = _Chunk(x[first : first + count], self._states[stream], known, backend)
-            states[stream] = chunk.run()
-            ends |= {first + frame: summary for frame, summary in chunk.replaced.items()}
+            state = self._states[stream]
+            before, whole = known.whole_periods(state.frames, count)
+            for start, stop in ((0, before), (before + whole, count)):
+                state = replace(state, frames=self._states[stream].frames + start)
+                chunk = _Chunk(x[first + start : first + stop], state, known, backend)
+                state = chunk.run()
+                ends |= {first + start + frame: summary for frame, summary in chunk.replaced.items()}
+            states[stream] = state
+            videos += (*(1,) * before, *(whole,) * (whole > 0), *(1,) * (count - before - whole))
         if len(ends) < len(x):
-            backend.grid_pool(x, plan, *self._settings, out)
+            backend.grid_pool(x, self._videos_plan(known, videos), *self._settings, out)
         if ends:
             frames = torch.stack(list(ends.values()))
             pooled = torch.empty_like(out[: len(ends)])
-            of_ends = self._frames_plan(known, len(ends))
-            backend.grid_pool(frames, of_ends, *self._settings, pooled)
+            backend.grid_pool(frames, self._videos_plan(known, (1,) * len(ends)), *self._settings, pooled)
             out[torch.tensor(list(ends), device=out.device)] = pooled
         return states, None
 
-    def _frames_plan(self, known: _Format, frames: int) -> GridPlan:
-        """Of frames that share no group: the cache gives the same plan every time."""
-        return grid_plan((1,) * frames, known.height, known.width, **self._planned)
+    def _videos_plan(self, known: _Format, videos: Sequence[int]) -> GridPlan:
+        """Of videos of so many frames each: the cache gives the same plan every time."""
+        return grid_plan(videos, known.height, known.width, **self._planned)
 
     def _pieces(
         self, n: int, streams: Sequence[StreamId] | None, frame_counts: Sequence[int] | None
@@ -760,28 +778,37 @@ class _Chunk:
         if not here:
             return group
         edges = {} if group is None else group.edges
-        made = self._shrink(segment, here, edges)
-        # Parts of places that are not there yet may hold anything: if this call fails, nobody will have read them.
-        mosaic = torch.empty_like(made) if group is None else group.mosaic
-        for place in here:
+        mosaic = None if group is None else group.mosaic
+        for place, made in self._made(segment, here, edges):
+            if mosaic is None:
+                mosaic = made
+                continue
+            # Parts of places that are not there yet may hold anything: if this call fails, nobody will have read them.
             rows, cols = segment.part(place)
             mosaic[rows, cols] = made[rows, cols]
+        assert mosaic is not None
         kept = {place: (frame[-1].clone(), frame[:, -1].clone()) for place, frame in here.items()}
         return _Group(mosaic, edges | {place: edge for place, edge in kept.items() if segment.keeps_edges(place)})
 
-    def _shrink(self, segment: _Segment, here: dict[int, Tensor], edges: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        """A summary that is right wherever it depends on frames that are here, or on these and kept edges."""
+    def _made(
+        self, segment: _Segment, here: dict[int, Tensor], edges: dict[int, tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Places of a mosaic, and summaries that are right in the part which the tile there completes."""
+        if not edges and (len(here) == 1 or not (segment.row_seams or segment.col_seams)):
+            for place, frame in here.items():
+                made = torch.empty((1, *frame.shape), dtype=frame.dtype, device=frame.device)
+                self.backend.repeat_in_grid(frame[None], segment.plan, made)
+                yield place, made[0]
+            return
         S = len(segment.sources)
         some = next(iter(here.values()))
-        if len(here) == 1 and not edges:
-            sources = some.expand(S, *some.shape)  # the same kernel takes every tile: others are left aside
-        else:
-            sources = torch.stack([here.get(place, some) for place in range(S)])
-            for place, (row, col) in edges.items():
-                sources[place, -1], sources[place, :, -1] = row, col
-        out = torch.empty(sources.shape, dtype=some.dtype, device=some.device)
-        self.backend.temporal_grid(sources, segment.plan, out)
-        return out[segment.plan.levels[0].targets[0]]
+        sources = torch.stack([here.get(place, some) for place in range(S)])
+        for place, (row, col) in edges.items():
+            sources[place, -1], sources[place, :, -1] = row, col
+        made = torch.empty_like(sources)
+        self.backend.temporal_grid(sources, segment.plan, made)
+        summary = made[segment.plan.levels[0].targets[0]].clone()  # without the memory of the others
+        yield from dict.fromkeys(here, summary).items()
 
 
 def _usable(device: torch.device | str, whose: str = "") -> torch.device:

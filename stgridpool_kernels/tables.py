@@ -10,7 +10,7 @@ from functools import lru_cache
 from heapq import heappop, heappush
 
 from .plan import GridPlan, Runs
-from .schedule import Schedule, covers, feeds, needed_cells, pools_pairs, shrinks_by_halves
+from .schedule import Schedule, Scheduling, covers, feeds, needed_cells, pools_pairs, shrinks_by_halves
 
 MAGIC = int.from_bytes(b"STGP", "little")
 VERSION = 2
@@ -20,17 +20,21 @@ STEP_WORDS = 5
 
 @lru_cache(maxsize=256)
 def plan_tables(
-    plan: GridPlan, gridding: bool = True, frames_per_step: int | None = None, gradient: bool = False
+    plan: GridPlan,
+    schedule: Scheduling = Schedule.of,
+    frames_per_step: int | None = None,
+    gradient: bool = False,
 ) -> array[int]:
-    """The tables of a plan; without gridding, of its windows alone.
+    """The tables of a plan.
 
+    schedule: what becomes of the frames. Schedule.none leaves the windows alone.
     frames_per_step: read at least so many frames, then make the summaries that these complete, and so on: few
         miniatures are kept at a time, for a CPU's cache. None reads all frames first, then makes the summaries level by
         level: few steps, for a GPU.
     gradient: with what a gradient follows. Every content that is shrunk has a miniature of its own then, and every
         frame an entry: one that nothing depends on has a gradient too, which is 0. frames_per_step must be None.
     """
-    steps = Schedule.of(plan) if gridding else Schedule.none(plan)
+    steps = schedule(plan)
     words = [0] * HEADER_WORDS
 
     final = len(words)

@@ -232,7 +232,7 @@ def wrong_tables(seed: int) -> bool:
     plan = grid_plan([T], H, W, **draw_gridding(draw), **draw_windows(draw, H, W))
     gradient = draw.random() < 0.5
     frames_per_step = None if gradient else draw.choice([None, 1, 4, 14])
-    words = torch.tensor(plan_tables(plan, True, frames_per_step, gradient), dtype=torch.int32)
+    words = torch.tensor(plan_tables(plan, frames_per_step=frames_per_step, gradient=gradient), dtype=torch.int32)
     for _ in range(draw.choice([1, 1, 1, 2, 4])):
         place = draw.randrange(len(words)) if draw.random() < 0.7 else draw.randrange(HEADER_WORDS)
         near = int(words[place]) % (1 << 30) + draw.choice([-2, -1, 1, 2])

@@ -277,7 +277,7 @@ def test_frames_per_step_change_no_bit(
     for plan_ in (plan, general):
         expected = None
         for frames_per_step in (None, 1, 4, 14, 32, 100):
-            words = torch.tensor(plan_tables(plan_, True, frames_per_step), dtype=torch.int32)
+            words = torch.tensor(plan_tables(plan_, frames_per_step=frames_per_step), dtype=torch.int32)
             for count in (1, 2):
                 threads(count)
                 out = x.new_full((40, *plan_.pooled_size, x.shape[-1]), math.nan)
@@ -429,7 +429,7 @@ def test_corrupted_tables(value: int) -> None:
     reasons = set()
     for arguments in ({"frame_strides": (1, 2)}, {"frame_strides": (1, 2), "grid_shape": (1, 2), "kernel_size": 3}):
         plan = grid_plan([9], 3, 5, **arguments)
-        words = torch.tensor(plan_tables(plan, True, 2), dtype=torch.int32)
+        words = torch.tensor(plan_tables(plan, frames_per_step=2), dtype=torch.int32)
         out = x.new_empty(9, *plan.pooled_size, 8)
         for place in range(len(words)):
             changed = words.clone()

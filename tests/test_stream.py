@@ -263,26 +263,51 @@ def kept(stream: GridPoolStream) -> list[Tensor]:
     return [t for group in groups for t in group.tensors()] + ([] if stream._slots is None else [stream._slots])
 
 
-def test_a_push_is_one_pass_where_kernels_are_fused(
-    monkeypatch: pytest.MonkeyPatch, backend: str, device: torch.device
-) -> None:
-    """At the published settings, whatever it completes: one call of pool_chunk and none of anything else."""
+OPS = ("grid_pool", "temporal_grid", "repeat_in_grid", "norm_pool", "pool_chunk")
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[tuple[str, Any]]:
+    """Every call of one of the backend's `OPS`: its name, and what comes behind x."""
     number = next(n for n, known in enumerate(BACKENDS) if known.name == backend)
-    names = ("grid_pool", "temporal_grid", "norm_pool", "pool_chunk")
-    called: list[str] = []
-    for name in names:
+    found: list[tuple[str, Any]] = []
+    for name in OPS:
         work = getattr(BACKENDS[number], name)
 
-        def counted(*given: Any, name: str = name, work: Any = work) -> None:
-            called.append(name)
+        def noted(*given: Any, name: str = name, work: Any = work) -> None:
+            found.append((name, given[1]))
             work(*given)
 
-        monkeypatch.setitem(BACKENDS[number].__dict__, name, counted)
+        monkeypatch.setitem(BACKENDS[number].__dict__, name, noted)
+    return found
+
+
+def test_a_push_is_one_pass_where_kernels_are_fused(
+    called: list[tuple[str, Any]], backend: str, device: torch.device
+) -> None:
+    """At the published settings, whatever it completes: one call of pool_chunk and none of anything else."""
     x = tokens(17, *small(backend, device), 8, device=device)
     stream = GridPoolStream(backend=backend)
     for part in x.split([1, 7, 9]):
         stream.push(part)
-    assert (called == ["pool_chunk"] * 3) == (backend != "reference")
+    assert ([name for name, _ in called] == ["pool_chunk"] * 3) == (backend != "reference")
+
+
+def test_whole_periods_of_a_chunk_are_a_video(
+    called: list[tuple[str, Any]], backend: str, device: torch.device
+) -> None:
+    """Where they are not: the levels begin again every 8 frames, those in between are not shrunk one by one."""
+    x = tokens(26, *small(backend, device), 8, device=device)
+    arguments = CALLS["adaptive"]
+    stream = GridPoolStream(backend=backend, **arguments)
+    first = stream.push(x[:5])
+    called.clear()
+    second = stream.push(x[5:])
+    # sampled are each of the frames 5, 6, 7, 24, 25 and then every other: 5, 7, 25
+    assert [name for name, _ in called] == ["repeat_in_grid"] * 8 + ["grid_pool"] * 2
+    # frame 7 ends as a summary, which is pooled apart
+    assert [plan.frame_counts for name, plan in called if name == "grid_pool"] == [(1, 1, 1, 16, 1, 1), (1,)]
+    assert_same_bits(torch.cat([first, second]), run(backend, "grid_pool", x, **arguments))
 
 
 # ---- state_dict ----
@@ -505,13 +530,14 @@ def test_bad_arguments_raise_at_once(kind: type[Exception], arguments: Arguments
         GridPoolStream(**arguments)
 
 
-@pytest.mark.parametrize("failing", ["grid_pool", "pool_chunk"])
+@pytest.mark.parametrize("failing", ["grid_pool", "pool_chunk", "temporal_grid", "repeat_in_grid"])
 def test_failed_push_leaves_the_state(
     failing: str, monkeypatch: pytest.MonkeyPatch, backend: str, device: torch.device
 ) -> None:
     """Kernels that have written all they write, and then fail."""
     x = tokens(16, *small(backend, device), 8, device=device)
-    arguments = {"resize": "bilinear"} if failing == "grid_pool" else {}
+    settings: dict[str, Arguments] = {"pool_chunk": {}, "repeat_in_grid": {"output_size": 2}}
+    arguments = settings.get(failing, {"resize": "bilinear"})
     number = next(n for n, known in enumerate(BACKENDS) if known.name == backend)
     work = getattr(BACKENDS[number], failing)
     if work is None:

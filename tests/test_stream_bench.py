@@ -24,6 +24,31 @@ def test_rows_are_printed_and_appended(tmp_path: Path, capsys: pytest.CaptureFix
     assert load(path)[0].run.settings["size"] == [5, 7, 8]
 
 
+def test_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.jsonl"
+    stream.main(["output_size=2:3", *SMALL, "temperature=2", "frame_strides=1:4", "-o", str(path)])
+    assert "bfloat16, output_size=(2, 3), temperature=2.0, frame_strides=(1, 4)," in " ".join(
+        capsys.readouterr().out.split()
+    )
+    expected = {"output_size": [2, 3], "temperature": 2.0, "frame_strides": [1, 4]}
+    assert load(path)[0].run.settings["options"] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["frame_strides=3"], "frame_strides must divide 64"),
+        (["resize=nearest"], "resize must be one of"),
+        (["output_size=2", "ceil_mode=true"], "output_size="),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        stream.main([*SMALL, *options, "--no-save"])
+    assert message in capsys.readouterr().err
+
+
 def test_nothing_is_saved_unasked(tmp_path: Path) -> None:
     stream.main([*SMALL, "--no-save", "-o", str(tmp_path / "results.jsonl")])
     assert list(tmp_path.iterdir()) == []
@@ -31,7 +56,7 @@ def test_nothing_is_saved_unasked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streams", [1, 2])
 def test_wrong_results_are_not_timed(streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "grid_pool", lambda x, backend: torch.zeros(len(x), 2, 3, 8, dtype=x.dtype))
+    monkeypatch.setattr(stream, "grid_pool", lambda x, **options: torch.zeros(len(x), 2, 3, 8, dtype=x.dtype))
     with pytest.raises(SystemExit, match=f"pushes of 1 frames to {streams} streams differ from grid_pool"):
         stream.main([*SMALL, "--streams", str(streams), "--no-save"])
 
@@ -39,10 +64,12 @@ def test_wrong_results_are_not_timed(streams: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "arguments",
     [["--size", "5x7"], ["--size", "5x0x8"], ["--chunk", "5"], ["--chunk", "0"], ["--streams", "0"], ["--periods", "0"]]
-    + [["--dtype", "int8"], ["--backend", "abacus"]],
+    + [["--dtype", "int8"], ["--backend", "abacus"], ["options", "output_size"], ["options", "out=1"]]
+    + [["options", "backend=cpu"], ["options", "temperature=warm"]],
     ids=str,
 )
 def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        stream.main(arguments)
-    assert f"argument {arguments[0]}: invalid" in capsys.readouterr().err
+        stream.main([argument for argument in arguments if argument != "options"])
+    shown = {"options": "NAME=VALUE"}.get(arguments[0], arguments[0])
+    assert f"argument {shown}: invalid" in capsys.readouterr().err

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_backends import gridding_arguments, window_arguments
 
 from stgridpool_kernels import grid_plan, plan, tables
 from stgridpool_kernels.plan import GridPlan, Runs
-from stgridpool_kernels.schedule import Schedule, needed_cells, pools_pairs, shrinks_by_halves
+from stgridpool_kernels.schedule import Schedule, Scheduling, needed_cells, pools_pairs, shrinks_by_halves
 from stgridpool_kernels.tables import plan_tables
 
 HEADER = Path(__file__).parents[1] / "csrc" / "tables.h"
@@ -148,11 +148,15 @@ def plans(draw: st.DrawFn) -> GridPlan:
 frames_per_step = st.sampled_from([None, 4, 1, 14, 2, 100])
 
 
-@given(plans(), st.booleans(), frames_per_step)
-def test_general_form_is_the_plan(plan: GridPlan, gridding: bool, frames_per_step: int | None) -> None:
-    words = plan_tables(plan, gridding, frames_per_step)
+schedules = st.sampled_from([Schedule.of, Schedule.none, Schedule.repeated])
+
+
+@given(plans(), schedules, frames_per_step)
+def test_general_form_is_the_plan(plan: GridPlan, schedule: Scheduling, frames_per_step: int | None) -> None:
+    assume(plan.levels or schedule is not Schedule.repeated)
+    words = plan_tables(plan, schedule, frames_per_step)
     reader = Reader(words)
-    schedule = Schedule.of(plan) if gridding else Schedule.none(plan)
+    steps = schedule(plan)
     assert (reader.header("H_MAGIC"), reader.header("H_VERSION")) == (C["MAGIC"], C["VERSION"])
     assert reader.header("H_WORDS") == len(words)
     assert (reader.header("H_HEIGHT"), reader.header("H_WIDTH")) == (plan.height, plan.width)
@@ -161,28 +165,29 @@ def test_general_form_is_the_plan(plan: GridPlan, gridding: bool, frames_per_ste
     assert reader.header("H_LARGEST_WINDOW") == largest
     assert reader.runs(reader.header("H_WINDOW_ROWS"), plan.pooled_size[0]) == plan.window_rows
     assert reader.runs(reader.header("H_WINDOW_COLS"), plan.pooled_size[1]) == plan.window_cols
-    assert reader.header("H_FRAMES") == sum(plan.frame_counts)
-    assert reader.take(reader.header("H_FINAL"), reader.header("H_FRAMES")) == schedule.final
+    assert reader.header("H_FRAMES") == len(steps.final)
+    assert reader.take(reader.header("H_FINAL"), reader.header("H_FRAMES")) == steps.final
 
-    assert reader.header("H_SUMMARIES") == len(schedule.summaries)
-    levels, numbers = reader.levels(), schedule.by_level()
+    assert reader.header("H_SUMMARIES") == len(steps.summaries)
+    levels, numbers = reader.levels(), steps.by_level()
     for (rows, cols, sources, row_runs, col_runs), of_level in zip(levels, numbers, strict=True):
-        level = plan.levels[schedule.summaries[of_level[0]].level]
+        level = plan.levels[steps.summaries[of_level[0]].level]
         assert (rows, cols, row_runs, col_runs) == (level.rows, level.cols, level.row_runs, level.col_runs)
-        assert sources == [schedule.summaries[s].sources for s in of_level]
+        assert sources == [steps.summaries[s].sources for s in of_level]
         assert all(~source < of_level[0] for group in sources for source in group)  # of the levels before
 
-    fused = pools_pairs(plan) and shrinks_by_halves(plan) and sum(plan.frame_counts) > 0
+    fused = pools_pairs(plan) and shrinks_by_halves(plan) and len(steps.final) > 0
     assert bool(reader.steps()) == fused
     # no word is left over, except that a row of no needed cells is always there
     assert not any(words[word] for word in set(range(len(words))) - reader.read)
 
 
-@given(plans(), st.booleans())
-def test_gradient_section_is_the_converse(plan: GridPlan, gridding: bool) -> None:
+@given(plans(), schedules)
+def test_gradient_section_is_the_converse(plan: GridPlan, schedule: Scheduling) -> None:
     """Feeds are the levels' sources, covers their runs and the windows, each looked at from what is read."""
-    words = plan_tables(plan, gridding, gradient=True)
-    reader, plain = Reader(words), Reader(plan_tables(plan, gridding))
+    assume(plan.levels or schedule is not Schedule.repeated)
+    words = plan_tables(plan, schedule, gradient=True)
+    reader, plain = Reader(words), Reader(plan_tables(plan, schedule))
     assert plain.header("H_GRADIENT") == 0
     levels = reader.levels()
     assert levels == plain.levels()
@@ -231,7 +236,7 @@ def test_gradient_section_is_the_converse(plan: GridPlan, gridding: bool) -> Non
 
 @given(plans(), frames_per_step)
 def test_steps_compute_every_frame_once(plan: GridPlan, frames_per_step: int | None) -> None:
-    reader = Reader(plan_tables(plan, True, frames_per_step))
+    reader = Reader(plan_tables(plan, frames_per_step=frames_per_step))
     schedule, steps = Schedule.of(plan), reader.steps()
     if not steps:
         return
@@ -263,7 +268,7 @@ def test_steps_compute_every_frame_once(plan: GridPlan, frames_per_step: int | N
 @given(plans(), frames_per_step)
 def test_steps_side_by_side_do_not_disturb_each_other(plan: GridPlan, frames_per_step: int | None) -> None:
     """A step waits for the first S_AFTER steps and for no other: what it may overlap must use other slots."""
-    steps = Reader(plan_tables(plan, True, frames_per_step)).steps()
+    steps = Reader(plan_tables(plan, frames_per_step=frames_per_step)).steps()
     for number, step in enumerate(steps):
         assert 0 <= step.after <= number
         assert len(set(step.writes)) == len(step.writes)
@@ -281,7 +286,7 @@ def test_steps_for_a_gpu_are_few(plan: GridPlan) -> None:
 
 def test_steps_for_a_cpu_keep_few_miniatures() -> None:
     published = grid_plan([64], 27, 27)
-    slots = [Reader(plan_tables(published, True, steps)).header("H_SLOTS") for steps in (None, 16, 4)]
+    slots = [Reader(plan_tables(published, frames_per_step=steps)).header("H_SLOTS") for steps in (None, 16, 4)]
     assert slots == sorted(slots, reverse=True)
     assert (slots[0], slots[-1]) == (40, 9)  # as docs/cpu.md says
 
@@ -298,7 +303,7 @@ def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], frames
     saved.save(tmp_path / "plan.stgp", frames_per_step=frames_per_step)
     content = (tmp_path / "plan.stgp").read_bytes()
     words = [int.from_bytes(content[i : i + 4], "little", signed=True) for i in range(0, len(content), 4)]
-    assert words == list(plan_tables(saved, True, frames_per_step))
+    assert words == list(plan_tables(saved, frames_per_step=frames_per_step))
     assert content.startswith(b"STGP\2\0\0\0")
     assert os.listdir(tmp_path) == ["plan.stgp"]
 

@@ -71,11 +71,12 @@ def prepare(
     if capability is None:
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
     plan = plan or NO_PLAN
-    steps = Schedule.of(plan) if op in ("grid_pool", "temporal_grid") else Schedule.none(plan)
+    gridded = {"grid_pool": Schedule.of, "temporal_grid": Schedule.of, "repeat_in_grid": Schedule.repeated}
+    steps = gridded.get(op, Schedule.none)(plan)
     request = Request(op, x, out, plan, steps, *settings, capability)
     if op == "token_norm":
         return token_norm.prepare(request)
-    if op == "temporal_grid":
+    if op in ("temporal_grid", "repeat_in_grid"):
         return summaries.prepare(request)
     if takes_fused(plan, x.shape[-1]):
         return fused.prepare(request)
