@@ -6,10 +6,9 @@ the groups that are open, shrunk. Which frames these are is asked of the plan of
 level repeats itself.
 
 There are two ways to keep them, since results must have the bits of `grid_pool`. Where its kernels tile summaries from
-miniatures, a stream has them follow tables whose miniatures are kept: one pass over a chunk. Elsewhere summaries are
-means over a mosaic, which fills up place by place, each a part of what the backend's repeat_in_grid makes of its frame.
-But where a chunk reaches from one frame at which all levels begin again to another, grid_pool takes what is between as
-a video of its own.
+miniatures, a stream has them follow tables whose miniatures are kept. Elsewhere summaries are means over a mosaic,
+which fills up place by place, each a part of what the backend's repeat_in_grid makes of its frame. Either way, where a
+chunk reaches from one frame at which all levels begin again to another, grid_pool takes what is between as a video.
 """
 
 from __future__ import annotations
@@ -410,8 +409,8 @@ class GridPoolStream:
         backend: Backend,
         out: Tensor,
     ) -> tuple[dict[StreamId, _State], Tensor | None]:
-        """Pools and shrinks x in one go; the streams' new states, and all slots. Those that held something before the
-        call are not written to."""
+        """Pools and shrinks x, each frame in one go; the streams' new states, and all slots. Those that held something
+        before the call are not written to."""
         held = _held(self._states)
         free = (slot for slot in itertools.count() if slot not in held)
         steps: list[list[ChunkEntry]] = [[] for _ in range(1 + self._levels)]
@@ -420,8 +419,12 @@ class GridPoolStream:
         for stream, (first, count) in pieces.items():
             state = self._states[stream]
             tiles = [list(of_level) for of_level in state.tiles]
-            for frame in range(state.frames, state.frames + count):
-                row = first + frame - state.frames
+            before, whole = known.whole_periods(state.frames, count)
+            if whole:
+                rows = slice(first + before, first + before + whole)
+                backend.grid_pool(x[rows], self._videos_plan(known, (whole,)), *self._settings, out[rows])
+            for number in (*range(before), *range(before + whole, count)):
+                frame, row = state.frames + number, first + number
                 for level in range(-1, self._levels):
                     sources = [-1] * 4
                     if level >= 0:
@@ -432,8 +435,8 @@ class GridPoolStream:
                     need = known.need(level, frame)
                     slot = next(free) if need.cells else -1
                     used = max(used, slot + 1)
-                    for number, place in need.places:
-                        tiles[number][place] = slot
+                    for later, place in need.places:
+                        tiles[later][place] = slot
                     if need.cells or need.final:
                         content = row if level < 0 else -1 - row
                         target = row if need.final else -1
@@ -441,7 +444,8 @@ class GridPoolStream:
             states[stream] = _State(state.frames + count, state.groups, tuple(map(tuple, tiles)))
         slots = self._room(used, x, known)
         assert backend.pool_chunk is not None
-        backend.pool_chunk(x, chunk_tables(known.plan, len(x), steps, used), *self._settings, slots, out)
+        if any(steps):
+            backend.pool_chunk(x, chunk_tables(known.plan, len(x), steps, used), *self._settings, slots, out)
         return states, slots
 
     def _room(self, slots: int, x: Tensor, known: _Format) -> Tensor:

@@ -293,10 +293,28 @@ def test_a_push_is_one_pass_where_kernels_are_fused(
     assert ([name for name, _ in called] == ["pool_chunk"] * 3) == (backend != "reference")
 
 
+@pytest.mark.parametrize("arguments", [{}, {"ceil_mode": True}, {"sampling": "first", "norm_type": 1.0}], ids=str)
 def test_whole_periods_of_a_chunk_are_a_video(
+    arguments: Arguments, called: list[tuple[str, Any]], backend: str, device: torch.device
+) -> None:
+    """The levels begin again every 32 frames: grid_pool takes what is between, if a chunk has it all."""
+    x = tokens(104, *small(backend, device), 8, device=device)
+    whole = run(backend, "grid_pool", x, **arguments)
+    chunks = x.split([3, 93, 8])
+    stream = GridPoolStream(backend=backend, **arguments)
+    for _ in range(2):  # the second time, with the memory of the first
+        called.clear()
+        assert_same_bits(pushed(stream, chunks), whole)
+        stream.flush()
+        if backend != "reference":
+            assert [name for name, _ in called] == ["pool_chunk", "grid_pool", "pool_chunk", "pool_chunk"]
+            assert called[1][1].frame_counts == (64,)
+
+
+def test_whole_periods_where_kernels_are_not_fused(
     called: list[tuple[str, Any]], backend: str, device: torch.device
 ) -> None:
-    """Where they are not: the levels begin again every 8 frames, those in between are not shrunk one by one."""
+    """The same with a period of 8: the frames of it are not shrunk one by one."""
     x = tokens(26, *small(backend, device), 8, device=device)
     arguments = CALLS["adaptive"]
     stream = GridPoolStream(backend=backend, **arguments)
