@@ -153,6 +153,18 @@ def test_random_calls(capability: str) -> None:
                 raise AssertionError(f"{call!r}.check()") from error
 
 
+def test_gradient_of_large_logits(capability: str) -> None:
+    """Of 2000, whose last bit is worth something: a lane that adds up 64 channels has lost more than the reference."""
+    windows = {"frame_strides": (1,), "output_size": (4, 4)}
+    call = fuzz.Call(
+        **{"op": "grid_pool", "shape": (2, 6, 5, 12, 512), "dtype": "float32", "content": "usual", "spoilt": 0},
+        **{"layout": "contiguous", "out_layout": "contiguous", "threads": 2, "capability": capability, "seed": 4},
+        arguments=windows | {"temperature": 1.7, "norm_type": 1.0, "normalize_norm": False},
+    )
+    with restored():
+        call.check()
+
+
 def test_random_wrong_tables() -> None:
     with restored():
         assert sum(map(fuzz.wrong_tables, range(200))) > 100

@@ -449,30 +449,38 @@ struct Sums {
   double dot;   // grad . token
 };
 
-// Large logits magnify what norms lose, and differences of dots what these lose: lanes are joined in float64.
-inline double sum_lanes_wide(Floats v) {
+// Large logits magnify what norms lose, and differences of dots what these lose: lanes are joined in float64, and
+// before they have added many channels.
+inline double sum_lanes_wide(Block v) {
   double sum = 0;
-  for (int i = 0; i < LANES; ++i) sum += v[i];
+  for (int i = 0; i < LANES; ++i) sum += v.a[i];
+  for (int i = 0; i < LANES; ++i) sum += v.b[i];
   return sum;
 }
 
 // The sums over channels of f(|t_c|), which is not a norm yet, and of g_c * t_c.
 template <typename T, typename F>
 inline Sums reduce_both(const T* token, const T* grad, const T* next, int64_t C, F f) {
-  Block norm{}, dot{};
-  int64_t c = 0;
-  for (; c + BLOCK <= C; c += BLOCK) {
-    prefetch(next + c);
-    const Block v = load(token + c), g = load(grad + c);
-    norm.a += f(v.a), norm.b += f(v.b);
-    dot.a += g.a * v.a, dot.b += g.b * v.b;
+  constexpr int64_t STRETCH = 16 * BLOCK;
+  Sums sums{};
+  for (int64_t first = 0; first < C; first += STRETCH) {
+    const int64_t stop = first + STRETCH < C ? first + STRETCH : C;
+    Block norm{}, dot{};
+    int64_t c = first;
+    for (; c + BLOCK <= stop; c += BLOCK) {
+      prefetch(next + c);
+      const Block v = load(token + c), g = load(grad + c);
+      norm.a += f(v.a), norm.b += f(v.b);
+      dot.a += g.a * v.a, dot.b += g.b * v.b;
+    }
+    if (c < stop) {
+      const Block v = load_some(token + c, stop - c), g = load_some(grad + c, stop - c);
+      norm.a += f(v.a), norm.b += f(v.b);
+      dot.a += g.a * v.a, dot.b += g.b * v.b;
+    }
+    sums.norm += sum_lanes_wide(norm), sums.dot += sum_lanes_wide(dot);
   }
-  if (c < C) {
-    const Block v = load_some(token + c, C - c), g = load_some(grad + c, C - c);
-    norm.a += f(v.a), norm.b += f(v.b);
-    dot.a += g.a * v.a, dot.b += g.b * v.b;
-  }
-  return {sum_lanes_wide(norm.a) + sum_lanes_wide(norm.b), sum_lanes_wide(dot.a) + sum_lanes_wide(dot.b)};
+  return sums;
 }
 
 template <typename T>
