@@ -2,7 +2,7 @@
 
     python -m benchmarks.stream                              # the published settings, 27 × 27 × 3584 in bfloat16
     python -m benchmarks.stream --size 24x24x1152 --chunk 1 8 --streams 1 4 --backend cpu
-    python -m benchmarks.stream output_size=10 temperature=2     # other settings, lists of numbers like 2:4:8
+    python -m benchmarks.stream --options output_size=10 temperature=2           # of grid_pool, lists like 2:4:8
 
 Every row is first compared with grid_pool, bit by bit. Times are medians, 20th and 80th percentiles, of one push, over
 `--periods` periods of 32 frames after one that warms up. Frames are taken in turn from a buffer of 64 for each stream.
@@ -116,11 +116,24 @@ def size(text: str) -> tuple[int, int, int]:
     return H, W, C
 
 
-def option(text: str) -> tuple[str, Any]:
+def option(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or name not in READERS or name == "backend":
         raise ValueError
-    return name, read_option(name, value, name)
+    read_option(name, value, name)
+    return name, value
+
+
+def refusal(options: Options, H: int, W: int) -> str | None:
+    """Why a stream of frames of H × W tokens cannot be held against grid_pool, or None."""
+    try:
+        stream = GridPoolStream(**options)
+        stream.push(torch.zeros(2 * PERIOD, H, W, 1))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    if not stream.matches_offline():
+        return f"frame_strides must divide {2 * PERIOD}, the frames of the whole video, got {options['frame_strides']}"
+    return None
 
 
 def count(text: str) -> int:
@@ -137,9 +150,7 @@ def divisor(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description="Latency of GridPoolStream")
-    parser.add_argument(
-        "options", type=option, nargs="*", metavar="NAME=VALUE", help="of grid_pool, like output_size=10"
-    )
+    parser.add_argument("--options", type=option, nargs="+", default=[], metavar="NAME=VALUE", help="of grid_pool")
     parser.add_argument("--size", type=size, default="27x27x3584", help="HxWxC of a frame (default: 27x27x3584)")
     parser.add_argument("--chunk", type=divisor, nargs="+", default=[1, 4, 32], help="frames of a push, divisors of 32")
     parser.add_argument("--streams", type=count, nargs="+", default=[1], help="that share a push")
@@ -149,15 +160,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--periods", type=count, default=4)
     parser.add_argument("-o", "--output", type=Path, help="where results go (default: a file in benchmarks/results)")
     parser.add_argument("--no-save", action="store_true", help="only print them")
-    given = parser.parse_intermixed_args(argv)
+    given = parser.parse_args(argv)
     given.options = dict(given.options)
-    try:
-        strides = GridPoolStream(**given.options).arguments["frame_strides"]
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
-    if any(2 * PERIOD % stride for stride in strides):
-        parser.error(f"frame_strides must divide {2 * PERIOD}, as the frames of the whole video, got {list(strides)}")
-    options: Options = given.options | {"backend": given.backend}
+    options: Options = {name: read_option(name, value, name) for name, value in given.options.items()}
+    reason = refusal(options, *given.size[:2])
+    if reason is not None:
+        parser.error(reason)
+    options["backend"] = given.backend
     x = torch.randn(2 * PERIOD, *given.size, device=given.device).to(getattr(torch, given.dtype))
     now = datetime.now(timezone.utc)
     settings = {name: value for name, value in vars(given).items() if name not in ("output", "no_save", "device")}

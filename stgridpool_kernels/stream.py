@@ -7,8 +7,9 @@ level repeats itself.
 
 There are two ways to keep them, since results must have the bits of `grid_pool`. Where its kernels tile summaries from
 miniatures, a stream has them follow tables whose miniatures are kept. Elsewhere summaries are means over a mosaic,
-which fills up place by place, each a part of what the backend's repeat_in_grid makes of its frame. Either way, where a
-chunk reaches from one frame at which all levels begin again to another, grid_pool takes what is between as a video.
+which fills up place by place, each a part of what the backend's repeat_in_grid makes of its frame (temporal_grid, where
+a token of the mosaic mixes two). Either way, where a chunk reaches from one frame at which all levels begin again to
+another, grid_pool takes what is between as a video.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -390,7 +391,7 @@ class GridPoolStream:
         if len(x) == 0:
             return out
         with use_backend(known.backend) if known.backend != "auto" else nullcontext():
-            backend = choose_backend(x, self._videos_plan(known, (1,) * len(x)))
+            backend = choose_backend(x, known.plan)
         miniatures = backend.keeps_miniatures(known.plan, x.shape[-1], self._settings[1]) and self._levels > 0
         known = replace(known, backend=backend.name, miniatures=miniatures)
         push = self._push_miniatures if miniatures else self._push_mosaics
@@ -409,8 +410,8 @@ class GridPoolStream:
         backend: Backend,
         out: Tensor,
     ) -> tuple[dict[StreamId, _State], Tensor | None]:
-        """Pools and shrinks x, each frame in one go; the streams' new states, and all slots. Those that held something
-        before the call are not written to."""
+        """Pools and shrinks x, in one go but for whole periods; the streams' new states, and all slots. Those that held
+        something before the call are not written to."""
         held = _held(self._states)
         free = (slot for slot in itertools.count() if slot not in held)
         steps: list[list[ChunkEntry]] = [[] for _ in range(1 + self._levels)]
@@ -485,7 +486,7 @@ class GridPoolStream:
         nothing is yet."""
         states: dict[StreamId, _State] = {}
         ends: dict[int, Tensor] = {}  # summaries that replace frames of x, of those gridded here
-        videos: list[int] = []
+        videos: list[tuple[int, ...]] = []  # as they are packed in x: whole periods, frames in between
         for stream, (first, count) in pieces.items():
             state = self._states[stream]
             before, whole = known.whole_periods(state.frames, count)
@@ -495,9 +496,13 @@ class GridPoolStream:
                 state = chunk.run()
                 ends |= {first + start + frame: summary for frame, summary in chunk.replaced.items()}
             states[stream] = state
-            videos += (*(1,) * before, *(whole,) * (whole > 0), *(1,) * (count - before - whole))
-        if len(ends) < len(x):
-            backend.grid_pool(x, self._videos_plan(known, videos), *self._settings, out)
+            videos += [(1,) * before, (whole,), (1,) * (count - before - whole)]
+        first = 0
+        for counts in _joined(videos):
+            rows = slice(first, first + sum(counts))
+            if not all(frame in ends for frame in range(rows.start, rows.stop)):
+                backend.grid_pool(x[rows], self._videos_plan(known, counts), *self._settings, out[rows])
+            first = rows.stop
         if ends:
             frames = torch.stack(list(ends.values()))
             pooled = torch.empty_like(out[: len(ends)])
@@ -506,7 +511,7 @@ class GridPoolStream:
         return states, None
 
     def _videos_plan(self, known: _Format, videos: Sequence[int]) -> GridPlan:
-        """Of videos of so many frames each: the cache gives the same plan every time."""
+        """Of videos of so many frames each. Plans are cached by these: callers ask for few kinds."""
         return grid_plan(videos, known.height, known.width, **self._planned)
 
     def _pieces(
@@ -683,6 +688,13 @@ class GridPoolStream:
         ):
             raise ValueError(f"state is damaged: {len(state['miniatures'])} miniatures for the slots {sorted(held)}")
         return known, states, slots
+
+
+def _joined(videos: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Without those of no frames, and frames in a row in one."""
+    for single, group in itertools.groupby(filter(any, videos), lambda counts: counts[0] == 1):
+        counts = list(group)
+        yield from [tuple(itertools.chain(*counts))] if single else counts
 
 
 def _held(states: dict[StreamId, _State]) -> set[int]:

@@ -27,7 +27,7 @@ def plan_tables(
 ) -> array[int]:
     """The tables of a plan.
 
-    schedule: what becomes of the frames. Schedule.none leaves the windows alone.
+    schedule: what becomes of the frames; with Schedule.none, they are pooled and no more.
     frames_per_step: read at least so many frames, then make the summaries that these complete, and so on: few
         miniatures are kept at a time, for a CPU's cache. None reads all frames first, then makes the summaries level by
         level: few steps, for a GPU.

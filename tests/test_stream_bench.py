@@ -26,18 +26,23 @@ def test_rows_are_printed_and_appended(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
-    stream.main(["output_size=2:3", *SMALL, "temperature=2", "frame_strides=1:4", "-o", str(path)])
-    assert "bfloat16, output_size=(2, 3), temperature=2.0, frame_strides=(1, 4)," in " ".join(
-        capsys.readouterr().out.split()
-    )
-    expected = {"output_size": [2, 3], "temperature": 2.0, "frame_strides": [1, 4]}
+    stream.main([*SMALL, "--options", "output_size=2:3", "norm_type=inf", "frame_strides=1:4", "-o", str(path)])
+    assert "bfloat16, output_size=2:3, norm_type=inf, frame_strides=1:4," in " ".join(capsys.readouterr().out.split())
+    expected = {"output_size": "2:3", "norm_type": "inf", "frame_strides": "1:4"}
     assert load(path)[0].run.settings["options"] == expected
+
+
+@pytest.mark.parametrize("options", [["frame_strides=3", "sampling=first"], ["frame_strides=3", "grid_shape=5:5"]])
+def test_strides_that_do_not_matter(options: list[str], tmp_path: Path) -> None:
+    """Rows are held against grid_pool here too."""
+    stream.main([*SMALL, "--options", *options, "-o", str(tmp_path / "results.jsonl")])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["frame_strides=3"], "frame_strides must divide 64"),
+        (["kernel_size=9"], "leaves no window on a 5 × 7 frame"),
         (["resize=nearest"], "resize must be one of"),
         (["output_size=2", "ceil_mode=true"], "output_size="),
     ],
@@ -45,7 +50,7 @@ def test_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_settings_that_cannot_be(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        stream.main([*SMALL, *options, "--no-save"])
+        stream.main([*SMALL, "--options", *options, "--no-save"])
     assert message in capsys.readouterr().err
 
 
@@ -64,12 +69,11 @@ def test_wrong_results_are_not_timed(streams: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "arguments",
     [["--size", "5x7"], ["--size", "5x0x8"], ["--chunk", "5"], ["--chunk", "0"], ["--streams", "0"], ["--periods", "0"]]
-    + [["--dtype", "int8"], ["--backend", "abacus"], ["options", "output_size"], ["options", "out=1"]]
-    + [["options", "backend=cpu"], ["options", "temperature=warm"]],
+    + [["--dtype", "int8"], ["--backend", "abacus"], ["--options", "output_size"], ["--options", "out=1"]]
+    + [["--options", "backend=cpu"], ["--options", "temperature=warm"]],
     ids=str,
 )
 def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        stream.main([argument for argument in arguments if argument != "options"])
-    shown = {"options": "NAME=VALUE"}.get(arguments[0], arguments[0])
-    assert f"argument {shown}: invalid" in capsys.readouterr().err
+        stream.main(arguments)
+    assert f"argument {arguments[0]}: invalid" in capsys.readouterr().err

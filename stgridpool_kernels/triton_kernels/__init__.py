@@ -1,8 +1,8 @@
 """Triton kernels for every op, and which of them a call takes. One file per idea, each a kernel and then its launches:
 
-fused: grid_pool and norm_pool at the published settings. summaries: temporal_grid. pool: norm_pool with any windows.
-token_norm. backward: the gradients of all but the last. Tiles and the arithmetic on them are in tiles, sizes in config,
-what happens between a call and the device in launch.
+fused: grid_pool and norm_pool at the published settings. summaries: temporal_grid, also of one frame in every place.
+pool: norm_pool with any windows. token_norm. backward: the gradients of all but the last. Tiles and the arithmetic on
+them are in tiles, sizes in config, what happens between a call and the device in launch.
 """
 
 from __future__ import annotations
