@@ -8,12 +8,14 @@ import io
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `stgp` with `argv` (the process's arguments by default); the exit code.
 
     0, or 1 for an error that one line on stderr names, or 130 for Ctrl-C. Usage errors, --help and --version leave by
-    SystemExit, as argparse does.
+    SystemExit, as argparse does, and so do SIGTERM and SIGHUP, which leave no temporary file behind: 143 and 129.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "→" shows its number
@@ -86,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(_join_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
-        code: int = args.run(args)
+        with _ended_by_signals():
+            code: int = args.run(args)
         return code
     except KeyboardInterrupt:
         _complain(args, "interrupted")
@@ -96,6 +99,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         return 1
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP, where they would end the process at once, unwind it first. In other threads than the main one
+    Python cannot."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    replaced = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in replaced:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -385,6 +408,7 @@ def _run_pool(args: argparse.Namespace) -> int:
         raise ValueError(f"--chunk goes with --stream only, got {args.chunk}")
     elif Path("-") in args.inputs:
         raise ValueError("-: standard input is read with --stream only")
+    _check_video_options(args, args.inputs)
 
     finished: list[_Pooled] = []
     failures: list[str] = []
@@ -493,9 +517,7 @@ def _pool_file(
     progress: Callable[[str, int, int], object],
 ) -> _Pooled:
     start = time.perf_counter()
-    x, _ = load_input(
-        source, key=args.key, num_frames=_num_frames(args), grid=args.grid, tap=args.tap, progress=progress
-    )
+    x, _ = load_input(source, key=args.key, num_frames=_num_frames(args), progress=progress, **_encoding(args))
     dtype = _DTYPES[args.dtype] if args.dtype else x.dtype
     check_dtype(output, dtype)
     with torch.no_grad():
@@ -526,7 +548,7 @@ def _stream_file(
     before: tuple[int, ...] = ()
     with ExitStack() as stack:
         writer = None
-        for x in stream_input(source, grid=args.grid, tap=args.tap, chunk=args.chunk or 1):
+        for x in stream_input(source, chunk=args.chunk or 1, **_encoding(args)):
             pooled = stream.push(x.to(device))
             dtype = _DTYPES[args.dtype] if args.dtype else x.dtype
             if writer is None:
@@ -596,6 +618,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
     options = op_options(args)
     _check_options(options)
     _check_outputs([args.input], [args.output], made=False, force=args.force)
+    _check_video_options(args, [args.input])
     from .inspection import inspect_command
 
     inspect_command(
@@ -603,8 +626,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
         args.output,
         options=options,
         num_frames=_num_frames(args),
-        grid=args.grid,
-        tap=args.tap,
+        **_encoding(args),
         key=args.key,
         force=args.force,
         console=Console(),
@@ -762,19 +784,29 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-frames", type=_positive, metavar="N", help="most frames taken, evenly spread (default: 32)"
     )
-    group.add_argument(
-        "--grid", type=_grid, default=(18, 32), metavar="ROWSxCOLS", help="tokens per frame (default: 18x32)"
-    )
+    group.add_argument("--grid", type=_grid, metavar="ROWSxCOLS", help="tokens per frame (default: 18x32)")
     group.add_argument(
         "--tap",
         choices=list(TAPS),
-        default="post_ln",
         help="which tokens: after the final LayerNorm, or after layer 12 or 11 without it (default: post_ln)",
     )
 
 
 def _num_frames(args: argparse.Namespace) -> int:
     return 32 if args.num_frames is None else int(args.num_frames)
+
+
+def _encoding(args: argparse.Namespace) -> dict[str, Any]:
+    return {"grid": args.grid or (18, 32), "tap": args.tap or "post_ln"}
+
+
+def _check_video_options(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
+    if all(source.suffix.lower() in SUFFIXES for source in inputs):
+        for name in ("num_frames", "grid", "tap"):
+            value = getattr(args, name)
+            if value is not None:
+                shown = "x".join(map(str, value)) if name == "grid" else value
+                raise ValueError(f"--{name.replace('_', '-')} is for videos, of which there is none, got {shown}")
 
 
 def _positive(text: str) -> int:

@@ -23,6 +23,10 @@ __all__ = ["VideoError", "count_frames", "iter_frames", "read_frames", "sample_i
 _TEXT_FORMATS = frozenset({"tty"})
 
 
+# Containers whose header has the duration of the whole file; of others it may be estimated from its size.
+_WHOLE_DURATIONS = frozenset({"matroska,webm"})
+
+
 class VideoError(ValueError):
     """A file that is missing, empty, cut short, or not a video. The message gives the path and the cause."""
 
@@ -113,17 +117,9 @@ def iter_frames(source: str | os.PathLike[str] | BinaryIO, name: str, *, size: t
         (Matroska, MPEG-TS, fragmented MP4). `name` is what errors call it.
     """
     file = Path(name) if hasattr(source, "read") else _existing(source)
-    found, end = 0, 0.0
     with _opened(file, source if hasattr(source, "read") else None) as (container, stream):
-        declared = int(stream.frames)
-        for frame in container.decode(stream):
-            if frame.time is not None:
-                end = max(end, frame.time + float((frame.duration or 0) * frame.time_base))
-            found += 1
+        for frame in _frames(file, container, stream):
             yield _to_rgb(frame, size)
-        if not found:
-            raise VideoError(f"{file}: no frame of its video stream can be decoded")
-        _check_whole(file, container, stream, found, declared, end)
 
 
 def _decode(
@@ -135,12 +131,8 @@ def _decode(
     """Decode all of `file`; return its frames at `indices` (sorted) and the number of frames it holds."""
     frames: np.ndarray | None = None
     done = found = 0
-    end = 0.0
     with _opened(file) as (container, stream):
-        declared = int(stream.frames)
-        for found, frame in enumerate(container.decode(stream), start=1):
-            if frame.time is not None:
-                end = max(end, frame.time + float((frame.duration or 0) * frame.time_base))
+        for found, frame in enumerate(_frames(file, container, stream), start=1):
             if done < len(indices) and found - 1 == indices[done]:
                 picture = _to_rgb(frame, size)
                 if frames is None:
@@ -150,9 +142,6 @@ def _decode(
                 done += 1
                 if progress is not None:
                     progress(done, len(indices))
-        if not found:
-            raise VideoError(f"{file}: no frame of its video stream can be decoded")
-        _check_whole(file, container, stream, found, declared, end)
     if frames is None:
         frames = np.empty((0, *(size or (0, 0)), 3), np.uint8)
     return frames[:done], found
@@ -168,8 +157,28 @@ def _to_rgb(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
     return np.rot90(rgb, quarters)
 
 
-def _check_whole(file: Path, container: Any, stream: Any, found: int, declared: int, end: float) -> None:
-    """Raise if the file announces more footage than it decodes to; `end` is the last frame's end in seconds.
+def _frames(file: Path, container: Any, stream: Any) -> Iterator[Any]:
+    """Every frame of the stream as it is decoded; raises behind the last one if there are none, or not all."""
+    declared, found = int(stream.frames), 0
+    end = others = 0.0
+    for packet in container.demux():
+        if packet.stream.index != stream.index:
+            if packet.pts is not None:
+                others = max(others, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            continue
+        for frame in packet.decode():
+            if frame.time is not None:
+                end = max(end, frame.time + float((frame.duration or 0) * frame.time_base))
+            found += 1
+            yield frame
+    if not found:
+        raise VideoError(f"{file}: no frame of its video stream can be decoded")
+    _check_whole(file, container, stream, found, declared, end, others)
+
+
+def _check_whole(file: Path, container: Any, stream: Any, found: int, declared: int, end: float, others: float) -> None:
+    """Raise if the file announces more footage than it decodes to; `end` is the last frame's end in seconds, `others`
+    that of what else is in the file.
 
     A frame count alone proves nothing: an edit list, as a trimmed phone clip has, hides frames that the
     container still counts. The announced duration already leaves those out.
@@ -179,7 +188,10 @@ def _check_whole(file: Path, container: Any, stream: Any, found: int, declared: 
     if stream.duration is not None:
         announced = float(stream.duration * stream.time_base)
     elif container.duration is not None and len(container.streams) == 1:
-        announced = container.duration / 1e6  # microseconds; with sound in the file it may be the sound's
+        announced = container.duration / 1e6  # microseconds
+    elif container.duration is not None and container.format.name in _WHOLE_DURATIONS:
+        announced = container.duration / 1e6
+        end = max(end, others)  # it may be the sound that lasts so long
     else:
         return
     # Where the count is also short two frames are beyond rounding; a duration alone is a looser statement.

@@ -556,9 +556,9 @@ def test_inspect_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None
     calls = []
     monkeypatch.setattr(inspection, "inspect_command", lambda *given, **named: calls.append((given, named)))
     arguments = ["--temperature", "-2", "--num-frames", "4", "--grid", "4x6", "--tap", "l12", "--key", "k", "--force"]
-    assert main(["inspect", "a.npy", "-o", "out.png", "--frame-counts", "9,7", *arguments]) == 0
+    assert main(["inspect", "a.mp4", "-o", "out.png", "--frame-counts", "9,7", *arguments]) == 0
     [(given, named)] = calls
-    assert given == (Path("a.npy"), Path("out.png"))
+    assert given == (Path("a.mp4"), Path("out.png"))
     assert named.pop("console") is not None
     assert named == {
         "options": {**DEFAULTS, "frame_counts": [9, 7], "backend": "auto", "temperature": -2.0},

@@ -112,8 +112,11 @@ def test_standard_input_that_is_closed(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
-@pytest.mark.parametrize("when", ["between arrays", "in an array"])
-def test_interrupted(tmp_path: Path, when: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [("SIGINT", "between arrays"), ("SIGINT", "in an array"), ("SIGTERM", "between arrays"), ("SIGHUP", "in an array")],
+)
+def test_interrupted(tmp_path: Path, number: str, when: str) -> None:
     """Nothing is left of what was written by then."""
     command = ["pool", "-", "-o", str(tmp_path / "out.npy"), "--stream"]
     process = subprocess.Popen(
@@ -129,9 +132,10 @@ def test_interrupted(tmp_path: Path, when: str) -> None:
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [file.suffix for file in tmp_path.iterdir()] == [".tmp"]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, number))
     _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (130, b"stgp pool: interrupted\n")
+    expected = {"SIGINT": (130, b"stgp pool: interrupted\n"), "SIGTERM": (143, b""), "SIGHUP": (129, b"")}
+    assert (process.returncode, errors) == expected[number]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,6 +153,26 @@ def test_options_that_need_the_whole(tmp_path: Path, arguments: list[str], capsy
     assert main(command) == 1
     assert f"{arguments[0]} cannot go with --stream" in capsys.readouterr().err
     assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-frames", "4"], "--num-frames is for videos, of which there is none, got 4"),
+        (["--grid", "3x5"], "--grid is for videos, of which there is none, got 3x5"),
+        (["--tap", "l11", "--stream"], "--tap is for videos, of which there is none, got l11"),
+    ],
+)
+def test_options_that_need_a_video(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "in.npy", array(4))
+    assert main(["pool", str(tmp_path / "in.npy"), "-o", str(tmp_path / "out.npy"), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    if "--stream" not in arguments:
+        assert main(["inspect", str(tmp_path / "in.npy"), "-o", str(tmp_path / "out.png"), *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["in.npy"]
 
 
 def test_options_that_need_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

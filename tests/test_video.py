@@ -13,7 +13,7 @@ import pytest
 
 from stgridpool_kernels import encoder
 from stgridpool_kernels.data import FIXTURE, load_fixture
-from stgridpool_kernels.video import VideoError, count_frames, read_frames, sample_indices
+from stgridpool_kernels.video import VideoError, count_frames, iter_frames, read_frames, sample_indices
 
 CLIPS = {
     "bigbuckbunny.mp4": (132, 720, 1280),
@@ -42,19 +42,21 @@ def tower() -> encoder.Encoder:
         pytest.skip(f"no encoder: {error}")
 
 
-def remux(source: Path, target: Path, *, drop_frames: int = 0, options: dict[str, str] | None = None) -> Path:
+def remux(
+    source: Path, target: Path, *, drop_frames: int = 0, options: dict[str, str] | None = None, sound: bool = False
+) -> Path:
     """Copy the packets of `source` into another container, the first `drop_frames` of them before time 0."""
     import av
 
     with av.open(str(source)) as reader, av.open(str(target), "w", options=options or {}) as writer:
-        stream = reader.streams.video[0]
-        copy = writer.add_stream_from_template(stream)
-        for packet in reader.demux(stream):
+        streams = [reader.streams.video[0], *(reader.streams.audio if sound else ())]
+        copies = {stream.index: writer.add_stream_from_template(stream) for stream in streams}
+        for packet in reader.demux(*streams):
             if packet.dts is None or packet.pts is None:
                 continue  # the empty packet that ends a stream
             shift = drop_frames * (packet.duration or 0)
             packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-            packet.stream = copy
+            packet.stream = copies[packet.stream.index]
             writer.mux(packet)
     return target
 
@@ -187,6 +189,17 @@ def test_files_that_are_no_video(name: str, content: bytes | None, cause: str, t
 def test_directory_is_no_video(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="not a regular file"):
         read_frames(tmp_path, 4)
+
+
+def test_files_with_sound_cut_short(clip: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whose header has one duration for all that is in them."""
+    whole = remux(clip("bigbuckbunny.mp4"), tmp_path / "whole.mkv", sound=True)
+    assert len(read_frames(whole, 4)) == 4
+    path = halve(whole, tmp_path / "half.mkv")
+    with pytest.raises(VideoError, match="cut short: it announces"):
+        read_frames(path, 4)
+    with path.open("rb") as pipe, pytest.raises(VideoError, match="cut short: it announces"):
+        list(iter_frames(pipe, "-", size=(14, 14)))
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,7 @@ def _holds_tokens(file: Path) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. 0, or 1 where an input failed."""
+    """The command. 0, or 1 where an input failed, or 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m stgridpool_kernels.integrations.ray",
         description="Pool token files and videos on every device that Ray has. What is finished is skipped.",
@@ -319,6 +319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, value in (text.split("=", 1) for text in given if _is_option(text)):
             options[name] = read_option(name, value, name)
         report = extract([text for text in given if not _is_option(text)], **args, **options)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; what is written is whole", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
