@@ -153,13 +153,28 @@ def test_random_calls(capability: str) -> None:
                 raise AssertionError(f"{call!r}.check()") from error
 
 
-def test_gradient_of_large_logits(capability: str) -> None:
-    """Of 2000, whose last bit is worth something: a lane that adds up 64 channels has lost more than the reference."""
-    windows = {"frame_strides": (1,), "output_size": (4, 4)}
+LARGE_LOGITS: dict[str, dict[str, Any]] = {
+    "2000": {
+        "shape": (2, 6, 5, 12, 512),
+        "content": "usual",
+        "arguments": {"frame_strides": (1,), "output_size": (4, 4), "temperature": 1.7},
+    },
+    "6000": {
+        "shape": (64, 7, 6, 105),
+        "content": "outlier",
+        "arguments": {"frame_strides": (5, 4), "resize": "bilinear", "output_size": (9, 7), "temperature": 40.0},
+    },
+}
+
+
+@pytest.mark.parametrize("case", LARGE_LOGITS.values(), ids=LARGE_LOGITS.keys())
+def test_gradient_of_large_logits(case: dict[str, Any], capability: str) -> None:
+    """In float32 their last bits are worth something, and a lane that adds up many channels loses some."""
+    sums = {"norm_type": 1.0, "normalize_norm": False}
     call = fuzz.Call(
-        **{"op": "grid_pool", "shape": (2, 6, 5, 12, 512), "dtype": "float32", "content": "usual", "spoilt": 0},
-        **{"layout": "contiguous", "out_layout": "contiguous", "threads": 2, "capability": capability, "seed": 4},
-        arguments=windows | {"temperature": 1.7, "norm_type": 1.0, "normalize_norm": False},
+        **{"op": "grid_pool", "dtype": "float32", "spoilt": 0, "layout": "contiguous", "out_layout": "contiguous"},
+        **{"threads": 2, "capability": capability, "seed": 4},
+        **(case | {"arguments": case["arguments"] | sums}),
     )
     with restored():
         call.check()

@@ -87,7 +87,7 @@ int64_t gradient_bytes(const int32_t* t, const Call& call) {
 
 int64_t window_bytes(Op op, const int32_t* t) {
   if (op != Op::grid_pool_backward || is_fused(op, t)) return 0;
-  return aligned(int64_t{t[H_FRAMES]} * t[H_OUT_ROWS] * t[H_OUT_COLS] * 3 * sizeof(float));
+  return aligned(int64_t{t[H_FRAMES]} * t[H_OUT_ROWS] * t[H_OUT_COLS] * 3 * sizeof(double));
 }
 
 // What one thread needs, by the most tokens that are looked at together.
@@ -96,10 +96,11 @@ struct Room {
   int64_t carried = 0;   // bytes of a column of sums
   int64_t taps = 0;      // tokens; 0 where no list of them is kept
   int64_t norms = 0;
+  int64_t window = 0;  // tokens of which the logit and the product with the gradient are kept
 
   int64_t bytes() const {
     return aligned(gathered) + aligned(carried) + aligned(taps * sizeof(void*)) + aligned(taps * sizeof(float)) +
-           aligned(norms * sizeof(float));
+           aligned(norms * sizeof(float)) + 2 * aligned(window * sizeof(double));
   }
 
   Workspace at(char* memory) const {
@@ -114,6 +115,8 @@ struct Room {
     w.taps = static_cast<const void**>(take(taps * sizeof(void*)));
     w.weights = static_cast<float*>(take(taps * sizeof(float)));
     w.norms = static_cast<float*>(take(norms * sizeof(float)));
+    w.logits = static_cast<double*>(take(window * sizeof(double)));
+    w.dots = static_cast<double*>(take(window * sizeof(double)));
     return w;
   }
 };
@@ -132,8 +135,14 @@ Room room(Op op, const int32_t* t, const Call& call) {
                                     *std::max_element(widths, widths + t[H_WIDTH]));
     }
     if (op == Op::grid_pool || op == Op::grid_pool_backward) {
-      room.norms = int64_t{t[H_HEIGHT]} * t[H_WIDTH];
-      tokens = std::max(tokens, std::min<int64_t>(t[H_LARGEST_WINDOW], room.norms));  // padding is never looked at
+      const int64_t frame = int64_t{t[H_HEIGHT]} * t[H_WIDTH];
+      const int64_t window = std::min<int64_t>(t[H_LARGEST_WINDOW], frame);  // padding is never looked at
+      tokens = std::max(tokens, window);
+      if (op == Op::grid_pool) {
+        room.norms = frame;
+      } else {
+        room.window = window;
+      }
     }
     room.taps = tokens;
   }
@@ -157,7 +166,7 @@ int64_t stored_bytes(Op op, const int32_t* t, const Call& call) {
 Gradients gradients_in(Op op, const int32_t* t, const Call& call) {
   char* const end = static_cast<char*>(call.scratch) + stored_bytes(op, t, call);
   char* const windows = end - window_bytes(op, t);
-  return {windows - gradient_bytes(t, call), reinterpret_cast<float*>(windows)};
+  return {windows - gradient_bytes(t, call), reinterpret_cast<double*>(windows)};
 }
 
 // Rows of `count` frames or summaries, each `height` rows, that wait for the first `after` stages of the call.

@@ -504,7 +504,7 @@ Sums norm_and_dot(const T* token, const T* grad, const T* next, const Call& call
 }
 
 // A product that is rounded by itself: fused with a subtraction, the largest logit less itself would not be 0.
-__attribute__((noinline)) float logit(float temperature, float norm) { return temperature * norm; }
+__attribute__((noinline)) double logit(double temperature, double norm) { return temperature * norm; }
 
 inline Floats sign(Floats v) {
   const Floats zero{};
@@ -759,26 +759,25 @@ void window_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t
       const int64_t left = within(col_runs[j], W), right = within(col_runs[j] + col_runs[OW + j], W);
       const T* grad = gather(of_result.at(i, j), of_result.channel, C, workspace, 0);
       int64_t n = 0;
-      float *logits = workspace.weights, *dots = workspace.norms;
+      double *const logits = workspace.logits, *const dots = workspace.dots;
       for (int64_t r = top; r < bottom; ++r) {
         for (int64_t c = left; c < right; ++c, ++n) {
           const T* token = gather(image.at(r, c), image.channel, C, workspace, FIRST_TAP);
           const Sums sums = norm_and_dot(token, grad, token, call);
-          logits[n] = logit(call.temperature, static_cast<float>(sums.norm));
-          dots[n] = static_cast<float>(sums.dot);
+          logits[n] = logit(call.temperature, sums.norm);
+          dots[n] = sums.dot;
         }
       }
       const int64_t zeros = int64_t{row_runs[OH + i]} * col_runs[OW + j] - n;
-      float largest = zeros > 0 ? 0.0f : -HUGE_VALF;
+      double largest = zeros > 0 ? 0.0 : -HUGE_VAL;
       for (int64_t k = 0; k < n; ++k) largest = logits[k] > largest ? logits[k] : largest;
-      // in float64: of equal products the mean is exactly one of them, and a temperature magnifies what is not
-      double total = zeros > 0 ? static_cast<double>(zeros) * expf(0.0f - largest) : 0.0, mean = 0;
+      double total = zeros > 0 ? static_cast<double>(zeros) * exp(0.0 - largest) : 0.0, mean = 0;
       for (int64_t k = 0; k < n; ++k) {
-        const double power = expf(logits[k] - largest);
+        const double power = exp(logits[k] - largest);
         total += power, mean += power * dots[k];
       }
-      float* const window = gradients.windows + ((frame * OH + i) * OW + j) * 3;
-      window[0] = largest, window[1] = static_cast<float>(total), window[2] = static_cast<float>(mean / total);
+      double* const window = gradients.windows + ((frame * OH + i) * OW + j) * 3;
+      window[0] = largest, window[1] = total, window[2] = mean / total;
     }
   }
 }
@@ -820,7 +819,8 @@ void gradient_rows(const int32_t* tables, const Call& call, bool windows, int64_
       }
 
       const T *token = nullptr, *grad = nullptr;
-      float weight = 0, gamma = 0, norm = 0;
+      float weight = 0;
+      double gamma = 0, norm = 0;
       if (target >= 0 && !windows) {
         grad = gather(of_result.at(r, c), of_result.channel, C, workspace, 0);
         weight = 1;
@@ -838,13 +838,15 @@ void gradient_rows(const int32_t* tables, const Call& call, bool windows, int64_
           }
           grad = gather(of_result.at(i, j), of_result.channel, C, workspace, 0);
           const Sums sums = norm_and_dot(token, grad, token, call);
-          norm = static_cast<float>(sums.norm);
-          const float* window = gradients.windows + ((target * OH + i) * OW + j) * 3;
-          weight = expf(logit(call.temperature, norm) - window[0]) / window[1];
-          gamma += call.temperature * weight * (static_cast<float>(sums.dot) - window[2]);
+          norm = sums.norm;
+          const double* window = gradients.windows + ((target * OH + i) * OW + j) * 3;
+          const double share = exp(logit(call.temperature, norm) - window[0]) / window[1];
+          weight = static_cast<float>(share);
+          gamma += call.temperature * share * (sums.dot - window[2]);
         }
       }
-      const Slope slope = token == nullptr ? Slope{} : Slope::of(gamma, token, norm, call);
+      const Slope slope =
+          token == nullptr ? Slope{} : Slope::of(static_cast<float>(gamma), token, static_cast<float>(norm), call);
       const Block* const more[2] = {sum, nullptr};
       if (number < 0) {
         write_gradient(summaries.at(-1 - number, r, c), grad, weight, token, slope, more, C, false);

@@ -16,13 +16,15 @@ struct Workspace {
   const void** taps;
   float* weights;
   float* norms;
+  double* logits;  // and products, of a window whose gradient is asked for
+  double* dots;
 };
 
 // What a gradient keeps beside miniatures or summaries. Channels of `summaries` are in whole blocks, in the order in
 // which kernels hold them.
 struct Gradients {
   void* summaries;  // (S, H, W, C rounded up to WIDEST_BLOCK) float
-  float* windows;   // (frames, OH, OW, 3): largest logit, sum of powers, mean of grad . token
+  double* windows;  // (frames, OH, OW, 3): largest logit, sum of powers, mean of grad . token
 };
 
 // Sums are kept in whole blocks of channels; the widest vectors have blocks of so many.
