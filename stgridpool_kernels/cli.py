@@ -33,7 +33,7 @@ from .bench.machine import cpu_name
 from .encoder import TAPS
 from .ops import check_arguments, grid_pool
 from .plan import RESIZES, SAMPLINGS
-from .stream import GridPoolStream
+from .stream import GridPoolStream, usable_device
 from .token_files import (
     SUFFIXES,
     TokenFileError,
@@ -395,7 +395,7 @@ def _add_pool(commands: Any) -> None:
 def _run_pool(args: argparse.Namespace) -> int:
     options = op_options(args)
     _check_options(options)
-    device = _device(args.device)
+    device = usable_device(args.device, "--device")
     out = Path(args.output)
     outputs = _outputs(args.inputs, args.output, args.format)
     _check_outputs(args.inputs, outputs, made=outputs != [out], force=args.force)
@@ -452,15 +452,6 @@ def _check_options(options: dict[str, Any]) -> None:
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
     check_arguments({name: value for name, value in options.items() if name not in ("backend", "frame_counts")})
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _outputs(inputs: Sequence[Path], out: str, file_format: str | None) -> list[Path]:

@@ -308,7 +308,8 @@ class GridPoolStream:
 
     def close(self, stream: StreamId) -> None:
         """Drops a stream and all that is kept of it. Raises ValueError unless it is open."""
-        states = {name: state for name, state in self._states.items() if name != self._known(stream)}
+        closed = self._known(stream)
+        states = {name: state for name, state in self._states.items() if name != closed}
         self._states, self._slots = self._compacted(states, self._slots)
 
     def reset(self, stream: StreamId | None = None) -> None:
@@ -659,7 +660,8 @@ class GridPoolStream:
                 raise ValueError(f"state is damaged: dtype {given['dtype']!r}, backend {given['backend']!r}")
             if self.backend not in ("auto", given["backend"]):
                 raise ValueError(f"state must be of backend={self.backend!r}, got {given['backend']!r}")
-            where = _usable(given["device"], ", where the state was") if device is None else _usable(device)
+            asked = (given["device"], "the state's device") if device is None else (device, "device")
+            where = usable_device(*asked)
             known = self._make_format(sizes[0], sizes[1], sizes[2], dtype, where, given["backend"])
             known = replace(known, miniatures=bool(given["miniatures"]))
             kept = [_read_tensor(tensor, known, *_miniature_size(known)) for tensor in state["miniatures"]]
@@ -827,13 +829,13 @@ class _Chunk:
         yield from dict.fromkeys(here, summary).items()
 
 
-def _usable(device: torch.device | str, whose: str = "") -> torch.device:
-    """The device that tensors there say they are on: cuda is one of cuda:0, cuda:1, …"""
+def usable_device(device: torch.device | str, called: str) -> torch.device:
+    """The device that tensors there say they are on: cuda is one of cuda:0, cuda:1, … ValueError if there is none."""
     try:
         return torch.empty(0, device=device).cpu().to(device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         cause = str(error).splitlines()[0]
-        raise ValueError(f"device must be one that can be used here, got {str(device)!r}{whose}: {cause}") from error
+        raise ValueError(f"{called} must be one that can be used here, got {str(device)!r}: {cause}") from error
 
 
 def _plain(value: Any) -> Any:

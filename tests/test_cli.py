@@ -269,7 +269,7 @@ BEFORE_WORK = {
     "no folder": (["a.npy", "-o", "none/x.npy"], "none/x.npy: there is no folder none"),
     "folder is a file": (["a.npy", "-o", "a.npy/out"], "a.npy is not a folder"),
     "dtype against format": (["a.npy", "-o", "x.npy", "--dtype", "bfloat16"], "NumPy's formats cannot hold bfloat16"),
-    "device": (["a.npy", "-o", "x.npy", "--device", "nope"], "--device nope: "),
+    "device": (["a.npy", "-o", "x.npy", "--device", "nope"], "--device must be one that can be used here, got 'nope'"),
 }
 
 
@@ -342,7 +342,7 @@ def test_a_backend_that_cannot_run_says_why(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
 def test_a_device_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pool", "a.npy", "-o", "out.npy", "--device", "cuda"]) == 1
-    assert capsys.readouterr().err.startswith("stgp pool: --device cuda: ")
+    assert capsys.readouterr().err.startswith("stgp pool: --device must be one that can be used here, got 'cuda': ")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

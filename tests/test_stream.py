@@ -532,6 +532,12 @@ def test_frame_counts_of_any_integers(counts: Any) -> None:
     assert all(type(server.frames(name)) is int for name in server.streams)
 
 
+@pytest.mark.parametrize("method", ["close", "reset", "flush", "frames"])
+def test_unknown_names_where_none_is_open(method: str) -> None:
+    with pytest.raises(ValueError, match="stream must be open, got 'c'; open are"):
+        getattr(GridPoolStream(streams=[]), method)("c")
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
