@@ -1,4 +1,4 @@
-# make demo | test | test-vllm | test-sglang | test-lmms-eval | test-llava-next | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | compile-check | gpu-check | clean
+# make demo | test | test-vllm | test-sglang | test-lmms-eval | test-llava-next | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | header-check | compile-check | gpu-check | clean
 # TORCH="torch==…" puts another torch into .venv; STGP_NO_EXT=1 leaves the compiled kernels out.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/cuda_emulation/*)
 
-.PHONY: demo test test-vllm test-sglang test-lmms-eval test-llava-next lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check compile-check gpu-check clean
+.PHONY: demo test test-vllm test-sglang test-lmms-eval test-llava-next lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -60,6 +60,11 @@ cuda-link-check:
 	build/cuda-link/bin/pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)"
 	grep -E '^($(LINK_TOOLS))==' requirements.txt | build/cuda-link/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
 	build/cuda-link/bin/python -m tests.check_cuda_link $(ARGS)
+
+# the C++ files against the headers of the oldest supported torch and of the one after it, from wheels of 1 GB each
+
+header-check: $(BUILT)
+	$(VENV)/bin/python -m tests.check_headers build/headers $(ARGS)
 
 # the models for lmms-eval, in an environment of their own; metadata that `make wheel` leaves in the checkout would hide the
 # entry points of what is installed
