@@ -100,12 +100,17 @@ def _tables(plan: GridPlan, schedule: Scheduling, frames_per_step: int | None, g
 
 @lru_cache(maxsize=256)
 def _device_tables(plan: GridPlan, schedule: Scheduling, gradient: bool, device: torch.device) -> Tables:
+    return _upload(plan_tables(plan, schedule, None, gradient), device)
+
+
+def _upload(words: Sequence[int], device: torch.device) -> Tables:
+    """Tables on a CUDA device, which is the current one. Raises RuntimeError while a graph is captured."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "warm up first: a CUDA graph cannot capture the first call with a given plan, which uploads its tables; "
             "run it once before the capture"
         )
-    tables = tables_on(device, plan_tables(plan, schedule, None, gradient))
+    tables = tables_on(device, words)
     assert tables is not None
     return tables
 
@@ -149,15 +154,15 @@ def keeps_miniatures_on_cuda(plan: GridPlan, channels: int, norm_type: float) ->
 @lru_cache(maxsize=256)
 def _chunk_tables(words: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tables | None]:
     tables = torch.tensor(words, dtype=torch.int32, device="cpu")  # whatever torch.set_default_device says
-    return tables, tables_on(device, words) if device.type == "cuda" else None
+    return tables, _upload(words, device) if device.type == "cuda" else None
 
 
 def pool_chunk(
     x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
 ) -> None:
     op = torch.ops.stgp._pool_chunk_by_tables.default
-    tables, uploaded = _chunk_tables(chunk.words, x.device)
-    with torch.cuda.device(x.device) if uploaded else nullcontext():
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        tables, uploaded = _chunk_tables(chunk.words, x.device)
         on_device = uploaded.use_now() if uploaded else None
         op(x, tables, on_device, temperature, norm_type, normalize_norm, slots, out)
 

@@ -662,6 +662,14 @@ def test_default_device_is_not_used(name: str, backend: str, device: torch.devic
     assert_same_bits(result, run(backend, "grid_pool", x, **CALLS[name]))
 
 
+def test_first_chunk_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload would end the capture with an error of CUDA that does not say why."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(compiled, "tables_on", lambda *_: pytest.fail("tables were uploaded"))
+    with pytest.raises(RuntimeError, match="warm up first"):
+        compiled._chunk_tables((1, 2, 3), torch.device("cuda", 0))
+
+
 @pytest.mark.filterwarnings("default")  # of torch.compile
 @pytest.mark.parametrize("name", ["published", "bilinear"])
 def test_torch_compile_goes_round_a_push(name: str, backend: str, device: torch.device) -> None:
