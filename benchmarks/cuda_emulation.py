@@ -72,6 +72,7 @@ class Call(ctypes.Structure):
         ("miniatures", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
         ("grad_strides", Strides),
+        ("cells", ctypes.c_int32),
     ]
 
 
@@ -159,11 +160,13 @@ def run(
     library: Path | None = None,
     miniatures: Tensor | None = None,
     grad: Tensor | None = None,
+    cells: int = 0,
 ) -> None:
     """`op` of x into out by tables; settings are (temperature, norm_type, normalize_norm).
 
     miniatures: of streams, for tables of a chunk of them.
     grad: of the result, for gradients.
+    cells: that a block walks; 0 is the kernel's own choice.
     """
     functions = load(library)
     T, H, W, C = x.shape[-4:]
@@ -177,6 +180,7 @@ def run(
         *settings,
         None if miniatures is None else miniatures.data_ptr(),
     )
+    call.cells = cells
     if grad is not None:
         call.grad, call.grad_strides = grad.data_ptr(), _five(grad.stride(), grad.dim())
     words = None if tables is None else (ctypes.c_int32 * len(tables))(*tables)

@@ -161,7 +161,7 @@ cpu::Threads torch_threads() {
 }
 
 void grid_pool_on_cpu(const Tensor& x, const Tensor& tables, const std::optional<Tensor>&, double temperature,
-                      double norm_type, bool normalize_norm, const Tensor& out) {
+                      double norm_type, bool normalize_norm, const Tensor& out, int64_t /* cells: of CUDA blocks */) {
   Call call = call_of(x, out, true);
   weigh(call, temperature, norm_type, normalize_norm);
   const int32_t* t = tables_of(tables, x, out, true);
@@ -284,10 +284,12 @@ const int32_t* on_device(const std::optional<Tensor>& device_tables, const Tenso
 }
 
 void grid_pool_on_cuda(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
-                       double temperature, double norm_type, bool normalize_norm, const Tensor& out) {
+                       double temperature, double norm_type, bool normalize_norm, const Tensor& out, int64_t cells) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = call_of(x, out, true);
   weigh(call, temperature, norm_type, normalize_norm);
+  STD_TORCH_CHECK(cells >= 0 && cells < (1 << 24), "cells must be from 0 to 2^24 - 1, got ", cells);
+  call.cells = static_cast<int32_t>(cells);
   const int32_t* t = tables_of(tables, x, out, true);
   const Tensor scratch = scratch_for(call, x, cuda::scratch_bytes(Op::grid_pool, t, call));
   check_launch(cuda::grid_pool(t, on_device(device_tables, tables, x), call, current_stream(x)));

@@ -62,6 +62,9 @@ struct Call {
   // with a channel stride of 1.
   const void* grad = nullptr;
   Strides grad_strides{};
+  // For CUDA: how many neighbouring cells or windows of a frame's row a block takes one after another; 0 leaves it to
+  // the kernel. Time depends on it, and no bit of a result does.
+  int32_t cells = 0;
 };
 
 // What is wrong with `words` integers as tables, or nullptr. The functions below trust tables that passed.

@@ -319,7 +319,7 @@ for _name in ARGUMENTS:
 _PLAN = "Tensor tables, Tensor? device_tables"
 _library.define(
     f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
-    "Tensor(a!) out) -> ()"
+    "Tensor(a!) out, int cells=0) -> ()"  # cells: that a block of the fused CUDA kernel walks; 0 is its own choice
 )
 _library.define(  # of a chunk of streams, whose miniatures are kept in between
     f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "

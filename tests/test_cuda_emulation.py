@@ -28,7 +28,7 @@ def tokens(*shape, dtype):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(2).to(dtype)
 
 
-def pooled(x, general=False, norm_type=2.0, normalize_norm=True, **arguments):
+def pooled(x, general=False, norm_type=2.0, normalize_norm=True, cells=0, **arguments):
     """grid_pool of one video, by the fused form where there is one, or by the general form."""
     T, H, W, C = x.shape
     plan = grid_plan(arguments.pop("frame_counts", [T]), H, W, **arguments)
@@ -38,7 +38,7 @@ def pooled(x, general=False, norm_type=2.0, normalize_norm=True, **arguments):
         tables = tables[:]
         tables[NUM_STEPS] = 0
     out = torch.full((T, *plan.pooled_size, C), math.nan, dtype=x.dtype)
-    cuda_emulation.run("grid_pool", x, tables, (1.0, norm_type, normalize_norm), out)
+    cuda_emulation.run("grid_pool", x, tables, (1.0, norm_type, normalize_norm), out, cells=cells)
     return out
 
 
@@ -73,6 +73,18 @@ def test_memory_layout_does_not_change_a_bit(size, dtype):
         expected = pooled(x, **arguments)
         assert_same_bits(pooled(misaligned(x), **arguments), expected)
         assert_same_bits(pooled(strided, **arguments), expected)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(5, 13), (4, 13), (5, 12), (4, 12)], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_cuts_of_rows_change_no_bit(size, dtype):
+    """A block may walk any number of cells: a column that it does not carry is summed in the same order."""
+    x = tokens(9, *size, 72, dtype=dtype)
+    x[0], x[1, 1, size[1] // 2] = -0.0, math.nan
+    arguments = {"frame_strides": (1, 2), "frame_counts": [8, 1], "ceil_mode": True}
+    expected = pooled(x, **arguments)
+    for cells in (1, 2, 4, 5, 7, 99):
+        assert_same_bits(pooled(x, cells=cells, **arguments), expected)
 
 
 @dtypes

@@ -11,8 +11,8 @@
 namespace stgp::cuda {
 namespace {
 
-// Cells or windows of a row that a block walks where it need not walk the whole row. While it works on one, the next is
-// being loaded; yet many blocks even out better than few. Not measured.
+// Cells or windows of a row that a block walks where no column is carried and the call does not say how many. While it
+// works on one, the next is being loaded; yet many blocks even out better than few. Not measured.
 constexpr int32_t CELLS = 4;
 
 // Of a thread. A multiprocessor has room for 24 warps at 80, and for 16 at 128.
@@ -52,8 +52,9 @@ __device__ __forceinline__ void add_word(float (&sums)[PER_WORD<T>], uint32_t wo
 // MOSAIC: the entries are summaries. HALO: H or W is odd, so that cells reach one row up and one column to the left.
 //
 // A block walks: it takes neighbouring cells of one row of one entry from left to right. As soon as the registers of a
-// piece are free, that of the next cell is on its way to them. Where W is odd, the walk is the whole row, and the sum
-// of a cell's last column is carried to the next cell. Of mosaics and of element accesses a block takes one cell.
+// piece are free, that of the next cell is on its way to them. Where W is odd, the sum of a cell's last column is
+// carried to the next cell, and a walk is the whole row, so that no column is read twice, unless the call cuts it. Of
+// mosaics and of element accesses a block takes one cell.
 template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
 __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_constant__ Fused<T> p) {
   constexpr bool WALKS = walks(A, MOSAIC), CARRIES = HALO && WALKS;
@@ -109,8 +110,24 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
   // a sum of four channels that this thread carries, of as many as it has; in registers they would leave no room
   const auto carried = [&](int four) -> float4& { return dynamic_shared_memory[four * blockDim.x + threadIdx.x]; };
   if constexpr (CARRIES) {
+    const bool beside = odd_W && first > 0 && first < needed;  // what a walk from the left would have carried to here
+    for (int k = 0; k < PIECES<T>; ++k) {
+      float sums[PER_PIECE<T>] = {};
+      for (int32_t row = top; beside && row < bottom; ++row) {
+        const Piece piece = load(row, 2 * first - 1, true, k);
 #pragma unroll
-    for (int four = 0; four < THREAD_CHANNELS / 4; ++four) carried(four) = float4{};
+        for (int w = 0; w < WORDS; ++w) {
+          float values[PER_WORD<T>];
+          unpack<T>(piece.word[w], values);
+#pragma unroll
+          for (int e = 0; e < PER_WORD<T>; ++e) sums[w * PER_WORD<T> + e] += values[e];
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < PER_PIECE<T>; n += 4) {
+        carried((k * PER_PIECE<T> + n) / 4) = float4{sums[n], sums[n + 1], sums[n + 2], sums[n + 3]};
+      }
+    }
   }
   if constexpr (KEEPS) load_tiles(first);
 
@@ -260,8 +277,9 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   for (int32_t step = 0; step < tables[H_NUM_STEPS]; ++step) {
     const int32_t* s = tables + tables[H_STEPS] + step * STEP_WORDS;
     const bool mosaic = s[S_MOSAIC] != 0;
-    p.windows = walks(pieces ? Access::pieces : Access::elements, mosaic) ? CELLS : 1;
-    p.cells = p.windows > 1 && p.W % 2 == 1 ? p.w : p.windows;
+    const bool walks_rows = walks(pieces ? Access::pieces : Access::elements, mosaic);
+    p.windows = !walks_rows ? 1 : call.cells > 0 ? call.cells : CELLS;
+    p.cells = walks_rows && call.cells <= 0 && p.W % 2 == 1 ? p.w : p.windows;
     p.spans = (p.w + p.cells - 1) / p.cells;
     p.window_spans = (p.OW + p.windows - 1) / p.windows;
     const int64_t walk = static_cast<int64_t>(p.h) * p.spans, pool = static_cast<int64_t>(p.OH) * p.window_spans;
@@ -269,7 +287,7 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
                                          : choose_kernel<T, Access::elements, true>(halo, p.norm))
                                : (pieces ? choose_kernel<T, Access::pieces, false>(halo, p.norm)
                                          : choose_kernel<T, Access::elements, false>(halo, p.norm));
-    const int64_t shared = halo && p.windows > 1 ? threads * THREAD_CHANNELS * sizeof(float) : 0;
+    const int64_t shared = halo && walks_rows ? threads * THREAD_CHANNELS * sizeof(float) : 0;
     const int32_t count = s[S_COUNT], all_walked = s[S_WALKED];
     const cudaError_t error = launch_in_ranges(count, std::max(walk, pool), [&](int32_t first, int32_t range) {
       p.entries = device_tables + s[S_ENTRIES] + first * ENTRY_WORDS;
