@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -63,6 +64,14 @@ class Case:
     @property
     def of_gradient(self) -> Case:
         return replace(self, gradient=True)
+
+    def enough_warps(self, shape: Shape, dtype: str, arch: int) -> int:
+        """How many are to fit on a multiprocessor: more in the forward where no column is carried; 0 if any do."""
+        if not self.published:
+            return 0
+        windows_alone, even = self.op == "norm_pool", shape[2] % 2 == 0 and arch < 100
+        small = dtype != "fp32" and shape[3] <= 4096
+        return MORE_WARPS if small and not self.gradient and (windows_alone or even) else ENOUGH_WARPS
 
 
 def _with_gradients(*cases: Case) -> tuple[Case, ...]:
@@ -121,13 +130,17 @@ RESERVED = 1 << 10
 ENOUGH_WARPS = 16
 """At 64 values of 16 bits a thread, these hold 64 KiB: twice what has to be on its way to hide the way to memory."""
 
+MORE_WARPS = 24
+"""What 80 registers a thread leave room for."""
+
 
 @dataclass(frozen=True)
 class Code:
-    """Instructions that move data or wait, counted as they stand in the code, not as often as they are executed.
+    """Instructions, counted as they stand in the code, not as often as they are executed.
 
     loads, copies, stores: global memory to registers, global to shared memory, registers to global memory. spills:
-    accesses to local memory.
+    accesses to local memory. divisions: of integers, each some 20 instructions around a reciprocal of a float.
+    instructions: all but those that pad the code.
     """
 
     loads: Widths
@@ -136,18 +149,21 @@ class Code:
     atomics: int
     spills: int
     barriers: int
+    divisions: int
+    instructions: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel for one architecture. launches: numbers of the launches that are this kernel, by call.
+    """One kernel for one architecture. launches: numbers of the launches that are this kernel, by call. enough_warps:
+    how many are to fit on a multiprocessor, 0 for a general kernel.
 
     stack, local: bytes a thread. shared: bytes a block, without those reserved. warps_by_…: of one multiprocessor, if
     nothing but registers or nothing but shared memory were scarce.
     """
 
     launches: dict[str, list[int]]
-    published: bool
+    enough_warps: int
     kernel: str
     shape: Shape
     dtype: str
@@ -167,6 +183,11 @@ class Row:
         return Row(**{**found, "shape": tuple(found["shape"]), "code": Code(**found["code"])})
 
     @property
+    def published(self) -> bool:
+        """Whether it runs the published settings."""
+        return self.enough_warps > 0
+
+    @property
     def name(self) -> str:
         return "; ".join(f"{call} {', '.join(map(str, numbers))}" for call, numbers in self.launches.items())
 
@@ -181,7 +202,7 @@ def limits_missed(row: Row) -> list[str]:
     """In what a kernel is not as it should be where C is a multiple of 16; empty if it is.
 
     No kernel may spill. Those of the published settings must move all tokens 16 bytes at a time, without atomic
-    operations, and `ENOUGH_WARPS` of them must fit on a multiprocessor.
+    operations and without dividing integers, and enough of them must fit on a multiprocessor.
     """
     code = row.code
     missed = []
@@ -198,7 +219,9 @@ def limits_missed(row: Row) -> list[str]:
         missed.append("no loads or no stores of tokens were found")
     if code.atomics:
         missed.append(f"{code.atomics} atomic operations")
-    if min(row.warps_by_registers, row.warps_by_shared) < ENOUGH_WARPS:
+    if code.divisions:
+        missed.append(f"{code.divisions} divisions of integers")
+    if min(row.warps_by_registers, row.warps_by_shared) < row.enough_warps:
         missed.append(f"{row.warps_by_registers} warps by registers, {row.warps_by_shared} by shared memory")
     return missed
 
@@ -223,17 +246,18 @@ class AbsentDevice:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def compile_call(case: Case, shape: Shape, dtype: torch.dtype, arch: int) -> list[Any]:
-    """The compiled kernels of all launches of a call, in order; equal ones are one object.
+def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
+    """The compiled kernels of all launches of a call on tokens like x, on device "meta", in order.
 
     From here on Triton takes `arch` for the architecture of all devices of this process.
     """
-    x = torch.empty(shape, dtype=dtype, device="meta")
+    dtype = x.dtype
     out: Tensor = getattr(torch.ops.stgp, case.op)(x, **case.arguments)
     settings = SETTINGS | {name: value for name, value in case.arguments.items() if name in SETTINGS}
     geometry = {name: value for name, value in case.arguments.items() if name not in SETTINGS}
-    T, H, W, _ = shape
-    plan = None if case.op == "token_norm" else grid_plan([T], H, W, **OTHER_HALF.get(case.op, {}), **geometry)
+    T, H, W, _ = x.shape[-4:]
+    counts = geometry.pop("frame_counts", [T] * math.prod(x.shape[:-4]))
+    plan = None if case.op == "token_norm" else grid_plan(counts, H, W, **OTHER_HALF.get(case.op, {}), **geometry)
 
     values, capability = tuple(settings.values()), divmod(arch, 10)
     if case.gradient:
@@ -259,14 +283,14 @@ def compile_rows(
     multiple of 16 makes Triton compile again, often without a difference. `cubins`: the folder for the code."""
     kernels: dict[bytes, Any] = {}
     launches: dict[bytes, dict[str, list[int]]] = {}
-    published: set[bytes] = set()
+    enough: dict[bytes, int] = {}
+    x = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
     for case in cases:
-        for number, kernel in enumerate(compile_call(case, shape, DTYPES[dtype], arch), 1):
+        for number, kernel in enumerate(compile_call(case, x, arch), 1):
             cubin = kernel.kernel
             kernels.setdefault(cubin, kernel)
             launches.setdefault(cubin, {}).setdefault(case.name, []).append(number)
-            if case.published:
-                published.add(cubin)
+            enough[cubin] = max(case.enough_warps(shape, dtype, arch), enough.get(cubin, 0))
 
     for cubin, kernel in kernels.items():
         usage = read_usage(run_tool("cuobjdump", cubin, "--dump-resource-usage"))
@@ -277,7 +301,7 @@ def compile_rows(
         num_warps = kernel.metadata.num_warps
         row = Row(
             launches[cubin],
-            cubin in published,
+            enough[cubin],
             kernel.name,
             shape,
             dtype,
@@ -343,19 +367,23 @@ KINDS = {
     "LDL": "spills",
     "STL": "spills",
     "BAR": "barriers",
+    "I2F": "divisions",
 }
 
 
 def read_code(listing: str) -> Code:
     """Counts in what `nvdisasm` prints. A modifier that is a number gives the width, without one it is 32 bits."""
     found: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS.values()}
-    for instruction in INSTRUCTION.findall(listing):
+    instructions = [name for name in INSTRUCTION.findall(listing) if name != "NOP"]
+    for instruction in instructions:
         name, *modifiers = instruction.split(".")
-        if name in KINDS:
+        # an integer that is divided by is converted to a float no smaller than it, with a rounding of its own
+        if name in KINDS and (name != "I2F" or "RP" in modifiers):
             widths = [width[1] for width in (re.fullmatch(r"[US]?(\d+)", modifier) for modifier in modifiers) if width]
             found[KINDS[name]][widths[0] if widths else "32"] += 1
     loads, copies, stores = (dict(found[kind]) for kind in ("loads", "copies", "stores"))
-    return Code(loads, copies, stores, *(sum(found[kind].values()) for kind in ("atomics", "spills", "barriers")))
+    rest = (sum(found[kind].values()) for kind in ("atomics", "spills", "barriers", "divisions"))
+    return Code(loads, copies, stores, *rest, instructions=len(instructions))
 
 
 def resident_warps(arch: int, num_warps: int, registers: int, shared: int) -> tuple[int, int]:
@@ -396,7 +424,7 @@ def draw(rows: Sequence[Row]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("loads", "copies", "stores"):
         table.add_column(name, no_wrap=True)
-    for name in ("barriers", "resident"):
+    for name in ("barriers", "instructions", "resident"):
         table.add_column(name, justify="right", no_wrap=True)
     ordered = sorted(rows, key=lambda row: (not row.published, row.name))
     for (published, name), group in groupby(ordered, key=lambda row: (row.published, row.name)):
@@ -406,6 +434,7 @@ def draw(rows: Sequence[Row]) -> Table:
                 *map(str, (row.arch, row.num_warps, row.registers, row.stack + row.local, row.code.spills, row.shared)),
                 *map(show_widths, (row.code.loads, row.code.copies, row.code.stores)),
                 str(row.code.barriers),
+                str(row.code.instructions),
                 f"{row.warps_by_registers} / {row.warps_by_shared}",
             )
             for row in kernels
@@ -421,8 +450,8 @@ def draw(rows: Sequence[Row]) -> Table:
 
 LEGEND = """\
 warps: of a block. stack: bytes a thread. spills: accesses to it. shared: bytes a block. loads, copies (to shared
-memory), stores: instructions × bits a thread. barriers: in the code. resident: warps of a multiprocessor, by registers
-and by shared memory."""
+memory), stores: instructions × bits a thread. barriers, instructions: in the code. resident: warps of a multiprocessor,
+by registers and by shared memory."""
 
 
 def read_shape(text: str) -> Shape:

@@ -20,6 +20,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+import stgridpool_kernels
+from stgridpool_kernels import triton_backend
 from stgridpool_kernels.bench.devices import Cpu, Device
 from stgridpool_kernels.bench.measure import QUICK, Expected, Racer, variants
 from stgridpool_kernels.bench.providers import Provider, providers
@@ -70,3 +72,20 @@ def test_provider(benchmark: BenchmarkFixture, device: Device, workload: str, pr
     benchmark.pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=1)
     if racer.keeps:
         racer.check()
+
+
+@pytest.mark.parametrize("op", ["grid_pool", "norm_pool"])
+def test_before_the_launches(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """A warm call of the triton backend whose launches do nothing: what it takes in Python, the result included.
+
+    On a CPU under TRITON_INTERPRET=1.
+    """
+    x = torch.zeros(64, 9, 9, 16, dtype=torch.bfloat16, device=KIND)
+    if reason := triton_backend.why_not(x, None):
+        pytest.skip(reason)
+    from stgridpool_kernels.triton_kernels import launch
+
+    monkeypatch.setattr(launch.Launch, "__call__", lambda *arguments: None)
+    benchmark.group = "before the launches"
+    with stgridpool_kernels.use_backend("triton"):
+        benchmark(getattr(torch.ops.stgp, op), x)

@@ -30,12 +30,18 @@ from benchmarks.compile_report import (
 from stgridpool_kernels import triton_kernels
 
 
-def report(tmp_path: Path, *arguments: str) -> list[Row]:
-    """The rows that the command writes, in a process without the interpreter that this one may be in."""
+def run(module: str, *arguments: str) -> str:
+    """What a program prints in a process without the interpreter that this one may be in."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--json", str(tmp_path / "rows.json"), *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def report(tmp_path: Path, *arguments: str) -> list[Row]:
+    """The rows that the command writes."""
+    run("benchmarks.compile_report", "--json", str(tmp_path / "rows.json"), *arguments)
     return [Row.from_json(row) for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
 
 
@@ -48,7 +54,10 @@ def number_of_launches(case: Case) -> int:
 
 
 def test_published_settings(tmp_path):
-    """No spills, tokens moved 16 bytes at a time, 16 warps on a multiprocessor; for every width and architecture."""
+    """No spills, tokens moved 16 bytes at a time, 16 or 24 warps on a multiprocessor, no division of integers.
+
+    For every width and architecture.
+    """
     rows = report(tmp_path, "--calls", "published")
     assert {(row.shape, row.arch) for row in rows} == {(shape, arch) for shape in SHAPES for arch in ARCHITECTURES}
     for shape in SHAPES:
@@ -60,6 +69,12 @@ def test_published_settings(tmp_path):
     assert all(row.published for row in rows)
     assert {row.kernel for row in rows} == {"grid_pool_kernel", "pair_gradient_kernel"}
     assert [(row.name, row.shape, row.arch, missed) for row in rows if (missed := limits_missed(row))] == []
+
+
+def test_one_odd_side(tmp_path):
+    """Odd heights of even widths and the other way round are kernels of their own, held to the same."""
+    rows = report(tmp_path, "--calls", "published", "--shape", "64x27x24x3584", "64x24x27x3584", "--arch", "90")
+    assert [(row.name, row.shape, missed) for row in rows if (missed := limits_missed(row))] == []
 
 
 def test_general_kernels(tmp_path):
@@ -81,6 +96,13 @@ def test_every_norm_compiles(tmp_path):
     rows = report(tmp_path, "--shape", "16x9x9x64", "--arch", "90", "--calls", "all")
     assert {call for row in rows for call in row.launches} == {case.name for case in PUBLISHED + GENERAL + NORMS}
     assert [row.name for row in rows if row.stack or row.local or row.code.spills] == []
+
+
+def test_other_numbers_of_frames_compile_nothing() -> None:
+    """Nor do other counts of packed videos, or a batch."""
+    found = json.loads(run("tests.compile_other_frames"))
+    assert all(first > 0 for first, *_ in found.values())
+    assert {name: others for name, (_, *others) in found.items() if any(others)} == {}
 
 
 def test_nothing_is_compiled_in_the_interpreter(monkeypatch, capsys):
@@ -119,7 +141,7 @@ def listing(*instructions: str) -> str:
     return "".join(f"        /*{16 * n:04x}*/              {text} ;\n" for n, text in enumerate(instructions))
 
 
-NOTHING = Code(loads={}, copies={}, stores={}, atomics=0, spills=0, barriers=0)
+NOTHING = Code(loads={}, copies={}, stores={}, atomics=0, spills=0, barriers=0, divisions=0, instructions=0)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +158,12 @@ NOTHING = Code(loads={}, copies={}, stores={}, atomics=0, spills=0, barriers=0)
         (["STL [R1+0x4], R2", "@P1 LDL.LU.64 R0, [R1]"], {"spills": 2}),
         (["BAR.SYNC.DEFER_BLOCKING 0x0", "@P0 BAR.ARV 0x1, 0x100", "BSYNC B0"], {"barriers": 2}),
         (["RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R0", "@UP0 ATOMG.E.CAS PT, R5, [R2], R4, R5"], {"atomics": 2}),
+        (["I2F.U32.RP R0, UR4", "I2F.RP R3, R2", "I2F.U32 R4, R5", "I2FP.F32.S32 R1, R2"], {"divisions": 2}),
     ],
 )
 def test_instructions_are_counted(instructions, expected):
-    assert read_code(listing(*instructions)) == replace(NOTHING, **expected)
+    expected = replace(NOTHING, instructions=len(instructions), **expected)
+    assert read_code(listing(*instructions, "NOP")) == expected
 
 
 def test_usage_is_read():
@@ -169,12 +193,30 @@ def test_resident_warps(arch, num_warps, registers, shared, expected):
     assert resident_warps(arch, num_warps, registers, shared) == expected
 
 
+@pytest.mark.parametrize(
+    ("case", "shape", "dtype", "arch", "expected"),
+    [
+        (Case("norm_pool", {}, published=True), (64, 27, 27, 3584), "bf16", 100, 24),
+        (Case("grid_pool", {}, published=True), (64, 27, 24, 4096), "fp16", 90, 24),
+        (Case("grid_pool", {}, published=True), (64, 24, 27, 3584), "bf16", 90, 16),
+        (Case("grid_pool", {}, published=True), (64, 24, 24, 3584), "bf16", 100, 16),
+        (Case("norm_pool", {}, published=True), (64, 24, 24, 4104), "bf16", 90, 16),
+        (Case("norm_pool", {}, published=True), (64, 24, 24, 1152), "fp32", 90, 16),
+        (Case("norm_pool", {}, published=True, gradient=True), (64, 24, 24, 1152), "bf16", 90, 16),
+        (Case("norm_pool", {"kernel_size": 3}), (64, 24, 24, 1152), "bf16", 90, 0),
+    ],
+    ids=str,
+)
+def test_enough_warps(case: Case, shape: tuple[int, ...], dtype: str, arch: int, expected: int) -> None:
+    assert case.enough_warps(shape, dtype, arch) == expected
+
+
 @pytest.fixture
 def row() -> Row:
     """A kernel that keeps all limits."""
-    code = Code({"32": 6, "128": 8}, {"128": 24}, {"128": 6}, atomics=0, spills=0, barriers=5)
+    code = replace(NOTHING, loads={"32": 6, "128": 8}, copies={"128": 24}, stores={"128": 6}, barriers=5)
     launches = {"grid_pool": [1]}
-    return Row(launches, True, "kernel", (8, 8, 8, 1024), "bf16", 90, 8, 128, 0, 0, 49280, code, 16, 32)
+    return Row(launches, 16, "kernel", (8, 8, 8, 1024), "bf16", 90, 8, 128, 0, 0, 49280, code, 16, 32)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +236,8 @@ def row() -> Row:
         ({"atomics": 1}, ["1 atomic operations"]),
         ({"warps_by_registers": 8}, ["8 warps by registers, 32 by shared memory"]),
         ({"warps_by_shared": 15}, ["16 warps by registers, 15 by shared memory"]),
+        ({"enough_warps": 24}, ["16 warps by registers, 32 by shared memory"]),
+        ({"divisions": 3}, ["3 divisions of integers"]),
     ],
 )
 def test_missed_limits_are_told(row, changed, expected):
@@ -202,7 +246,7 @@ def test_missed_limits_are_told(row, changed, expected):
 
 
 def test_general_kernels_are_asked_for_no_more_than_not_to_spill(row):
-    code = Code({"16": 1}, {}, {"32": 1}, atomics=1, spills=0, barriers=5)
-    general = replace(row, published=False, warps_by_registers=4, code=code)
+    code = replace(NOTHING, loads={"16": 1}, stores={"32": 1}, atomics=1, divisions=2, barriers=5)
+    general = replace(row, enough_warps=0, warps_by_registers=4, code=code)
     assert limits_missed(general) == []
     assert limits_missed(replace(general, stack=8)) == ["8 bytes of stack, 0 of local memory, 0 accesses to them"]

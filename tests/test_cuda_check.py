@@ -72,7 +72,16 @@ def test_what_is_wrong_is_seen(tmp_path, change, message):
 GOOD = Row(
     "grid_pool_kernel<__half, (stgp::cuda::Access)0, true, false, true>",
     *(90, 80, 0, 0, 512),
-    Code(loads={"32": 5, "128": 20}, copies={}, stores={"128": 4}, atomics=0, spills=0, barriers=1),
+    Code(
+        loads={"32": 5, "128": 20},
+        copies={},
+        stores={"128": 4},
+        atomics=0,
+        spills=0,
+        barriers=1,
+        divisions=0,
+        instructions=99,
+    ),
 )
 
 
@@ -105,7 +114,9 @@ def test_limits_of_other_kernels():
         GOOD,
         kernel="norm_pool_kernel<float, (stgp::cuda::Access)1>",
         registers=255,
-        code=Code(loads={"16": 9}, copies={}, stores={"16": 9}, atomics=0, spills=0, barriers=1),
+        code=Code(
+            loads={"16": 9}, copies={}, stores={"16": 9}, atomics=0, spills=0, barriers=1, divisions=0, instructions=99
+        ),
     )
     assert limits_missed(other) == []
     assert limits_missed(replace(other, stack=16)) != []

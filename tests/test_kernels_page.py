@@ -20,9 +20,14 @@ TEXT = " ".join(PAGE.split())
 
 
 def test_rows_of_the_configuration() -> None:
-    found = re.findall(r"^\| (\d+) \| (\d) \| (\d+) \| (\d) \| (.+) \|$", PAGE, re.MULTILINE)
-    rows = [(row.block, row.bytes, row.num_warps, row.stages, row.reason) for row in config.ROWS]
-    assert [(*map(int, numbers), reason) for *numbers, reason in found] == rows
+    found = re.findall(r"^\| (\d+) \| (\d) \| (\d+\.0 .+) \|$", PAGE, re.MULTILINE)
+    rows = []
+    for row in config.ROWS:
+        caps = [str(cap or "any") for cap in (row.config.plain_registers, row.config.even_registers)]
+        capability = ".".join(map(str, row.capability))
+        numbers = [capability, str(row.config.num_warps), str(row.config.stages), " / ".join(caps), row.reason]
+        rows.append((str(row.block), str(row.bytes), " | ".join(numbers)))
+    assert found == rows
     assert f"up to {config.MAX_BLOCK} channels" in TEXT
     assert f"The {launch.MAX_CALLS} used last are kept" in TEXT
 

@@ -52,8 +52,9 @@ def test_odd_frames() -> None:
             cell_stores=25 + 15 + 15 + 9,
             table_loads=4 * 5 * 5 + 4 * 16,
         ),
-        # 16 of the 25 pool a window; they ask for the slots of a row above, which has no tokens then
-        Counts(programs=25, cell_loads=64, out_stores=16, table_loads=25 * (5 + 4) + 16 * (4 + 2)),
+        # 16 of the 25 pool a window; they ask for the slots of a column to the left and of a row above, too, which have
+        # no tokens then
+        Counts(programs=25, cell_loads=64, out_stores=16, table_loads=25 * 5 + 16 * (4 + 3 + 2)),
     ]
 
 

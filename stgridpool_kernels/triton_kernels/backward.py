@@ -24,12 +24,21 @@ import triton.language as tl
 from ..device_tables import tables_on
 from ..plan import Runs
 from ..schedule import covers, feeds
-from .config import channelwise_config, fused_config, tile_config
+from .config import channelwise_config, fused_block, fused_config, tile_config
 from .fused import Shrunk, frame_of, launch_cells, load_tile, places_in, share
 from .launch import TENSORS, Call, Launch, Request
 from .pool import load_window
 from .summaries import launch_summaries
-from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, softmax, token_places
+from .tiles import (
+    finish_norms,
+    join_norms,
+    load_tokens,
+    no_norms,
+    partial_norms,
+    softmax,
+    softmax_of_tile,
+    token_places,
+)
 
 
 @triton.jit
@@ -75,23 +84,23 @@ def pair_gradient_kernel(
     gradients,  # of summaries, float32: (S, H, W, C)
     entries,  # where in `tables` those of this launch start
     T,
-    H,
-    W,
-    h,
-    w,
-    OH,
-    OW,
-    x_video,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    x_video: tl.int64,
     x_frame,
     x_row,
     x_col,
     x_channel,
-    out_video,
+    out_video: tl.int64,
     out_frame,
     out_row,
     out_col,
     out_channel,
-    grad_video,
+    grad_video: tl.int64,
     grad_frame,
     grad_row,
     grad_col,
@@ -139,12 +148,12 @@ def pair_gradient_kernel(
         places = place + channels.to(tl.int64) * grad_channel
         upstream = tl.load(grad + places, mask=channels < C, other=0.0, eviction_policy="evict_first").to(tl.float32)
         norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P, False)
-        dots = tl.sum(tile * upstream[None, :], 1)
-        weights = softmax(temperature * norms, inside)
-        factors = temperature * weights * (dots - tl.sum(weights * dots))
+        dots = tl.sum(tile * upstream[None, :], 1)[:, None]
+        weights = softmax_of_tile(temperature * norms, inside)
+        factors = temperature * weights * (dots - tl.sum(weights * dots, 0)[None, :])
         largest = count_largest(tile, norms, channels, C) if NORM == "max" else 0
         slopes = norm_slopes(tile, norms, largest, C, MEAN, NORM, P)
-        found = weights[:, None] * upstream[None, :] + factors[:, None] * slopes
+        found = weights * upstream[None, :] + factors * slopes
 
     if not PLAIN:
         feed, needed = tables + tl.load(entry + 2), tables + tl.load(entry + 8)
@@ -179,7 +188,7 @@ def prepare_pairs(request: Request) -> Call:
     OH, OW = request.plan.pooled_size
     steps = request.steps
     config = fused_config(C, request.x.element_size(), request.capability)
-    shared = request.sizes() | request.weights() | {"h": h, "w": w, "OH": OH, "OW": OW, "BLOCK": config.block}
+    shared = request.sizes() | request.weights() | {"h": h, "w": w, "OH": OH, "OW": OW, "BLOCK": fused_block(C)}
     # by the settings, whether or not these videos are long enough for a summary: a video alone gives the same bits
     # as packed with a longer one
     shared |= {"ODD_H": H % 2, "ODD_W": W % 2, "PLAIN": not request.gridded}
@@ -225,16 +234,16 @@ def window_weights_kernel(
     of_windows,
     room,  # tokens of the largest window
     T,
-    H,
-    W,
-    OH,
-    OW,
-    x_video,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    x_video: tl.int64,
     x_frame,
     x_row,
     x_col,
     x_channel,
-    grad_video,
+    grad_video: tl.int64,
     grad_frame,
     grad_row,
     grad_col,
@@ -312,21 +321,21 @@ def token_gradient_kernel(
     summary_highest,  # the same for the tokens of a summary that average a row
     summary_widest,  # and a column
     T,
-    H,
-    W,
-    OH,
-    OW,
-    x_video,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    x_video: tl.int64,
     x_frame,
     x_row,
     x_col,
     x_channel,
-    out_video,
+    out_video: tl.int64,
     out_frame,
     out_row,
     out_col,
     out_channel,
-    grad_video,
+    grad_video: tl.int64,
     grad_frame,
     grad_row,
     grad_col,

@@ -24,9 +24,9 @@ import triton.language as tl
 from ..device_tables import tables_on
 from ..schedule import needed_cells
 from ..tables import Chunk
-from .config import FusedConfig, fused_config
+from .config import FusedConfig, fused_block, fused_config
 from .launch import Arguments, Call, Launch, Request
-from .tiles import pool_tile, store_token
+from .tiles import frame_places, pool_tile, store_token
 
 ENTRY: tl.constexpr = tl.constexpr(8)
 """Integers of an entry of the table: the frame to read, the frame to pool into or −1, the slot of its miniature, where
@@ -42,18 +42,18 @@ def grid_pool_kernel(
     entries,  # where the entries of this launch start in `tables`
     walked,  # how many of them have a miniature; these come first
     T,
-    H,
-    W,
-    h,
-    w,
-    OH,
-    OW,
-    x_video,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    x_video: tl.int64,
     x_frame,
     x_row,
     x_col,
     x_channel,
-    out_video,
+    out_video: tl.int64,
     out_frame,
     out_row,
     out_col,
@@ -86,7 +86,7 @@ def grid_pool_kernel(
     out_strides = (out_video, out_frame, out_row, out_col, out_channel)
     channels = tl.arange(0, BLOCK)
     token = tl.arange(0, 4)
-    spans = tl.cdiv(w, CELLS) if SPLIT else 1
+    spans: tl.constexpr = (w + CELLS - 1) // CELLS if SPLIT else 1
     program = tl.program_id(0)
     walks = walked * h * spans
 
@@ -107,13 +107,9 @@ def grid_pool_kernel(
         top = tl.maximum(2 * i - 1, 0) if ODD_H else 2 * i
         height = tl.minimum(2 * i + 2, H) - top
         carried = tl.zeros((BLOCK,), tl.float32)
-        if ODD_W and SPLIT:
-            side = 2 * i - 1 + token
-            bottom = tl.where((first > 0) & (first < needed), tl.minimum(2 * i + 2, H), 0)
-            beside = (side >= top) & (side < bottom)
-            column = places_in(side, 2 * first - 1 + 0 * token, entry, h, w, x_strides, C, MOSAIC)
-            carried = tl.sum(load_tile(image, column, beside, channels, x_strides, C, MOSAIC), 0)
-
+        if ODD_W and SPLIT and CELLS > 1:
+            beside = tl.where((first > 0) & (first < needed), H, 0)
+            carried = sum_column(image, entry, i, 2 * first - 1, beside, channels, h, w, x_strides, C, ODD_H, MOSAIC)
         miniature = scratch + (slot.to(tl.int64) * h + i) * w * C
         for step in tl.range(first, stop, num_stages=STAGES):
             j = i * 0 + step
@@ -121,10 +117,14 @@ def grid_pool_kernel(
             taken = (rows < H) & (cols < W)
             window = places_in(rows, cols, entry, h, w, x_strides, C, MOSAIC)
             tile = load_tile(image, window, taken, channels, x_strides, C, MOSAIC)
-            if ODD_W and pooled:  # first: what is carried leaves no registers for the sums below as well
+            if (ODD_H or ODD_W) and pooled:  # first: a halo leaves no registers for the sums below as well
                 result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
-                store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
+                in_out = channels < tl.where(j < OW, C, 0)
+                store_token(out, target, i, j, T, out_strides, channels, in_out, result)
 
+            if ODD_W and SPLIT and CELLS == 1:  # here, where what the window took is free again
+                beside = tl.where((j > 0) & (j < needed), H, 0)
+                carried = sum_column(image, entry, i, 2 * j - 1, beside, channels, h, w, x_strides, C, ODD_H, MOSAIC)
             columns = tl.sum(tl.reshape(tile, (2, 2, BLOCK)), 0)  # sums of rows, for columns 2j and 2j + 1
             width = tl.minimum(2 * j + 2, W) - 2 * j
             if ODD_H:
@@ -145,9 +145,10 @@ def grid_pool_kernel(
                 mask=channels < tl.where(j < needed, C, 0),
                 eviction_policy="evict_last",
             )
-            if not ODD_W and pooled:  # last: the sums above are done with
+            if not (ODD_H or ODD_W) and pooled:  # last: the sums above are done with
                 result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
-                store_token(out, target, i, j, T, out_strides, channels, channels < tl.where(j < OW, C, 0), result)
+                in_out = channels < tl.where(j < OW, C, 0)
+                store_token(out, target, i, j, T, out_strides, channels, in_out, result)
     elif WINDOWS:
         window_number = program - walks
         i, j = window_number // OW % OH, window_number % OW
@@ -172,7 +173,7 @@ def share(n):
 @triton.jit
 def frame_of(x, frame, T, strides):
     """Frame number `frame` of all videos of T frames."""
-    return x + (frame // T).to(tl.int64) * strides[0] + (frame % T).to(tl.int64) * strides[1]
+    return x + frame_places(frame, T, strides)
 
 
 @triton.jit
@@ -188,6 +189,33 @@ def places_in(rows, cols, entry, h, w, x_strides, C: tl.constexpr, MOSAIC: tl.co
 
 
 @triton.jit
+def sum_column(
+    image,
+    entry,
+    i,
+    col,
+    bottom,
+    channels,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    x_strides,
+    C: tl.constexpr,
+    ODD_H: tl.constexpr,
+    MOSAIC: tl.constexpr,
+):
+    """The sum of a column's tokens in the rows of cell i above `bottom`, added in the order of a walk."""
+    rows = 2 * i + tl.arange(0, 2)
+    places = places_in(rows, col + 0 * rows, entry, h, w, x_strides, C, MOSAIC)
+    total = tl.sum(load_tile(image, places, rows < bottom, channels, x_strides, C, MOSAIC), 0)
+    if ODD_H:
+        row = 2 * i - 1 + tl.arange(0, 1)
+        places = places_in(row, col + 0 * row, entry, h, w, x_strides, C, MOSAIC)
+        taken = (row >= 0) & (row < bottom)
+        total += tl.sum(load_tile(image, places, taken, channels, x_strides, C, MOSAIC), 0)
+    return total
+
+
+@triton.jit
 def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr):
     """Tokens as float32, 0 where not taken. Of x, only the row above a walk is read twice; miniatures may be often."""
     mask = taken[:, None] & (channels < C)[None, :]
@@ -199,14 +227,33 @@ def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC
     return tile.to(tl.float32)
 
 
-def _shared(request: Request) -> tuple[FusedConfig, Arguments, Arguments]:
-    """The configuration, and arguments and options that all launches of a call share."""
+def _shared(request: Request, plain: bool) -> tuple[FusedConfig, Arguments, Arguments]:
+    """The configuration, and arguments and options that all launches of a call share. plain: nothing is shrunk."""
     H, W, C = request.x.shape[-3:]
     OH, OW = request.plan.pooled_size
     config = fused_config(C, request.x.element_size(), request.capability)
-    shared = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "BLOCK": config.block}
-    shared |= {"h": -(-H // 2), "w": -(-W // 2), "ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1}
-    return config, shared, {"maxnreg": config.registers} if W % 2 else {}
+    shared = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "BLOCK": fused_block(C)}
+    shared |= {"h": -(-H // 2), "w": -(-W // 2), "ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1, "PLAIN": plain}
+    if W % 2 and not plain:
+        registers: int | None = config.odd_registers
+    elif request.grad is None:
+        registers = config.plain_registers if plain else config.even_registers
+    else:
+        registers = None
+    return config, shared, {"num_warps": config.num_warps, "maxnreg": registers}
+
+
+def _walk(config: FusedConfig, W: int, mosaic: bool) -> tuple[int, Arguments]:
+    """How many cells a program walks, and what its kernel has to know of that.
+
+    A column is carried from cell to cell of a frame: the longer the walk, the less is read twice. Mosaics are few and
+    in the cache: rather more programs than fewer bytes.
+    """
+    w = -(-W // 2)
+    cells = config.mosaic_cells if mosaic else config.frame_cells or (w if W % 2 else 1)
+    stages = 1 if mosaic or cells == 1 else config.stages
+    split = cells < w
+    return cells, {"STAGES": stages, "MOSAIC": mosaic, "SPLIT": split, "CELLS": cells if split else 0}
 
 
 def prepare_chunk(request: Request, chunk: Chunk) -> Call:
@@ -214,18 +261,15 @@ def prepare_chunk(request: Request, chunk: Chunk) -> Call:
     W = request.x.shape[-2]
     h, w = -(-request.x.shape[-3] // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
-    config, shared, options = _shared(request)
+    config, shared, options = _shared(request, plain=False)
     launches = []
     for mosaic, entries, count, walked in chunk.steps:
-        cells, stages = (w, config.stages) if W % 2 else (1, 1)
-        if mosaic:  # all of them walk, as in `prepare`
-            cells, stages, walked = config.mosaic_cells, 1, count
-        arguments = {"entries": entries, "walked": walked, "STAGES": stages, "MOSAIC": bool(mosaic)}
-        arguments |= {"WINDOWS": not mosaic, "PLAIN": False}
-        arguments |= {"SPLIT": cells < w, "CELLS": cells if cells < w else 0}
+        walked = count if mosaic else walked  # all of them, as in `prepare`
+        cells, walk = _walk(config, W, bool(mosaic))
+        arguments = walk | {"entries": entries, "walked": walked, "WINDOWS": not mosaic}
         programs = walked * h * triton.cdiv(w, cells) + (count - walked) * OH * OW
         grid = (programs, 1, 1)
-        launches.append(Launch(grid_pool_kernel, grid, shared | arguments, num_warps=config.num_warps, **options))
+        launches.append(Launch(grid_pool_kernel, grid, shared | arguments, **options))
     return Call(request.plan, launches, 0, tables_on(request.x.device, chunk.words))
 
 
@@ -254,30 +298,30 @@ def launch_cells(request: Request, ends: dict[int, int]) -> Shrunk:
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
     steps = request.steps
-    config, shared, options = _shared(request)
-    shared["PLAIN"] = not steps.summaries
+    plain = not steps.summaries
+    config, shared, options = _shared(request, plain)
 
     none_needed = (0,) * h
     needed = needed_cells(request.plan, steps)
     slots = {content: slot for slot, content in enumerate(needed)}
     tables: list[int] = []
     rows: dict[tuple[int, ...], int] = {}
-    for counts in () if shared["PLAIN"] else (none_needed, *needed.values()):
+    for counts in () if plain else (none_needed, *needed.values()):
         if counts not in rows:
             rows[counts] = len(tables)
             tables += counts
 
-    def launch(walked: Sequence[int], pooled: Sequence[int], cells: int, **arguments: object) -> Launch:
+    def launch(walked: Sequence[int], pooled: Sequence[int], mosaic: bool) -> Launch:
         entries = len(tables)
-        for content in walked if shared["PLAIN"] else (*walked, *pooled):
+        cells, walk = _walk(config, W, mosaic)
+        for content in walked if plain else (*walked, *pooled):
             sources = steps.summaries[~content].sources if content < 0 else ()
             tables.extend((content, ends.get(content, -1), slots.get(content, -1)))
             tables.append(rows[needed.get(content, none_needed)])
             tables.extend([slots.get(source, -1) for source in sources] or [-1] * 4)
         programs = len(walked) * h * triton.cdiv(w, cells) + len(pooled) * OH * OW
-        arguments |= {"entries": entries, "walked": len(walked), "WINDOWS": len(pooled) > 0}
-        arguments |= {"SPLIT": cells < w, "CELLS": cells if cells < w else 0}
-        return Launch(grid_pool_kernel, (programs, 1, 1), shared | arguments, num_warps=config.num_warps, **options)
+        arguments = walk | {"entries": entries, "walked": len(walked), "WINDOWS": len(pooled) > 0}
+        return Launch(grid_pool_kernel, (programs, 1, 1), shared | arguments, **options)
 
     sampled = sorted(content for content in needed if content >= 0)
     pooled = [content for content in ends if content >= 0 and content not in needed]
@@ -285,11 +329,8 @@ def launch_cells(request: Request, ends: dict[int, int]) -> Shrunk:
     levels = [mosaics for mosaics in levels if mosaics]
     parts = len(levels) + 1 if config.spread else 1
     shares = [pooled[part::parts] if part < parts else [] for part in range(len(levels) + 1)]
-    # a column is carried from cell to cell: the longer the walk, the less is read twice
-    cells, stages = (w, config.stages) if W % 2 else (1, 1)
-    launches = [launch(sampled, shares[0], cells, STAGES=stages, MOSAIC=False)]
-    # mosaics are few and in the cache: rather more programs than fewer bytes
+    launches = [launch(sampled, shares[0], mosaic=False)]
     for mosaics, share_of_windows in zip(levels, shares[1:], strict=True):
-        launches.append(launch(mosaics, share_of_windows, config.mosaic_cells, STAGES=1, MOSAIC=True))
+        launches.append(launch(mosaics, share_of_windows, mosaic=True))
     places = {content: rows[of_content] for content, of_content in needed.items()}
     return Shrunk(launches, tables, slots, places, len(slots) * h * w * C)

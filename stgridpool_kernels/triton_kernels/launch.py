@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections import OrderedDict
@@ -52,15 +53,24 @@ class Request:
         return self.op in ("grid_pool", "temporal_grid", "repeat_in_grid") and bool(self.plan.levels)
 
     def sizes(self) -> Arguments:
-        """H, W, C, T and the strides of x, out and grad by the names that every kernel uses."""
+        """H, W, C, T and the strides of x, out and grad by the names that every kernel uses.
+
+        T is None where neighbouring frames are equally far apart throughout each of these tensors, as they are without
+        a batch. Then kernels do not divide by T, which takes many instructions.
+        """
         T, H, W, C = self.x.shape[-4:]
-        found: Arguments = {"T": T, "H": H, "W": W, "C": C}
-        for name, tensor in (("x", self.x), ("out", self.out), ("grad", self.grad)):
-            if tensor is None:
-                continue
-            strides = tensor.stride() if self.x.dim() == 5 else (0, *tensor.stride())
-            axes = ("video", "frame", "row", "col", "channel")
-            found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
+        videos = math.prod(self.x.shape[:-4])
+        strides = {
+            name: tensor.stride() if self.x.dim() == 5 else (0, *tensor.stride())
+            for name, tensor in (("x", self.x), ("out", self.out), ("grad", self.grad))
+            if tensor is not None
+        }
+        even = videos == 1 or all(video == T * frame for video, frame, *_ in strides.values())
+        found: Arguments = {"T": None if even else T, "H": H, "W": W, "C": C}
+        for name, (video, *others) in strides.items():
+            found[f"{name}_video"] = 0 if even else video
+            axes = ("frame", "row", "col", "channel")
+            found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, others, strict=False)}
         return found
 
     def weights(self) -> Arguments:
@@ -88,17 +98,26 @@ class Launch:
         self.tensors = tensors
         self.arguments = tuple(arguments[name] for name in kernel.arg_names[tensors:])
         self.options = {"enable_fp_fusion": True, **options}
-        self._compiled: Callable[..., None] | None = None
+        self._compiled: Any = None
 
     def __call__(self, tensors: Sequence[Tensor | None], stream: int) -> None:
-        # The first time, triton compiles or finds the kernel for these types, alignments and constants. The caches'
-        # keys hold all of them, so what it found stays right, and finding it is most of the time of a launch.
-        if self._compiled is None:
-            compiled = self.kernel[self.grid](*tensors[: self.tensors], *self.arguments, **self.options)
-            if compiled is not None:  # the interpreter compiles nothing
-                self._compiled = compiled[self.grid]
-        else:
-            self._compiled(*tensors[: self.tensors], *self.arguments, stream=stream)
+        given = (*tensors[: self.tensors], *self.arguments)
+        compiled = self._compiled
+        if compiled is None:
+            # Triton compiles or finds the kernel for these types, alignments and constants. The caches' keys hold all
+            # of them, so what it found stays right, and finding it is most of the time of a launch. The interpreter
+            # compiles nothing.
+            self._compiled = self.kernel[self.grid](*given, **self.options)
+        elif _launch_hooks_are_set():
+            compiled[self.grid](*given, stream=stream)
+        else:  # the same without the hooks, which take one or two microseconds even where they do nothing
+            compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *given)
+
+
+def _launch_hooks_are_set() -> bool:
+    """Whether somebody, such as a profiler, wants to hear of launches. Triton keeps chains of hooks, or a hook."""
+    knobs = triton.knobs.runtime
+    return any(getattr(hook, "calls", hook) for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook))
 
 
 class Call:

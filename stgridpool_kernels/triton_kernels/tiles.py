@@ -19,8 +19,17 @@ def norm_kind(norm_type: float) -> str:
 @triton.jit
 def token_places(frames, rows, cols, T, strides):
     """Where tokens start in a tensor with (video, frame, row, column, …) strides and T frames per video."""
-    places = (frames // T).to(tl.int64) * strides[0] + (frames % T).to(tl.int64) * strides[1]
-    return places + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
+    return frame_places(frames, T, strides) + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def frame_places(frames, T, strides):
+    """Where frames start that are numbered through all videos of T; where T is None, all are `strides[1]` apart."""
+    if T is None:
+        places = frames.to(tl.int64) * strides[1]
+    else:
+        places = (frames // T).to(tl.int64) * strides[0] + (frames % T).to(tl.int64) * strides[1]
+    return places
 
 
 @triton.jit
@@ -33,8 +42,8 @@ def load_tokens(
     taken,
     channels,
     T,
-    H,
-    W,
+    H: tl.constexpr,
+    W: tl.constexpr,
     x_strides,
     C: tl.constexpr,
     SUMMARIES: tl.constexpr,
@@ -116,6 +125,17 @@ def softmax(logits, taken):
 
 
 @triton.jit
+def softmax_of_tile(logits, taken):
+    """The same for the tokens of one tile, as a column: (tokens, 1).
+
+    A vector would be moved to other threads and back for it, through shared memory and two barriers (Triton 3.6).
+    """
+    logits = tl.where(taken[:, None], logits[:, None], float("-inf"))
+    powers = tl.exp(logits - tl.max(logits, 0)[None, :])
+    return powers / tl.sum(powers, 0)[None, :]
+
+
+@triton.jit
 def reciprocal(n):
     """1 / n of an integer or of integers, rounded once: for powers of 2 it is exact."""
     n = n.to(tl.float32)
@@ -126,11 +146,14 @@ def reciprocal(n):
 def pool_tile(tile, taken, temperature, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
     """Σ α·t over the tokens taken, α = softmax(temperature · ‖t‖): (BLOCK,)"""
     norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P, False)
-    return tl.sum(softmax(temperature * norms, taken)[:, None] * tile, 0)
+    return tl.sum(softmax_of_tile(temperature * norms, taken) * tile, 0)
 
 
 @triton.jit
 def store_token(out, frame, row, col, T, strides, channels, mask, token):
-    """out[frame, row, col] = token, for (video, frame, row, column, channel) strides and T frames per video."""
-    place = token_places(frame, row, col, T, strides)
-    tl.store(out + place + channels.to(tl.int64) * strides[4], token.to(out.dtype.element_ty), mask=mask)
+    """out[frame, row, col] = token, for (video, frame, row, column, channel) strides and T frames per video.
+
+    No kernel reads it again: it makes room in the cache first, for tokens and miniatures that will be.
+    """
+    places = token_places(frame, row, col, T, strides) + channels.to(tl.int64) * strides[4]
+    tl.store(out + places, token.to(out.dtype.element_ty), mask=mask, eviction_policy="evict_first")

@@ -18,14 +18,14 @@ def token_norm_kernel(
     tables,  # unused
     n,  # tokens
     T,
-    H,
-    W,
-    x_video,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    x_video: tl.int64,
     x_frame,
     x_row,
     x_col,
     x_channel,
-    out_video,
+    out_video: tl.int64,
     out_frame,
     out_row,
     out_col,
