@@ -696,7 +696,16 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument(
         "--limit", type=_positive, metavar="SECONDS", help="end the process when a workload takes longer"
     )
+    parser.add_argument(
+        "--times-only", action="store_true", help="without overheads and launches, which take compiling and a profiler"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="append to this file")
+    parser.add_argument(
+        "--continue",
+        dest="continued",
+        action="store_true",
+        help="pass over what the file has of this code on this device; rows are written as soon as they are checked",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line in place of tables")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the results into this folder, as PNG files")
     parser.add_argument("--force", action="store_true", help="overwrite pictures in DIR")
@@ -734,7 +743,9 @@ def _run_bench(args: argparse.Namespace) -> int:
         threads=args.threads,
         samples=args.samples,
         limit=args.limit,
+        times_only=args.times_only,
         output=args.output,
+        continued=args.continued,
         json=args.json,
         plots=args.plot,
         force=args.force,

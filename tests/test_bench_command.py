@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from stgridpool_kernels import compiled
 from stgridpool_kernels.bench import command, devices
 from stgridpool_kernels.bench.devices import Cpu
 from stgridpool_kernels.bench.machine import describe
-from stgridpool_kernels.bench.measure import take_turns
+from stgridpool_kernels.bench.measure import LOST, take_turns
 from stgridpool_kernels.bench.providers import Provider, chosen
-from stgridpool_kernels.bench.results import file_name, load
+from stgridpool_kernels.bench.results import encode, file_name, load
 from stgridpool_kernels.bench.workloads import QUICK, WORKLOADS
 from stgridpool_kernels.cli import main
 
@@ -143,6 +144,39 @@ def test_rows_are_written_as_they_are_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert bench(*FAST, "--shape", "3x4x4x64", "-o", "a.jsonl") == 130
     (results,) = load(Path("a.jsonl"))
     assert results.workloads == [SHAPE]
+
+
+def test_an_interrupted_run_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the file has of the same code, versions and device is passed over, right or wrong; what ended a process, on
+    other shapes too."""
+    arguments = [*FAST, "--continue", "--times-only", "-o", "r.jsonl"]
+    assert bench(*arguments) == 0
+    (first,) = load(Path("r.jsonl"))
+    assert {row.provider: (row.check, row.launches) for row in first.rows}["norm_pool:reference"] == ("ok", None)
+    assert bench(*arguments) == 0
+    assert bench(*arguments, "--quick") == 0
+    assert [len(results.rows) for results in load(Path("r.jsonl"))] == [len(first.rows), 0, len(first.rows)]
+
+    spoilt(monkeypatch, "avg_pool2d", lambda x: pytest.fail("called"))
+    lost = replace(first.rows[-1], provider="avg_pool2d", workload="2x5x5x64", check=LOST, p50_us=None)
+    with Path("r.jsonl").open("a") as file:
+        file.write(encode(lost) + "\n")
+    assert bench(*arguments, "--provider", "avg_pool2d", "max_pool2d") == 0
+    assert {row.provider for row in load(Path("r.jsonl"))[-1].rows} >= {"max_pool2d"}
+    monkeypatch.setattr(command, "describe", lambda *given: describe(*given) | {"versions": {"torch": "another"}})
+    assert bench(*arguments) == 0
+    assert [row.provider for row in load(Path("r.jsonl"))[-1].rows] == [row.provider for row in first.rows]
+
+
+def test_rows_are_written_before_a_process_may_end_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(x: Tensor) -> Tensor:
+        raise SystemExit(3)
+
+    spoilt(monkeypatch, "llava_avg_pool", ends)
+    with pytest.raises(SystemExit):
+        bench(*FAST, "--continue", "-o", "r.jsonl")
+    found = {row.provider: (row.check, row.p50_us) for row in load(Path("r.jsonl"))[0].rows}
+    assert found == {"norm_pool:reference": ("ok", None), "llava_avg_pool": (LOST, None)}
 
 
 def test_who_else_used_the_machine_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,10 +22,10 @@ import stgridpool_kernels as stgp
 from stgridpool_kernels import compiled
 from stgridpool_kernels.bench import devices
 from stgridpool_kernels.bench.devices import Call, Cpu, Gpu, Sampler, pin_threads
-from stgridpool_kernels.bench.measure import Effort, copies, measure, needed_bytes, new_run, take_turns
+from stgridpool_kernels.bench.measure import LOST, Effort, copies, measure, needed_bytes, new_run, take_turns
 from stgridpool_kernels.bench.providers import Provider, chosen, providers
 from stgridpool_kernels.bench.results import Row
-from stgridpool_kernels.bench.workloads import Workload, random_tokens
+from stgridpool_kernels.bench.workloads import WORKLOADS, Workload, random_tokens
 
 TINY = Workload("tiny", (64,), (5, 5), 96)
 SMALL = Workload("small", (9,), (5, 5), 8)
@@ -517,7 +517,7 @@ class StandIn(Gpu):
         self.times_us = iter(times_us)
         self.captured: list[int] = []
 
-    def sampler(self, calls: Sequence[Call]) -> tuple[Sampler, int]:
+    def sampler(self, calls: Sequence[Call], captures: bool = True) -> tuple[Sampler, int]:
         time_us = next(self.times_us)
         self.captured.append(len(calls))
 
@@ -564,6 +564,29 @@ def test_rows_of_a_gpu() -> None:
     assert (row.others_cores, row.percent_of_ceiling, row.overhead_cold_us) == (None, None, None)
 
 
+def test_rows_are_reported_as_they_are_found() -> None:
+    """Before the first call, since it may end the process; when the result was checked; and when it was timed."""
+    found: list[Row] = []
+
+    def call(x: Tensor) -> Tensor:
+        assert [(row.provider, row.check) for row in found[:1]] == [("good", LOST)]
+        return stgp.grid_pool(x)
+
+    providers = [pooling("good", call), pooling("bad", lambda x: x)]
+    rows = rows_on(StandIn(2.0, 4.0), SMALL, providers, report=lambda row: found.append(replace(row)), extras=False)
+    assert [(row.provider, row.check == LOST, row.check == "ok", row.p50_us) for row in found] == [
+        ("good", True, False, None),
+        ("good", False, True, None),
+        ("bad", True, False, None),
+        ("bad", False, False, None),
+        ("copy", False, True, 2.0),
+        ("good", False, True, 4.0),
+        ("bad", False, False, None),
+    ]
+    assert rows["bad"].check.startswith("wrong: ")
+    assert (rows["good"].launches, rows["good"].overhead_us) == (None, None)
+
+
 def test_inputs_of_a_gpu_exceed_the_cache_and_differ() -> None:
     device = StandIn(2.0, 4.0)
     row = rows_on(device, SMALL, [pooling("plain")])["plain"]
@@ -593,21 +616,24 @@ def test_results_of_a_gpu_that_go_wrong_are_not_reported() -> None:
 
 
 class FakeCuda:
-    """torch.cuda, as far as graphs are concerned: a replay takes 3 ms, and captured calls are counted."""
+    """torch.cuda, as far as graphs are concerned: what is timed takes 3 ms. log: replays and events in their order, the
+    latter by how many calls were made before."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cold_us: float) -> None:
-        self.captured, self.replays, self.streams = 0, 0, []
+        self.called, self.streams = 0, []
+        self.log: list[str | int] = []
         fake = self
 
         class Graph:
             def replay(self) -> None:
-                fake.replays += 1
+                fake.log.append("replay")
 
         class Event:
             def __init__(self, enable_timing: bool) -> None:
                 assert enable_timing
 
-            def record(self) -> None: ...
+            def record(self) -> None:
+                fake.log.append(fake.called)
 
             def synchronize(self) -> None: ...
 
@@ -625,7 +651,7 @@ class FakeCuda:
         self.gpu = object.__new__(Gpu)
 
     def call(self) -> None:
-        self.captured += 1
+        self.called += 1
 
 
 @pytest.mark.parametrize(("cold_us", "inputs", "repeats"), [(100.0, 4, 5), (90.0, 4, 6), (5000.0, 3, 1), (1.0, 2, 8)])
@@ -634,10 +660,22 @@ def test_a_sample_of_a_gpu_takes_some_2_ms(
 ) -> None:
     fake = FakeCuda(monkeypatch, cold_us)
     sample, calls = fake.gpu.sampler([fake.call] * inputs)
-    assert calls == fake.captured == inputs * repeats
-    assert fake.replays == 0
+    assert calls == fake.called == inputs * repeats
+    assert fake.log == []
     assert sample() == pytest.approx(3000 / calls)
-    assert (fake.captured, fake.replays) == (calls, 1)
+    # an untimed replay keeps the device busy until the timed one has arrived
+    assert fake.log == ["replay", calls, "replay", calls]
+
+
+def test_calls_that_no_graph_can_capture_are_timed_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch, 100.0)
+    sample, calls = fake.gpu.sampler([fake.call] * 4, captures=False)
+    assert (calls, fake.called) == (20, 0)
+    assert sample() == pytest.approx(3000 / calls)
+    assert fake.log == [20, 40]
+    of_cuda = {provider.name: provider.captures for provider in providers(WORKLOADS["llava-video-7b"], "cuda")}
+    eager = {name for name, captures in of_cuda.items() if not captures}
+    assert eager == {name for name in of_cuda if name.endswith(":reference")} != set()
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

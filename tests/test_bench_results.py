@@ -56,6 +56,15 @@ def test_lines_are_what_was_written(tmp_path: Path) -> None:
     assert [asdict(found) for found in results.rows] == [asdict(row)]
 
 
+def test_the_last_row_of_a_provider_counts(tmp_path: Path) -> None:
+    """It may be written before it is timed, and it may be timed again."""
+    path = tmp_path / "results.jsonl"
+    begun, timed = make_row("grid_pool:triton", 1.0, check="failed: the process ended in it"), make_row("copy", 2.0)
+    write(path, RUN, begun, timed, make_row("grid_pool:triton", 3.0))
+    (results,) = load(path)
+    assert [(row.provider, row.p50_us) for row in results.rows] == [("grid_pool:triton", 3.0), ("copy", 2.0)]
+
+
 def test_files_are_only_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     write(path, run_named("a"), make_row("copy", 1.0, run="a"))
@@ -92,7 +101,8 @@ def test_a_line_that_was_cut_costs_no_other(tmp_path: Path, left: int) -> None:
 def test_rows_belong_to_their_runs(tmp_path: Path) -> None:
     """Also where two runs wrote at a time; rows of a run that is not there are passed over, as other lines are."""
     path = tmp_path / "results.jsonl"
-    rows = [make_row("copy", time, run=run) for run, time in (("a", 1.0), ("b", 2.0), ("a", 3.0), ("c", 4.0))]
+    times = (("a", "copy", 1.0), ("b", "copy", 2.0), ("a", "avg_pool2d", 3.0), ("c", "copy", 4.0))
+    rows = [make_row(provider, time, run=run) for run, provider, time in times]
     write(path, run_named("a"), run_named("b"), *rows)
     with path.open("ab") as file:
         file.write(b'\n[1]\n7\n{"kind": "note"}\nnull\n\xff\xfe{\n')
@@ -211,7 +221,7 @@ def test_description_of_this_machine() -> None:
 
 
 def test_the_source_is_part_of_the_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever is changed in the package; the commit only where the package is in a checkout."""
+    """Whatever is changed in the package; the commit where the package is in a checkout, or where it is told."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "a.py").write_text("a = 1\n")
     monkeypatch.setattr(machine, "PACKAGE", tmp_path / "package")
@@ -221,6 +231,27 @@ def test_the_source_is_part_of_the_description(monkeypatch: pytest.MonkeyPatch, 
     assert describe("cpu")["source"] == first
     (tmp_path / "package" / "a.py").write_text("a = 2\n")
     assert describe("cpu")["source"]["package_sha256"] != first["package_sha256"]
+    monkeypatch.setenv("STGP_COMMIT", "7cc5a8a")
+    assert (describe("cpu")["source"]["commit"], describe("cpu")["source"]["dirty"]) == ("7cc5a8a", None)
+
+
+@pytest.mark.parametrize("uuid", ["5a3f-01", "GPU-5a3f-01"])
+def test_the_driver_is_asked_for_by_the_gpu(uuid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its uuid as nvidia-smi has it; where that is refused, by no GPU in particular."""
+    asked: list[list[str]] = []
+    answers = {"--id=GPU-5a3f-01": "580.1", "--format=csv,noheader": "580.2\n580.2"}
+
+    def output_of(command: list[str]) -> str | None:
+        asked.append(command)
+        return answers.get(command[-1])
+
+    monkeypatch.setattr(machine, "output_of", output_of)
+    assert machine._driver(uuid) == "580.1"
+    assert len(asked) == 1
+    del answers["--id=GPU-5a3f-01"]
+    assert machine._driver(uuid) == "580.2"
+    answers.clear()
+    assert machine._driver(uuid) is None
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,12 +18,12 @@ from rich.text import Text
 
 from .devices import Cpu, Device, Gpu
 from .machine import describe
+from .measure import LOST, Effort, measure, new_run
 from .measure import QUICK as QUICK_EFFORT
-from .measure import Effort, measure, new_run
 from .plot import check_plots, save_plots
 from .providers import BASELINE, chosen, providers, select
 from .report import QUIET_CORES, compare_summary, compare_table, compare_warning, machine_line, workload_table
-from .results import Results, Row, Run, Writer, compare, encode, file_name, pick
+from .results import Results, Row, Run, Writer, compare, encode, file_name, load, pick
 from .workloads import QUICK, WORKLOADS, Workload, parse_workload
 
 
@@ -30,7 +31,8 @@ from .workloads import QUICK, WORKLOADS, Workload, parse_workload
 class Request:
     """What `stgp bench` was asked for; `cli.py` has the words.
 
-    shapes: all of WORKLOADS, or the quick ones, if there are none. output: a file to append to; None for the usual one.
+    shapes: all of WORKLOADS, or the quick ones, if there are none. times_only: neither overheads nor launches. output:
+    a file to append to; None for the usual one. continued: what it has of this code on this device is passed over.
     """
 
     device: str | None = None
@@ -42,7 +44,9 @@ class Request:
     threads: int | None = None
     samples: int | None = None
     limit: int | None = None
+    times_only: bool = False
     output: Path | None = None
+    continued: bool = False
     json: bool = False
     plots: Path | None = None
     force: bool = False
@@ -73,8 +77,9 @@ def bench_command(request: Request, console: Console) -> int:
             if device.why_no_probe is not None:
                 shown.print(f"no ceiling: {device.why_no_probe}", markup=False, soft_wrap=True)
         path = None if request.quick and request.output is None else _output(request, description["device"])
-        writer = None
+        writer, known = None, dict[tuple[str, str], Row]()
         if path is not None:
+            known = known_rows(path, description, request.quick) if request.continued else known
             writer = Writer(path)
             stack.callback(writer.close)
         run = new_run(description, settings, {"fp32_gflops": device.fp32_gflops()})
@@ -88,7 +93,8 @@ def bench_command(request: Request, console: Console) -> int:
 
         write(run)
         results = Results(run, [])
-        for rows in _measure_all(request, workloads, device, run, shown):
+        report = writer.write if writer is not None and request.continued else lambda row: None
+        for rows in _measure_all(request, workloads, device, run, shown, known, report):
             results.rows.extend(rows)
             for row in rows:
                 write(row)
@@ -102,6 +108,31 @@ def bench_command(request: Request, console: Console) -> int:
     if request.plots is not None:
         plot(results, request.plots, request.force, shown)
     return int(any(row.check.startswith(("wrong", "failed")) for row in results.rows))
+
+
+def known_rows(path: Path, description: Mapping[str, Any], quick: bool) -> dict[tuple[str, str], Row]:
+    """Of workloads and providers, as far as a file has them of this code and these versions on this device.
+
+    quick: whether quick runs count, or all others.
+    """
+    with suppress(FileNotFoundError, ValueError):
+        same = [
+            results
+            for results in load(path)
+            if results.run.source.get("package_sha256") == description["source"]["package_sha256"]
+            and bool(results.run.settings.get("quick")) == quick
+            and (results.run.device, results.run.versions) == (description["device"], description["versions"])
+        ]
+        return {(row.workload, row.provider): row for results in same for row in results.rows}
+    return {}
+
+
+def is_known(workload: str, provider: str, known: Mapping[tuple[str, str], Row]) -> bool:
+    """Whether it was timed or found not to be right, or has ended a process, on this or on another workload."""
+    if any(row.check == LOST and row.provider == provider for row in known.values()):
+        return True
+    row = known.get((workload, provider))
+    return row is not None and (row.check != "ok" or row.p50_us is not None)
 
 
 def _device_name(asked: str | None) -> str:
@@ -148,7 +179,13 @@ def _output(request: Request, device: dict[str, object]) -> Path:
 
 
 def _measure_all(
-    request: Request, workloads: Sequence[Workload], device: Device, run: Run, console: Console
+    request: Request,
+    workloads: Sequence[Workload],
+    device: Device,
+    run: Run,
+    console: Console,
+    known: Mapping[tuple[str, str], Row],
+    report: Callable[[Row], None],
 ) -> Iterator[list[Row]]:
     effort = QUICK_EFFORT if request.quick else Effort()
     if request.samples is not None:
@@ -164,15 +201,21 @@ def _measure_all(
             def show(text: str, share: float, workload: Workload = workload, number: int = number) -> None:
                 progress.update(task, description=f"{workload.name}: {text}", completed=number + share, refresh=True)
 
+            timed = chosen(workload, device.type, request.providers, request.skipped)
+            timed = [provider for provider in timed if not is_known(workload.name, provider.name, known)]
+            if known and not timed:
+                continue
             with _limited(request.limit):
                 rows = measure(
                     workload,
-                    chosen(workload, device.type, request.providers, request.skipped),
+                    timed,
                     device,
                     run.run,
                     baseline=request.baseline,
                     effort=effort,
                     progress=show,
+                    report=report,
+                    extras=not request.times_only,
                 )
             yield rows
             torch._dynamo.reset()

@@ -42,7 +42,7 @@ class Device(Protocol):
 
     def inputs(self, workload: Workload) -> list[Tensor]: ...
     def limits(self, x: Tensor, out_shape: tuple[int, ...]) -> dict[str, tuple[list[Call], Traffic]]: ...
-    def sampler(self, calls: Sequence[Call]) -> tuple[Sampler, int]: ...
+    def sampler(self, calls: Sequence[Call], captures: bool = True) -> tuple[Sampler, int]: ...
     def cold_us(self, calls: Sequence[Call]) -> float | None: ...
     def returns_us(self, call: Call) -> float: ...
     def returns_cold_us(self, call: Call) -> float | None: ...
@@ -112,7 +112,7 @@ class Cpu:
             limits["ceiling"] = ([partial(self.probe.pool, frames, out, self.threads)], moved)
         return limits
 
-    def sampler(self, calls: Sequence[Call]) -> tuple[Sampler, int]:
+    def sampler(self, calls: Sequence[Call], captures: bool = True) -> tuple[Sampler, int]:
         (call,) = calls
 
         def sample() -> float:
@@ -317,27 +317,35 @@ class Gpu:
     def limits(self, x: Tensor, out_shape: tuple[int, ...]) -> dict[str, tuple[list[Call], Traffic]]:
         return {}
 
-    def sampler(self, calls: Sequence[Call]) -> tuple[Sampler, int]:
-        """Captures as many calls, made before, in a graph as take some 2 ms together, and every one at least once."""
+    def sampler(self, calls: Sequence[Call], captures: bool = True) -> tuple[Sampler, int]:
+        """As many calls, made before, as take some 2 ms together, and every one at least once: as a graph, or from
+        Python where they cannot be captured in one."""
         repeats = min(max(1, math.ceil(GRAPH_US / (self.cold_us(calls) * len(calls)))), 8)
-        captured = list(calls) * repeats
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        repeated = list(calls) * repeats
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        try:
-            with torch.cuda.graph(graph):
-                for call in captured:
-                    call()
-        finally:
-            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+
+        def run() -> None:
+            for call in repeated:
+                call()
+
+        if captures:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph):
+                    run()
+            finally:
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+            run = graph.replay
 
         def sample() -> float:
+            run()  # so that the device is busy until the timed calls have arrived
             start.record()
-            graph.replay()
+            run()
             end.record()
             end.synchronize()
-            return float(start.elapsed_time(end)) * 1e3 / len(captured)
+            return float(start.elapsed_time(end)) * 1e3 / len(repeated)
 
-        return sample, len(captured)
+        return sample, len(repeated)
 
     def cold_us(self, calls: Sequence[Call]) -> float:
         """Median time of a call from Python to its end on the device; the calls' inputs evict one another."""

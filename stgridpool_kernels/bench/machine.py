@@ -31,7 +31,6 @@ def describe(device: str, threads: int | None = None) -> dict[str, Any]:
 def _gpu(device: str) -> dict[str, Any]:
     index = torch.device(device).index or 0
     properties = torch.cuda.get_device_properties(index)
-    driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={properties.uuid}"])
     return {
         "type": "cuda",
         "name": properties.name,
@@ -39,8 +38,16 @@ def _gpu(device: str) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
-        "driver": driver,
+        "driver": _driver(str(properties.uuid)),
     }
+
+
+def _driver(uuid: str) -> str | None:
+    """The version of the driver, which is one for all GPUs of a machine, asked for by the GPU or else for any."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    named = f"--id=GPU-{uuid.removeprefix('GPU-')}"  # torch leaves the prefix out, nvidia-smi asks for it
+    found = output_of([*query, named]) or output_of(query)
+    return found.splitlines()[0] if found else None
 
 
 def _cpu(threads: int | None) -> dict[str, Any]:
@@ -74,7 +81,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _source() -> dict[str, Any]:
-    """commit: of the checkout that this package is in; None where it was installed elsewhere."""
+    """commit: of the checkout that this package is in, for a copy without history what STGP_COMMIT says, or None."""
     inside = output_of(["git", "rev-parse", "--show-toplevel"])
     in_checkout = inside is not None and Path(inside) == ROOT and (ROOT / "pyproject.toml").exists()
     changed = output_of(["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"]) if in_checkout else None
@@ -83,7 +90,7 @@ def _source() -> dict[str, Any]:
         files.update(path.read_bytes())
     return {
         "source": {
-            "commit": output_of(["git", "rev-parse", "HEAD"]) if in_checkout else None,
+            "commit": output_of(["git", "rev-parse", "HEAD"]) if in_checkout else os.environ.get("STGP_COMMIT"),
             "dirty": None if changed is None else bool(changed),
             "package_sha256": files.hexdigest(),
         }

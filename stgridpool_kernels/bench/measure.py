@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -32,6 +32,9 @@ SMALL_GRID, SMALL_CHANNELS = (9, 9), 384
 
 Progress = Callable[[str, float], None]
 """Is told what happens, and which share of a workload is done."""
+
+LOST = "failed: the process ended in it"
+"""The check of a row that is reported before its provider is called for the first time."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,14 @@ def measure(
     baseline: str,
     effort: Effort,
     progress: Progress = lambda text, share: None,
+    report: Callable[[Row], None] = lambda row: None,
+    extras: bool = True,
 ) -> list[Row]:
     """Rows of a workload: the copy, the probes of a CPU, and every provider of `timed`.
+
+    report: is given each row of a provider before its first call, when its result has been checked, and when it has
+    been timed, so that what was found until then is not lost with a process that ends early. extras: also finds what
+    takes compiling for another shape or a profiler: overheads of calls and launches.
 
     Raises what an error that has made the device unusable raises.
     """
@@ -116,10 +125,10 @@ def measure(
         progress(f"{provider.name}: check", 0.5 * number / len(timed))
         for name, into_out in variants(provider, device.separates_out):
             row = found[name] = replace(rows[provider.name], provider=name)
-            with _reporting(row, device):
+            with _reporting(row, device, report):
                 _refuse_without_memory(provider, xs[0], device)
                 racer = Racer(provider, xs, into_out, expected)
-                if provider.name in small and not provider.compiles:
+                if extras and provider.name in small and not provider.compiles:
                     small_call = racer.small_call(small[provider.name], device)
                     row.overhead_us, row.overhead_cold_us = (
                         None if time is None else round(time, 2)
@@ -130,12 +139,11 @@ def measure(
                 racer.run()
                 racer.check()
                 row.check = "ok"
-                # counting operators, on a CPU, keeps a call from being compiled
-                if not provider.compiles or device.type == "cuda":
-                    row.launches = device.launches(racer.calls[0])
                 row.cold_us = device.cold_us(racer.calls)
-                samplers[name], row.calls_per_sample = device.sampler(racer.calls)
-                racers[name] = racer
+                sampler, row.calls_per_sample = device.sampler(racer.calls, provider.captures)
+                if device.type == "cuda":
+                    sampler()  # a replay that hangs or fails does so here, where it is known whose it is
+                samplers[name], racers[name] = sampler, racer
 
     def turn(share: float) -> None:
         progress("time", 0.5 + 0.5 * share)
@@ -152,7 +160,15 @@ def measure(
                 racer.check()  # what the last of its calls left
     for row in found.values():
         _add_shares(row, found.get("copy"), found.get("ceiling"))
-    return list(with_ratios(found.values(), baseline))
+    ordered = with_ratios(found.values(), baseline)
+    for row in ordered:
+        report(row)
+    for name, racer in racers.items() if extras else ():  # last: after a profiler, captures may fail
+        # counting operators, on a CPU, keeps a call from being compiled
+        if found[name].check == "ok" and (not racer.provider.compiles or device.type == "cuda"):
+            with suppress(RuntimeError):  # of a profiler, which costs the number and not the times
+                found[name].launches = device.launches(racer.calls[0])
+    return list(ordered)
 
 
 def _small(workload: Workload) -> Workload:
@@ -273,8 +289,12 @@ class Racer:
 
 
 @contextmanager
-def _reporting(row: Row, device: Device) -> Iterator[None]:
-    """Puts an error into the row in place of times, and goes on unless it has made the device unusable."""
+def _reporting(row: Row, device: Device, report: Callable[[Row], None] = lambda row: None) -> Iterator[None]:
+    """Puts an error into the row in place of times, and goes on unless it has made the device unusable.
+
+    The row is reported before as one that the process may have ended in, and then as it is.
+    """
+    report(replace(row, check=LOST))
     try:
         yield
     except Wrong as error:
@@ -287,6 +307,8 @@ def _reporting(row: Row, device: Device) -> Iterator[None]:
         row.p20_us = row.p50_us = row.p80_us = row.min_us = row.samples = None
         row.cold_us = row.overhead_us = row.overhead_cold_us = None
         gc.collect()
+    report(row)
+    if row.check != "ok":
         device.finish()
 
 

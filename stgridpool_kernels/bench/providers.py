@@ -38,7 +38,8 @@ class Provider:
     one operation for every value read.
 
     memory: what a call needs besides x, in bytes, about, for one byte of x. compiles: the first call takes long.
-    slow: a call takes seconds on large tokens. asked: it is timed only where it is asked for by name.
+    captures: a CUDA graph can capture it; the reference copies its indices from the CPU at every call. slow: a call
+    takes seconds on large tokens. asked: it is timed only where it is asked for by name.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Provider:
     takes_out: bool = False
     plain: bool = False
     compiles: bool = False
+    captures: bool = True
     slow: bool = False
     asked: bool = False
     memory: float = 1.0
@@ -78,6 +80,7 @@ def providers(workload: Workload, device: str) -> list[Provider]:
             once,
             takes_out=backend != "reference",
             memory=8 * wide if backend == "reference" else 0.5,
+            captures=backend != "reference",
             slow=backend == "reference" and device == "cpu",
         )
         for op, call in (("norm_pool", norm_pool), ("grid_pool", grid_pool))
@@ -135,6 +138,7 @@ def gradients(workload: Workload, backends: Sequence[str], device: str) -> list[
                     ulps,
                     asked=True,
                     memory=16 * wide if backend == "reference" else 0.5,
+                    captures=backend != "reference",
                     slow=backend == "reference" and device == "cpu",
                 )
             )

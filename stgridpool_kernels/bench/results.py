@@ -147,11 +147,14 @@ def encode(line: DataclassInstance) -> str:
 def load(path: Path) -> list[Results]:
     """All runs in a file, oldest first. Lines that are cut or of another kind are passed over.
 
+    A row may be written more than once, as more of it is known: the last one counts.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds no run.
     """
-    runs: dict[str, Results] = {}
+    runs: dict[str, Run] = {}
+    rows: dict[tuple[str, str, str], Row] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             found = json.loads(line)
@@ -162,13 +165,13 @@ def load(path: Path) -> list[Results]:
         match found.pop("kind", None):
             case "run":
                 run = _decode(Run, found)
-                runs[run.run] = Results(run, [])
+                runs[run.run] = run
             case "row" if found.get("run") in runs:
                 found["shape"], found["groups"] = tuple(found["shape"]), tuple(found["groups"])
-                runs[found["run"]].rows.append(_decode(Row, found))
+                rows[found["run"], found["workload"], found["provider"]] = _decode(Row, found)
     if not runs:
         raise ValueError(f"{path}: holds no results of stgp bench")
-    return list(runs.values())
+    return [Results(run, [row for row in rows.values() if row.run == name]) for name, run in runs.items()]
 
 
 Line = TypeVar("Line", Run, Row)
