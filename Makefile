@@ -1,4 +1,4 @@
-# make demo | test | test-vllm | test-sglang | test-lmms-eval | test-llava-next | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | header-check | compile-check | gpu-check | clean
+# make demo | test | test-vllm | test-sglang | test-lmms-eval | test-llava-next | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | header-check | compile-check | gpu-library | gpu-check | gpu-rehearsal | clean
 # TORCH="torch==…" puts another torch into .venv; STGP_NO_EXT=1 leaves the compiled kernels out.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/cuda_emulation/*)
 
-.PHONY: demo test test-vllm test-sglang test-lmms-eval test-llava-next lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-check clean
+.PHONY: demo test test-vllm test-sglang test-lmms-eval test-llava-next lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -139,6 +139,29 @@ compile-check: $(BUILT)
 # with the Python that has torch for the GPU, as it is: a checkout needs no installation
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+# the library to take along, where PYTHON has the version of the Python there
+
+gpu-library:
+	$(PYTHON) -m venv build/gpu-library
+	grep -E '^(setuptools|cmake|ninja|pybind11)==' requirements.txt | build/gpu-library/bin/pip install --quiet --disable-pip-version-check -r /dev/stdin
+	PATH="$(CURDIR)/build/gpu-library/bin:$$PATH" build/gpu-library/bin/python -m tests.gpu_library build/headers $(ARGS)
+
+# all of gpu-check on a CPU, on a copy of the tree without its history, with torch and Triton as on such a machine. The
+# interpreter of Triton 3.6 needs NumPy below 2.4
+
+GPU_TORCH ?= torch==2.11.0
+REHEARSAL := build/gpu-rehearsal
+
+gpu-rehearsal: gpu-library
+	$(PYTHON) -m venv $(REHEARSAL)/venv
+	$(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check "$(GPU_TORCH)"
+	grep -E '^($(LINK_TOOLS))==' requirements.txt | grep -v '^numpy' | $(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
+	$(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps numpy==2.3.5
+	rm -rf $(REHEARSAL)/tree && mkdir -p $(REHEARSAL)/tree
+	git archive HEAD | tar -x -C $(REHEARSAL)/tree
+	cp stgridpool_kernels/_C.cpython-312-*.so $(REHEARSAL)/tree/stgridpool_kernels/
+	PATH="$(CURDIR)/$(REHEARSAL)/venv/bin:$$PATH" STGP_COMMIT=$$(git rev-parse HEAD) $(MAKE) -C $(REHEARSAL)/tree gpu-check PYTHON=python ARGS="--stand-ins tests.gpu_stand_ins --limit 1800 $(ARGS)"
 
 $(INSTALLED): requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("stgridpool_kernels needs Python 3.10 or newer, found " + sys.version)'

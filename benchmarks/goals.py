@@ -1,6 +1,7 @@
-"""Which goals results reach: python -m benchmarks.goals [FILE | FILE@RUN ...]. Exits with 0 if all are met.
+"""Which goals results reach: python -m benchmarks.goals [--tables] [FILE | FILE@RUN ...]. Exits with 0 if all are met.
 
-Takes what `stgp bench` wrote; without a file what was measured last, in benchmarks/results, of every machine.
+Takes what `stgp bench` wrote: of a file what was measured last of one state of the code; without a file that of every
+machine in benchmarks/results. --tables prints the results first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stgridpool_kernels.bench.report import machine_line
+from stgridpool_kernels.bench.report import machine_line, workload_table
 from stgridpool_kernels.bench.results import Results, Row, load, pick
 from stgridpool_kernels.bench.workloads import WORKLOADS
 
@@ -133,19 +134,20 @@ def gpu_bars(found: Found) -> list[Bar]:
 
 
 def newest(folder: Path = RESULTS) -> list[Results]:
-    """What was measured last of every machine, ordered by its file's name: all runs of one state of the code that are
-    not quick ones, of the last state that the main shape was timed in. Where two runs measured the same, the later one
-    counts."""
-    found = []
-    for path in sorted([*folder.glob("cpu-*.jsonl"), *folder.glob("cuda-*.jsonl")]):
-        states: dict[str, list[Results]] = {}
-        for results in load(path):
-            if results.rows and not results.run.settings.get("quick"):
-                states.setdefault(str(results.run.source.get("package_sha256")), []).append(results)
-        whole = [runs for runs in states.values() if any(T64 in results.workloads for results in runs)]
-        if whole:
-            found.append(merged(max(whole, key=lambda runs: runs[-1].run.utc)))
-    return found
+    """What was measured last of every machine, ordered by its file's name."""
+    found = (last_state(path, T64) for path in sorted([*folder.glob("cpu-*.jsonl"), *folder.glob("cuda-*.jsonl")]))
+    return [results for results in found if results is not None]
+
+
+def last_state(path: Path, workload: str | None = None) -> Results | None:
+    """All runs of a file that belong to one state of the code, the last one that this workload was timed in. Quick runs
+    are left out, and with them those of other configurations; where two measured the same, the later one counts."""
+    states: dict[str, list[Results]] = {}
+    for results in load(path):
+        if results.rows and not results.run.settings.get("quick"):
+            states.setdefault(str(results.run.source.get("package_sha256")), []).append(results)
+    whole = [runs for runs in states.values() if workload is None or any(workload in each.workloads for each in runs)]
+    return merged(max(whole, key=lambda runs: runs[-1].run.utc)) if whole else None
 
 
 def merged(runs: Sequence[Results]) -> Results:
@@ -156,15 +158,19 @@ def merged(runs: Sequence[Results]) -> Results:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.goals", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--tables", action="store_true", help="print the results first")
     parser.add_argument("results", nargs="*", metavar="FILE", help="FILE, or FILE@RUN for a run that is not the last")
     given = parser.parse_args(arguments)
-    console = Console(highlight=False)
-    chosen = [pick(name) for name in given.results] or newest()
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    asked = [pick(name) if "@" in name else last_state(Path(name)) for name in given.results]
+    chosen = [results for results in asked if results is not None] if asked else newest()
     if not chosen:
-        parser.error(f"there are no results in {RESULTS}")
+        parser.error(f"there are no results in {', '.join(given.results) or RESULTS}")
     statuses = set()
     for results in chosen:
         console.print(machine_line(results.run), markup=False, soft_wrap=True)
+        for name in results.workloads if given.tables else ():
+            console.print(workload_table([row for row in results.rows if row.workload == name], console.width))
         for bar in bars([results]):
             statuses.add(bar.status)
             console.print(f"{bar.status:12} {bar.name}: {bar.detail}", markup=False, soft_wrap=True)

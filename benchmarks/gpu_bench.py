@@ -1,181 +1,161 @@
-"""What `benchmarks.gpu_check` runs in processes of its own besides `stgp bench`: other configurations of the fused
-kernel, small calls for a memory checker, large ones for a profiler."""
+"""What `benchmarks.gpu_check` runs besides tests: `python -m benchmarks.gpu_bench tune BACKEND | counted | bench …`.
+
+They append to the file that STGP_RESULTS names. As a plugin of pytest this has every test there, as lost before it
+begins and as it went, and passes over what the file has from byte STGP_SINCE on, where an earlier process has been.
+"""
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import json
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 
-import stgridpool_kernels as stgp
+from stgridpool_kernels import cli, compiled, triton_kernels
 from stgridpool_kernels.bench.devices import Device, Gpu
 from stgridpool_kernels.bench.machine import describe
-from stgridpool_kernels.bench.measure import Effort, Expected, Racer, measure, new_run
-from stgridpool_kernels.bench.providers import Provider, chosen, mismatch
-from stgridpool_kernels.bench.results import Writer
+from stgridpool_kernels.bench.measure import LOST, QUICK, measure, new_run
+from stgridpool_kernels.bench.providers import Provider, chosen
+from stgridpool_kernels.bench.results import encode
 from stgridpool_kernels.bench.workloads import WORKLOADS, Workload, random_tokens
+from stgridpool_kernels.schedule import Schedule
+from stgridpool_kernels.triton_kernels import config, fused
 
-# ---- other configurations ----
-
-CHOICES: dict[str, dict[str, Any]] = {
-    "as configured": {},
-    "spread": {"spread": True},
-    "mosaic_cells 2": {"mosaic_cells": 2},
-    "mosaic_cells 7": {"mosaic_cells": 7},
-    "spread, mosaic_cells 2": {"spread": True, "mosaic_cells": 2},
-    "stages 1": {"stages": 1},
-    "stages 3": {"stages": 3},
-    "num_warps 4": {"num_warps": 4, "registers": 255},
-    "num_warps 16": {"num_warps": 16},
-    "registers 168": {"registers": 168},
-}
-"""What the fused kernel may do otherwise (`triton_kernels.config.FusedConfig`)."""
+from .gpu_check import Lines
 
 TUNED = ("llava-video-7b", "llava-next-video-7b")
 """The two main shapes, one with odd sizes and one with even ones."""
 
-
-def variants(workload: Workload) -> list[Provider]:
-    """grid_pool as configured and with every other choice."""
-    (grid_pool,) = chosen(workload, "cpu", ["grid_pool:reference"])
-    ulps = 2 if workload.dtype.itemsize == 2 else 64
-    return [
-        replace(grid_pool, name=name, call=_with_choice(workload, name), ulps=ulps, takes_out=True, memory=0.5)
-        for name in CHOICES
-    ]
+COUNTED = ("grid_pool:triton", "norm_pool:triton", "grid_pool:cuda", "norm_pool:cuda")
+Choice = dict[str, Any]
+new_device: Callable[[], Device] = Gpu
 
 
-def _with_choice(workload: Workload, name: str) -> Callable[..., Tensor]:
-    from stgridpool_kernels import device_tables, triton_kernels
-    from stgridpool_kernels.triton_kernels import fused, launch
+def results() -> Lines:
+    return Lines(Path(os.environ["STGP_RESULTS"]), int(os.environ["STGP_SINCE"]))
 
-    plan, configured = workload.plan("grid_pool"), fused.fused_config
-    prepared: list[launch.Call] = []
+
+def bench(*arguments: str) -> None:
+    """`stgp bench`"""
+    sys.exit(cli.main(["bench", *arguments]))
+
+
+def axes(backend: str, odd: bool) -> dict[str, tuple[Any, ...]]:
+    """What may be chosen besides the configuration as it is, in the order of the gain that is expected."""
+    if backend == "cuda":
+        return {"cells": (1, 2, 4, 7)}
+    of_width = {"odd_registers": (80,), "stages": (1,)} if odd else {"even_registers": (128,)}
+    return {"spread": (True,), "mosaic_cells": (2, 3, 5, 7), **of_width, "frame_cells": (5 if odd else 2,)}
+
+
+def tune(backend: str) -> None:
+    """One axis at a time, from the best choice so far, in turns with it; another one has to gain half a percent."""
+    device, lines = new_device(), results()
+    for name in TUNED:
+        workload, best, us = WORKLOADS[name], Choice(), math.inf
+        for axis, values in axes(backend, workload.grid[1] % 2 == 1).items():
+            choices = [best, *(best | {axis: value} for value in values)]
+            states = lines.states()
+            variants = {variant(workload, backend, choice): choice for choice in choices}
+            timed = [each for each in variants if states.get(f"{name} {each.name}") != LOST]
+            run = new_run(describe(device.torch_device), {"quick": True, "tune": True}, {})
+            lines.append(encode(run))
+            report = lambda row: lines.append(encode(row))  # noqa: E731
+            rows = measure(workload, timed, device, run.run, baseline="copy", effort=QUICK, report=report, extras=False)
+            times = {row.provider: row.p50_us or math.inf for row in rows}
+            gain = {each: 0.995 if choice == best else 1.0 for each, choice in variants.items()}
+            fastest = min(variants, key=lambda each: times.get(each.name, math.inf) * gain[each])
+            best, us = variants[fastest], times.get(fastest.name, math.inf)
+        shown = f"{name}, {backend}: {us:.1f} us with {best or 'the configuration as it is'}"
+        row = f"\n    {configuration_row(workload, best, f'{us:.1f} us for {name}')}," if backend == "triton" else ""
+        lines.append(json.dumps({"kind": "tuned", "workload": name, "choice": best, "us": us, "shown": shown + row}))
+
+
+def variant(workload: Workload, backend: str, choice: Choice) -> Provider:
+    """grid_pool by a choice of configuration."""
+    (like,) = chosen(workload, "cpu", ["grid_pool:reference"])
+    plan, configured, prepared = workload.plan("grid_pool"), fused.fused_config, list[Any]()
 
     def call(x: Tensor, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            out = x.new_empty((x.shape[0], *plan.pooled_size, x.shape[3]))
+        out = x.new_empty((len(x), *plan.pooled_size, x.shape[-1])) if out is None else out
+        if backend == "cuda":
+            op, cells = torch.ops.stgp._grid_pool_by_tables.default, choice.get("cells", 0)
+            compiled._run(op, (x,), plan, Schedule.of, 1.0, 2.0, True, out, cells)
+            return out
         if not prepared:
-            device_tables._tables.clear()  # with another configuration, other tables belong to the plan
-            with patch.object(fused, "fused_config", lambda *given: replace(configured(*given), **CHOICES[name])):
+            with patch.object(fused, "fused_config", lambda *given: replace(configured(*given), **choice)):
                 prepared.append(triton_kernels.prepare("grid_pool", x, plan, (1.0, 2.0, True), out))
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         prepared[0](x, out, stream, x.is_cuda and torch.cuda.is_current_stream_capturing())
         return out
 
-    return call
+    name = " ".join([f"grid_pool:{backend}", *(f"{axis}={value}" for axis, value in choice.items())])
+    return replace(like, name=name, call=call, ulps=2, takes_out=True, captures=True, memory=0.5)
 
 
-def tune(rows: Path, device: Device) -> None:
-    """Appends a run of every configuration on both shapes to `rows`."""
-    writer = Writer(rows)
-    run = new_run(describe(device.torch_device), {"tune": True}, {})
-    writer.write(run)
-    for name in TUNED:
-        workload = WORKLOADS[name]
-        for row in measure(workload, variants(workload), device, run.run, baseline="as configured", effort=Effort()):
-            writer.write(row)
-    writer.close()
+def configuration_row(workload: Workload, choice: Choice, reason: str) -> config.Row:
+    """A row of triton_kernels/config.py for this GPU."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    like = next(row for row in config.ROWS if row.block >= workload.channels and capability >= row.capability)
+    return replace(like, capability=capability, config=replace(like.config, **choice), reason=reason)
 
 
-# ---- small calls ----
-
-SMALL_CALLS_RIGHT = "small calls: all right"
-
-SMALL_CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("grid_pool", {}),
-    ("grid_pool", {"ceil_mode": True, "norm_type": 1.0, "frame_counts": (20, 12)}),
-    ("grid_pool", {"frame_strides": (1, 3), "grid_shape": (1, 2), "kernel_size": 3, "stride": 2, "padding": 1}),
-    ("grid_pool", {"resize": "bilinear", "sampling": "first", "output_size": (3, 3)}),
-    ("temporal_grid", {}),
-    ("norm_pool", {}),
-    ("norm_pool", {"kernel_size": 2, "padding": 1, "norm_type": 3.0}),
-    ("token_norm", {}),
-    ("token_norm", {"norm_type": math.inf}),
-)
-WIDE_CALLS: tuple[tuple[str, dict[str, Any]], ...] = (("grid_pool", {"frame_strides": (1, 2)}), ("norm_pool", {}))
-SMALL_INPUTS = (
-    ((32, 9, 7, 100), torch.bfloat16, SMALL_CALLS),
-    ((32, 6, 8, 64), torch.float32, SMALL_CALLS[:2]),
-    ((8, 5, 5, 3584), torch.bfloat16, WIDE_CALLS),
-    ((8, 4, 5, 9000), torch.bfloat16, WIDE_CALLS),
-)
-"""Odd and even sizes; several warps to a token; more channels than registers hold."""
+def counted() -> None:
+    """A call of each provider between profiler marks, after others, and how many kernels it launches."""
+    device, lines, workload = new_device(), results(), WORKLOADS[TUNED[0]]
+    xs = [random_tokens(workload.shape, workload.dtype, device.torch_device, seed) for seed in range(3)]
+    for provider in chosen(workload, device.type, COUNTED):
+        outs = [provider.call(x) for x in xs]
+        device.finish()
+        torch.cuda.profiler.start()
+        provider.call(xs[0], out=outs[0])
+        device.finish()
+        torch.cuda.profiler.stop()
+        bound, levels = workload.bound(provider.op), Schedule.of(workload.plan(provider.op)).by_level()
+        found = {"kind": "counted", "workload": workload.name, "provider": provider.name, "launches": 1 + len(levels)}
+        lines.append(json.dumps(found | {"bound_read": bound.read_bytes, "bound_write": bound.write_bytes}))
 
 
-def run_small_calls() -> None:
-    """Small calls of every op, and gradients, compared with the reference on the CPU: for a memory checker to watch."""
-    for shape, dtype, calls in SMALL_INPUTS:
-        x = random_tokens(shape, dtype, "cpu", 0)
-        on_device = x.cuda()
-        for op, arguments in calls:
-            expected = getattr(stgp, op)(x, backend="reference", **arguments)
-            for backend in {"triton", "cuda"} & set(stgp.available_backends()):
-                found = getattr(stgp, op)(on_device, backend=backend, **arguments).cpu()
-                reason = mismatch(found, expected, 2 if found.dtype == torch.bfloat16 else 64)
-                if reason is None and op != "token_norm":  # whose gradient is the reference's
-                    wanted = small_gradient(op, x, "reference", arguments)
-                    found = small_gradient(op, on_device, backend, arguments).cpu()
-                    reason = mismatch(found, wanted, 8 if found.dtype == torch.bfloat16 else 64)
-                    reason = reason and f"the gradient is {reason}"
-                if reason is not None:
-                    sys.exit(f"{op} of {shape} {dtype} with {arguments} by {backend}: {reason}")
-    print(SMALL_CALLS_RIGHT)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    known = results().states()
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
+    items[:] = [item for item in items if item.nodeid not in known]
 
 
-def small_gradient(op: str, x: Tensor, backend: str, arguments: dict[str, Any]) -> Tensor:
-    """In x, where that of the result is random."""
-    leaf = x.detach().requires_grad_()
-    result = getattr(stgp, op)(leaf, backend=backend, **arguments)
-    grad = random_tokens(result.shape, result.dtype, "cpu", 1).to(x.device)
-    return torch.autograd.grad(result, leaf, grad)[0]
+def pytest_runtest_logstart(nodeid: str) -> None:
+    report_test(nodeid, LOST)
 
 
-# ---- counted calls ----
-
-COUNTED_CALLS = 3
-COUNTED = ("grid_pool:triton", "norm_pool:triton", "grid_pool_backward:triton")
-COUNTED_ON = "llava-video-7b"
-
-
-def run_counted_calls(provider: str, device: Device) -> None:
-    """COUNTED_CALLS calls on as many inputs, between profiler marks: for a profiler to count bytes of."""
-    workload = WORKLOADS[COUNTED_ON]
-    (found,) = chosen(workload, device.type, [provider])
-    xs = [random_tokens(workload.shape, workload.dtype, device.torch_device, seed) for seed in range(COUNTED_CALLS)]
-    racer = Racer(found, xs, found.takes_out, Expected(xs))
-    racer.run()
-    racer.check()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    for call in racer.calls:
-        call()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        said = report.longreprtext.strip().splitlines()[-1:] if report.failed else []
+        report_test(report.nodeid, ": ".join([report.outcome, *said])[:300])
+        if report.failed and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(70)  # no test after this one could pass in this process
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("tune", help="time configurations, one JSON line per row").add_argument("rows", type=Path)
-    commands.add_parser("small", help="a few small calls of every op")
-    commands.add_parser("counted", help="a few large calls of one op").add_argument("provider", choices=COUNTED)
-    given = parser.parse_args(arguments)
-    if given.command == "tune":
-        tune(given.rows, Gpu())
-    elif given.command == "small":
-        run_small_calls()
-    else:
-        run_counted_calls(given.provider, Gpu())
+def report_test(name: str, outcome: str) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # what workers report comes to the process that started them
+        results().append(json.dumps({"kind": "test", "name": name, "outcome": outcome}))
 
+
+if os.environ.get("STGP_STAND_INS"):
+    importlib.import_module(os.environ["STGP_STAND_INS"])
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import gpu_bench  # which stand-ins have changed
+
+    {"tune": gpu_bench.tune, "counted": gpu_bench.counted, "bench": gpu_bench.bench}[sys.argv[1]](*sys.argv[2:])

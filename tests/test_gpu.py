@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import stgridpool_kernels as stgp
+from stgridpool_kernels import compiled
 from stgridpool_kernels.backends import BACKENDS
 from stgridpool_kernels.bench.workloads import random_tokens
+from stgridpool_kernels.schedule import Schedule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -101,6 +104,121 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- what is asked first ----
+
+MAIN_SHAPES = ((64, 27, 27, 3584), (64, 24, 24, 4096))
+
+
+@pytest.mark.parametrize("op", ["norm_pool", "grid_pool"])
+@pytest.mark.parametrize("shape", MAIN_SHAPES, ids=str)
+def test_smoke_main_shapes(shape: tuple[int, ...], op: str) -> None:
+    """32 frames, the longest segment, at a time: no summary takes frames of two."""
+    x = on_gpu(*shape)
+    result = run(op, x)
+    for part, frames in zip(result.split(32), x.split(32), strict=True):
+        assert_near_reference(part, op, frames)
+
+
+def test_smoke_graph() -> None:
+    x = on_gpu(*MAIN_SHAPES[0])
+    graph, result = capture(lambda: run("grid_pool", x))
+    x.copy_(x.flip(0))
+    graph.replay()
+    assert_same_bits(result, run("grid_pool", x))
+
+
+def special_tokens(size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """8 frames: a NaN in a row and in a column that two cells average, infinities, −0 and subnormal numbers."""
+    x = random_tokens((8, *size, 64), dtype, "cpu", 0)
+    x[1, 1, 4, 5], x[1, 4, 1, 7], x[3, 3, 2, 0], x[5, 4, 4, 63] = math.nan, math.nan, math.inf, -math.inf
+    subnormal = torch.finfo(dtype).tiny / 4
+    x[0], x[2], x[4, :, :, ::2] = -0.0, x[2] * subnormal, subnormal
+    return x
+
+
+@pytest.mark.parametrize("op", ["norm_pool", "grid_pool"])
+@pytest.mark.parametrize("size", [(9, 7), (8, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_smoke_special_values(dtype: torch.dtype, size: tuple[int, int], op: str) -> None:
+    """NaN and infinities are where the formula has them on the CPU, and nowhere else."""
+    x = special_tokens(size, dtype)
+    expected = run(op, x, backend="reference")
+    finite = expected.isfinite()
+    assert (~finite).any()
+    result = run(op, x.cuda()).cpu()
+    assert torch.equal(result.masked_fill(finite, 0).nan_to_num(3), expected.masked_fill(finite, 0).nan_to_num(3))
+    allowed = ulp(expected[finite].abs().max().item(), dtype)
+    assert_within(result.masked_fill(~finite, 0), expected.masked_fill(~finite, 0).double(), allowed)
+
+
+SMALL = {
+    **{name: call for name, call in CALLS.items() if name not in ("grid_pool-wide", "grid_pool-videos")},
+    "grid_pool-ceil-l1": ("grid_pool", (32, 9, 7, 100), {"ceil_mode": True, "norm_type": 1.0}),
+    "grid_pool-several-warps": ("grid_pool", (8, 5, 5, 3584), {"frame_strides": (1, 2)}),
+    "grid_pool-in-chunks": ("grid_pool", (8, 4, 5, 9000), {"frame_strides": (1, 2)}),
+    "norm_pool-in-chunks": ("norm_pool", (8, 4, 5, 9000), {}),
+    "token_norm-max": ("token_norm", (21, 9, 7, 100), {"norm_type": math.inf}),
+}
+
+
+@pytest.mark.parametrize(("op", "shape", "arguments"), SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_small_calls(dtype: torch.dtype, op: str, shape: tuple[int, ...], arguments: Arguments) -> None:
+    """For a tool that watches every access to memory, which takes its time."""
+    x = random_tokens(shape, dtype, "cuda", 0)
+    expected = run(op, x.cpu(), backend="reference", **arguments)
+    largest = expected.abs().max().item()
+    allowed = 1e-6 * largest if expected.dtype == torch.float32 else ulp(largest, expected.dtype)
+    assert_within(run(op, x, **arguments).cpu(), expected.double(), allowed)
+
+
+# ---- configurations ----
+
+TRITON_CHOICES: tuple[dict[str, Any], ...] = (
+    *({"frame_cells": cells, "mosaic_cells": cells} for cells in (1, 2, 5, 99)),
+    {"plain_registers": 80, "even_registers": 80, "odd_registers": 96},
+    {"plain_registers": None, "even_registers": None, "odd_registers": 168},
+    {"stages": 1},
+    {"stages": 3},
+    {"spread": True},
+)
+
+
+@pytest.mark.parametrize("C", [200, 3584])
+@pytest.mark.parametrize("size", [(5, 11), (4, 11), (5, 12), (4, 12)], ids=str)
+def test_configurations_change_no_bit(
+    size: tuple[int, int], C: int, tested: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a result or of a gradient; with NaN and frames of −0, which tell what is added to them."""
+    x = on_gpu(40, *size, C)
+    x[0], x[1, 1, size[1] // 2] = -0.0, math.nan
+    plan = stgp.grid_plan([40], *size)
+
+    def gradient() -> Tensor:
+        leaf = x.detach().requires_grad_()
+        pooled = run("grid_pool", leaf)
+        return torch.autograd.grad(pooled, leaf, on_gpu(*pooled.shape, seed=1))[0]
+
+    expected, of_x = run("grid_pool", x), gradient()
+    if tested == "cuda":
+        op = torch.ops.stgp._grid_pool_by_tables.default
+        for cells in (1, 2, 4, 5, 7, 99):
+            out = torch.full_like(expected, math.nan)
+            compiled._run(op, (x,), plan, Schedule.of, 1.0, 2.0, True, out, cells)
+            assert_same_bits(out, expected)
+        return
+    from stgridpool_kernels.triton_kernels import fused, launch
+
+    configured = fused.fused_config
+    for choice in TRITON_CHOICES:
+        launch._calls.clear()
+        changed = lambda *given, choice=choice: dataclasses.replace(configured(*given), **choice)  # noqa: E731
+        monkeypatch.setattr(fused, "fused_config", changed)
+        assert_same_bits(run("grid_pool", x), expected)
+        assert_same_bits(gradient(), of_x)
+    launch._calls.clear()
 
 
 # ---- CUDA graphs ----
@@ -330,6 +448,11 @@ def large() -> Tensor:
     return x.normal_(generator=torch.Generator("cuda").manual_seed(0))
 
 
+one_at_a_time = pytest.mark.xdist_group("memory")
+"""Of processes that share the GPU, one runs these: each takes 12 GB and more."""
+
+
+@one_at_a_time
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
@@ -368,6 +491,7 @@ def far_apart(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     return x.new_empty(span).as_strided(x.shape, strides).copy_(x)
 
 
+@one_at_a_time
 @pytest.mark.parametrize("strides", FAR.values(), ids=FAR.keys())
 @pytest.mark.parametrize(
     ("op", "arguments"),
@@ -381,6 +505,7 @@ def test_offsets_beyond_2_31(op: str, arguments: Arguments, strides: tuple[int, 
     free_bytes()
 
 
+@one_at_a_time
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 @pytest.mark.parametrize("arguments", [{}, GENERAL], ids=["published", "general"])
 def test_out_beyond_2_31(arguments: Arguments, axis: int) -> None:
