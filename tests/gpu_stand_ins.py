@@ -5,7 +5,8 @@ every sample says the same. The tools in tests/gpu_tools run what they are given
 pytest runs are a few tests that need no GPU.
 
 STGP_FAULTS is a JSON object that gives providers faults, by name: "hangs", "dies", "wrong", or "sticky", an error after
-which the device is of no use. It is for tests, and so is nothing else here.
+which the device is of no use. What hangs says so in the file that STGP_HANGING names. Both are for tests, and so is
+nothing else here.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def faulty(provider: Provider) -> Provider:
 
     def call(x: Tensor, **given: Any) -> Tensor:
         if fault == "hangs":
+            Path(os.environ["STGP_HANGING"]).write_text(str(os.getpid()))
             time.sleep(1000)
         elif fault == "dies":
             os.abort()

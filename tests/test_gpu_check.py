@@ -25,17 +25,25 @@ from stgridpool_kernels.bench.providers import Provider
 from stgridpool_kernels.bench.results import Row, encode, load
 from stgridpool_kernels.triton_kernels import config
 
+PYTHON = (sys.executable, "-c")
 SHAPE = "llava-video-7b"
+HANG = "import os, time; open(os.environ['STGP_HANGING'], 'w').write(str(os.getpid())); time.sleep(1000)"
 
 
 @pytest.fixture
-def check(tmp_path: Path) -> Check:
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    """Its clock goes on only while the process lives that STGP_HANGING's file names: by ten seconds at each look."""
+    hanging, looks = tmp_path / "hanging", [0.0]
+
+    def monotonic() -> float:
+        if hanging.exists() and Path("/proc", hanging.read_text()).exists():
+            looks.append(looks[-1] + 10)
+        return looks[-1]
+
+    monkeypatch.setenv("STGP_HANGING", str(hanging))
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=monotonic))
     (tmp_path / "results.jsonl").touch()
-    return Check(tmp_path / "results.jsonl", tmp_path / "log", time.monotonic() + 600)
-
-
-def python(code: str) -> tuple[str, ...]:
-    return (sys.executable, "-c", code)
+    return Check(tmp_path / "results.jsonl", tmp_path / "log", 600)
 
 
 def append(name: str, outcome: str = "passed") -> str:
@@ -64,8 +72,7 @@ def test_lines_say_how_all_stands(tmp_path: Path) -> None:
         lines.append(encode(row))
     lines.append('{"kind": "test", "name": "tests/x.py::y", "outcome": "skipped"}')
     lines.append('{"kind": "stage", "name": "smoke"}')
-    with path.open("a") as file:
-        file.write('{"kind": "te')
+    lines.append('{"kind": "te')
     states = {f"{SHAPE} a": "ok", f"{SHAPE} b": LOST, f"{SHAPE} c": "checked", "tests/x.py::y": "skipped"}
     assert lines.states() == states
     assert Lines(path, 0).states() == {"before": "passed", **states}
@@ -73,23 +80,29 @@ def test_lines_say_how_all_stands(tmp_path: Path) -> None:
 
 def test_a_process_that_falls_silent_is_killed_with_its_children(check: Check) -> None:
     """Whatever signals they ignore; what they have printed is in the log."""
-    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
-    code = (
-        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); {child}"
-    )
-    assert check.run_process(python(code), 500, patience=4) is None
-    pid = check.log.read_text().split()[-1]
-    for _ in range(100):  # until whoever has inherited it has noticed
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.1)
-    pytest.fail("the child is alive")
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    child = f"{ignore}; import time; time.sleep(1000)"
+    code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True)"
+    assert check.run_process((*PYTHON, f"{ignore}; {code}; {HANG}"), 1e9, patience=30) is None
+    state = Path(f"/proc/{check.log.read_text().split()[-1]}/stat")
+    for _ in range(600):  # until whoever has inherited it has noticed
+        if alive := state.exists() and state.read_text().split()[2] != "Z":
+            time.sleep(0.1)
+    assert not alive
 
 
-def test_a_process_that_goes_on_appending_may_take_longer(check: Check) -> None:
-    code = f"import time\nfor _ in range(8):\n    {append('slow')}\n    time.sleep(0.5)\nraise SystemExit(7)"
-    assert check.run_process(python(code), 500, patience=3) == 7
+def test_a_process_that_goes_on_appending_may_take_longer(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something is appended every two seconds, and the process ends after 40."""
+    looks = [0.0]
+
+    def monotonic() -> float:
+        Lines(check.results).append("over" if looks[-1] == 40 else "{}")
+        looks.append(looks[-1] + 2)
+        return looks[-1]
+
+    monkeypatch.setattr(gpu_check.time, "monotonic", monotonic)
+    code = f"import time\nwhile 'over' not in open({str(check.results)!r}).read(): time.sleep(0.1)\nraise SystemExit(7)"
+    assert check.run_process((*PYTHON, code), 1e9, patience=7) == 7
 
 
 @pytest.mark.parametrize(
@@ -104,20 +117,16 @@ def test_a_process_that_goes_on_appending_may_take_longer(check: Check) -> None:
 )
 def test_how_a_stage_went(code: str, expected: tuple[str, list[int]], check: Check) -> None:
     """A process that fails is started again, until it gets no further."""
-    found = check.run_stage(Stage("some", 60, python(code)), 60)
+    found = check.run_stage(Stage("some", 60, (*PYTHON, code)), 60)
     assert (found["status"], found["codes"]) == expected
 
 
 def test_stages_run_while_there_is_time(check: Check, capsys: pytest.CaptureFixture[str]) -> None:
     """Each may take what the later ones are not promised; those for CUDA kernels are left out without any."""
     check.why_no_cuda = "no library"
-    stages = [
-        Stage("a", 1, python(append("x"))),
-        Stage("b", 1, python("pass"), cuda=True),
-        Stage("c", 1000, python("pass")),
-    ]
-    check.end = time.monotonic() + 700
-    assert check.run_stages([*stages, Stage("d", 1, python("pass"))]) == ["unfinished", "skipped", "passed", "passed"]
+    nothing = (*PYTHON, "pass")
+    stages = [Stage("a", 1, (*PYTHON, append("x"))), Stage("b", 1, nothing, cuda=True), Stage("c", 1000, nothing)]
+    assert check.run_stages([*stages, Stage("d", 1, nothing)]) == ["unfinished", "skipped", "passed", "passed"]
     assert check.run_stages(stages[:2]) == ["passed", "skipped"]
     written = [(line["name"], line["status"]) for line in Lines(check.results, 0).read() if line["kind"] == "stage"]
     assert written[-2:] == [("a", "passed"), ("b", "skipped")]
@@ -142,13 +151,13 @@ FAULTS = {"hangs": (LOST, None), "dies": (LOST, -6), "sticky": ("failed: Runt", 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_provider_costs_its_own_times(fault: str, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, code = FAULTS[fault]
     monkeypatch.setenv("STGP_STAND_INS", "tests.gpu_stand_ins")
     monkeypatch.setenv("STGP_FAULTS", json.dumps({"norm_pool:triton": fault}))
     (stage,) = [stage for stage in gpu_check.all_stages(check, "90") if stage.name == "goals"]
     command = stage.command[: stage.command.index("--shape") + 1] + (SHAPE,) + stage.command[-5:]
     assert set(GOALS) & set(command) == {SHAPE}
-    found = check.run_stage(Stage("goals", 45, command, patience=30), 500)
+    found = check.run_stage(Stage("goals", 45, command), 500)
+    said, code = FAULTS[fault]
     assert (found["status"], found["codes"]) == ("failed", [code, 0]), check.log.read_text()
     last = {row.provider: row for results in load(check.results) for row in results.rows}
     assert {"grid_pool:triton", "llava_avg_pool", "avg_pool2d", "naive_grid_pool", "copy"} < set(last)
@@ -156,14 +165,13 @@ def test_a_faulty_provider_costs_its_own_times(fault: str, check: Check, monkeyp
     assert {name: (row.check, row.p50_us) for name, row in last.items()} == dict.fromkeys(last, ("ok", 100.0))
 
 
-TESTS = """
-import os, time, pytest, torch
+TESTS = f"""
+import os, pytest, torch
 def test_before(): pass
-def test_hangs(): time.sleep(1000)
+def test_hangs(): {HANG}
 def test_between(): assert 1 == 2
 def test_dies(): os.abort()
-@pytest.mark.skip(reason="not here")
-def test_left_out(): pass
+def test_left_out(): pytest.skip("not here")
 def test_makes_the_device_useless(monkeypatch):
     def fails(): raise RuntimeError("an illegal memory access")
     torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, fails
@@ -176,7 +184,7 @@ def test_a_faulty_test_costs_itself(check: Check, tmp_path: Path, monkeypatch: p
     (tmp_path / "test_faulty.py").write_text(TESTS)
     monkeypatch.setattr(gpu_check, "TESTS", (str(tmp_path / "test_faulty.py"), "-c", os.devnull))
     (stage,) = [stage for stage in gpu_check.all_stages(check, "90") if stage.name == "test_gpu, triton"]
-    found = check.run_stage(Stage("tests", 60, stage.command, patience=30), 500)
+    found = check.run_stage(Stage("tests", 60, stage.command), 500)
     states = {name.split("::")[-1]: state for name, state in Lines(check.results, 0).states().items()}
     wrong = [states.pop(name).split(":")[0] for name in ("test_between", "test_makes_the_device_useless")]
     assert wrong == ["failed", "failed"], check.log.read_text()
@@ -185,9 +193,7 @@ def test_a_faulty_test_costs_itself(check: Check, tmp_path: Path, monkeypatch: p
     assert (found["status"], found["codes"]) == ("failed", [None, -6, 70, 0])
 
 
-def test_a_library_that_does_not_load_is_moved_away(
-    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_that_does_not_load_is_renamed(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "stgridpool_kernels"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -232,8 +238,7 @@ def test_tuning_keeps_the_best_of_each_axis(check: Check, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(gpu_bench, "measure", measure)
     monkeypatch.setattr(gpu_bench, "new_device", lambda: SimpleNamespace(torch_device="cpu"))
-    monkeypatch.setenv("STGP_RESULTS", str(check.results))
-    monkeypatch.setenv("STGP_SINCE", "0")
+    monkeypatch.setattr(gpu_bench, "results", lambda: Lines(check.results, 0))
     gpu_bench.tune("triton")
     assert max(sum(each[0] == name for each in asked) for name in gpu_bench.TUNED) <= 12
     gpu_bench.tune("cuda")
