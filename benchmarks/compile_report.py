@@ -18,11 +18,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -34,6 +36,8 @@ from triton.backends.compiler import GPUTarget
 
 from stgridpool_kernels import triton_kernels
 from stgridpool_kernels.plan import grid_plan
+from stgridpool_kernels.triton_kernels import fused
+from stgridpool_kernels.triton_kernels.config import FusedConfig
 
 Shape = tuple[int, ...]
 Widths = dict[str, int]
@@ -94,7 +98,7 @@ GENERAL = _with_gradients(
 NORMS = _with_gradients(
     *(
         Case(op, {**windows, **norm})
-        for op, windows in (("grid_pool", {}), ("norm_pool", {"kernel_size": 3}), ("token_norm", {}))
+        for op, windows in (("grid_pool", {}), ("norm_pool", {}), ("norm_pool", {"kernel_size": 3}), ("token_norm", {}))
         for norm in ({"norm_type": 1.0}, {"norm_type": float("inf")}, {"norm_type": 3.0, "normalize_norm": False})
     )
 )
@@ -227,6 +231,12 @@ def limits_missed(row: Row) -> list[str]:
 
 
 # ---- from a call to compiled kernels ----
+
+
+def configured(choice: Mapping[str, Any]) -> AbstractContextManager[object]:
+    """While it is entered, fused kernels are cut as the table says but for these fields of FusedConfig."""
+    usual = fused.fused_config
+    return patch.object(fused, "fused_config", lambda *given: replace(usual(*given), **choice))
 
 
 class AbsentDevice:
@@ -461,6 +471,17 @@ def read_shape(text: str) -> Shape:
     return tuple(map(int, sizes))
 
 
+def read_choice(text: str) -> tuple[str, int | bool | None]:
+    """A field of FusedConfig and its value."""
+    name, _, value = text.partition("=")
+    known = {field.name for field in fields(FusedConfig)}
+    with suppress(ValueError):
+        read = json.loads(value.lower().replace("none", "null"))
+        if name in known and (read is None or isinstance(read, int)):
+            return name, read
+    raise argparse.ArgumentTypeError(f"expected one of {', '.join(sorted(known))}, = and a number, got {text!r}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="compile_report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", nargs="+", type=read_shape, default=SHAPES, metavar="TxHxWxC")
@@ -468,9 +489,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", nargs="+", type=int, choices=MULTIPROCESSORS, default=ARCHITECTURES)
     parser.add_argument(
         "--calls",
-        choices=("published", "general", "all"),
+        choices=("grid_pool", "published", "general", "all"),
         default="general",
-        help="published: at the published settings; general: and some that take general kernels; all: and all norms",
+        help="grid_pool: that alone; published: all at the published settings; general: and some that take general "
+        "kernels; all: and all norms",
+    )
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        type=read_choice,
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fused kernels by another configuration, as mosaic_cells=3 (triton_kernels/config.py)",
     )
     parser.add_argument("--cubins", type=Path, metavar="DIR", help="write the machine code of every kernel there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
@@ -489,7 +519,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.cubins.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"--cubins: {error}")
-    cases = PUBLISHED + GENERAL * (given.calls != "published") + NORMS * (given.calls == "all")
+    general = GENERAL * (given.calls in ("general", "all")) + NORMS * (given.calls == "all")
+    cases = PUBLISHED[:1] if given.calls == "grid_pool" else PUBLISHED + general
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(f"triton {triton.__version__}. {LEGEND}\n", highlight=False)
@@ -500,7 +531,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for arch in given.arch:
                 with Console(stderr=True).status(f"compiling {show_shape(shape)} {dtype} for sm_{arch}"):
                     try:
-                        rows += compile_rows(cases, shape, dtype, arch, given.cubins)
+                        with configured(dict(given.config)):
+                            rows += compile_rows(cases, shape, dtype, arch, given.cubins)
                     except ValueError as error:
                         parser.error(f"{show_shape(shape)}: {error}")
             console.print(draw(rows))

@@ -33,7 +33,6 @@ settings.load_profile("quick")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; `pytest -m gpu` runs only these")
-    config.addinivalue_line("markers", "xdist_group(name): one of several processes runs these, with --dist loadgroup")
 
 
 @pytest.fixture(scope="session")

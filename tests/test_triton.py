@@ -120,7 +120,7 @@ CUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("size", [(5, 11), (2, 11), (3, 10)], ids=str)
 def test_cuts_change_no_bit(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """A row may be cut into walks anywhere, and windows may go with any launch."""
-    arguments = {"frame_strides": (1, 2), "frame_counts": [8, 1]}
+    arguments = {"frame_strides": (1, 2), "frame_counts": [8, 1], "temperature": 0.7}
     x = tokens(9, *size, 64)
     x[1, 1, size[1] // 2] = math.nan
     grad = like_result("grid_pool", x, **arguments)
@@ -133,6 +133,33 @@ def test_cuts_change_no_bit(size: tuple[int, int], monkeypatch: pytest.MonkeyPat
         assert_same_bits(run("grid_pool", x, **arguments), pooled)
         if cut.get("frame_cells", 2) == 2:  # a gradient makes the same miniatures, and takes twice as long
             assert_same_bits(gradient("triton", "grid_pool", x, grad, **arguments), unpooled)
+
+
+def test_registers_are_limited_where_that_fits_more_warps() -> None:
+    """Not in a gradient, of powers, or where tokens are not read 16 bytes at a time: none of these may spill."""
+
+    def limits(op: str, x: Tensor, **arguments: Any) -> set[int | None]:
+        grad_x = torch.empty_like(x) if arguments.pop("gradient", False) else None
+        settings = (1.0, arguments.pop("norm_type", 2.0), True)
+        plan = grid_plan([16], *x.shape[1:3], **({"frame_strides": ()} if op == "norm_pool" else {}))
+        out = torch.empty(16, *plan.pooled_size, x.shape[3], dtype=x.dtype, device="meta")
+        if grad_x is None:
+            call = triton_kernels.prepare(op, x, plan, settings, out, (9, 0))
+        else:
+            call = triton_kernels.prepare_backward(op, out, x, plan, settings, grad_x, (9, 0))
+        return {one.options.get("maxnreg") for one in call.launches if one.kernel is fused.grid_pool_kernel}
+
+    def video(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    odd, even = video(16, 27, 27, 3584), video(16, 24, 24, 4096)
+    assert limits("norm_pool", odd) == limits("norm_pool", even) == limits("grid_pool", even) == {80}
+    assert limits("grid_pool", odd) == limits("grid_pool", odd, gradient=True) == {128}
+    assert limits("grid_pool", even, gradient=True) == {None}
+    for x in (odd, even):
+        assert limits("grid_pool", x, norm_type=3.0) == limits("norm_pool", x, norm_type=3.0) == {None}
+    for x in (video(16, 24, 24, 1000), video(16, 1152, 24, 24).permute(0, 2, 3, 1)):
+        assert limits("grid_pool", x) == limits("norm_pool", x) == {None}
 
 
 def test_tables_of_other_kernels_for_the_same_plan() -> None:

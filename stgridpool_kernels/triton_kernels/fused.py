@@ -26,7 +26,7 @@ from ..schedule import needed_cells
 from ..tables import Chunk
 from .config import FusedConfig, fused_block, fused_config
 from .launch import Arguments, Call, Launch, Request
-from .tiles import frame_places, pool_tile, store_token
+from .tiles import frame_places, norm_kind, pool_tile, store_token
 
 ENTRY: tl.constexpr = tl.constexpr(8)
 """Integers of an entry of the table: the frame to read, the frame to pool into or −1, the slot of its miniature, where
@@ -234,13 +234,20 @@ def _shared(request: Request, plain: bool) -> tuple[FusedConfig, Arguments, Argu
     config = fused_config(C, request.x.element_size(), request.capability)
     shared = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "BLOCK": fused_block(C)}
     shared |= {"h": -(-H // 2), "w": -(-W // 2), "ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1, "PLAIN": plain}
-    if W % 2 and not plain:
-        registers: int | None = config.odd_registers
-    elif request.grad is None:
-        registers = config.plain_registers if plain else config.even_registers
-    else:
-        registers = None
-    return config, shared, {"num_warps": config.num_warps, "maxnreg": registers}
+    return config, shared, {"num_warps": config.num_warps, "maxnreg": _most_registers(request, plain, config)}
+
+
+def _most_registers(request: Request, plain: bool, config: FusedConfig) -> int | None:
+    """Of a thread. None where fewer than it likes would spill: powers take many, as do tokens that are not read 16
+    bytes at a time in the forward, whose few registers at even widths a limit would even raise."""
+    *strides, step = request.x.stride()
+    if norm_kind(request.norm_type) == "power":
+        return None
+    if request.x.shape[-2] % 2 and not plain:
+        return config.odd_registers
+    if request.grad is not None or step != 1 or any(stride % 16 for stride in strides):
+        return None
+    return config.plain_registers if plain else config.even_registers
 
 
 def _walk(config: FusedConfig, W: int, mosaic: bool) -> tuple[int, Arguments]:

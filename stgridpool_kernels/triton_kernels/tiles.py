@@ -117,6 +117,13 @@ def finish_norms(total, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr,
 
 
 @triton.jit
+def logits_of(norms, temperature):
+    """temperature · ‖t‖, rounded. A product may be fused with the subtraction of the largest logit, or not where tokens
+    may be left out: as the sum of 0 and a product it never is, and how a row is cut changes no bit."""
+    return tl.fma(norms, temperature, 0.0)
+
+
+@triton.jit
 def softmax(logits, taken):
     """e^l / Σ e^l over the tokens taken, 0 for the others."""
     logits = tl.where(taken, logits, float("-inf"))
@@ -146,7 +153,7 @@ def reciprocal(n):
 def pool_tile(tile, taken, temperature, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
     """Σ α·t over the tokens taken, α = softmax(temperature · ‖t‖): (BLOCK,)"""
     norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P, False)
-    return tl.sum(softmax_of_tile(temperature * norms, taken) * tile, 0)
+    return tl.sum(softmax_of_tile(logits_of(norms, temperature), taken) * tile, 0)
 
 
 @triton.jit
