@@ -156,7 +156,7 @@ REHEARSAL := build/gpu-rehearsal
 gpu-rehearsal: gpu-library
 	$(PYTHON) -m venv $(REHEARSAL)/venv
 	$(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check "$(GPU_TORCH)"
-	grep -E '^($(LINK_TOOLS))==' requirements.txt | grep -v '^numpy' | $(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
+	grep -E '^($(LINK_TOOLS)|pytest-xdist|execnet)==' requirements.txt | grep -v '^numpy' | $(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
 	$(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps numpy==2.3.5
 	rm -rf $(REHEARSAL)/tree && mkdir -p $(REHEARSAL)/tree
 	git archive HEAD | tar -x -C $(REHEARSAL)/tree

@@ -140,14 +140,19 @@ def newest(folder: Path = RESULTS) -> list[Results]:
 
 
 def last_state(path: Path, workload: str | None = None) -> Results | None:
-    """All runs of a file that belong to one state of the code, the last one that this workload was timed in. Quick runs
-    are left out, and with them those of other configurations; where two measured the same, the later one counts."""
+    """All runs of a file that belong to one state of the code, the last one that this workload was timed in, with its
+    library or before there was one. Quick runs are left out, and with them those of other configurations; where two
+    measured the same, the later one counts."""
     states: dict[str, list[Results]] = {}
     for results in load(path):
         if results.rows and not results.run.settings.get("quick"):
             states.setdefault(str(results.run.source.get("package_sha256")), []).append(results)
     whole = [runs for runs in states.values() if workload is None or any(workload in each.workloads for each in runs)]
-    return merged(max(whole, key=lambda runs: runs[-1].run.utc)) if whole else None
+    if not whole:
+        return None
+    last = max(whole, key=lambda runs: runs[-1].run.utc)
+    libraries = (None, last[-1].run.source.get("library_sha256"))
+    return merged([results for results in last if results.run.source.get("library_sha256") in libraries])
 
 
 def merged(runs: Sequence[Results]) -> Results:

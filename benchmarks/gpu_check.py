@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command, in the order of its value; docs/gpu-check.md says what comes out.
 
 A stage is a process that appends what it finds to one file of JSON lines at once: the file of results of this GPU, in
-$OUT or else in benchmarks/results. What may end the process, a provider or a test, is there as lost before it begins. A
-process that dies or falls silent is started again and passes over what is there: a fault costs what it is in.
+$OUT or else in benchmarks/results. A provider or a test is there as lost before it begins. A process that dies or falls
+silent is started again and passes over what is there: a fault costs what it is in.
 
 Exit code: 0 if all is well, 1 if something failed or was left unfinished, 2 without a CUDA device.
 """
@@ -10,17 +10,15 @@ Exit code: 0 if all is well, 1 if something failed or was left unfinished, 2 wit
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +28,14 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FAST_SECONDS, ALL_SECONDS, LEAST_SECONDS = 200.0, 560.0, 5.0
-"""For the stages that --fast keeps, for all of them, and the least for which a process is started."""
-COUNTERS = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum", "instr.": "smsp__inst_executed.sum"}
-WARMED = ("8x9x7x64 8x8x6x64 --dtype bf16 fp16", "64x27x27x3584", "64x24x24x4096")
-"""What benchmarks.compile_report compiles into Triton's cache meanwhile: the first stages are about to need it."""
+"""With --fast, without it, and the least for which a process is started. Some 20 go by before the first stage."""
+AXES = {"spread": [True], "mosaic_cells": [2, 3, 5, 7], "odd_registers": [80], "even_registers": [128], "stages": [1]}
+"""What `tune triton` tries besides the configuration as it is, in the order of the gain that is expected."""
+WARMED = [f"--calls grid_pool --config {axis}={value}" for axis, values in AXES.items() for value in values]
+WARMED = ["--dtype bf16 fp16 --shape 8x9x7x64 8x8x6x64", "", *WARMED]
+"""What benchmarks.compile_report compiles into Triton's cache meanwhile: the first stages are about to ask for it."""
+TOOLS = ("/usr/local/cuda/bin", *map(str, Path("/opt/nvidia").glob("nsight-compute/*")))
+"""Where nvcc, ncu and compute-sanitizer usually are, besides in PATH."""
 TESTS: tuple[str, ...] = ()
 """What stand-ins give to pytest in place of the tests of a stage."""
 
@@ -57,22 +59,30 @@ class Lines:
                 found.append(json.loads(line))
         return found
 
+    def last(self) -> dict[str, dict[str, Any]]:
+        """The last line of every provider on a workload and of every test."""
+        named = ((line.get("name", f"{line.get('workload')} {line.get('provider')}"), line) for line in self.read())
+        return {name: line for name, line in named if line.get("kind") in ("row", "test")}
+
     def states(self) -> dict[str, str]:
         """How providers and tests stand: "ok", "passed", "skipped" or what is wrong; "checked": right but not timed."""
-        states = {}
-        for line in self.read():
-            if line.get("kind") == "row":
-                timed = line["check"] != "ok" or line.get("p50_us") is not None
-                states[f"{line['workload']} {line['provider']}"] = line["check"] if timed else "checked"
-            elif line.get("kind") == "test":
-                states[line["name"]] = line["outcome"]
-        return states
+        last = self.last()
+        untimed = {name for name, line in last.items() if line["check"] == "ok" and line.get("p50_us") is None}
+        return {name: "checked" if name in untimed else line["check"] for name, line in last.items()}
+
+    def forgive(self) -> None:
+        """What is lost since the time was over is not to blame: a later stage may try it again."""
+        from stgridpool_kernels.bench.measure import LATE, LOST
+
+        for line in self.last().values():
+            if line["check"] == LOST:
+                self.append(json.dumps(line | {"check": LATE}))
 
 
 @dataclass(frozen=True)
 class Stage:
     """A process. seconds: what it is promised. cuda: it needs a library with CUDA kernels. fast: --fast keeps it.
-    patience: seconds without a new line that count as hanging. after: is given the exit codes, and may append lines."""
+    patience: seconds without a new line that count as hanging."""
 
     name: str
     seconds: float
@@ -80,7 +90,6 @@ class Stage:
     cuda: bool = False
     fast: bool = False
     patience: float = 40.0
-    after: Callable[[list[int | None], Lines], None] = lambda codes, lines: None
 
 
 @dataclass
@@ -96,6 +105,7 @@ class Check:
         """A process that leads a group of its own, with its output in the log."""
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         given = {"PYTHONPATH": paths, "STGP_RESULTS": str(self.results), "STGP_SINCE": str(since)}
+        given["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), *TOOLS))
         options = {"cwd": ROOT, "env": os.environ | given, "stdin": subprocess.DEVNULL, "start_new_session": True}
         with self.log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -124,7 +134,8 @@ class Check:
             if left < LEAST_SECONDS:
                 break
             codes.append(self.run_process(stage.command, left, stage.patience, lines.since))
-        stage.after(codes, lines)
+            if codes[-1] is None and time.monotonic() - begin >= seconds:
+                lines.forgive()
         states = lines.states()
         bad = [f"{name}: {state}" for name, state in states.items() if state.startswith(("failed", "wrong"))]
         kinds = [state.split(":")[0] for state in states.values()]
@@ -147,11 +158,12 @@ class Check:
             Lines(self.results).append(json.dumps({"kind": "stage", "name": stage.name} | found))
             print(f"{stage.name}: {found['status']}, {found.get('seconds', 0)} s: {found['summary']}", flush=True)
             states.append(found["status"])
+            if stage.name == "build":
+                self.probe_library()
         return states
 
     def probe_library(self) -> None:
-        """Asks a process of its own whether there are CUDA kernels. A library that does not load is renamed: nothing of
-        the package could be imported beside it."""
+        """Asks a process of its own whether there are CUDA kernels; renames a library that keeps all from importing."""
         has = "c.LIBRARY is not None and c.LIBRARY.build_info()['cuda']"
         ask = f"from stgridpool_kernels import compiled as c; raise SystemExit(0 if {has} else 3)"
         code = self.run_process((sys.executable, "-c", ask), 60, 60)
@@ -168,79 +180,47 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def find_tool(name: str) -> str:
-    """A program in PATH or where CUDA and its profilers usually are; its name if there is none."""
-    usual = ("/usr/local/cuda/bin", *map(str, Path("/opt/nvidia").glob("nsight-compute/*")))
-    return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), *usual))) or name
-
-
-def device() -> tuple[str, str]:
-    """The name of this GPU's file of results, and its compute capability as in 90."""
-    from stgridpool_kernels.bench import machine, results
-
-    capability = "".join(map(str, torch.cuda.get_device_capability()))
-    return results.file_name(machine.describe("cuda")["device"]), capability
-
-
-def all_stages(check: Check, capability: str) -> list[Stage]:
+def all_stages(check: Check, arch: str) -> list[Stage]:
     """In the order of their value, but those with CUDA kernels last where the library for them is still to be built."""
     from .goals import GOALS
 
     def of_gpu(selected: str, *given: str, files: tuple[str, ...] = ("tests/test_gpu.py",)) -> tuple[str, ...]:
         command = (*module, "pytest", "-p", "benchmarks.gpu_bench", "-p", "no:cacheprovider", "-q", "--tb=short")
-        return (*command, *(TESTS or ("-m", "gpu", *given, *files, "-k", selected)))
+        return (*command, *given, *(TESTS or ("-m", "gpu", *files, "-k", selected)))
 
-    module, report = (sys.executable, "-m"), check.log.with_name("counters.csv")
+    module = (sys.executable, "-m")
     ours = (*module, "benchmarks.gpu_bench")
     bench = (*ours, "bench", "--device", "cuda", "-o", str(check.results), "--continue", "--times-only")
     bench += ("--samples", "15", "--baseline", "copy")
     goals, plain = (*bench, "--shape", *GOALS), ("llava_avg_pool", "avg_pool2d", "naive_grid_pool")
-    ncu = (find_tool("ncu"), "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off")
-    ncu += ("--csv", "--print-units", "base", "--log-file", str(report), "--metrics", ",".join(COUNTERS.values()))
-    build = ("env", f"CUDACXX={find_tool('nvcc')}", f"CMAKE_ARGS=-DSTGP_CUDA_ARCHITECTURES={capability}")
+    build = ("env", f"CMAKE_ARGS=-DSTGP_CUDA_ARCHITECTURES={arch}")
     build += (sys.executable, "setup.py", "build_ext", *(("--inplace",) if check.why_no_cuda else ("-b", "build/gpu")))
-    many = ("-n", str(max((os.cpu_count() or 1) - 2, 1)), "--dist", "loadgroup")
+    # without another worker for one that dies: it would not find the same tests to run
+    many = ("-n", str(max((os.cpu_count() or 1) - 2, 1)), "--max-worker-restart", "0")
     common = ("tests/test_backends.py", "tests/test_backward.py")
     # every tensor is an allocation of its own, so that what is behind its end belongs to nobody
-    watch = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", find_tool("compute-sanitizer"), "--error-exitcode", "86")
+    watch = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "86")
     kinds, backends = ("memcheck", "racecheck"), ("triton", "cuda")
     watched = {f"{k}, {b}": (*watch, "--tool", k, *of_gpu(f"small and by_{b}")) for k in kinds for b in backends}
     stages = [
         Stage("smoke", 25, of_gpu("smoke and by_triton"), fast=True),
         Stage("goals", 40, (*goals, "--provider", "*_pool:triton", *plain), fast=True),
         Stage("goals, cuda", 20, (*goals, "--provider", "*_pool:cuda"), cuda=True, fast=True),
-        Stage("tune", 50, (*ours, "tune", "triton"), fast=True),
-        Stage("tune, cuda", 20, (*ours, "tune", "cuda"), cuda=True, fast=True),
-        Stage("counters", 35, (*ncu, *ours, "counted"), fast=True, after=lambda _, lines: read_counters(report, lines)),
-        Stage("test_gpu, triton", 65, of_gpu("by_triton", *many)),
+        Stage("tune", 45, (*ours, "tune", "triton"), fast=True),
+        Stage("tune, cuda", 15, (*ours, "tune", "cuda"), cuda=True, fast=True),
+        Stage("counters", 20, (*ours, "counters", "triton"), fast=True),
+        Stage("counters, cuda", 15, (*ours, "counters", "cuda"), cuda=True, fast=True),
+        Stage("test_gpu, triton", 60, of_gpu("by_triton", *many)),
         Stage("test_gpu, cuda", 40, of_gpu("by_cuda", *many), cuda=True),
         Stage("rest of the bench", 45, (*bench, "--skip", "compiled_grid_pool")),
         Stage("gradients", 15, (*goals, "--provider", "*_backward:*")),
         Stage("torch.compile", 15, (*goals, "--provider", "compiled_grid_pool"), patience=120),
-        Stage("backends", 45, of_gpu("triton-cuda or reference-cuda", *many, files=common)),
+        Stage("backends", 40, of_gpu("triton-cuda or reference-cuda", *many, files=common)),
         Stage("backends, cuda", 25, of_gpu("cuda-cuda", *many, files=common), cuda=True),
         *(Stage(name, 20, command, "cuda" in name, patience=60) for name, command in watched.items()),
-        Stage("build", 40, build, patience=120, after=lambda codes, lines: check.probe_library()),
+        Stage("build", 40, build, patience=120),
     ]
     return stages if check.why_no_cuda is None else sorted(stages, key=lambda stage: stage.cuda)
-
-
-def read_counters(report: Path, lines: Lines) -> None:
-    """Appends what ncu counted, provider by provider."""
-    kernels: dict[str, dict[str, Any]] = {}
-    rows = report.read_text().splitlines() if report.exists() else []
-    for row in csv.DictReader(line for line in rows if line.startswith('"')):
-        kernel = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
-        kernel[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
-    left = list(kernels.values())
-    for line in [line for line in lines.read() if line.get("kind") == "counted"]:
-        mine, left = left[: line["launches"]], left[line["launches"] :]
-        outcome = "passed" if len(mine) == line["launches"] else f"failed: ncu counted {len(mine)} kernels"
-        lines.append(json.dumps({"kind": "test", "name": line["provider"], "outcome": outcome}))
-        sums = {name: sum(kernel[metric] for kernel in mine) for name, metric in COUNTERS.items()}
-        shown = ", ".join(f"{value / 1e6:.1f} M {name}" for name, value in sums.items())
-        more = {"kind": "counters", "kernels": mine, "shown": f"{line['workload']}, {line['provider']}: {shown}"}
-        lines.append(json.dumps(line | sums | more))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -251,7 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stand-ins", metavar="MODULE", help="rehearse without a GPU, on what this module has for one")
     given = parser.parse_args(arguments)
     if given.stand_ins:
-        os.environ["STGP_STAND_INS"] = given.stand_ins
         importlib.import_module(given.stand_ins)
     elif not torch.cuda.is_available():
         print("no CUDA device: nothing was measured", file=sys.stderr)
@@ -263,23 +242,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.touch()
     check = Check(log, log, end)
     check.probe_library()
-    name, capability = device()
+    from stgridpool_kernels.bench import machine, results
+
+    arch = "".join(map(str, torch.cuda.get_device_capability()))
+    name = results.file_name(machine.describe("cuda")["device"])
     check.results = Path(out or ROOT / "benchmarks" / "results", name)
     check.results.touch()
     print(f"results: {check.results}\nlog: {log}\nlibrary: {check.why_no_cuda or 'with CUDA kernels'}", flush=True)
-    lines, stages = Lines(check.results), all_stages(check, capability)
+    lines, stages = Lines(check.results), all_stages(check, arch)
     stages = [each for each in stages if each.name.startswith(tuple(given.stage)) and each.fast >= given.fast]
-    warm = (sys.executable, "-m", "benchmarks.compile_report", "--arch", capability, "--shape")
-    warming = [check.start((*warm, *shapes.split())) for shapes in WARMED]
+    warm = (sys.executable, "-m", "benchmarks.compile_report", "--arch", arch)
+    warming = [check.start((*warm, *given.split())) for given in WARMED]
     try:
         states = check.run_stages(stages)
     finally:
         for process in warming:
             stop(process)
+    shown = {(line["kind"], line["provider"]): line["shown"] for line in lines.read() if "shown" in line}
+    print("\n".join(shown.values()))
     from .goals import main as print_goals
 
-    print_goals(["--tables", str(check.results)])
-    print("\n".join(line["shown"] for line in lines.read() if "shown" in line))
+    if any(line.get("kind") == "run" and not line["settings"]["quick"] for line in lines.read()):
+        print_goals(["--tables", str(check.results)])
     return 0 if set(states) <= {"passed", "skipped"} else 1
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["STGP_STAND_INS"] = __name__  # to the processes that are started
 os.environ["OUT"] = os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpu-check-")  # never among results that are kept
 
 import torch
@@ -78,7 +78,7 @@ def faulty(provider: Provider) -> Provider:
 
     def call(x: Tensor, **given: Any) -> Tensor:
         if fault == "hangs":
-            Path(os.environ["STGP_HANGING"]).write_text(str(os.getpid()))
+            Path(os.environ["STGP_HANGING"]).write_text(str(os.getpgrp()))
             time.sleep(1000)
         elif fault == "dies":
             os.abort()
@@ -91,7 +91,7 @@ def faulty(provider: Provider) -> Provider:
 
 
 def describe(device: str, threads: int | None = None) -> dict[str, Any]:
-    return machine.describe("cpu") | {"device": {"type": "cuda", "name": "stand-in"}}
+    return describe_cpu("cpu") | {"device": {"type": "cuda", "name": "stand-in"}}
 
 
 def run_emulated(op: Any, tensors: Sequence[Tensor], plan: Any, schedule: Any, *rest: Any) -> None:
@@ -108,13 +108,13 @@ for name in list(WORKLOADS):
     else:
         del WORKLOADS[name]
 BACKENDS[[backend.name for backend in BACKENDS].index("cuda")] = cuda_emulation.backend()
-every = providers.providers
+every, describe_cpu = providers.providers, machine.describe
 providers.providers = lambda *given: [faulty(provider) for provider in every(*given)]
 measure.take_turns.__defaults__ = (lambda share: None, 0.0)
 devices.Gpu = command.Gpu = gpu_bench.new_device = StandIn
-command.describe = gpu_bench.describe = describe
+command.describe = gpu_bench.describe = machine.describe = describe
 compiled._run = run_emulated
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
 torch.cuda.profiler.start = torch.cuda.profiler.stop = lambda: None
-gpu_check.device = lambda: ("cuda-stand-in.jsonl", "90")
-gpu_check.find_tool = lambda name: shutil.which(name, path=f"{TOOLS}{os.pathsep}{os.environ['PATH']}") or name
+os.environ["PATH"] = f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
 gpu_check.TESTS = ("tests/test_schedule.py", "-k", "published")

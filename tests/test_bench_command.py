@@ -18,7 +18,7 @@ from stgridpool_kernels import compiled
 from stgridpool_kernels.bench import command, devices
 from stgridpool_kernels.bench.devices import Cpu
 from stgridpool_kernels.bench.machine import describe
-from stgridpool_kernels.bench.measure import LOST, take_turns
+from stgridpool_kernels.bench.measure import LATE, LOST, take_turns
 from stgridpool_kernels.bench.providers import Provider, chosen
 from stgridpool_kernels.bench.results import encode, file_name, load
 from stgridpool_kernels.bench.workloads import QUICK, WORKLOADS
@@ -148,7 +148,7 @@ def test_rows_are_written_as_they_are_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_interrupted_run_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the file has of the same code, versions and device is passed over, right or wrong; what ended a process, on
-    other shapes too."""
+    other shapes too; not what there was no time for."""
     arguments = [*FAST, "--continue", "--times-only", "-o", "r.jsonl"]
     assert bench(*arguments) == 0
     (first,) = load(Path("r.jsonl"))
@@ -161,6 +161,11 @@ def test_an_interrupted_run_is_continued(monkeypatch: pytest.MonkeyPatch) -> Non
     lost = replace(first.rows[-1], provider="avg_pool2d", workload="2x5x5x64", check=LOST, p50_us=None)
     with Path("r.jsonl").open("a") as file:
         file.write(encode(lost) + "\n")
+    assert bench(*arguments, "--provider", "avg_pool2d", "max_pool2d") == 0
+    (timed,) = (row for row in load(Path("r.jsonl"))[-1].rows if row.provider == "max_pool2d")
+    late = replace(timed, check=LATE, p50_us=None)
+    with Path("r.jsonl").open("a") as file:
+        file.write(encode(late) + "\n")
     assert bench(*arguments, "--provider", "avg_pool2d", "max_pool2d") == 0
     assert {row.provider for row in load(Path("r.jsonl"))[-1].rows} >= {"max_pool2d"}
     monkeypatch.setattr(command, "describe", lambda *given: describe(*given) | {"versions": {"torch": "another"}})

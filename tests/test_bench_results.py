@@ -231,6 +231,11 @@ def test_the_source_is_part_of_the_description(monkeypatch: pytest.MonkeyPatch, 
     assert describe("cpu")["source"] == first
     (tmp_path / "package" / "a.py").write_text("a = 2\n")
     assert describe("cpu")["source"]["package_sha256"] != first["package_sha256"]
+    assert first["library_sha256"] is None
+    (tmp_path / "package" / "_C.so").touch()
+    assert len(describe("cpu")["source"]["library_sha256"]) == 64
+    monkeypatch.setenv("STGP_COMMIT", "")
+    assert describe("cpu")["source"]["commit"] is None
     monkeypatch.setenv("STGP_COMMIT", "7cc5a8a")
     assert (describe("cpu")["source"]["commit"], describe("cpu")["source"]["dirty"]) == ("7cc5a8a", None)
 

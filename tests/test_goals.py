@@ -11,7 +11,7 @@ import pytest
 from test_bench_report import RUN
 
 from benchmarks import goals
-from benchmarks.goals import GOALS, MAIN, T16, T64, Bar, bars, main, newest
+from benchmarks.goals import GOALS, MAIN, T16, T64, Bar, bars, last_state, main, newest
 from stgridpool_kernels.bench.results import Results, Row, Run, Writer
 from stgridpool_kernels.bench.workloads import WORKLOADS
 
@@ -242,6 +242,23 @@ def test_the_newest_of_every_machine(tmp_path: Path) -> None:
     found = newest(tmp_path)
     assert [each.run.run for each in found] == ["new", "gpu"]
     assert [len(each.rows) for each in found] == [len(ON_CPU), len(ON_GPU)]
+
+
+def test_a_library_that_is_built_later_belongs_to_the_same_code(tmp_path: Path) -> None:
+    """Another one does not."""
+    without, first, second = (
+        replace(GPU, source={"package_sha256": "a", "library_sha256": library}) for library in (None, "b", "c")
+    )
+    path = tmp_path / "cuda-c.jsonl"
+    triton, cuda = {(T64, "norm_pool:triton"): {"p50_us": 2.0}}, {(T64, "norm_pool:cuda"): {"p50_us": 3.0}}
+    write(path, named("before", without, triton), named("built", first, cuda))
+    last = last_state(path)
+    assert last is not None
+    assert [each.provider for each in last.rows] == ["norm_pool:triton", "norm_pool:cuda"]
+    write(path, named("again", second, {(T64, "copy"): {"p50_us": 1.0}}))
+    last = last_state(path)
+    assert last is not None
+    assert [each.provider for each in last.rows] == ["norm_pool:triton", "copy"]
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,24 +10,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from test_bench_report import make_row
 
 pytest.importorskip("triton")
-from benchmarks import gpu_bench, gpu_check
+from benchmarks import gpu_check
 from benchmarks.goals import GOALS, RESULTS
 from benchmarks.gpu_check import ROOT, Check, Lines, Stage
-from stgridpool_kernels.bench.measure import LOST
-from stgridpool_kernels.bench.providers import Provider
-from stgridpool_kernels.bench.results import Row, encode, load
-from stgridpool_kernels.triton_kernels import config
+from stgridpool_kernels.bench.measure import LATE, LOST
+from stgridpool_kernels.bench.results import encode, load
 
 PYTHON = (sys.executable, "-c")
 SHAPE = "llava-video-7b"
-HANG = "import os, time; open(os.environ['STGP_HANGING'], 'w').write(str(os.getpid())); time.sleep(1000)"
+HANG = "import os, time; open(os.environ['STGP_HANGING'], 'w').write(str(os.getpgrp())); time.sleep(1000)"
 
 
 @pytest.fixture
@@ -46,9 +43,9 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     return Check(tmp_path / "results.jsonl", tmp_path / "log", 600)
 
 
-def append(name: str, outcome: str = "passed") -> str:
+def append(name: str, check: str = "passed") -> str:
     """Python that appends how a test went."""
-    line = json.dumps({"kind": "test", "name": name, "outcome": outcome})
+    line = json.dumps({"kind": "test", "name": name, "check": check})
     return f"import os; open(os.environ['STGP_RESULTS'], 'a').write({line + chr(10)!r});"
 
 
@@ -64,16 +61,19 @@ def test_without_a_gpu() -> None:
 def test_lines_say_how_all_stands(tmp_path: Path) -> None:
     """From a byte on, the last line of a name counts; lines of other kinds and cut ones are passed over."""
     path = tmp_path / "results.jsonl"
-    path.write_text('{"kind": "test", "name": "before", "outcome": "passed"}\n')
+    path.write_text('{"kind": "test", "name": "before", "check": "passed"}\n')
     lines = Lines(path)
     untimed = replace(make_row("", 1.0), p50_us=None)
     rows = [make_row("a", 1.0, check=LOST), make_row("a", 2.0), replace(untimed, provider="b", check=LOST)]
     for row in (*rows, replace(untimed, provider="c")):
         lines.append(encode(row))
-    lines.append('{"kind": "test", "name": "tests/x.py::y", "outcome": "skipped"}')
+    lines.append('{"kind": "test", "name": "tests/x.py::y", "check": "skipped"}')
     lines.append('{"kind": "stage", "name": "smoke"}')
     lines.append('{"kind": "te')
     states = {f"{SHAPE} a": "ok", f"{SHAPE} b": LOST, f"{SHAPE} c": "checked", "tests/x.py::y": "skipped"}
+    assert lines.states() == states
+    lines.forgive()
+    states[f"{SHAPE} b"] = LATE
     assert lines.states() == states
     assert Lines(path, 0).states() == {"before": "passed", **states}
 
@@ -121,6 +121,12 @@ def test_how_a_stage_went(code: str, expected: tuple[str, list[int]], check: Che
     assert (found["status"], found["codes"]) == expected
 
 
+def test_who_had_no_more_time_is_not_to_blame(check: Check) -> None:
+    found = check.run_stage(Stage("some", 60, (*PYTHON, append("a") + append("b", LOST) + HANG), patience=1e9), 60)
+    assert (found["status"], found["codes"]) == ("unfinished", [None])
+    assert Lines(check.results, 0).states() == {"a": "passed", "b": LATE}
+
+
 def test_stages_run_while_there_is_time(check: Check, capsys: pytest.CaptureFixture[str]) -> None:
     """Each may take what the later ones are not promised; those for CUDA kernels are left out without any."""
     check.why_no_cuda = "no library"
@@ -135,11 +141,11 @@ def test_stages_run_while_there_is_time(check: Check, capsys: pytest.CaptureFixt
 
 def test_promises_fit_into_the_time(check: Check) -> None:
     stages = gpu_check.all_stages(check, "90")
-    assert sum(stage.seconds for stage in stages if stage.fast) <= gpu_check.FAST_SECONDS
-    assert sum(stage.seconds for stage in stages) <= gpu_check.ALL_SECONDS
+    assert sum(stage.seconds for stage in stages if stage.fast) <= gpu_check.FAST_SECONDS - 20
+    assert sum(stage.seconds for stage in stages) <= gpu_check.ALL_SECONDS - 20
     names = [stage.name for stage in stages]
     assert names[:6] == ["smoke", "goals", "goals, cuda", "tune", "tune, cuda", "counters"]
-    assert [stage.fast for stage in stages] == [True] * 6 + [False] * (len(stages) - 6)
+    assert [stage.fast for stage in stages] == [True] * 7 + [False] * (len(stages) - 7)
     assert names[-1] == "build"
     check.why_no_cuda = "no library"
     names = [stage.name for stage in gpu_check.all_stages(check, "90")]
@@ -180,17 +186,20 @@ def test_after(): pass
 """
 
 
-def test_a_faulty_test_costs_itself(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["smoke", "test_gpu, triton"])
+def test_a_faulty_test_costs_itself(name: str, check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process, and in several, of which one dies and the others go on."""
     (tmp_path / "test_faulty.py").write_text(TESTS)
     monkeypatch.setattr(gpu_check, "TESTS", (str(tmp_path / "test_faulty.py"), "-c", os.devnull))
-    (stage,) = [stage for stage in gpu_check.all_stages(check, "90") if stage.name == "test_gpu, triton"]
+    monkeypatch.setattr(gpu_check.os, "cpu_count", lambda: 4)
+    (stage,) = [stage for stage in gpu_check.all_stages(check, "90") if stage.name == name]
     found = check.run_stage(Stage("tests", 60, stage.command), 500)
-    states = {name.split("::")[-1]: state for name, state in Lines(check.results, 0).states().items()}
-    wrong = [states.pop(name).split(":")[0] for name in ("test_between", "test_makes_the_device_useless")]
-    assert wrong == ["failed", "failed"], check.log.read_text()
+    states = {name.split("::")[-1]: state.split(":")[0] for name, state in Lines(check.results, 0).states().items()}
+    faulty = ("test_hangs", "test_between", "test_dies", "test_makes_the_device_useless")
     others = {"test_before": "passed", "test_after": "passed", "test_left_out": "skipped"}
-    assert states == {**others, "test_hangs": LOST, "test_dies": LOST}
-    assert (found["status"], found["codes"]) == ("failed", [None, -6, 70, 0])
+    assert states == {**dict.fromkeys(faulty, "failed"), **others}, check.log.read_text()
+    assert (found["status"], found["codes"][0]) == ("failed", None)  # what hangs hangs on while another process dies
+    assert found["codes"] == [None, -6, 70, 0] or name != "smoke"
 
 
 def test_a_library_that_does_not_load_is_renamed(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,41 +218,3 @@ def test_a_library_that_does_not_load_is_renamed(check: Check, tmp_path: Path, m
         )
         check.probe_library()
         assert check.why_no_cuda == reason
-
-
-def test_counters_are_read(check: Check, tmp_path: Path) -> None:
-    rows = ["==PROF== Connected", '"ID","Kernel Name","Metric Name","Metric Value"']
-    for number in (1, 2, 3):
-        rows += [f'"{number}","kernel","{metric}","{number},000,000"' for metric in gpu_check.COUNTERS.values()]
-    (tmp_path / "counters.csv").write_text("\n".join(rows))
-    lines = Lines(check.results)
-    for provider, launches in (("grid_pool:triton", 2), ("norm_pool:triton", 1), ("grid_pool:cuda", 2)):
-        counted = {"kind": "counted", "workload": SHAPE, "provider": provider, "launches": launches}
-        lines.append(json.dumps(counted))
-    gpu_check.read_counters(tmp_path / "counters.csv", lines)
-    found = [line for line in lines.read() if line["kind"] == "counters"]
-    assert [line["read"] for line in found] == [3e6, 3e6, 0]
-    assert found[0]["shown"] == f"{SHAPE}, grid_pool:triton: 3.0 M read, 3.0 M written, 3.0 M instr."
-    assert list(lines.states().values()) == ["passed", "passed", "failed: ncu counted 0 kernels"]
-
-
-def test_tuning_keeps_the_best_of_each_axis(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gain of less than half a percent is none. What is shown is a row of the table of configurations."""
-    times = {"": 100.0, "spread=True": 99.8, "mosaic_cells=3": 90.0, "mosaic_cells=3 stages=1": 80.0}
-    asked = set()
-
-    def measure(workload: Any, variants: list[Provider], *_: Any, **given: Any) -> list[Row]:
-        asked.update((workload.name, variant.name) for variant in variants)
-        return [make_row(variant.name, times.get(variant.name.partition(" ")[2], 200.0)) for variant in variants]
-
-    monkeypatch.setattr(gpu_bench, "measure", measure)
-    monkeypatch.setattr(gpu_bench, "new_device", lambda: SimpleNamespace(torch_device="cpu"))
-    monkeypatch.setattr(gpu_bench, "results", lambda: Lines(check.results, 0))
-    gpu_bench.tune("triton")
-    assert max(sum(each[0] == name for each in asked) for name in gpu_bench.TUNED) <= 12
-    gpu_bench.tune("cuda")
-    odd, even, *cuda = [line for line in Lines(check.results, 0).read() if line["kind"] == "tuned"]
-    assert (odd["choice"], even["choice"]) == ({"mosaic_cells": 3, "stages": 1}, {"mosaic_cells": 3})
-    assert [line["choice"] for line in cuda] == [{}, {}]
-    row = eval(odd["shown"].partition("\n")[2].strip(" ,"), vars(config))
-    assert (row.block, row.config.mosaic_cells, row.config.stages) == (4096, 3, 1)

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from .devices import Cpu, Device, Gpu
 from .machine import describe
-from .measure import LOST, Effort, measure, new_run
+from .measure import LATE, LOST, Effort, measure, new_run
 from .measure import QUICK as QUICK_EFFORT
 from .plot import check_plots, save_plots
 from .providers import BASELINE, chosen, providers, select
@@ -116,10 +116,11 @@ def known_rows(path: Path, description: Mapping[str, Any], quick: bool) -> dict[
     quick: whether quick runs count, or all others.
     """
     with suppress(FileNotFoundError, ValueError):
+        code = ("package_sha256", "library_sha256")
         same = [
             results
             for results in load(path)
-            if results.run.source.get("package_sha256") == description["source"]["package_sha256"]
+            if all(results.run.source.get(part) == description["source"][part] for part in code)
             and bool(results.run.settings.get("quick")) == quick
             and (results.run.device, results.run.versions) == (description["device"], description["versions"])
         ]
@@ -132,7 +133,7 @@ def is_known(workload: str, provider: str, known: Mapping[tuple[str, str], Row])
     if any(row.check == LOST and row.provider == provider for row in known.values()):
         return True
     row = known.get((workload, provider))
-    return row is not None and (row.check != "ok" or row.p50_us is not None)
+    return row is not None and row.check != LATE and (row.check != "ok" or row.p50_us is not None)
 
 
 def _device_name(asked: str | None) -> str:

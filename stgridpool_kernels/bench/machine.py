@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,20 @@ def _source() -> dict[str, Any]:
     inside = output_of(["git", "rev-parse", "--show-toplevel"])
     in_checkout = inside is not None and Path(inside) == ROOT and (ROOT / "pyproject.toml").exists()
     changed = output_of(["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"]) if in_checkout else None
-    files = hashlib.sha256()
-    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_C*.so")]):
-        files.update(path.read_bytes())
     return {
         "source": {
-            "commit": output_of(["git", "rev-parse", "HEAD"]) if in_checkout else os.environ.get("STGP_COMMIT"),
+            "commit": output_of(["git", "rev-parse", "HEAD"]) if in_checkout else os.environ.get("STGP_COMMIT") or None,
             "dirty": None if changed is None else bool(changed),
-            "package_sha256": files.hexdigest(),
+            "package_sha256": _sha256(PACKAGE.rglob("*.py")),
+            "library_sha256": _sha256(PACKAGE.glob("_C*.so")),
         }
     }
+
+
+def _sha256(paths: Iterable[Path]) -> str | None:
+    """Of all these files, None if there are none."""
+    ordered = sorted(paths)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in ordered)).hexdigest() if ordered else None
 
 
 def output_of(command: Sequence[str]) -> str | None:

@@ -35,6 +35,8 @@ Progress = Callable[[str, float], None]
 
 LOST = "failed: the process ended in it"
 """The check of a row that is reported before its provider is called for the first time."""
+LATE = "skipped: its time was over"
+"""The check of a row that was lost when the whole process was stopped, which says nothing of its provider."""
 
 
 @dataclass(frozen=True)
