@@ -105,7 +105,7 @@ def configuration_row(choice: Choice, us: dict[str, float]) -> str:
 
 
 def counters(backend: str) -> None:
-    """Has ncu watch `counted` and appends what it counted, provider by provider."""
+    """Runs `counted` under ncu and appends what ncu counted, provider by provider."""
     command = ["ncu", "--clock-control", "none", "--cache-control", "none", "--csv"]
     command += ["--profile-from-start", "off", "--print-units", "base", "--metrics", ",".join(COUNTERS.values())]
     command += [sys.executable, "-m", "benchmarks.gpu_bench", "counted", backend]

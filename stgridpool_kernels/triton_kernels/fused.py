@@ -238,8 +238,11 @@ def _shared(request: Request, plain: bool) -> tuple[FusedConfig, Arguments, Argu
 
 
 def _most_registers(request: Request, plain: bool, config: FusedConfig) -> int | None:
-    """Of a thread. None where fewer than it likes would spill: powers take many, as do tokens that are not read 16
-    bytes at a time in the forward, whose few registers at even widths a limit would even raise."""
+    """The limit for a thread, None for as many as the compiler likes.
+
+    Powers take some 240: with a limit they would spill. So would some kernels whose tokens are not read 16 bytes at a
+    time; others of them need fewer than 80, and the compiler takes up to the limit.
+    """
     *strides, step = request.x.stride()
     if norm_kind(request.norm_type) == "power":
         return None

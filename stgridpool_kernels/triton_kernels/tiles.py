@@ -118,8 +118,11 @@ def finish_norms(total, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr,
 
 @triton.jit
 def logits_of(norms, temperature):
-    """temperature · ‖t‖, rounded. A product may be fused with the subtraction of the largest logit, or not where tokens
-    may be left out: as the sum of 0 and a product it never is, and how a row is cut changes no bit."""
+    """temperature · ‖t‖, rounded, as the sum of a product and 0.
+
+    The compiler fuses a plain product with the subtraction of the largest logit where it can prove that a token is
+    taken, and rounds it elsewhere: then bits would depend on how a row is cut.
+    """
     return tl.fma(norms, temperature, 0.0)
 
 
