@@ -218,7 +218,7 @@ def all_stages(check: Check, arch: str) -> list[Stage]:
         Stage("backends", 40, of_gpu("triton-cuda or reference-cuda", *many, files=common)),
         Stage("backends, cuda", 25, of_gpu("cuda-cuda", *many, files=common), cuda=True),
         *(Stage(name, 20, command, "cuda" in name, patience=60) for name, command in watched.items()),
-        Stage("build", 40, build, patience=120),
+        Stage("build", 40, build, patience=ALL_SECONDS),
     ]
     return stages if check.why_no_cuda is None else sorted(stages, key=lambda stage: stage.cuda)
 
