@@ -30,12 +30,12 @@ ROOT = Path(__file__).parents[1]
 FAST_SECONDS, ALL_SECONDS, LEAST_SECONDS = 200.0, 560.0, 5.0
 """With --fast, without it, and the least for which a process is started. Some 20 go by before the first stage."""
 AXES = {"spread": [True], "mosaic_cells": [2, 3, 5, 7], "odd_registers": [80], "even_registers": [128], "stages": [1]}
-"""What `tune triton` tries besides the configuration as it is, in the order of the gain that is expected."""
+"""The values that `tune triton` tries besides the configuration as it is; the most is expected of the first axis."""
 WARMED = [f"--calls grid_pool --config {axis}={value}" for axis, values in AXES.items() for value in values]
 WARMED = ["--dtype bf16 fp16 --shape 8x9x7x64 8x8x6x64", "", *WARMED]
-"""What benchmarks.compile_report compiles into Triton's cache meanwhile: the first stages are about to ask for it."""
+"""Arguments of benchmarks.compile_report, which fills Triton's cache beside the first stages with what they ask for."""
 TOOLS = ("/usr/local/cuda/bin", *map(str, Path("/opt/nvidia").glob("nsight-compute/*")))
-"""Where nvcc, ncu and compute-sanitizer usually are, besides in PATH."""
+"""These folders are searched after PATH: nvcc, ncu and compute-sanitizer are usually there."""
 TESTS: tuple[str, ...] = ()
 """What stand-ins give to pytest in place of the tests of a stage."""
 
@@ -71,7 +71,7 @@ class Lines:
         return {name: "checked" if name in untimed else line["check"] for name, line in last.items()}
 
     def forgive(self) -> None:
-        """What is lost since the time was over is not to blame: a later stage may try it again."""
+        """Marks lost providers and tests as late: their time was over, so a later stage may try them again."""
         from stgridpool_kernels.bench.measure import LATE, LOST
 
         for line in self.last().values():

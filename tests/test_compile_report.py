@@ -103,8 +103,8 @@ def test_every_norm_compiles(tmp_path):
 
 @pytest.mark.parametrize("size", [(27, 27), (24, 24)], ids=str)
 def test_windows_are_computed_alike_however_a_row_is_cut(size: tuple[int, int]) -> None:
-    """Which products and sums are fused to one instruction is the compiler's choice: the same wherever a window is
-    pooled. A fused launch pools in walks, in windows, or in both."""
+    """The compiler chooses which products and sums to fuse, and it has to choose alike wherever a window is pooled: in
+    a walk or by itself."""
     found = json.loads(run("tests.compile_cuts", *map(str, size)))
     assert len(found) >= 10
     assert len({(fused, subtracted) for fused, subtracted in found.values()}) == 1, found

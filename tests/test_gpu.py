@@ -208,8 +208,8 @@ TRITON_CHOICES: tuple[dict[str, Any], ...] = (
 def test_configurations_change_no_bit(
     size: tuple[int, int], C: int, dtype: torch.dtype, tested: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of results, of frames whether or not any are shrunk, or of a gradient; with NaN and frames of −0, which tell what
-    is added to them. At another temperature than 1, a product with it that is not rounded would be seen."""
+    """Results and gradients have the same bits by every configuration, whether or not frames are shrunk. NaN and frames
+    of −0 tell what is added to them; a temperature other than 1 tells whether its product is rounded alike."""
     x = random_tokens((40, *size, C), dtype, "cuda", 0)
     x[0], x[1, 1, size[1] // 2] = -0.0, math.nan
     plan = stgp.grid_plan([40], *size)

@@ -96,7 +96,7 @@ def _source() -> dict[str, Any]:
 
 
 def _sha256(paths: Iterable[Path]) -> str | None:
-    """Of all these files, None if there are none."""
+    """The digest of all these files together, or None if there are none."""
     ordered = sorted(paths)
     return hashlib.sha256(b"".join(path.read_bytes() for path in ordered)).hexdigest() if ordered else None
 
