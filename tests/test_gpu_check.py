@@ -37,6 +37,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
             looks.append(looks[-1] + 10)
         return looks[-1]
 
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # what is tested is no worker, whoever runs the test
     monkeypatch.setenv("STGP_HANGING", str(hanging))
     monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=monotonic))
     (tmp_path / "results.jsonl").touch()
