@@ -73,9 +73,9 @@ class Case:
         """How many are to fit on a multiprocessor: more in the forward where no column is carried; 0 if any do."""
         if not self.published:
             return 0
-        windows_alone, even = self.op == "norm_pool", shape[2] % 2 == 0 and arch < 100
-        small = dtype != "fp32" and shape[3] <= 4096
-        return MORE_WARPS if small and not self.gradient and (windows_alone or even) else ENOUGH_WARPS
+        no_column = self.op == "norm_pool" or shape[2] % 2 == 0
+        small = dtype != "fp32" and shape[3] <= 4096 and arch < 100
+        return MORE_WARPS if small and no_column and not self.gradient else ENOUGH_WARPS
 
 
 def _with_gradients(*cases: Case) -> tuple[Case, ...]:

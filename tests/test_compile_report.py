@@ -219,7 +219,8 @@ def test_resident_warps(arch, num_warps, registers, shared, expected):
 @pytest.mark.parametrize(
     ("case", "shape", "dtype", "arch", "expected"),
     [
-        (Case("norm_pool", {}, published=True), (64, 27, 27, 3584), "bf16", 100, 24),
+        (Case("norm_pool", {}, published=True), (64, 27, 27, 3584), "bf16", 90, 24),
+        (Case("norm_pool", {}, published=True), (64, 27, 27, 3584), "bf16", 100, 16),
         (Case("grid_pool", {}, published=True), (64, 27, 24, 4096), "fp16", 90, 24),
         (Case("grid_pool", {}, published=True), (64, 24, 27, 3584), "bf16", 90, 16),
         (Case("grid_pool", {}, published=True), (64, 24, 24, 3584), "bf16", 100, 16),

@@ -33,6 +33,7 @@ from .tiles import (
     finish_norms,
     join_norms,
     load_tokens,
+    logits_of,
     no_norms,
     partial_norms,
     softmax,
@@ -149,7 +150,7 @@ def pair_gradient_kernel(
         upstream = tl.load(grad + places, mask=channels < C, other=0.0, eviction_policy="evict_first").to(tl.float32)
         norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P, False)
         dots = tl.sum(tile * upstream[None, :], 1)[:, None]
-        weights = softmax_of_tile(temperature * norms, inside)
+        weights = softmax_of_tile(logits_of(norms, temperature), inside)
         factors = temperature * weights * (dots - tl.sum(weights * dots, 0)[None, :])
         largest = count_largest(tile, norms, channels, C) if NORM == "max" else 0
         slopes = norm_slopes(tile, norms, largest, C, MEAN, NORM, P)
@@ -293,7 +294,7 @@ def window_weights_kernel(
         dots = tl.where((step_of == step)[:, None], product[None, :], dots)
     number = step_of[:, None] * TOKENS + position[None, :]
     taken = number < height * width
-    weights = softmax(temperature * norms, taken)
+    weights = softmax(logits_of(norms, temperature), taken)
     # in float64: of equal products the mean is exactly one of them, and a temperature magnifies what is not
     mean = (tl.sum(weights.to(tl.float64) * dots) / tl.sum(weights.to(tl.float64))).to(tl.float32)
     place = gradients + of_windows + (program.to(tl.int64) * room + number) * 2

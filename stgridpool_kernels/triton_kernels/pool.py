@@ -9,7 +9,17 @@ from ..device_tables import tables_on
 from .config import tile_config
 from .launch import Call, Launch, Request
 from .summaries import launch_summaries
-from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, pool_tile, softmax, store_token
+from .tiles import (
+    finish_norms,
+    join_norms,
+    load_tokens,
+    logits_of,
+    no_norms,
+    partial_norms,
+    pool_tile,
+    softmax,
+    store_token,
+)
 
 
 @triton.jit(do_not_specialize=["row_starts", "T"])  # what changes with the videos
@@ -80,7 +90,7 @@ def norm_pool_kernel(
             found = finish_norms(total, C, MEAN, NORM, P, False)
             norms = tl.where((step_of == step)[:, None], found[None, :], norms)
         number = step_of[:, None] * TOKENS + position[None, :]
-        weights = softmax(temperature * norms, number < height * width)
+        weights = softmax(logits_of(norms, temperature), number < height * width)
 
         for chunk in range(CHUNKS):
             here = chunk * BLOCK + channels

@@ -136,16 +136,14 @@ def softmax_of_tile(logits, taken):
 
 
 @triton.jit
-def weights_of_tile(norms, temperature, taken):
-    """The softmax of temperature · ‖t‖ over the tokens taken, as above, with the same bits however a row is cut.
+def logits_of(norms, temperature):
+    """temperature · ‖t‖, rounded, as the sum of a product and 0.
 
-    The compiler may fuse the product with the subtraction of the largest logit, which it does only where it can prove
-    that a token is taken. Here it is always fused.
+    The compiler fuses a plain product with the subtraction of the largest logit where it can prove that a token is
+    taken, and rounds it elsewhere: bits would depend on how a row is cut. To fuse it everywhere is no way out: the
+    rounding of the largest alone would be left, and e to the power of half an ulp of 10¹⁰ is beyond float32.
     """
-    norms, taken = norms[:, None], taken[:, None]
-    highest = tl.max(tl.where(taken, temperature * norms, float("-inf")), 0)[None, :]
-    powers = tl.where(taken, tl.exp(tl.fma(norms, temperature, -highest)), 0.0)
-    return powers / tl.sum(powers, 0)[None, :]
+    return tl.fma(norms, temperature, 0.0)
 
 
 @triton.jit
@@ -159,7 +157,7 @@ def reciprocal(n):
 def pool_tile(tile, taken, temperature, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
     """Σ α·t over the tokens taken, α = softmax(temperature · ‖t‖): (BLOCK,)"""
     norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P, False)
-    return tl.sum(weights_of_tile(norms, temperature, taken) * tile, 0)
+    return tl.sum(softmax_of_tile(logits_of(norms, temperature), taken) * tile, 0)
 
 
 @triton.jit
