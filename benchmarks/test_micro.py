@@ -10,6 +10,7 @@ after a buffer larger than the caches was read, on a GPU on the next of several 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from stgridpool_kernels.bench.measure import QUICK, Expected, Racer, variants
 from stgridpool_kernels.bench.providers import Provider, providers
 from stgridpool_kernels.bench.workloads import QUICK as NAMES
 from stgridpool_kernels.bench.workloads import WORKLOADS, Workload
+from stgridpool_kernels.plan import grid_plan
 
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -89,3 +91,14 @@ def test_before_the_launches(benchmark: BenchmarkFixture, monkeypatch: pytest.Mo
     benchmark.group = "before the launches"
     with stgridpool_kernels.use_backend("triton"):
         benchmark(getattr(torch.ops.stgp, op), x)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
+def test_plan(benchmark: BenchmarkFixture, kept: bool) -> None:
+    """A plan of 4096 frames: made anew, and found among those that are kept."""
+    plan = grid_plan((4096,), 27, 27)
+    benchmark.group = "plan"
+    if kept:
+        assert benchmark(grid_plan, (4096,), 27, 27) is plan
+    else:
+        assert benchmark(dataclasses.replace, plan) == plan
