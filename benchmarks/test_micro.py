@@ -95,7 +95,7 @@ def test_before_the_launches(benchmark: BenchmarkFixture, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
 def test_plan(benchmark: BenchmarkFixture, kept: bool) -> None:
-    """A plan of 4096 frames: made anew, and found among those that are kept."""
+    """A plan of 4096 frames is made anew, or found among the plans that are kept."""
     plan = grid_plan((4096,), 27, 27)
     benchmark.group = "plan"
     if kept:

@@ -126,7 +126,7 @@ def softmax(logits, taken):
 
 @triton.jit
 def softmax_of_tile(logits, taken):
-    """The same for the tokens of one tile, as a column: (tokens, 1).
+    """e^l / Σ e^l over the tokens taken of one tile, 0 for the others, as a column: (tokens, 1).
 
     A vector would be moved to other threads and back for it, through shared memory and two barriers (Triton 3.6).
     """
