@@ -138,6 +138,8 @@ compile-check: $(BUILT)
 
 # with the Python that has torch for the GPU, as it is: a checkout needs no installation
 gpu-check:
+	@$(PYTHON) -c "import importlib.util as u; raise SystemExit(u.find_spec('torch') is None)" || \
+	{ echo "$(PYTHON) has no torch: nothing was measured; PYTHON=… names the one that has it" >&2; exit 2; }
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # the library to take along, where PYTHON has the version of the Python there
