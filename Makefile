@@ -1,5 +1,4 @@
-# make demo | test | test-vllm | test-sglang | test-lmms-eval | test-llava-next | lint | wheel | bench | performance | prefill | fuzz | sanitize | cuda-check | cuda-link-check | header-check | compile-check | gpu-library | gpu-check | gpu-rehearsal | clean
-# TORCH="torch==…" puts another torch into .venv; STGP_NO_EXT=1 leaves the compiled kernels out.
+# `make help` lists the targets. TORCH="torch==…" puts another torch into .venv; STGP_NO_EXT=1 leaves the compiled kernels out.
 
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
@@ -10,16 +9,27 @@ INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/cuda_emulation/*)
 
-.PHONY: demo test test-vllm test-sglang test-lmms-eval test-llava-next lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
+.PHONY: help demo quick test test-all test-vllm test-sglang test-lmms-eval test-llava-next lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
 .DELETE_ON_ERROR:
 
-demo: $(BUILT)
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(BUILT) ## the whole chain on a real video
 	$(VENV)/bin/stgp demo -o demo.png --force
 
-test: $(BUILT)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
-lint: $(BUILT)
+quick: $(BUILT) ## golden values, ops, plans and the command line, in less than a minute
+	$(PYTEST) -q tests/test_plan.py tests/test_ops.py tests/test_cli.py tests/test_backends.py -k "not test_backends or golden"
+
+test: $(BUILT) ## the tests, without the slow ones
+	$(PYTEST) $(ARGS)
+
+test-all: $(BUILT) ## every test, with ten times as many random calls
+	$(PYTEST) --slow --hypothesis-profile=thorough $(ARGS)
+
+lint: $(BUILT) ## ruff, mypy and clang-format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -27,35 +37,35 @@ lint: $(BUILT)
 
 # microbenchmarks for a comparison of two commits; `stgp bench` measures more, and is what documents are made from
 
-bench: $(BUILT)
+bench: $(BUILT) ## microbenchmarks under pytest-benchmark
 	$(VENV)/bin/python -m pytest benchmarks -q --benchmark-autosave --benchmark-storage=file://.benchmarks \
 	    --benchmark-columns=median,iqr,min,rounds --benchmark-sort=min $(ARGS)
 
 # what pooling saves a language model; docs/performance.md and its pictures from the results that are kept
 
-prefill: $(BUILT)
+prefill: $(BUILT) ## what pooling saves a language model
 	$(VENV)/bin/python -m benchmarks.prefill $(ARGS)
 
-performance: $(BUILT)
+performance: $(BUILT) ## docs/performance.md and its pictures from the results that are kept
 	$(VENV)/bin/python -m benchmarks.performance $(ARGS)
 
 # CPU kernels: 5 minutes of random calls, memory and threads under sanitizers
 
-fuzz: $(BUILT)
+fuzz: $(BUILT) ## 5 minutes of random calls of the CPU kernels against the reference
 	$(VENV)/bin/python -m tests.fuzz --seconds 300 $(ARGS)
 
-sanitize: $(BUILT)
+sanitize: $(BUILT) ## the CPU kernels under sanitizers for memory, undefined behaviour and threads
 	$(VENV)/bin/python -m tests.sanitize $(ARGS)
 
 # CUDA kernels: what nvcc makes of them; that they link with a CUDA build of torch, which is several GB
 
-cuda-check: $(BUILT)
+cuda-check: $(BUILT) ## what nvcc makes of the CUDA kernels
 	$(VENV)/bin/python -m benchmarks.cuda_check $(ARGS)
 
 CUDA_TORCH ?= torch==2.14.1
 LINK_TOOLS := numpy|rich|markdown-it-py|mdurl|Pygments|safetensors|setuptools|cmake|ninja|pybind11|pytest|iniconfig|pluggy|packaging|hypothesis|sortedcontainers|exceptiongroup|tomli
 
-cuda-link-check:
+cuda-link-check: ## a build with CUDA kernels links with a torch for CUDA; installs several GB
 	$(PYTHON) -m venv build/cuda-link
 	build/cuda-link/bin/pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)"
 	grep -E '^($(LINK_TOOLS))==' requirements.txt | build/cuda-link/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
@@ -63,7 +73,7 @@ cuda-link-check:
 
 # the C++ files against the headers of the oldest supported torch and of the one after it, from wheels of 1 GB each
 
-header-check: $(BUILT)
+header-check: $(BUILT) ## the C++ files against the headers of torch 2.10 and 2.11
 	$(VENV)/bin/python -m tests.check_headers build/headers $(ARGS)
 
 # the models for lmms-eval, in an environment of their own; metadata that `make wheel` leaves in the checkout would hide the
@@ -71,7 +81,7 @@ header-check: $(BUILT)
 
 LMMS_EVAL := build/lmms-eval-venv
 
-test-lmms-eval:
+test-lmms-eval: ## the models for lmms-eval, in an environment of their own
 	$(PYTHON) -m venv $(LMMS_EVAL)
 	$(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_lmms_eval/requirements.txt
@@ -83,7 +93,7 @@ test-lmms-eval:
 
 LLAVA_NEXT := build/llava-next-venv
 
-test-llava-next:
+test-llava-next: ## the patch for LLaVA-NeXT on its own classes
 	$(PYTHON) -m venv $(LLAVA_NEXT)
 	$(LLAVA_NEXT)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(LLAVA_NEXT)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_llava_next/requirements.txt
@@ -96,7 +106,7 @@ test-llava-next:
 
 SGLANG := build/sglang-venv
 
-test-sglang:
+test-sglang: ## the hooks for SGLang on its published sources
 	$(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	grep -E '^($(LINK_TOOLS))==' requirements.txt | $(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
@@ -109,7 +119,7 @@ test-sglang:
 
 VLLM := build/vllm-venv
 
-test-vllm: $(VLLM)/installed
+test-vllm: $(VLLM)/installed ## the plugin in a vLLM engine
 	rm -rf build/vllm-wheel build/vllm-plugin
 	$(VLLM)/bin/python -c "from pathlib import Path; from tests.wheels import build_wheel; build_wheel(Path('$(CURDIR)/$(VLLM)/bin/python'), Path('$(CURDIR)/build/vllm-wheel'))"
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/vllm-plugin build/vllm-wheel/*.whl
@@ -125,26 +135,26 @@ $(VLLM)/installed: tests/with_vllm/requirements.txt tests/with_vllm/cpu_torchvis
 
 # a wheel with the compiled kernels, built from the sdist, and a check of it in an environment without compiler
 
-wheel: $(INSTALLED)
+wheel: $(INSTALLED) ## source distribution and wheel, checked where there is no compiler
 	rm -rf dist
 	$(VENV)/bin/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
 	$(VENV)/bin/python -m tests.check_wheel dist/*.whl --torch "$(TORCH)"
 
 # what the Triton kernels compile to with the oldest Triton that is supported; `make test` asks the pinned one
-compile-check: $(BUILT)
+compile-check: $(BUILT) ## what the Triton kernels compile to with the oldest supported Triton
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/oldest-triton triton==3.6.0
 	PYTHONPATH=build/oldest-triton $(VENV)/bin/python -m pytest tests/test_compile_report.py
 
 # with the Python that has torch for the GPU, as it is: a checkout needs no installation
-gpu-check:
+gpu-check: ## tests, timings, counters and sanitizers on a machine with a GPU
 	@$(PYTHON) -c "import importlib.util as u; raise SystemExit(u.find_spec('torch') is None)" || \
 	{ echo "$(PYTHON) has no torch: nothing was measured; PYTHON=… names the one that has it" >&2; exit 2; }
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # the library to take along, where PYTHON has the version of the Python there
 
-gpu-library:
+gpu-library: ## the library to take to that machine
 	$(PYTHON) -m venv build/gpu-library
 	grep -E '^(setuptools|cmake|ninja|pybind11)==' requirements.txt | build/gpu-library/bin/pip install --quiet --disable-pip-version-check -r /dev/stdin
 	PATH="$(CURDIR)/build/gpu-library/bin:$$PATH" build/gpu-library/bin/python -m tests.gpu_library build/headers $(ARGS)
@@ -155,7 +165,7 @@ gpu-library:
 GPU_TORCH ?= torch==2.11.0
 REHEARSAL := build/gpu-rehearsal
 
-gpu-rehearsal: gpu-library
+gpu-rehearsal: gpu-library ## gpu-check from end to end on a CPU
 	$(PYTHON) -m venv $(REHEARSAL)/venv
 	$(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check "$(GPU_TORCH)"
 	grep -E '^($(LINK_TOOLS)|pytest-xdist|execnet)==' requirements.txt | grep -v '^numpy' | $(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
@@ -180,5 +190,5 @@ $(BUILT): $(INSTALLED) pyproject.toml setup.py CMakeLists.txt $(CPP)
 	rm -f $(VENV)/built-*
 	touch $@
 
-clean:
+clean: ## remove what was built
 	rm -rf $(VENV) .benchmarks build dist *.egg-info stgridpool_kernels/_C*.so demo.png

@@ -1,6 +1,7 @@
-"""Fixtures of the suite: every backend on every device, and how many examples hypothesis draws.
+"""Hooks and fixtures of the suite: which tests run here, on which backends, and how many examples hypothesis draws.
 
-`pytest --hypothesis-profile=thorough` draws many fresh examples; the default draws a few, the same ones every time.
+`pytest --slow` runs the slow tests too; `--hypothesis-profile=thorough` draws many fresh examples, where the default
+draws a few, the same ones every time.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import settings
+from support.triples import ABSENT, ALLOWED_REASONS, ARGUMENTS, LEFT_OUT, over_triples
 
 from benchmarks import cuda_emulation
 from benchmarks.interpreter import hasten_interpreter, repair_interpreter, use_interpreter
-from stgridpool_kernels.backends import BACKENDS, Backend
+from stgridpool_kernels.backends import BACKENDS
 
 use_interpreter()
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
@@ -23,16 +24,87 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     hasten_interpreter()
 
 # Without a GPU, the source of the CUDA kernels runs on the CPU.
-if not torch.cuda.is_available() and cuda_emulation.find_compiler() is not None:
-    BACKENDS[[tested.name for tested in BACKENDS].index("cuda")] = cuda_emulation.backend()
+if "gpu" in ABSENT and "compiler" not in ABSENT:
+    BACKENDS[[backend.name for backend in BACKENDS].index("cuda")] = cuda_emulation.backend()
 
 settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile("quick")
 
+left_out = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; `pytest -m gpu` runs only these")
+    config.addinivalue_line("markers", "slow: part of `make test-all` only; `pytest --slow` runs it")
+    config.addinivalue_line("markers", "slow_interpreted: slow where Triton's interpreter runs the kernels")
+    config.addinivalue_line("markers", "needs(what): left out without 'library', 'compiler', 'triton' or 'interpreter'")
+    config.stash[left_out] = list(LEFT_OUT)
+    if "gpu" in ABSENT and "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr:
+        raise pytest.UsageError(f"-m {config.option.markexpr!r}: {ABSENT['gpu']}: torch.cuda.is_available() is False")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that takes some of `ARGUMENTS` on every triple that exists here."""
+    given = {
+        name.strip()
+        for mark in metafunc.definition.iter_markers("parametrize")
+        for name in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+    }
+    names = [name for name in ARGUMENTS if name in metafunc.fixturenames and name not in given]
+    if {"backend", "device"} & {*names}:
+        metafunc.parametrize(names, over_triples(names, metafunc.function))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects what this machine lacks something for, and the slow tests where they are not asked for."""
+    kept, dropped = [], []
+    for item in items:
+        needs = [what for mark in item.iter_markers("needs") for what in mark.args]
+        needs += ["gpu"] * (item.get_closest_marker("gpu") is not None)
+        slow = not config.option.slow and _is_slow(item)
+        (dropped if slow or any(what in ABSENT for what in needs) else kept).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    if item.get_closest_marker("slow_interpreted") is not None:
+        params = item.callspec.params
+        if params["backend"] == "triton" and params["device"].type == "cpu":
+            return True
+    return item.get_closest_marker("slow") is not None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Fails a test that is skipped for a reason that is not one of the allowed ones."""
+    report = yield
+    return _without_excuses(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    """Fails a module that is skipped for a reason that is not one of the allowed ones."""
+    report = yield
+    return _without_excuses(report)
+
+
+def _without_excuses(report: pytest.TestReport | pytest.CollectReport) -> pytest.TestReport | pytest.CollectReport:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(ALLOWED_REASONS):
+            report.outcome, report.longrepr = "failed", f"skipped, which only {ALLOWED_REASONS} allow: {reason}"
+    return report
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "left out: " + ("; ".join(config.stash[left_out]) or "nothing")
 
 
 @pytest.fixture(scope="session")
@@ -41,27 +113,3 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         yield
-
-
-@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the tensors of a test live."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(request.param)
-
-
-@pytest.fixture(scope="session", params=BACKENDS, ids=lambda backend: backend.name)
-def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    """The name of a backend that can run here on `device`; skipped with its own reason where it cannot."""
-    tested: Backend = request.param
-    reason = tested.why_not(None, None) or tested.why_not(torch.empty(1, 1, 1, 8, device=device), None)
-    if reason is not None:
-        pytest.skip(f"{tested.name}: {reason}")
-    return tested.name
-
-
-@pytest.fixture(scope="session")
-def size(backend: str, device: torch.device) -> tuple[int, int, int]:
-    """(T, H, W) of most tests: smaller for kernels in triton's interpreter, which takes milliseconds for a window."""
-    return (10, 3, 4) if backend == "triton" and device.type == "cpu" else (21, 5, 7)

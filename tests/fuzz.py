@@ -39,7 +39,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_backends import LAYOUTS, laid_out, tokens
+from support.cases import LAYOUTS, laid_out, tokens
 from tolerance import assert_gradient_accurate, assert_same_bits, assert_within, oracle, published_error, ulp
 
 import stgridpool_kernels as stgp

@@ -1,24 +1,34 @@
 """What every backend must compute: golden values, random calls against brute force, and properties that hold exactly.
 
-A test takes the names `backend` and `device` from conftest; a call that a backend refuses is skipped with its reason.
+A test that takes `backend`, `device` and `dtype` runs on every triple that exists on this machine (support/triples.py).
 """
 
 from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import eager
-import hypothesis
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import CALLS, GRIDDING_CALLS, LAYOUTS, Arguments, Size, laid_out, run, tokens
+from support.strategies import (
+    gridding_arguments,
+    inputs,
+    norm_arguments,
+    packings,
+    temperatures,
+    window_arguments,
+)
+from support.triples import OPS, each, only, pairs
 from tolerance import (
+    accuracy,
     assert_accurate,
     assert_golden,
     assert_rounded_once,
@@ -31,129 +41,20 @@ from torch import Tensor
 
 import stgridpool_kernels
 from stgridpool_kernels import grid_plan
-from stgridpool_kernels.backends import BACKENDS
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-Arguments = dict[str, Any]
-Size = tuple[int, int, int]
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-HALVES = DTYPES[:2]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
-
-
-def run(backend: str, op: str, x: Tensor, **arguments: Any) -> Tensor:
-    """`op(x, **arguments)` on `backend`; skips a test, or discards an example, that the backend refuses."""
-    try:
-        return getattr(stgridpool_kernels, op)(x, backend=backend, **arguments)
-    except RuntimeError as refusal:
-        if "cannot run this call" not in str(refusal):
-            raise
-        if hypothesis.currently_in_test_context():
-            hypothesis.reject()
-        pytest.skip(str(refusal))
-
-
-def skip_refused(backend: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Skips a test of random calls if the backend takes none of that dtype."""
-    reason = next(known for known in BACKENDS if known.name == backend).why_not(
-        torch.empty(1, 1, 1, 8, dtype=dtype, device=device), None
-    )
-    if reason is None and backend == "triton" and device.type == "cpu" and dtype == torch.float16:
-        reason = "in the interpreter, random calls take minutes, and bfloat16 stands for both 16-bit types"
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
-
-
-def tokens(
-    *shape: int,
-    content: str = "usual",
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-) -> Tensor:
-    """Tokens (…, C) of RMS 2 ± 0.3, one of them 50 times larger and one 0 ("outlier"), all "equal" or all "zero"."""
-    generator = torch.Generator().manual_seed(seed)
-    *positions, C = shape
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-3)
-    x = x * (2 + 0.3 * torch.randn(*positions, 1, generator=generator, dtype=torch.float64))
-    if x.numel():
-        if content == "outlier":
-            large, zero = torch.randint(math.prod(positions), (2,), generator=generator)
-            x.view(-1, C)[zero] = 0
-            x.view(-1, C)[large] *= 50
-        elif content == "equal":
-            x = x.view(-1, C)[0].expand(shape)
-        elif content == "zero":
-            x = torch.zeros_like(x)
-    return x.to(dtype).contiguous().to(device)
-
-
-LAYOUTS = ("contiguous", "sliced", "every second channel", "channels first", "misaligned", "frames inside")
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The values of x in other memory; what surrounds them there is NaN."""
-    if layout == "sliced":
-        base = x.new_full([2 * size + 3 for size in x.shape], math.nan)
-        inner = base[tuple(slice(1, 1 + 2 * size, 2) for size in x.shape[:-1]) + (slice(3, 3 + x.shape[-1]),)]
-        return inner.copy_(x)
-    if layout == "every second channel":
-        return x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)[..., ::2].copy_(x)
-    if layout == "channels first":
-        return x.movedim(-1, -3).contiguous().movedim(-3, -1)
-    if layout == "misaligned":
-        return x.new_full((x.numel() + 1,), math.nan)[1:].view(x.shape).copy_(x)
-    if layout == "frames inside":
-        return x.transpose(-4, -2).contiguous().transpose(-4, -2)
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-# Calls for the properties. Shapes are odd on purpose; videos of 21 (or 10) frames leave incomplete groups.
-CALLS: dict[str, tuple[str, Arguments]] = {
-    "grid_pool-published": ("grid_pool", {}),
-    "grid_pool-ceil": ("grid_pool", {"ceil_mode": True}),
-    "grid_pool-paper": ("grid_pool", {"sampling": "first", "resize": "bilinear", "normalize_norm": False}),
-    "grid_pool-overlapping": (
-        "grid_pool",
-        {"frame_strides": (1, 3), "grid_shape": (1, 2, 3, 1), "kernel_size": 3, "stride": 2, "padding": 1},
-    ),
-    "grid_pool-exclude_pad": (
-        "grid_pool",
-        {
-            "kernel_size": (3, 2),
-            "padding": (1, 1),
-            "count_include_pad": False,
-            "temperature": -1.5,
-            "norm_type": 3.0,
-        },
-    ),
-    "grid_pool-adaptive": ("grid_pool", {"frame_strides": (1, 2), "output_size": (3, 9), "norm_type": math.inf}),
-    "temporal_grid-published": ("temporal_grid", {}),
-    "temporal_grid-mixed": ("temporal_grid", {"frame_strides": (2, 1, 3), "grid_shape": (2, 1, 3, 2, 1, 1)}),
-    "temporal_grid-bilinear": ("temporal_grid", {"resize": "bilinear", "frame_strides": (1, 2)}),
-    "temporal_grid-off": ("temporal_grid", {"frame_strides": ()}),
-    "norm_pool-published": ("norm_pool", {}),
-    "norm_pool-identity": ("norm_pool", {"kernel_size": 1}),
-    "norm_pool-padding": ("norm_pool", {"kernel_size": 2, "padding": 1, "norm_type": 3.0, "temperature": 4.0}),
-    "token_norm-published": ("token_norm", {}),
-    "token_norm-p1": ("token_norm", {"norm_type": 1.0, "normalize_norm": False}),
-}
-calls = pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS.keys())
-GRIDDING = ("frame_strides", "grid_shape", "sampling", "resize")
-gridding_calls = pytest.mark.parametrize(
-    ("op", "arguments"),
-    [call for call in CALLS.values() if call[0] in ("grid_pool", "temporal_grid")],
-    ids=[name for name, call in CALLS.items() if call[0] in ("grid_pool", "temporal_grid")],
-)
+HALVES = (torch.bfloat16, torch.float16)
+EVERY_CALL = {"op, arguments": CALLS}
+EVERY_GRIDDING = {"op, arguments": GRIDDING_CALLS}
 
 
 # ---- golden values ----
 
 GOLDEN = sorted(Path(__file__).with_name("data").glob("*.npz"))
+
+SMALL_GOLDEN = ("few_frames", "kernel3", "no_grid", "odd_frames", "rectangular")
+"""Cases that take Triton's interpreter less than 5 seconds."""
 
 
 def most_square(size: int) -> tuple[int, int]:
@@ -162,7 +63,13 @@ def most_square(size: int) -> tuple[int, int]:
     return rows, size // rows
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow_interpreted] * (path.stem not in SMALL_GOLDEN))
+        for path in GOLDEN
+    ],
+)
 def test_golden_values(path: Path, backend: str, device: torch.device) -> None:
     with np.load(path) as data:
         meta = json.loads(str(data["meta"]))
@@ -189,103 +96,29 @@ def test_golden_values_are_all_there() -> None:
 # ---- random calls against brute force ----
 
 
-@st.composite
-def gridding_arguments(draw: st.DrawFn) -> Arguments:
-    levels = draw(st.sampled_from([2, 1, 3, 2, 0, 3]))
-    frame_strides = draw(st.lists(st.sampled_from([1, 2, 3, 1, 4, 2, 5, 8]), min_size=levels, max_size=levels))
-    entries = 2 * levels if levels > 1 and draw(st.booleans()) else 2
-    return {
-        "frame_strides": frame_strides,
-        "grid_shape": draw(st.lists(st.sampled_from([2, 1, 2, 3]), min_size=entries, max_size=entries)),
-        "sampling": draw(st.sampled_from(["last", "first"])),
-        "resize": draw(st.sampled_from(["area", "bilinear"])),
-    }
-
-
-def one_or_both(draw: st.DrawFn, first: int, second: int) -> int | tuple[int, int]:
-    return first if first == second and draw(st.booleans()) else (first, second)
-
-
-@st.composite
-def window_arguments(draw: st.DrawFn, height: int, width: int) -> Arguments:
-    if draw(st.sampled_from(["kernel", "kernel", "adaptive", "kernel"])) == "adaptive":
-        return {"output_size": one_or_both(draw, draw(st.integers(1, 9)), draw(st.integers(1, 9)))}
-    arguments: Arguments = {"ceil_mode": draw(st.booleans()), "count_include_pad": draw(st.booleans())}
-    kernels, paddings = [], []
-    for size in (height, width):
-        kernel = draw(st.sampled_from([2, 3, 1, 4, 5]))
-        padding = draw(st.integers(0, kernel // 2))
-        kernels.append(min(kernel, size + 2 * padding))
-        paddings.append(padding)
-    arguments["kernel_size"] = one_or_both(draw, *kernels)
-    arguments["padding"] = one_or_both(draw, *paddings)
-    if draw(st.booleans()):
-        arguments["stride"] = one_or_both(draw, draw(st.integers(1, 4)), draw(st.integers(1, 4)))
-    return arguments
-
-
-@st.composite
-def norm_arguments(draw: st.DrawFn) -> Arguments:
-    return {
-        "norm_type": draw(st.sampled_from([2.0, 1.0, 0.5, 3.0, math.inf])),
-        "normalize_norm": draw(st.booleans()),
-    }
-
-
-temperatures = st.sampled_from([1.0, 0.0, -1.5, 1.7, 8.0, 40.0])
-
-
-@st.composite
-def inputs(draw: st.DrawFn, dtype: torch.dtype, device: torch.device, size: Size) -> Tensor:
-    """(T, H, W, C) or (B, T, H, W, C)"""
-    lead = draw(st.sampled_from([(), (), (), (2,), (), (1,), (), (0,), (2,)]))
-    most = (64 if size[0] > 10 else 17) // max(1, *lead, 1)
-    T = draw(st.sampled_from([T for T in (13, 16, 24, 19, 8, 32, 0, 5, 17, 3, 21, 1) if most >= T]))
-    H, W = draw(st.integers(1, size[2])), draw(st.integers(1, size[2]))
-    C = draw(st.sampled_from([3, 8, 1, 5, 16, 19]))
-    content = draw(st.sampled_from(["usual", "outlier", "usual", "equal", "usual"]))
-    x = tokens(*lead, T, H, W, C, content=content, dtype=dtype, device=device, seed=draw(st.integers(0, 9)))
-    return laid_out(x, draw(st.sampled_from(LAYOUTS)))
-
-
-@st.composite
-def packings(draw: st.DrawFn, x: Tensor) -> Arguments:
-    """frame_counts, some of them 0, or none."""
-    if x.dim() == 5 or draw(st.booleans()):
-        return {}
-    cuts = sorted(draw(st.lists(st.integers(0, len(x)), max_size=2)))
-    return {"frame_counts": [stop - start for start, stop in zip([0, *cuts], [*cuts, len(x)], strict=True)]}
-
-
-@dtypes
 @given(data=st.data())
 def test_random_grid_pool(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    skip_refused(backend, dtype, device)
     x = data.draw(inputs(dtype, device, size))
     arguments = data.draw(gridding_arguments()) | data.draw(packings(x)) | data.draw(norm_arguments())
     arguments |= data.draw(window_arguments(*x.shape[-3:-1])) | {"temperature": data.draw(temperatures)}
     assert_accurate(run(backend, "grid_pool", x, **arguments), "grid_pool", x, **arguments)
 
 
-@dtypes
 @given(data=st.data())
 def test_random_temporal_grid(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    skip_refused(backend, dtype, device)
     x = data.draw(inputs(dtype, device, size))
     arguments = data.draw(gridding_arguments()) | data.draw(packings(x))
     assert_accurate(run(backend, "temporal_grid", x, **arguments), "temporal_grid", x, **arguments)
 
 
-@dtypes
 @given(data=st.data())
 def test_random_norm_pool(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    skip_refused(backend, dtype, device)
     x = data.draw(inputs(dtype, device, size))
     arguments = data.draw(window_arguments(*x.shape[-3:-1])) | data.draw(norm_arguments())
     arguments |= {"temperature": data.draw(temperatures)}
@@ -295,12 +128,10 @@ def test_random_norm_pool(
     assert_accurate(result, "norm_pool", x, published_dtype=torch.promote_types(dtype, torch.float32), **arguments)
 
 
-@dtypes
 @given(data=st.data())
 def test_random_token_norm(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    skip_refused(backend, dtype, device)
     x, arguments = data.draw(inputs(dtype, device, size)), data.draw(norm_arguments())
     result = run(backend, "token_norm", x, **arguments)
     assert result.dtype == torch.promote_types(dtype, torch.float32)
@@ -310,9 +141,8 @@ def test_random_token_norm(
 # ---- 16-bit tokens ----
 
 
-@halves
-@pytest.mark.parametrize("content", ["usual", "outlier", "equal", "zero"])
-@pytest.mark.parametrize("shape", [(8, 5, 7, 3584), (16, 9, 9, 100)], ids=str)
+@pairs({"shape": [(8, 5, 7, 3584), (16, 9, 9, 100)], "content": ["usual", "outlier", "equal", "zero"]})
+@only(*HALVES)
 def test_realistic_tokens(
     shape: tuple[int, ...], content: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
@@ -324,7 +154,7 @@ def test_realistic_tokens(
         assert_same_bits(result, x[:, :1, :1].expand(result.shape))
 
 
-@halves
+@only(*HALVES)
 def test_summaries_are_stored_in_the_dtype_of_x(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """Means of four numbers with few digits are exact in float32, so that only the rounding of each summary is left."""
     unit = 8 * torch.finfo(dtype).eps
@@ -352,8 +182,7 @@ AVERAGES: dict[str, Arguments] = {
 }
 
 
-@dtypes
-@pytest.mark.parametrize("windows", AVERAGES.values(), ids=AVERAGES.keys())
+@each({"windows": AVERAGES})
 def test_temperature_0_averages(windows: Arguments, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     x = tokens(3, 7, 8, 13, dtype=dtype, device=device)
     average = F.adaptive_avg_pool2d if "output_size" in windows else F.avg_pool2d
@@ -362,9 +191,7 @@ def test_temperature_0_averages(windows: Arguments, dtype: torch.dtype, backend:
     assert_within(result, exact, 2 * error(eager.norm_pool(x, temperature=0.0, **windows), exact))
 
 
-@dtypes
-@pytest.mark.parametrize("temperature", [1.0, 0.0, -3.0, 50.0])
-@pytest.mark.parametrize("windows", [{}, {"ceil_mode": True}, {"output_size": (9, 2)}], ids=str)
+@pairs({"temperature": [1.0, 0.0, -3.0, 50.0], "windows": [{}, {"ceil_mode": True}, {"output_size": (9, 2)}]})
 def test_constant_tokens_stay(
     windows: Arguments, temperature: float, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
@@ -375,7 +202,6 @@ def test_constant_tokens_stay(
     assert_within(result, exact, 2 * error(eager.grid_pool(x, **arguments), exact))
 
 
-@dtypes
 def test_padding_has_norm_0(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """One token alone in a 2 × 2 window with three zeros: e^‖t‖ / (e^‖t‖ + 3) of it is left."""
     x = torch.ones(1, 1, 1, 8, device=device, dtype=dtype) * 2
@@ -386,8 +212,7 @@ def test_padding_has_norm_0(dtype: torch.dtype, backend: str, device: torch.devi
     assert torch.equal(excluded, torch.full_like(excluded, 2))
 
 
-@dtypes
-@gridding_calls
+@each(EVERY_GRIDDING)
 def test_frames_that_are_not_replaced_stay(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -399,17 +224,19 @@ def test_frames_that_are_not_replaced_stay(
     assert_same_bits(run(backend, "temporal_grid", x, **gridding)[kept], x[kept])
 
 
-@pytest.mark.parametrize("op", ["temporal_grid", "grid_pool"])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"frame_strides": (4, 8)},
-        {"frame_strides": (4, 8), "sampling": "first"},
-        {"frame_strides": (5, 3), "grid_shape": (1, 2, 3, 1), "resize": "bilinear"},
-    ],
-    ids=["last", "first", "mixed"],
-)
-def test_order_of_frames_outside_groups(arguments: Arguments, op: str, backend: str, device: torch.device) -> None:
+OUTSIDE_GROUPS: dict[str, tuple[str, Arguments]] = {
+    f"{op}-{name}": (op, arguments)
+    for op in ("temporal_grid", "grid_pool")
+    for name, arguments in {
+        "last": {"frame_strides": (4, 8)},
+        "first": {"frame_strides": (4, 8), "sampling": "first"},
+        "mixed": {"frame_strides": (5, 3), "grid_shape": (1, 2, 3, 1), "resize": "bilinear"},
+    }.items()
+}
+
+
+@each({"op, arguments": OUTSIDE_GROUPS})
+def test_order_of_frames_outside_groups(op: str, arguments: Arguments, backend: str, device: torch.device) -> None:
     """Frames that no group reads or replaces can change places; their results change places with them."""
     plan = grid_plan([37], 5, 7, **arguments)
     used = {frame for level in plan.levels for group in level.sources for frame in group} | set(plan.overwritten)
@@ -421,16 +248,14 @@ def test_order_of_frames_outside_groups(arguments: Arguments, op: str, backend: 
     assert_same_bits(run(backend, op, x[order], **arguments), run(backend, op, x, **arguments)[order])
 
 
-@pytest.mark.parametrize("T", [0, 1, 3, 7])
-@dtypes
+@each({"T": [0, 1, 3, 7]})
 def test_too_few_frames_for_a_group(T: int, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     x = tokens(T, 5, 7, 11, dtype=dtype, device=device)
     assert_same_bits(run(backend, "temporal_grid", x), x)
     assert_accurate(run(backend, "grid_pool", x), "norm_pool", x)
 
 
-@calls
-@pytest.mark.parametrize("lead", [(0,), (0, 4), (3, 0), (0, 0)], ids=str)
+@each(EVERY_CALL | {"lead": [(0,), (0, 4), (3, 0), (0, 0)]})
 def test_no_frames(lead: tuple[int, ...], op: str, arguments: Arguments, backend: str, device: torch.device) -> None:
     x = tokens(*lead, 5, 7, 11, dtype=torch.bfloat16, device=device)
     result = run(backend, op, x, **arguments)
@@ -438,7 +263,7 @@ def test_no_frames(lead: tuple[int, ...], op: str, arguments: Arguments, backend
     assert result.dtype == (torch.float32 if op == "token_norm" else torch.bfloat16)
 
 
-@gridding_calls
+@each(EVERY_GRIDDING)
 def test_no_videos(op: str, arguments: Arguments, backend: str, device: torch.device) -> None:
     x = tokens(0, 5, 7, 11, device=device)
     for frame_counts in ([], [0], [0, 0, 0]):
@@ -448,8 +273,7 @@ def test_no_videos(op: str, arguments: Arguments, backend: str, device: torch.de
 # ---- bitwise properties ----
 
 
-@dtypes
-@calls
+@each(EVERY_CALL)
 def test_runs_are_repeatable(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -459,8 +283,7 @@ def test_runs_are_repeatable(
         assert_same_bits(run(backend, op, x, **arguments), first)
 
 
-@dtypes
-@gridding_calls
+@each(EVERY_GRIDDING)
 def test_packed_videos_equal_each_alone(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -471,7 +294,6 @@ def test_packed_videos_equal_each_alone(
     assert_same_bits(packed, torch.cat(alone))
 
 
-@dtypes
 def test_packed_with_a_longer_video_that_other_kernels_take(
     dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -483,8 +305,7 @@ def test_packed_with_a_longer_video_that_other_kernels_take(
     assert_same_bits(packed, torch.cat(alone))
 
 
-@dtypes
-@calls
+@each(EVERY_CALL)
 def test_batched_videos_equal_each_alone(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -493,39 +314,52 @@ def test_batched_videos_equal_each_alone(
     assert_same_bits(batched, torch.stack([run(backend, op, video, **arguments) for video in x]))
 
 
-@calls
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_layout_does_not_matter(
-    layout: str, op: str, arguments: Arguments, backend: str, device: torch.device, size: Size
+def memory_of(tensor: Tensor) -> Tensor:
+    """Everything in the storage of a tensor, what is between its elements included."""
+    return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+
+
+OUT_LAYOUTS = ("fresh", "contiguous", "sliced", "channels first", "misaligned")
+
+
+@cache
+def call_and_accuracy(name: str, dtype: torch.dtype, size: Size) -> tuple[Tensor, Tensor, float]:
+    """Tokens for the call of that name, its exact result and the error allowed."""
+    op, arguments = CALLS[name]
+    x = tokens(*size, 11, dtype=dtype)
+    return x, *accuracy(op, x, **arguments)
+
+
+@pairs({"op": OPS, "layout": LAYOUTS, "out_layout": OUT_LAYOUTS})
+def test_layouts_of_x_and_out(
+    op: str, layout: str, out_layout: str, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    x = tokens(2, *size, 11, dtype=torch.bfloat16, device=device)
-    other = laid_out(x, layout)
-    assert torch.equal(other, x)
-    assert_accurate(run(backend, op, other, **arguments), op, x, **arguments)
+    """Any two of op, layout, dtype and out= meet: results are right, x is only read, out alone is written."""
+    for call in (call for call in CALLS if CALLS[call][0] == op):
+        arguments = CALLS[call][1]
+        values, exact, allowed = call_and_accuracy(call, dtype, size)
+        x = laid_out(values.to(device), layout)
+        before, version = memory_of(x).clone(), x._version
+        fresh = run(backend, op, x, **arguments)
+        assert_within(fresh, exact.to(device), allowed)
+        if out_layout != "fresh":
+            out = laid_out(torch.full_like(fresh, math.nan), out_layout)
+            assert memory_of(out).isnan().all()
+            assert run(backend, op, x, out=out, **arguments) is out
+            assert_same_bits(out, fresh)
+            assert memory_of(out).isnan().sum() == memory_of(out).numel() - out.numel()
+        assert_same_bits(memory_of(x), before)
+        assert x._version == version
 
 
-@calls
+@each(EVERY_CALL)
 def test_expanded_input(op: str, arguments: Arguments, backend: str, device: torch.device) -> None:
     """Strides of 0 in every dimension but the channels."""
     x = tokens(11, device=device).expand(16, 5, 7, 11)
     assert_accurate(run(backend, op, x, **arguments), op, x, **arguments)
 
 
-@calls
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_input_is_not_modified(
-    layout: str, op: str, arguments: Arguments, backend: str, device: torch.device, size: Size
-) -> None:
-    x = laid_out(tokens(*size, 11, dtype=torch.float16, device=device), layout)
-    memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
-    before, version = memory.clone(), x._version
-    run(backend, op, x, **arguments)
-    assert_same_bits(memory, before)
-    assert x._version == version
-
-
-@calls
-@pytest.mark.parametrize("layout", ["contiguous", "channels first"])
+@each(EVERY_CALL | {"layout": ["contiguous", "channels first"]})
 def test_result_is_new_and_contiguous(
     layout: str, op: str, arguments: Arguments, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -538,23 +372,7 @@ def test_result_is_new_and_contiguous(
     assert first.device == x.device
 
 
-@dtypes
-@calls
-@pytest.mark.parametrize("layout", ["contiguous", "sliced", "channels first", "misaligned"])
-def test_out_equals_a_fresh_result(
-    layout: str, op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
-) -> None:
-    x = tokens(*size, 11, dtype=dtype, device=device)
-    fresh = run(backend, op, x, **arguments)
-    out = laid_out(torch.full_like(fresh, math.nan), layout)
-    memory = out.as_strided((out.untyped_storage().nbytes() // out.element_size(),), (1,), 0)
-    assert memory.isnan().all()
-    assert run(backend, op, x, out=out, **arguments) is out
-    assert_same_bits(out, fresh)
-    assert memory.isnan().sum() == memory.numel() - out.numel()
-
-
-@calls
+@each(EVERY_CALL)
 def test_autocast_changes_nothing(
     op: str, arguments: Arguments, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -570,12 +388,9 @@ SPOILED: dict[str, tuple[str, Arguments]] = {
     name: CALLS[name]
     for name in ("grid_pool-published", "grid_pool-paper", "grid_pool-overlapping", "grid_pool-exclude_pad")
 } | {"grid_pool-adaptive": CALLS["grid_pool-adaptive"], "norm_pool-padding": CALLS["norm_pool-padding"]}
-spoiled = pytest.mark.parametrize(("op", "arguments"), SPOILED.values(), ids=SPOILED.keys())
 
 
-@dtypes
-@spoiled
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pairs({"op, arguments": SPOILED, "value": [math.nan, math.inf, -math.inf]})
 def test_spoiled_token_touches_its_own_windows(
     value: float, op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -592,10 +407,14 @@ def test_spoiled_token_touches_its_own_windows(
     assert_same_bits(result[untouched], clean[untouched])
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.5, math.inf])
-@pytest.mark.parametrize("temperature", [1.0, 0.0, -1.0])
-@pytest.mark.parametrize("whole_window", [False, True], ids=["one token", "whole window"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pairs(
+    {
+        "norm_type": [2.0, 3.0, 0.5, math.inf],
+        "temperature": [1.0, 0.0, -1.0],
+        "whole_window": {"one token": False, "whole window": True},
+    }
+)
+@only(torch.bfloat16, torch.float32, torch.float64)
 def test_overflowing_norms(
     dtype: torch.dtype, whole_window: bool, temperature: float, norm_type: float, backend: str, device: torch.device
 ) -> None:
@@ -628,8 +447,7 @@ def test_overflowing_logits(temperature: float, backend: str, device: torch.devi
     assert_accurate(result[1:], "norm_pool", x[1:], temperature=temperature)
 
 
-@dtypes
-@calls
+@each(EVERY_CALL)
 def test_arguments_reach_every_backend_through_torch_ops(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:

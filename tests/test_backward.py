@@ -13,30 +13,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_backends import (
-    LAYOUTS,
-    Arguments,
-    Size,
-    gridding_arguments,
-    inputs,
-    laid_out,
-    norm_arguments,
-    packings,
-    run,
-    skip_refused,
-    temperatures,
-    tokens,
-    window_arguments,
-)
+from support.cases import LAYOUTS, Arguments, Size, laid_out, run, tokens
+from support.strategies import gridding_arguments, inputs, norm_arguments, packings, temperatures, window_arguments
+from support.triples import KERNEL_DTYPES, KERNELS, each, only, pairs
 from tolerance import assert_gradient_accurate, assert_same_bits
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import stgridpool_kernels
 from stgridpool_kernels import reference
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 CALLS: dict[str, tuple[str, Arguments]] = {
     "grid_pool-published": ("grid_pool", {}),
@@ -61,7 +46,7 @@ CALLS: dict[str, tuple[str, Arguments]] = {
     ),
     "token_norm-published": ("token_norm", {}),
 }
-calls = pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS.keys())
+EVERY_CALL = {"op, arguments": CALLS}
 
 
 def gradient(backend: str, op: str, x: Tensor, grad: Tensor, **arguments: Any) -> Tensor:
@@ -84,8 +69,8 @@ def like_result(op: str, x: Tensor, seed: int = 1, **arguments: Any) -> Tensor:
 # ---- accuracy ----
 
 
-@dtypes
-@calls
+@each(EVERY_CALL)
+@only(*KERNEL_DTYPES)
 def test_gradient(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -95,12 +80,11 @@ def test_gradient(
         assert_gradient_accurate(gradient(backend, op, x, grad, **arguments), op, x, grad, **arguments)
 
 
-@dtypes
+@only(*KERNEL_DTYPES)
 @given(data=st.data())
 def test_random_gradient_of_grid_pool(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    skip_refused(backend, dtype, device)
     x = data.draw(inputs(dtype, device, size))
     arguments = data.draw(gridding_arguments()) | data.draw(packings(x)) | data.draw(norm_arguments())
     arguments |= data.draw(window_arguments(*x.shape[-3:-1])) | {"temperature": data.draw(temperatures)}
@@ -108,13 +92,12 @@ def test_random_gradient_of_grid_pool(
     assert_gradient_accurate(gradient(backend, "grid_pool", x, grad, **arguments), "grid_pool", x, grad, **arguments)
 
 
-@dtypes
+@only(*KERNEL_DTYPES)
 @given(data=st.data())
 def test_random_gradient_at_the_published_windows(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
     """What the fused kernels take: 2 × 2 windows and grids, any strides, any norm."""
-    skip_refused(backend, dtype, device)
     x = data.draw(inputs(dtype, device, size))
     H, W = x.shape[-3:-1]
     arguments = data.draw(packings(x)) | data.draw(norm_arguments()) | {"temperature": data.draw(temperatures)}
@@ -128,12 +111,11 @@ def test_random_gradient_at_the_published_windows(
     assert_gradient_accurate(gradient(backend, "grid_pool", x, grad, **arguments), "grid_pool", x, grad, **arguments)
 
 
-@dtypes
+@only(*KERNEL_DTYPES)
 @given(data=st.data())
 def test_random_gradient_of_temporal_grid(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    skip_refused(backend, dtype, device)
     x = data.draw(inputs(dtype, device, size))
     arguments = data.draw(gridding_arguments()) | data.draw(packings(x))
     grad = laid_out(like_result("temporal_grid", x, **arguments), data.draw(st.sampled_from(LAYOUTS)))
@@ -142,8 +124,8 @@ def test_random_gradient_of_temporal_grid(
     )
 
 
-@pytest.mark.parametrize("shape", [(8, 5, 7, 3584), (16, 9, 9, 100)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pairs({"shape": [(8, 5, 7, 3584), (16, 9, 9, 100)]})
+@only(torch.bfloat16, torch.float16)
 def test_realistic_tokens(shape: tuple[int, ...], dtype: torch.dtype, backend: str, device: torch.device) -> None:
     x = tokens(*shape, dtype=dtype, device=device)
     arguments = {"frame_strides": (1, 2), "ceil_mode": True}
@@ -153,10 +135,11 @@ def test_realistic_tokens(shape: tuple[int, ...], dtype: torch.dtype, backend: s
 
 # ---- where norms have no derivative ----
 
+WINDOWS: dict[str, Arguments] = {"fused": {}, "general": {"kernel_size": 3, "stride": 1}}
 
-@dtypes
-@pytest.mark.parametrize("norm_type", [0.5, 1.0, 1.5, 2.0, 3.0, math.inf])
-@pytest.mark.parametrize("windows", [{}, {"kernel_size": 3, "stride": 1}], ids=["fused", "general"])
+
+@pairs({"norm_type": [0.5, 1.0, 1.5, 2.0, 3.0, math.inf], "windows": WINDOWS})
+@only(*KERNEL_DTYPES)
 def test_subgradients(
     windows: Arguments, norm_type: float, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
@@ -178,10 +161,8 @@ def test_subgradients(
 # ---- what holds exactly ----
 
 
-@dtypes
-@pytest.mark.parametrize("norm_type", [1.0, 1.5, 2.0, math.inf])
-@pytest.mark.parametrize("C", [24, 3600])
-@pytest.mark.parametrize("size", [2, 4], ids=["fused", "general"])
+@pairs({"size": {"fused": 2, "general": 4}, "C": [24, 3600], "norm_type": [1.0, 1.5, 2.0, math.inf]})
+@only(*KERNEL_DTYPES)
 def test_a_token_with_all_the_weight(
     size: int, C: int, norm_type: float, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
@@ -195,11 +176,13 @@ def test_a_token_with_all_the_weight(
     torch.testing.assert_close(gradient(backend, "norm_pool", x, grad, **arguments), expected, rtol=0, atol=0)
 
 
+@only(backends=KERNELS)
 @pytest.mark.parametrize("windows", [{"kernel_size": 3, "stride": 2}, {"kernel_size": (5, 4), "stride": 1}], ids=str)
 def test_equal_tokens(windows: Arguments, backend: str, device: torch.device) -> None:
-    """Their g·t are equal: what is left of g·t − Σ α g·t by rounding is not there for τ to magnify."""
-    if backend == "reference":
-        pytest.skip("PyTorch's softmax leaves something")
+    """Their g·t are equal: what is left of g·t − Σ α g·t by rounding is not there for τ to magnify.
+
+    PyTorch's softmax, which the reference takes, leaves something.
+    """
     token = tokens(1, 1, 1, 11, device=device)
     x = token.expand(3, 6, 7, -1).contiguous()
     grad = like_result("norm_pool", x, **windows)
@@ -209,8 +192,8 @@ def test_equal_tokens(windows: Arguments, backend: str, device: torch.device) ->
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@dtypes
-@calls
+@each(EVERY_CALL)
+@only(*KERNEL_DTYPES)
 def test_repeatable(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -224,8 +207,8 @@ def test_repeatable(
     assert_same_bits(grad, grad_before)
 
 
-@dtypes
-@calls
+@each(EVERY_CALL)
+@only(*KERNEL_DTYPES)
 def test_packed_and_batched_videos_are_alone(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -243,8 +226,7 @@ def test_packed_and_batched_videos_are_alone(
     assert_same_bits(gradient(backend, op, batch, of_batch, **arguments), torch.stack((alone[0], alone[2])))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@calls
+@each(EVERY_CALL | {"layout": LAYOUTS})
 def test_layouts(op: str, arguments: Arguments, layout: str, backend: str, device: torch.device, size: Size) -> None:
     """The gradient of a contiguous x, up to the order of sums over channels, whatever the layout of x and of grad."""
     x = tokens(*size, 24, dtype=torch.float32, device=device)
@@ -264,7 +246,7 @@ def test_expanded_gradient(backend: str, device: torch.device, size: Size) -> No
     assert_same_bits(gradient(backend, "grid_pool", x, grad), gradient(backend, "grid_pool", x, grad.contiguous()))
 
 
-@calls
+@each(EVERY_CALL)
 def test_frames_without_influence_get_zero(
     op: str, arguments: Arguments, backend: str, device: torch.device, size: Size
 ) -> None:
@@ -282,11 +264,10 @@ def test_frames_without_influence_get_zero(
 # ---- who computes it ----
 
 
+@only(backends=KERNELS)
 def test_kernels_have_a_backward_of_their_own(
     backend: str, device: torch.device, size: Size, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend == "reference":
-        pytest.skip("it is what the others are held against")
     x = tokens(*size, 16, device=device)
     ops = ("grid_pool", "norm_pool", "temporal_grid")
     expected = [gradient(backend, op, x, like_result(op, x)) for op in ops]

@@ -8,12 +8,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import setuptools
 import torch
 
 import stgridpool_kernels
 from stgridpool_kernels import compiled
-
-setuptools = pytest.importorskip("setuptools")
 
 ROOT = Path(__file__).parents[1]
 
@@ -201,7 +200,7 @@ def test_a_build_that_fails_stops_and_says_how_to_do_without(build: setuptools.C
 # ---- what was built ----
 
 
-@pytest.mark.skipif(compiled.LIBRARY is None, reason="the compiled library was not built")
+@pytest.mark.needs("library")
 def test_build_info() -> None:
     info = compiled.LIBRARY.build_info()
     assert info["version"] == stgridpool_kernels.__version__

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="no Triton")
 from benchmarks.compile_report import (
     ARCHITECTURES,
     GENERAL,

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +44,7 @@ CALLS: dict[str, tuple[list[int], int, int, int, torch.dtype, dict[str, Any]]] =
     "bilinear": ([64], 6, 5, 24, torch.float32, {"resize": "bilinear", "sampling": "first", "temperature": 0.5}),
     "one token": ([8], 1, 1, 1, torch.float32, {"ceil_mode": True, "norm_type": 1.0}),
 }
+pytestmark = pytest.mark.needs("compiler")
 WEIGHTS = ("temperature", "norm_type", "normalize_norm")
 
 
@@ -57,12 +57,6 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def program() -> Path:
     """The test program, built if something has changed."""
-    path = environment()["PATH"]
-    for name in ("cmake", "ninja"):
-        if shutil.which(name, path=path) is None:
-            pytest.skip(f"no {name}")
-    if not os.environ.get("CXX") and not any(shutil.which(name, path=path) for name in ("c++", "g++", "clang++")):
-        pytest.skip("no C++ compiler")
     definitions = [*shlex.split(os.environ.get("CMAKE_ARGS", "")), "-DSTGP_TESTS=ON", "-DSTGP_CUDA=OFF"]
     build = ROOT / "build" / f"cpp-test-{hashlib.sha256(repr(definitions).encode()).hexdigest()[:8]}"
     build.mkdir(parents=True, exist_ok=True)
@@ -120,8 +114,6 @@ def test_saved_plan(
 
     So do gradients, if they were saved with the plan.
     """
-    if compiled.LIBRARY is None:
-        pytest.skip(f"cpu: {compiled.why_not_on_cpu(None, None)}")
     geometry = {name: value for name, value in arguments.items() if name not in WEIGHTS}
     grid_plan(counts, H, W, **geometry).save(tmp_path / "tables", **saved)
     x = tokens(sum(counts), H, W, C, dtype=dtype)
@@ -173,8 +165,6 @@ def test_saved_plan(
 
 def test_batch(program: Path, tmp_path: Path) -> None:
     """Videos of a batch are the frames of the tables, one video after the other."""
-    if compiled.LIBRARY is None:
-        pytest.skip(f"cpu: {compiled.why_not_on_cpu(None, None)}")
     x = tokens(3, 16, 5, 7, 24, dtype=torch.bfloat16)
     grid_plan([16] * 3, 5, 7).save(tmp_path / "tables", gradient=True)
     (tmp_path / "x").write_bytes(bits_of(x))

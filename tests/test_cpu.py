@@ -15,25 +15,17 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import fuzz
 import numpy as np
 import pytest
+import test_backends
 import torch
-from test_backends import (  # noqa: F401  # collected here as well
-    CALLS,
-    LAYOUTS,
-    laid_out,
-    test_golden_values,
-    test_overflowing_logits,
-    test_overflowing_norms,
-    test_spoiled_token_touches_its_own_windows,
-    test_temperature_0_averages,
-    tokens,
-)
+from support.cases import CALLS, LAYOUTS, laid_out, tokens
 from tolerance import assert_same_bits, assert_within, ulp
 from torch import Tensor
 
@@ -46,9 +38,7 @@ PACKAGE = Path(stgp.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
-pytestmark = pytest.mark.skipif(
-    compiled.LIBRARY is None, reason=f"cpu: {compiled.why_not_on_cpu(None, None)}" if compiled.LIBRARY is None else ""
-)
+pytestmark = pytest.mark.needs("library")
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", compiled.DTYPES, ids=str)
@@ -74,31 +64,22 @@ def restored() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=known() or ["none"])
+def usable() -> list[str]:
+    """The sets of instructions that the library holds and this CPU runs."""
+    found = []
+    for name in known():
+        with restored(), suppress(ValueError):
+            compiled.LIBRARY.use_cpu_capability(name)
+            found.append(name)
+    return found
+
+
+@pytest.fixture(scope="module", params=usable() or ["none"])
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every set of instructions that the library holds and this CPU runs, in use."""
+    """Every usable set of instructions, in use."""
     with restored():
-        try:
-            compiled.LIBRARY.use_cpu_capability(request.param)
-        except ValueError as refusal:
-            pytest.skip(str(refusal))
+        compiled.LIBRARY.use_cpu_capability(request.param)
         yield request.param
-
-
-@pytest.fixture(scope="module")
-def device() -> torch.device:
-    return torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def backend(capability: str) -> str:
-    assert compiled.LIBRARY.cpu_capability() == capability
-    return "cpu"
-
-
-@pytest.fixture(scope="module")
-def size() -> tuple[int, int, int]:
-    return 21, 5, 7
 
 
 @pytest.fixture
@@ -108,6 +89,36 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 # ---- instructions ----
+
+SIZE = (21, 5, 7)
+"""(T, H, W) of the tests of test_backends.py that are asked again here."""
+
+
+@pytest.mark.parametrize("path", test_backends.GOLDEN, ids=lambda path: path.stem)
+def test_golden_values(path: Path, capability: str) -> None:
+    test_backends.test_golden_values(path, "cpu", torch.device("cpu"))
+
+
+@DTYPES
+def test_meaning(dtype: torch.dtype, capability: str) -> None:
+    for windows in test_backends.AVERAGES.values():
+        test_backends.test_temperature_0_averages(windows, dtype, "cpu", torch.device("cpu"))
+    for temperature in (1e38, -1e38):
+        test_backends.test_overflowing_logits(temperature, "cpu", torch.device("cpu"))
+
+
+@DTYPES
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_spoiled_tokens(value: float, dtype: torch.dtype, capability: str) -> None:
+    for call in test_backends.SPOILED.values():
+        test_backends.test_spoiled_token_touches_its_own_windows(value, *call, dtype, "cpu", torch.device("cpu"), SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.5, math.inf])
+def test_overflowing_norms(norm_type: float, dtype: torch.dtype, capability: str) -> None:
+    for whole_window, temperature in product([False, True], [1.0, 0.0, -1.0]):
+        test_backends.test_overflowing_norms(dtype, whole_window, temperature, norm_type, "cpu", torch.device("cpu"))
 
 
 def test_unknown_instructions_are_refused() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="no Triton")
 from benchmarks.compile_report import ARCHITECTURES, Code
 from benchmarks.cuda_check import CHANNELS, Row, block_threads, check, find_nvcc, limits_missed, main
 from benchmarks.cuda_emulation import KERNELS
 
-needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc in PATH or CUDA_HOME")
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no compiler: nvcc is neither in PATH nor in CUDA_HOME")
 
 
 @needs_nvcc

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_bench_report import make_row
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="no Triton")
 from benchmarks import gpu_bench
 from benchmarks.gpu_bench import COUNTERS, TUNED
 from benchmarks.gpu_check import Lines

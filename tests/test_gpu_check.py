@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_bench_report import make_row
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="no Triton")
 from benchmarks import gpu_check
 from benchmarks.goals import GOALS, RESULTS
 from benchmarks.gpu_check import ROOT, Check, Lines, Stage

@@ -28,7 +28,6 @@ from stgridpool_kernels.integrations import transformers as integration
 from stgridpool_kernels.integrations.base import PoolOptions, pool_flat, video_token_count
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import kernel_picture
 from benchmarks.kernel_picture import PLAN, STEP, Work
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="no Triton")
 
 
 def test_picture_is_a_small_png(tmp_path: Path) -> None:

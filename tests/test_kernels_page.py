@@ -11,7 +11,7 @@ import torch
 from stgridpool_kernels import grid_plan
 from stgridpool_kernels.bench.workloads import WORKLOADS
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="no Triton")
 from stgridpool_kernels import triton_kernels
 from stgridpool_kernels.triton_kernels import config, launch
 

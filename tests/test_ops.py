@@ -14,7 +14,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import stgridpool_kernels as stgp
-from benchmarks import cuda_emulation
 from stgridpool_kernels import backends
 from stgridpool_kernels.ops import ARGUMENTS
 
@@ -191,8 +190,9 @@ def test_compiled_gradient_equals_eager():
     assert torch.equal(*gradients)
 
 
-@pytest.mark.skipif(cuda_emulation.find_compiler() is None, reason="no C++ compiler, which inductor takes on a CPU")
+@pytest.mark.needs("compiler")
 def test_inductor():
+    """Inductor compiles C++ on a CPU."""
     x = tokens(16, 6, 7, 5)
     compiled = torch.compile(lambda x: torch.ops.stgp.grid_pool(x.relu()) * 2, fullgraph=True)
     torch.testing.assert_close(compiled(x), torch.ops.stgp.grid_pool(x.relu()) * 2)

@@ -18,7 +18,8 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_backends import gridding_arguments, norm_arguments, run, skip_refused, temperatures, tokens, window_arguments
+from support.cases import run, tokens
+from support.strategies import gridding_arguments, norm_arguments, temperatures, window_arguments
 from tolerance import assert_same_bits
 from torch import Tensor
 
@@ -81,7 +82,6 @@ def test_chunks_give_the_bits_of_the_whole_video(
 @given(data=st.data())
 def test_any_chunking_of_any_call(data: st.DataObject, backend: str, device: torch.device) -> None:
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float16]))
-    skip_refused(backend, dtype, device)
     most = 4 if backend == "triton" and device.type == "cpu" else 9
     H, W = data.draw(st.integers(1, most)), data.draw(st.integers(1, most))
     arguments = data.draw(st.sampled_from([{}, None, {"sampling": "first"}]))
@@ -390,14 +390,13 @@ def damaged(state: dict[str, Any], change: str) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.needs("library")
 @pytest.mark.parametrize(
     "change",
     ["version", "arguments", "argument list", "no streams", "stream", "tiles", "frames", "miniatures"]
     + ["mosaic", "backend", "device", "nothing at all"],
 )
 def test_damaged_state_is_refused(change: str) -> None:
-    if next(known for known in BACKENDS if known.name == "cpu").why_not(None, None) is not None:
-        pytest.skip("the compiled library was not built")
     x = tokens(16, 5, 7, 8)
     stream = GridPoolStream(backend="cpu")
     stream.push(x[:5])
@@ -585,9 +584,9 @@ def test_failed_push_leaves_the_state(
     assert_same_bits(stream.push(x[5:]), whole[5:])
 
 
+@pytest.mark.needs("library")
 def test_a_push_that_cannot_give_memory_back_leaves_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a long chunk took is given back last: where that fails, the push has not happened."""
-    skip_refused("cpu", torch.float32, torch.device("cpu"))
     x = tokens(128, 5, 7, 8)
     stream = GridPoolStream(backend="cpu")
     stream.push(x[:5])
@@ -698,9 +697,8 @@ def test_a_copy_goes_its_own_way(name: str, copied: str, backend: str, device: t
     assert_same_bits(other.push(x[5:]), run(backend, "grid_pool", x, **CALLS[name])[5:])
 
 
+@pytest.mark.needs("library")
 def test_tables_of_a_chunk_are_checked() -> None:
-    if compiled.LIBRARY is None:
-        pytest.skip("the compiled library was not built")
     plan = grid_plan((), 4, 4)
     chunk = chunk_tables(plan, 2, [[stream.ChunkEntry(0, 0, 3, (2, 2)), stream.ChunkEntry(1, 1, -1, ())]], 4)
     x, out = torch.ones(2, 4, 4, 3), torch.empty(2, 2, 2, 3)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_backends import gridding_arguments, window_arguments
+from support.strategies import gridding_arguments, window_arguments
 
 from stgridpool_kernels import grid_plan, plan, tables
 from stgridpool_kernels.plan import GridPlan, Runs

@@ -16,13 +16,10 @@ from stgridpool_kernels.bench.lower_bound import tokens_read
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.schedule import Schedule
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="no Triton")
 from benchmarks.traffic import Counts, count_launches, loads_without_carrying
-from stgridpool_kernels import triton_kernels
 
-pytestmark = pytest.mark.skipif(
-    not triton_kernels.INTERPRETED, reason="the kernels run on a GPU, not in the interpreter"
-)
+pytestmark = pytest.mark.needs("interpreter")
 
 
 def test_even_frames() -> None:
@@ -141,7 +138,10 @@ def test_gradient_without_summaries() -> None:
     assert replace(counts, table_loads=0) == Counts(programs=3 * 6, x_loads=48, grad_loads=12, out_stores=60)
 
 
-@pytest.mark.parametrize(("H", "W", "ceil_mode"), [(8, 8, False), (9, 9, False), (9, 9, True)], ids=str)
+@pytest.mark.parametrize(
+    ("H", "W", "ceil_mode"),
+    [(8, 8, False), *(pytest.param(9, 9, ceil_mode, marks=pytest.mark.slow) for ceil_mode in (False, True))],
+)
 def test_bytes_of_a_gradient(H: int, W: int, ceil_mode: bool) -> None:
     """At most three times those of its call, whether or not a cache serves what a launch loads again."""
     plan = grid_plan([16], H, W, ceil_mode=ceil_mode)

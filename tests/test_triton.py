@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_backends import CALLS, Arguments, calls, tokens
+from support.cases import CALLS, Arguments, tokens
 from test_backward import CALLS as GRADIENT_CALLS
 from test_backward import gradient, like_result
 from tolerance import assert_accurate, assert_gradient_accurate, assert_same_bits
@@ -23,14 +23,11 @@ import stgridpool_kernels
 from benchmarks.interpreter import check_integers, counted_traffic
 from stgridpool_kernels import backends, device_tables, grid_plan, triton_backend
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="no Triton")
 from stgridpool_kernels import triton_kernels
 from stgridpool_kernels.triton_kernels import backward, config, fused, launch
 
-pytestmark = [
-    pytest.mark.filterwarnings("error"),
-    pytest.mark.skipif(not triton_kernels.INTERPRETED, reason="the kernels run on a GPU, not in the interpreter"),
-]
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.needs("interpreter")]
 
 
 def run(op: str, x: Tensor, **arguments: Any) -> Tensor:
@@ -57,6 +54,26 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: fill(new_empty(*args, **kwargs)))
 
 
+def calls(given: dict[str, tuple[str, Arguments]]) -> pytest.MarkDecorator:
+    """Runs a test on every call; outside the slow tests, on the first of each op."""
+    first = {op: name for name, (op, _) in reversed(given.items())}
+    return pytest.mark.parametrize(
+        ("op", "arguments"),
+        [pytest.param(*call, id=name, marks=slow_unless(first[call[0]] == name)) for name, call in given.items()],
+    )
+
+
+def slow_unless(fast: bool) -> list[pytest.MarkDecorator]:
+    return [] if fast else [pytest.mark.slow]
+
+
+PARITIES = [(H, W) for H in range(1, 6) for W in range(1, 6)]
+parities = pytest.mark.parametrize(
+    ("H", "W"),
+    [pytest.param(*size, marks=slow_unless(size in [(1, 2), (3, 3), (2, 3), (3, 2), (2, 2)])) for size in PARITIES],
+)
+
+
 def prepared(
     op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, gradient: bool = False, **arguments: Any
 ) -> launch.Call:
@@ -72,14 +89,13 @@ def prepared(
 # ---- results where the common suite does not look ----
 
 
-@calls
+@calls(CALLS)
 def test_scratch_is_written_before_it_is_read(op: str, arguments: Arguments, poisoned_memory: None) -> None:
     x = tokens(33, 3, 5, 11)
     assert_accurate(run(op, x, **arguments), op, x, **arguments)
 
 
-@pytest.mark.parametrize("H", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("W", [1, 2, 3, 4, 5])
+@parities
 def test_every_parity_of_height_and_width(H: int, W: int, poisoned_memory: None) -> None:
     x = tokens(16, H, W, 3)
     for ceil_mode in (False, True):
@@ -87,7 +103,7 @@ def test_every_parity_of_height_and_width(H: int, W: int, poisoned_memory: None)
             assert_accurate(run("grid_pool", x, ceil_mode=ceil_mode), "grid_pool", x, ceil_mode=ceil_mode)
 
 
-@calls
+@calls(CALLS)
 def test_no_integer_overflows(op: str, arguments: Arguments) -> None:
     """The interpreter compares every int32 result with the int64 one."""
     check_integers(True)
@@ -97,15 +113,14 @@ def test_no_integer_overflows(op: str, arguments: Arguments) -> None:
         check_integers(False)
 
 
-@calls
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@calls(CALLS)
 def test_tokens_longer_than_a_tile(
-    op: str, arguments: Arguments, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+    op: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
     """Channels in chunks and windows in steps, as for more than 8192 channels."""
     monkeypatch.setattr(config, "MAX_BLOCK", 16)
     monkeypatch.setattr(config, "TILE", 64)
-    x = tokens(17, 3, 5, 37, dtype=dtype)
+    x = tokens(17, 3, 5, 37, dtype=torch.bfloat16)
     assert_accurate(run(op, x, **arguments), op, x, **arguments)
 
 
@@ -117,7 +132,10 @@ CUTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("size", [(5, 11), (2, 11), (3, 10)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(size, id=str(size), marks=slow_unless(size == (2, 11))) for size in [(5, 11), (2, 11), (3, 10)]],
+)
 def test_cuts_change_no_bit(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """A row may be cut into walks anywhere, and windows may go with any launch."""
     arguments = {"frame_strides": (1, 2), "frame_counts": [8, 1], "temperature": 0.7}
@@ -176,8 +194,11 @@ def test_channels_beyond_a_tile() -> None:
     assert prepared("grid_pool", (8, 4, 4, 8193)).launches[-1].kernel is not fused.grid_pool_kernel
 
 
+axes = pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
+
+
 @pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed", "token_norm-p1"])
-@pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
+@axes
 def test_offsets_beyond_32_bits(axis: int, op: str) -> None:
     """One stride alone leads past 2³¹ elements; of the memory between, nothing is touched."""
     shape = (4, 3, 3, 3)
@@ -191,7 +212,7 @@ def test_offsets_beyond_32_bits(axis: int, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed"])
-@pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
+@axes
 def test_results_beyond_32_bits(axis: int, op: str) -> None:
     name, arguments = CALLS[op]
     x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
@@ -229,11 +250,7 @@ def test_scratch_beyond_32_bits(kernel_size: int) -> None:
 
 # ---- gradients where the common suite does not look ----
 
-gradients = pytest.mark.parametrize(
-    ("op", "arguments"),
-    [call for call in GRADIENT_CALLS.values() if call[0] != "token_norm"],
-    ids=[name for name, call in GRADIENT_CALLS.items() if call[0] != "token_norm"],
-)
+GRADIENTS = {name: call for name, call in GRADIENT_CALLS.items() if call[0] != "token_norm"}
 
 
 def assert_gradient(op: str, x: Tensor, **arguments: Any) -> None:
@@ -241,13 +258,12 @@ def assert_gradient(op: str, x: Tensor, **arguments: Any) -> None:
     assert_gradient_accurate(gradient("triton", op, x, grad, **arguments), op, x, grad, **arguments)
 
 
-@gradients
+@calls(GRADIENTS)
 def test_gradients_are_written_before_they_are_read(op: str, arguments: Arguments, poisoned_memory: None) -> None:
     assert_gradient(op, tokens(19, 3, 5, 11), **arguments)
 
 
-@pytest.mark.parametrize("H", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("W", [1, 2, 3, 4, 5])
+@parities
 def test_gradients_of_every_parity_of_height_and_width(H: int, W: int, poisoned_memory: None) -> None:
     x = tokens(16, H, W, 3)
     for ceil_mode in (False, True):
@@ -255,7 +271,7 @@ def test_gradients_of_every_parity_of_height_and_width(H: int, W: int, poisoned_
             assert_gradient("grid_pool", x, ceil_mode=ceil_mode)
 
 
-@gradients
+@calls(GRADIENTS)
 def test_no_integer_of_a_gradient_overflows(op: str, arguments: Arguments) -> None:
     x = tokens(12, 3, 4, 5)
     grad = like_result(op, x, **arguments)
@@ -266,7 +282,7 @@ def test_no_integer_of_a_gradient_overflows(op: str, arguments: Arguments) -> No
         check_integers(False)
 
 
-@gradients
+@calls(GRADIENTS)
 def test_gradients_of_tokens_longer_than_a_tile(
     op: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
@@ -282,13 +298,18 @@ def far_apart(like: Tensor, axis: int) -> Tensor:
     return torch.empty((1 << 31) + 4000, dtype=like.dtype).as_strided(like.shape, strides)
 
 
-@pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed"])
-@pytest.mark.parametrize("which", ["x", "grad", "grad_x"])
-@pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
+@pytest.mark.parametrize(
+    ("op", "which", "axis"),
+    [
+        pytest.param(op, which, axis, marks=slow_unless(op != "grid_pool-overlapping" or axis % 3 == number))
+        for op in ("grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed")
+        for number, which in enumerate(["x", "grad", "grad_x"])
+        for axis in range(4)
+        if (op, which) != ("temporal_grid-mixed", "x")  # it is linear: its gradient does not read x
+    ],
+)
 def test_gradients_beyond_32_bits(axis: int, which: str, op: str) -> None:
     name, arguments = GRADIENT_CALLS[op]
-    if name == "temporal_grid" and which == "x":
-        pytest.skip("it is linear: its gradient does not read x")
     x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
     grad = like_result(name, x, **arguments)
     plan = stgridpool_kernels.grid_plan([9], 4, 4, **(arguments | ({"kernel_size": 1} if "temporal" in name else {})))
@@ -356,7 +377,7 @@ def test_scratch_of_a_gradient() -> None:
 # ---- traffic, launches, scratch ----
 
 
-@pytest.mark.parametrize(("size", "limit"), [(8, 1.45), (9, 1.75)])
+@pytest.mark.parametrize(("size", "limit"), [pytest.param(8, 1.45, marks=pytest.mark.slow), (9, 1.75)])
 def test_traffic(size: int, limit: float) -> None:
     """Bytes loaded and stored, tables included, to bytes of x and of the result."""
     x = tokens(32, size, size, 128, dtype=torch.bfloat16)

@@ -61,17 +61,22 @@ def published_error(op: str, x: Tensor, arguments: dict[str, Any], dtype: torch.
     return largest
 
 
-def assert_accurate(
-    result: Tensor, op: str, x: Tensor, *, published_dtype: torch.dtype | None = None, **arguments: Any
-) -> None:
-    """`result` of `op(x, **arguments)` is as accurate as it must be.
+def accuracy(
+    op: str, x: Tensor, *, published_dtype: torch.dtype | None = None, **arguments: Any
+) -> tuple[Tensor, float]:
+    """The exact result of `op(x, **arguments)` and the largest error allowed beside one ulp.
 
     The norms of tokens are float32 whatever x is (float64 for float64), so they compare with float32 formulas.
     `published_dtype` asks for more than x.dtype does.
     """
     exact = oracle(op, x, **arguments)
-    dtype = published_dtype or (result.dtype if op == "token_norm" else x.dtype)
-    assert_within(result, exact, 2 * published_error(op, x, arguments, dtype, exact))
+    dtype = published_dtype or (torch.promote_types(x.dtype, torch.float32) if op == "token_norm" else x.dtype)
+    return exact, 2 * published_error(op, x, arguments, dtype, exact)
+
+
+def assert_accurate(result: Tensor, op: str, x: Tensor, **arguments: Any) -> None:
+    """`result` of `op(x, **arguments)` is as accurate as `accuracy` has it."""
+    assert_within(result, *accuracy(op, x, **arguments))
 
 
 def reference_gradient(op: str, x: Tensor, grad: Tensor, **arguments: Any) -> Tensor:

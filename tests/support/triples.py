@@ -1,0 +1,229 @@
+"""The triples (backend, device, dtype) that exist on this machine, why others are left out, and tests over them.
+
+A test that takes the arguments `backend`, `device`, `dtype` and `size`, or some of them, runs on every triple that
+exists (conftest.py). `each` and `pairs` add factors of its own without their full product.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cuda_emulation
+from stgridpool_kernels import compiled
+
+from .pairwise import pairwise
+
+OPS = ("grid_pool", "temporal_grid", "norm_pool", "token_norm")
+
+KERNELS = ("triton", "cuda", "cpu")
+"""The backends that are not the reference."""
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes that kernels take; the reference takes float64 as well."""
+
+INTERPRETER_DTYPE = torch.bfloat16
+"""The dtype of the interpreter's tests outside the slow ones: both its conversions and its products round."""
+
+NO_GPU, NO_EXTENSION, NO_COMPILER, NO_TRITON = "no GPU", "STGP_NO_EXT=1", "no compiler", "no Triton"
+ALLOWED_REASONS = (NO_GPU, NO_EXTENSION, NO_COMPILER, NO_TRITON)
+"""Beginnings of the reasons for which a test may be skipped; one that is skipped for another reason fails."""
+
+
+@dataclass(frozen=True)
+class Triple:
+    """A backend, the device type of its tensors, and their dtype."""
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(T, H, W) of most tests: odd, and smaller where a window takes the interpreter milliseconds."""
+        return (10, 3, 4) if self.interpreted else (21, 5, 7)
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs the kernels: milliseconds for a window."""
+        return self.backend == "triton" and self.device == "cpu"
+
+
+def absent() -> dict[str, str]:
+    """What this machine lacks of "gpu", "library", "compiler", "triton" and "interpreter": the reason by name."""
+    found = {}
+    if not torch.cuda.is_available():
+        found["gpu"] = NO_GPU
+    if cuda_emulation.find_compiler() is None:
+        found["compiler"] = NO_COMPILER
+    if compiled.LIBRARY is None and os.environ.get("STGP_NO_EXT"):
+        found["library"] = NO_EXTENSION
+    elif compiled.LIBRARY is None and "compiler" in found:
+        found["library"] = NO_COMPILER
+    if importlib.util.find_spec("triton") is None:
+        found["triton"] = found["interpreter"] = NO_TRITON
+    elif "gpu" not in found:
+        found["interpreter"] = "kernels run on the GPU"
+    return found
+
+
+ABSENT = absent()
+
+
+def find_triples() -> tuple[list[Triple], list[str]]:
+    """The triples that can run here, and one line for each kind that cannot.
+
+    A GPU runs triton, cuda and the reference; without one, the interpreter runs triton and the emulation runs cuda. A
+    compiled library that is missing although it could have been built is no reason: its triples are there, and fail.
+    """
+    gpu = "gpu" not in ABSENT
+    pairs, left_out = [], []
+    places = {"triton": ["cuda" if gpu else "cpu"], "cuda": ["cuda" if gpu else "cpu"], "cpu": ["cpu"]}
+    lacks = {"triton": "triton", "cuda": "library" if gpu else "compiler", "cpu": "library"}
+    if gpu and compiled.LIBRARY is not None and not compiled.LIBRARY.build_info()["cuda"]:
+        ABSENT["nvcc"], lacks["cuda"] = f"{NO_COMPILER}: the library was built without nvcc", "nvcc"
+    for backend, devices in places.items():
+        if lacks[backend] in ABSENT:
+            left_out.append(f"{backend}: {ABSENT[lacks[backend]]}")
+        else:
+            pairs += [(backend, device) for device in devices]
+    if not gpu:
+        left_out.append(f"GPU tests: {NO_GPU}")
+    triples = [Triple(*pair, dtype) for pair, dtype in product(pairs, KERNEL_DTYPES)]
+    devices = ["cpu", "cuda"] if gpu else ["cpu"]
+    triples += [Triple("reference", *rest) for rest in product(devices, (*KERNEL_DTYPES, torch.float64))]
+    return triples, left_out
+
+
+TRIPLES, LEFT_OUT = find_triples()
+
+
+# ---- tests over triples ----
+
+ARGUMENTS = ("backend", "device", "dtype", "size")
+"""What a test may take of a triple."""
+
+Factors = Mapping[str, Mapping[str, Any] | Sequence[Any]]
+"""Values by the name of an argument, or of several with commas between; a mapping gives the values their names."""
+
+
+def param(triple: Triple, names: Sequence[str], values: Sequence[Any], words: Sequence[str], slow: bool) -> Any:
+    """The parameters `names` of one test: of the triple what is among the names, and the values behind it."""
+    given = {name: getattr(triple, name) for name in ARGUMENTS if name in names}
+    words = [*(str(value).removeprefix("torch.") for name, value in given.items() if name != "size"), *words]
+    if "device" in given:
+        given["device"] = torch.device(triple.device)
+    marks = [pytest.mark.gpu] * (triple.device == "cuda") + [pytest.mark.slow] * slow
+    return pytest.param(*given.values(), *values, marks=marks, id="-".join(words))
+
+
+def over_triples(names: Sequence[str], test: Any) -> list[Any]:
+    """Parameters for a test that takes `names` of ARGUMENTS: what exists, each once.
+
+    On the interpreter random calls, and dtypes but one, are slow.
+    """
+    random = getattr(test, "is_hypothesis_test", False)
+    found = {}
+    for triple in selected(test):
+        slow = triple.interpreted and (random or ("dtype" in names and triple.dtype != INTERPRETER_DTYPE))
+        one = param(triple, names, (), (), slow)
+        found.setdefault(one.id, one)
+    return list(found.values())
+
+
+def only(*dtypes: torch.dtype, backends: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """Restricts a test to some dtypes or backends; stands below `each` or `pairs`."""
+
+    def decorate(test: Any) -> Any:
+        test.only = dtypes, backends
+        return test
+
+    return decorate
+
+
+def selected(test: Any) -> list[Triple]:
+    """The triples that a test runs on."""
+    dtypes, backends = getattr(test, "only", ((), ()))
+    return [
+        triple
+        for triple in TRIPLES
+        if (not dtypes or triple.dtype in dtypes) and (not backends or triple.backend in backends)
+    ]
+
+
+def each(factors: Factors) -> Callable[[Any], Any]:
+    """Parametrizes a test so that each backend meets each value of every factor; dtypes take turns.
+
+    For claims that do not depend on how these values meet.
+    """
+
+    def rows(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
+        named = [list(_named(values)) for values in factors.values()]
+        for number in range(max(map(len, named))):
+            yield dtypes[number % len(dtypes)], *(values[number % len(values)] for values in named)
+
+    return _over_rows(factors, rows)
+
+
+def pairs(factors: Factors) -> Callable[[Any], Any]:
+    """Parametrizes a test so that any two values, of two factors or of one and the dtypes, meet once a backend."""
+
+    def rows(dtypes: Sequence[torch.dtype]) -> Iterable[tuple[Any, ...]]:
+        numbers = [range(len(values)) for values in factors.values()]
+        named = [list(_named(values)) for values in factors.values()]
+        for dtype, *chosen in pairwise(range(len(dtypes)), *numbers):
+            yield dtypes[dtype], *(values[number] for values, number in zip(named, chosen, strict=True))
+
+    return _over_rows(factors, rows)
+
+
+def _named(values: Mapping[str, Any] | Sequence[Any]) -> Iterable[tuple[str, Any]]:
+    return values.items() if isinstance(values, Mapping) else ((str(value), value) for value in values)
+
+
+def _over_rows(
+    factors: Factors, rows: Callable[[Sequence[torch.dtype]], Iterable[tuple[Any, ...]]]
+) -> Callable[[Any], Any]:
+    """The decorator for rows of a dtype and, for each factor, (name, value).
+
+    On the interpreter only the first row of an op, in its one dtype, is not slow.
+    """
+
+    def decorate(test: Any) -> Any:
+        own = [part.strip() for name in factors for part in name.split(",")]
+        wanted = [name for name in ARGUMENTS if name in inspect.signature(test).parameters and name not in own]
+        found = []
+        for _, group in groupby(selected(test), key=lambda triple: (triple.backend, triple.device)):
+            triples = {triple.dtype: triple for triple in group}
+            ops: set[Any] = set()
+            for dtype, *chosen in rows(list(triples)):
+                op = next(
+                    (
+                        op
+                        for _, value in chosen
+                        for op in OPS
+                        if op in (value, *(value if isinstance(value, tuple) else ()))
+                    ),
+                    None,
+                )
+                slow = triples[dtype].interpreted and (dtype != INTERPRETER_DTYPE or op in ops)
+                if not slow:
+                    ops.add(op)
+                values = [
+                    part
+                    for name, (_, value) in zip(factors, chosen, strict=True)
+                    for part in (value if "," in name else (value,))
+                ]
+                words = [name for name, _ in chosen]
+                found.append(param(triples[dtype], wanted, values, words, slow))
+        return pytest.mark.parametrize((*wanted, *own), found)(test)
+
+    return decorate
