@@ -7,7 +7,7 @@ VENV := .venv
 stamp = $(shell printf '%s' '$(1)' | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/cuda_emulation/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/support/cuda_headers/*)
 
 .PHONY: help demo quick test test-all test-vllm test-sglang test-lmms-eval test-llava-next lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
 .DELETE_ON_ERROR:
@@ -21,7 +21,7 @@ demo: $(BUILT) ## the whole chain on a real video
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
 quick: $(BUILT) ## golden values, ops, plans and the command line, in less than a minute
-	$(PYTEST) -q tests/test_plan.py tests/test_ops.py tests/test_cli.py tests/test_backends.py -k "not test_backends or golden"
+	$(PYTEST) -q tests/plan/test_plan.py tests/test_ops.py tests/cli/test_cli.py tests/backends/test_backends.py -k "not test_backends or golden"
 
 test: $(BUILT) ## the tests, without the slow ones
 	$(PYTEST) $(ARGS)
@@ -52,15 +52,15 @@ performance: $(BUILT) ## docs/performance.md and its pictures from the results t
 # CPU kernels: 5 minutes of random calls, memory and threads under sanitizers
 
 fuzz: $(BUILT) ## 5 minutes of random calls of the CPU kernels against the reference
-	$(VENV)/bin/python -m tests.fuzz --seconds 300 $(ARGS)
+	$(VENV)/bin/python -m tools.fuzz --seconds 300 $(ARGS)
 
 sanitize: $(BUILT) ## the CPU kernels under sanitizers for memory, undefined behaviour and threads
-	$(VENV)/bin/python -m tests.sanitize $(ARGS)
+	$(VENV)/bin/python -m tools.sanitize $(ARGS)
 
 # CUDA kernels: what nvcc makes of them; that they link with a CUDA build of torch, which is several GB
 
 cuda-check: $(BUILT) ## what nvcc makes of the CUDA kernels
-	$(VENV)/bin/python -m benchmarks.cuda_check $(ARGS)
+	$(VENV)/bin/python -m tools.cuda_check $(ARGS)
 
 CUDA_TORCH ?= torch==2.14.1
 LINK_TOOLS := numpy|rich|markdown-it-py|mdurl|Pygments|safetensors|setuptools|cmake|ninja|pybind11|pytest|iniconfig|pluggy|packaging|hypothesis|sortedcontainers|exceptiongroup|tomli
@@ -69,12 +69,12 @@ cuda-link-check: ## a build with CUDA kernels links with a torch for CUDA; insta
 	$(PYTHON) -m venv build/cuda-link
 	build/cuda-link/bin/pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)"
 	grep -E '^($(LINK_TOOLS))==' requirements.txt | build/cuda-link/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
-	build/cuda-link/bin/python -m tests.check_cuda_link $(ARGS)
+	build/cuda-link/bin/python -m tools.check_cuda_link $(ARGS)
 
 # the C++ files against the headers of the oldest supported torch and of the one after it, from wheels of 1 GB each
 
 header-check: $(BUILT) ## the C++ files against the headers of torch 2.10 and 2.11
-	$(VENV)/bin/python -m tests.check_headers build/headers $(ARGS)
+	$(VENV)/bin/python -m tools.check_headers build/headers $(ARGS)
 
 # the models for lmms-eval, in an environment of their own; metadata that `make wheel` leaves in the checkout would hide the
 # entry points of what is installed
@@ -99,7 +99,7 @@ test-llava-next: ## the patch for LLaVA-NeXT on its own classes
 	$(LLAVA_NEXT)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_llava_next/requirements.txt
 	site=$$($(LLAVA_NEXT)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 	    cp tests/with_vllm/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=.:tests $(LLAVA_NEXT)/bin/python -m pytest \
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. $(LLAVA_NEXT)/bin/python -m pytest \
 	    --confcutdir=tests/with_llava_next tests/with_llava_next $(ARGS)
 
 # the hooks for SGLang, on its published sources
@@ -121,7 +121,7 @@ VLLM := build/vllm-venv
 
 test-vllm: $(VLLM)/installed ## the plugin in a vLLM engine
 	rm -rf build/vllm-wheel build/vllm-plugin
-	$(VLLM)/bin/python -c "from pathlib import Path; from tests.wheels import build_wheel; build_wheel(Path('$(CURDIR)/$(VLLM)/bin/python'), Path('$(CURDIR)/build/vllm-wheel'))"
+	$(VLLM)/bin/python -c "from pathlib import Path; from tests.support.wheels import build_wheel; build_wheel(Path('$(CURDIR)/$(VLLM)/bin/python'), Path('$(CURDIR)/build/vllm-wheel'))"
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/vllm-plugin build/vllm-wheel/*.whl
 	PYTHONPATH=$(CURDIR)/build/vllm-plugin $(VLLM)/bin/pytest --confcutdir=tests/with_vllm -o pythonpath= tests/with_vllm $(ARGS)
 
@@ -139,25 +139,25 @@ wheel: $(INSTALLED) ## source distribution and wheel, checked where there is no 
 	rm -rf dist
 	$(VENV)/bin/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
-	$(VENV)/bin/python -m tests.check_wheel dist/*.whl --torch "$(TORCH)"
+	$(VENV)/bin/python -m tools.check_wheel dist/*.whl --torch "$(TORCH)"
 
 # what the Triton kernels compile to with the oldest Triton that is supported; `make test` asks the pinned one
 compile-check: $(BUILT) ## what the Triton kernels compile to with the oldest supported Triton
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/oldest-triton triton==3.6.0
-	PYTHONPATH=build/oldest-triton $(VENV)/bin/python -m pytest tests/test_compile_report.py
+	PYTHONPATH=build/oldest-triton $(VENV)/bin/python -m pytest tests/tools/test_compile_report.py
 
 # with the Python that has torch for the GPU, as it is: a checkout needs no installation
 gpu-check: ## tests, timings, counters and sanitizers on a machine with a GPU
 	@$(PYTHON) -c "import importlib.util as u; raise SystemExit(u.find_spec('torch') is None)" || \
 	{ echo "$(PYTHON) has no torch: nothing was measured; PYTHON=… names the one that has it" >&2; exit 2; }
-	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+	$(PYTHON) -m tools.gpu_check $(ARGS)
 
 # the library to take along, where PYTHON has the version of the Python there
 
 gpu-library: ## the library to take to that machine
 	$(PYTHON) -m venv build/gpu-library
 	grep -E '^(setuptools|cmake|ninja|pybind11)==' requirements.txt | build/gpu-library/bin/pip install --quiet --disable-pip-version-check -r /dev/stdin
-	PATH="$(CURDIR)/build/gpu-library/bin:$$PATH" build/gpu-library/bin/python -m tests.gpu_library build/headers $(ARGS)
+	PATH="$(CURDIR)/build/gpu-library/bin:$$PATH" build/gpu-library/bin/python -m tools.gpu_library build/headers $(ARGS)
 
 # all of gpu-check on a CPU, on a copy of the tree without its history, with torch and Triton as on such a machine. The
 # interpreter of Triton 3.6 needs NumPy below 2.4
@@ -173,7 +173,7 @@ gpu-rehearsal: gpu-library ## gpu-check from end to end on a CPU
 	rm -rf $(REHEARSAL)/tree && mkdir -p $(REHEARSAL)/tree
 	git archive HEAD | tar -x -C $(REHEARSAL)/tree
 	cp stgridpool_kernels/_C.cpython-312-*.so $(REHEARSAL)/tree/stgridpool_kernels/
-	PATH="$(CURDIR)/$(REHEARSAL)/venv/bin:$$PATH" STGP_COMMIT=$$(git rev-parse HEAD) $(MAKE) -C $(REHEARSAL)/tree gpu-check PYTHON=python ARGS="--stand-ins tests.gpu_stand_ins --limit 1800 $(ARGS)"
+	PATH="$(CURDIR)/$(REHEARSAL)/venv/bin:$$PATH" STGP_COMMIT=$$(git rev-parse HEAD) $(MAKE) -C $(REHEARSAL)/tree gpu-check PYTHON=python ARGS="--stand-ins tests.tools.gpu_stand_ins --limit 1800 $(ARGS)"
 
 $(INSTALLED): requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("stgridpool_kernels needs Python 3.10 or newer, found " + sys.version)'

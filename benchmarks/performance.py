@@ -12,13 +12,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import prefill
+from benchmarks.goals import RESULTS, T16, T64, bars, newest
 from stgridpool_kernels.bench.plot import save_plots
 from stgridpool_kernels.bench.report import is_ours, machine_line, markdown_table, show_number, show_time, title_of
 from stgridpool_kernels.bench.results import Results, Row
 from stgridpool_kernels.bench.workloads import WORKLOADS
-
-from . import prefill
-from .goals import RESULTS, T16, T64, bars, newest
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"

@@ -22,7 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import stgridpool_kernels
-from stgridpool_kernels import triton_backend
+from stgridpool_kernels.backends import triton as triton_backend
 from stgridpool_kernels.bench.devices import Cpu, Device
 from stgridpool_kernels.bench.measure import QUICK, Expected, Racer, variants
 from stgridpool_kernels.bench.providers import Provider, providers
@@ -85,7 +85,7 @@ def test_before_the_launches(benchmark: BenchmarkFixture, monkeypatch: pytest.Mo
     x = torch.zeros(64, 9, 9, 16, dtype=torch.bfloat16, device=KIND)
     if reason := triton_backend.why_not(x, None):
         pytest.skip(reason)
-    from stgridpool_kernels.triton_kernels import launch
+    from stgridpool_kernels.backends.triton_kernels import launch
 
     monkeypatch.setattr(launch.Launch, "__call__", lambda *arguments: None)
     benchmark.group = "before the launches"

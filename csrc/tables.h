@@ -1,5 +1,5 @@
 // The form of a plan's tables: one array of int32, little-endian in files. Words count from 0; an offset is the number
-// of the word where something starts. `stgridpool_kernels/tables.py` writes it.
+// of the word where something starts. `stgridpool_kernels/plan/tables.py` writes it.
 //
 // A *content* is what a frame holds at some time, as one integer: t >= 0 is frame t of x, ~s (that is -1 - s) is
 // summary s. A summary is the mosaic that replaces a target frame.

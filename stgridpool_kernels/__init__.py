@@ -1,10 +1,9 @@
 """ST-GridPool (ICLR 2026) for video LLMs: `torch.ops.stgp.grid_pool(x)` on (T, H, W, C) visual tokens."""
 
 from .backends import available_backends, use_backend
-from .module import GridPool
-from .ops import grid_pool, norm_pool, temporal_grid, token_norm
+from .dtensor import support_dtensor
+from .functional import GridPool, grid_pool, norm_pool, temporal_grid, token_norm
 from .plan import GridPlan, grid_plan
-from .sharding import support_dtensor
 from .stream import GridPoolStream
 from .version import __version__
 

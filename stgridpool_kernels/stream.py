@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, backend_names, check_backend, choose_backend, use_backend
-from .module import GridPool
+from .functional import GridPool
 from .ops import DTYPES, check_tokens
 from .plan import GridPlan, Runs, grid_plan
-from .schedule import Box, boxes_behind, pooled_box, stairs
-from .tables import ChunkEntry, chunk_tables
+from .plan.dataflow import Box, boxes_behind, pooled_box, stairs
+from .plan.tables import ChunkEntry, chunk_tables
 
 StreamId = int | str
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
-from support.triples import ABSENT, ALLOWED_REASONS, ARGUMENTS, LEFT_OUT, over_triples
 
-from benchmarks import cuda_emulation
-from benchmarks.interpreter import hasten_interpreter, repair_interpreter, use_interpreter
 from stgridpool_kernels.backends import BACKENDS
+from tests.support import cuda_emulation
+from tests.support.interpreter import hasten_interpreter, repair_interpreter, use_interpreter
+from tests.support.triples import ABSENT, ALLOWED_REASONS, ARGUMENTS, LEFT_OUT, over_triples
 
 use_interpreter()
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):

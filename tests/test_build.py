@@ -12,7 +12,7 @@ import setuptools
 import torch
 
 import stgridpool_kernels
-from stgridpool_kernels import compiled
+from stgridpool_kernels.backends import compiled
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,8 +12,8 @@ from stgridpool_kernels import grid_plan
 from stgridpool_kernels.bench.workloads import WORKLOADS
 
 pytest.importorskip("triton", reason="no Triton")
-from stgridpool_kernels import triton_kernels
-from stgridpool_kernels.triton_kernels import config, launch
+from stgridpool_kernels.backends import triton_kernels
+from stgridpool_kernels.backends.triton_kernels import config, launch
 
 PAGE = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
 TEXT = " ".join(PAGE.split())
@@ -46,7 +46,7 @@ def test_scratch(path: str, kernel_size: int) -> None:
 
 @pytest.mark.parametrize("name", ["llava-video-7b", "llava-next-video-7b"])
 def test_counted_bytes_are_of_this_plan(name: str) -> None:
-    """The counts themselves are those of `python -m benchmarks.traffic`, which takes minutes."""
+    """The counts themselves are those of `python -m tools.traffic`, which takes minutes."""
     bound, shape = WORKLOADS[name].bound("grid_pool"), " × ".join(map(str, WORKLOADS[name].shape))
     table = PAGE.split(f"\n{shape} bfloat16", 1)[1].split("If no column", 1)[0]
     numbers = {row: float(mb) for row, mb in re.findall(r"^\| (\S.*?): .*?\| +([\d.]+) \|", table, re.MULTILINE)}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import stgridpool_kernels  # noqa: F401  # registers the ops
-from stgridpool_kernels.cli import build_parser
+from stgridpool_kernels.cli.main import build_parser
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^stgp ([^#\n]+)", README, re.MULTILINE)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import stgridpool_kernels as stgp
-from stgridpool_kernels.token_files import read_tokens, write_tokens
+from stgridpool_kernels.io.token_files import read_tokens, write_tokens
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

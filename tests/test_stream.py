@@ -18,16 +18,16 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import run, tokens
-from support.strategies import gridding_arguments, norm_arguments, temperatures, window_arguments
-from tolerance import assert_same_bits
 from torch import Tensor
 
 import stgridpool_kernels
-from stgridpool_kernels import GridPoolStream, compiled, grid_plan, stream
-from stgridpool_kernels.backends import BACKENDS
-from stgridpool_kernels.schedule import Schedule, needed_cells
-from stgridpool_kernels.tables import chunk_tables
+from stgridpool_kernels import GridPoolStream, grid_plan, stream
+from stgridpool_kernels.backends import BACKENDS, compiled
+from stgridpool_kernels.plan.dataflow import Schedule, needed_cells
+from stgridpool_kernels.plan.tables import chunk_tables
+from tests.support.cases import run, tokens
+from tests.support.strategies import gridding_arguments, norm_arguments, temperatures, window_arguments
+from tests.support.tolerance import assert_same_bits
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import compiled
+from ..backends import compiled
 from .lower_bound import Traffic
 from .machine import largest_cache, memory_bytes
 from .probe import LINE, Probe

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import compiled
+from ..backends import compiled
 from ..version import __version__
 
 PACKAGE = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..figure import check_picture, require_matplotlib
-from ..writing import atomic_write
+from ..cli.figure import check_picture, require_matplotlib
+from ..io.writing import atomic_write
 from .report import (
     PROBES,
     is_ours,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, reference
-from ..backends import available_backends, backend_names
+from .. import ops
+from ..backends import available_backends, backend_names, reference
 from ..plan import GridPlan
 from . import baselines
 from .workloads import Workload

@@ -7,7 +7,7 @@ Engines hold the tokens of all videos of a batch as one (ΣF, h·w, C) tensor, a
 before they compute it. So an adapter does three things: it finds out how many frames belong to each video, it hands the
 tensor to `pool_flat`, and it refuses options that would give another number of tokens than there are placeholders. It
 imports its engine lazily, with `require`, and changes nothing until it is called. This one is complete; it is for the
-engine tests/toy_engine.py, and tests/test_integrations_base.py runs it as it stands here:
+engine tests/support/toy_engine.py, and tests/integrations/test_base.py runs it as it stands here:
 
     from functools import lru_cache
 

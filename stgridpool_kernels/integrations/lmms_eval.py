@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from .arguments import read_option
 from .base import PoolOptions, require, video_token_count
+from .options import read_option
 
 _PREFIX = "stgp_"
 _CLASSES = {

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from .. import grid_pool
-from ..encoder import TAPS
-from ..token_files import SUFFIXES, load_input, write_tokens
-from .arguments import read_option
+from ..io.encoder import TAPS
+from ..io.token_files import SUFFIXES, load_input, write_tokens
 from .base import PoolOptions, require
+from .options import read_option
 
 _TESTED = {"at_least": "2.60", "below": "2.61"}
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import read_option
 from .base import PoolOptions, ceil_options, pool_flat, require, require_size
+from .options import read_option
 
 _VARIABLE = "STGP_SGLANG"
 _MODEL = "sglang.srt.models.llava.LlavaBaseForCausalLM"

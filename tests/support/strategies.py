@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .cases import LAYOUTS, Arguments, Size, laid_out, tokens
+from tests.support.cases import LAYOUTS, Arguments, Size, laid_out, tokens
 
 
 @st.composite

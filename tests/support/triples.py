@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cuda_emulation
-from stgridpool_kernels import compiled
-
-from .pairwise import pairwise
+from stgridpool_kernels.backends import compiled
+from tests.support import cuda_emulation
+from tests.support.pairwise import pairwise
 
 OPS = ("grid_pool", "temporal_grid", "norm_pool", "token_norm")
 

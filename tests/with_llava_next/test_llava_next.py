@@ -1,4 +1,4 @@
-"""The replacement of `get_2dPool` in LLaVA-NeXT's own classes, and how like them tests/llava_stand_in.py is.
+"""The replacement of `get_2dPool` in LLaVA-NeXT's own classes, and how like them tests/support/llava_stand_in.py is.
 
 Runs in an environment of its own, `make test-llava-next`.
 """
@@ -17,7 +17,6 @@ pytest.importorskip("llavaction", reason="LLaVA-NeXT's classes are not installed
 import integrations_page
 import real
 import torch
-from llava_stand_in import LlavaQwenForCausalLM as StandIn
 from real import SIDE, VIDEO, build, embed, pixels
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
@@ -25,6 +24,7 @@ from transformers import Qwen2ForCausalLM
 import stgridpool_kernels as stgp
 from stgridpool_kernels.integrations import llava_next
 from stgridpool_kernels.integrations.base import video_token_count
+from tests.support.llava_stand_in import LlavaQwenForCausalLM as StandIn
 
 MODES = ["average", "max", "bilinear"]
 # "no_token" fails in llavaction itself, patched or not: it appends nothing to a list

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from llava_stand_in import LlavaMetaForCausalLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria
+
+from tests.support.llava_stand_in import LlavaMetaForCausalLM
 
 IMAGE_TOKEN, IMAGE_TOKEN_INDEX, PIXELS = "<image>", -200, 6
 SIDE = 9  # of the grid of tokens of a frame; odd, so that rounding up and down differ

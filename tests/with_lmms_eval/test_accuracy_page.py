@@ -134,7 +134,7 @@ def test_one_command_in_full(pretrained: str, tasks: Path, tmp_path: Path, monke
     package = tmp_path / "path/llava/__init__.py"  # what a clone of LLaVA-NeXT on the path would be
     package.parent.mkdir(parents=True)
     package.write_text("import llava_stub\n\nllava_stub.install()\n")
-    path = [str(package.parents[1]), str(HERE), str(HERE.parent)]
+    path = [str(package.parents[1]), str(HERE), str(HERE.parents[1])]
     done = subprocess.run(
         [sys.executable, *LAUNCH[:3], "--cpu", *LAUNCH[3:], *given, "--include_path", str(tasks), "--device", "cpu"],
         cwd=tmp_path,

@@ -1,0 +1,200 @@
+"""Which backend runs a call: one ordered list, fastest first, with a reason for every one that is passed over."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..plan import GridPlan
+from ..plan.tables import Chunk
+from . import compiled, reference
+from . import triton as triton_backend
+
+logger = logging.getLogger("stgridpool_kernels")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops.
+
+    why_not(x, plan) is None where the backend can run the call, else the reason in a few words; x is None when the
+    question is about the machine alone, and plan is None for token_norm.
+    The four ops write their result into `out`, a tensor of the right shape, dtype and device that does not overlap x.
+    backward(op, grad, x, …) is the gradient of op(x, …) in x; a backend without one of its own takes the reference's.
+    only_by_name() is a reason for which `auto` passes over the backend although it could run, or None.
+    repeat_in_grid(x, plan, out): of one frame (1, H, W, C) the mosaic that has it in every place, by the first level of
+    the plan, with the bits that temporal_grid gives.
+    keeps_miniatures(plan, channels, norm_type): whether grid_pool tiles summaries from miniatures, whose bits
+    temporal_grid may not give. A stream then has pool_chunk(x, chunk, …, slots, out) pool and shrink in one go, with
+    the miniatures of (slots, ⌈H/2⌉, ⌈W/2⌉, C) kept in between.
+    """
+
+    name: str
+    why_not: Callable[[Tensor | None, GridPlan | None], str | None]
+    grid_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
+    temporal_grid: Callable[[Tensor, GridPlan, Tensor], None]
+    norm_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
+    token_norm: Callable[[Tensor, float, bool, Tensor], None]
+    repeat_in_grid: Callable[[Tensor, GridPlan, Tensor], None]
+    backward: Callable[..., Tensor]
+    only_by_name: Callable[[], str | None] = lambda: None
+    keeps_miniatures: Callable[[GridPlan, int, float], bool] = lambda plan, channels, norm_type: False
+    pool_chunk: Callable[[Tensor, Chunk, float, float, bool, Tensor, Tensor], None] | None = None
+
+
+def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:
+    def run(*arguments: object) -> None:
+        *given, out = arguments
+        assert isinstance(out, Tensor)
+        out.copy_(function(*given))
+
+    return run
+
+
+def with_kernels(kernels: Callable[..., None]) -> Callable[..., Tensor]:
+    """A backend's `backward` by kernels that write into a last argument; token_norm's is the reference's."""
+
+    def backward(op: str, grad: Tensor, x: Tensor, *arguments: object) -> Tensor:
+        if op == "token_norm":
+            return reference.backward(op, grad, x, *arguments)
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        kernels(op, grad, x, *arguments, grad_x)
+        return grad_x
+
+    return backward
+
+
+REFERENCE = Backend(
+    name="reference",
+    why_not=lambda x, plan: None,
+    grid_pool=_into_out(reference.grid_pool),
+    temporal_grid=_into_out(reference.temporal_grid),
+    norm_pool=_into_out(reference.norm_pool),
+    token_norm=_into_out(reference.token_norm),
+    repeat_in_grid=_into_out(reference.repeat_in_grid),
+    backward=reference.backward,
+)
+
+TRITON = Backend(
+    name="triton",
+    why_not=triton_backend.why_not,
+    grid_pool=triton_backend.grid_pool,
+    temporal_grid=triton_backend.temporal_grid,
+    norm_pool=triton_backend.norm_pool,
+    token_norm=triton_backend.token_norm,
+    repeat_in_grid=triton_backend.repeat_in_grid,
+    backward=with_kernels(triton_backend.backward),
+    only_by_name=triton_backend.only_by_name,
+    keeps_miniatures=triton_backend.keeps_miniatures,
+    pool_chunk=triton_backend.pool_chunk,
+)
+
+CUDA, CPU = (
+    Backend(
+        name=name,
+        why_not=why_not,
+        grid_pool=compiled.grid_pool,
+        temporal_grid=compiled.temporal_grid,
+        norm_pool=compiled.norm_pool,
+        token_norm=compiled.token_norm,
+        repeat_in_grid=compiled.repeat_in_grid,
+        backward=with_kernels(compiled.backward),
+        keeps_miniatures=keeps_miniatures,
+        pool_chunk=compiled.pool_chunk,
+    )
+    for name, why_not, keeps_miniatures in (
+        ("cuda", compiled.why_not_on_cuda, compiled.keeps_miniatures_on_cuda),
+        ("cpu", compiled.why_not_on_cpu, compiled.keeps_miniatures_on_cpu),
+    )
+)
+
+BACKENDS: list[Backend] = [TRITON, CUDA, CPU, REFERENCE]
+"""Fastest first; `auto` takes the first that can run."""
+
+_used: ContextVar[tuple[str, ...]] = ContextVar("stgridpool_kernels.backends", default=())
+
+
+def backend_names() -> list[str]:
+    """What can be asked for: "auto" and every known backend, in the order `auto` tries them."""
+    return ["auto", *(backend.name for backend in BACKENDS)]
+
+
+def check_backend(name: str, argument: str = "backend") -> None:
+    """Raises ValueError unless `name` is one of `backend_names()`."""
+    known = backend_names()
+    if name not in known:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {name!r}")
+
+
+class use_backend:
+    """Context manager: calls inside run on the backend `name` ("auto" lets the list decide).
+
+    Holds for the current thread or asyncio task and, as any context variable does, for what copies its context. It may
+    surround a call to a compiled function; entered inside one, it raises RuntimeError. Unknown names raise
+    ValueError at once; a backend that cannot run a call raises RuntimeError with its reason at that call.
+
+    A backward uses the backend of its forward. Activation checkpointing runs the forward again, and so chooses again,
+    when the backward is called: put that inside too.
+    """
+
+    def __init__(self, name: str) -> None:
+        check_backend(name)
+        self.name = name
+
+    def __enter__(self) -> use_backend:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("the backend is chosen outside compiled functions: put use_backend around the call")
+        _used.set((*_used.get(), self.name))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _used.set(_used.get()[:-1])
+
+
+def requested_backend() -> str:
+    """The name asked for here and now: that of `use_backend`, else of STGP_BACKEND, else "auto"."""
+    used = _used.get()
+    if used:
+        return used[-1]
+    name = os.environ.get("STGP_BACKEND")
+    if not name:
+        return "auto"
+    check_backend(name, "STGP_BACKEND")
+    return name
+
+
+def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Backend:
+    """The backend that runs a call now. Raises RuntimeError with the reason where the one asked for cannot."""
+    requested = requested_backend()
+    for backend in BACKENDS:
+        if requested not in ("auto", backend.name):
+            continue
+        reason = backend.why_not(x, plan)
+        if requested == "auto":
+            reason = reason or backend.only_by_name()
+        if reason is None:
+            logger.debug("%s runs", backend.name)
+            return backend
+        if requested == backend.name:
+            raise RuntimeError(f"backend {requested!r} cannot run this call: {reason}")
+        logger.debug("%s passed over: %s", backend.name, reason)
+    raise RuntimeError("no backend can run this call")
+
+
+def backend_reasons() -> dict[str, str | None]:
+    """Every backend in the order `auto` tries them, with None if it can run on this machine or the reason why not."""
+    return {backend.name: backend.why_not(None, None) for backend in BACKENDS}
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run on this machine, in the order `auto` tries them."""
+    return [name for name, reason in backend_reasons().items() if reason is None]

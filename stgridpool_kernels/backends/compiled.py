@@ -1,0 +1,197 @@
+"""The backends `cpu` and `cuda`: kernels in C++, in the library `stgridpool_kernels._C` where that was built.
+
+The library is loaded with the package. It implements private ops that `ops.py` declares, which take a plan as tables.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache, lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..plan import GridPlan
+from ..plan.dataflow import Schedule, Scheduling, pools_pairs, shrinks_by_halves
+from ..plan.tables import VERSION, Chunk, plan_tables
+from .device_tables import Tables, tables_on
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+LARGEST = 1 << 24
+"""Rows and columns of frames and of results are fewer: tables hold int32."""
+
+
+def _load() -> ModuleType | None:
+    """The compiled library; None where there is none. Raises ImportError with the cause if it does not load."""
+    name = "stgridpool_kernels._C"
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return None
+    advice = f"Build it again with this torch ({torch.__version__}), or remove it: {spec.origin}"
+    try:
+        library = importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"the compiled library is there but does not load: {error}. {advice}") from error
+    if library.TABLES_VERSION != VERSION:
+        built = library.build_info()["version"]
+        raise ImportError(f"the compiled library is of version {built} and takes other tables. {advice}")
+    return library
+
+
+LIBRARY = _load()
+"""The compiled library, or None."""
+
+
+def why_not_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
+    """None where the CPU kernels can run the call, else the reason; x is None for the question about the machine."""
+    if LIBRARY is None:
+        return "the compiled library was not built (pip install -v says why)"
+    if x is None:
+        return None
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    return _why_not_call(x, plan)
+
+
+def why_not_on_cuda(x: Tensor | None, plan: GridPlan | None) -> str | None:
+    """The same of the CUDA kernels."""
+    reason = _why_not_cuda_here()
+    if reason is not None or x is None:
+        return reason
+    if not x.is_cuda:
+        return f"x is on {x.device}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
+    return _why_not_call(x, plan)
+
+
+@cache
+def _why_not_cuda_here() -> str | None:
+    if LIBRARY is None:
+        return "the compiled library was not built (pip install -v says why)"
+    if not LIBRARY.build_info()["cuda"]:
+        return "the compiled library was built without CUDA kernels"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _why_not_call(x: Tensor, plan: GridPlan | None) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"{str(x.dtype).removeprefix('torch.')} runs on the reference only"
+    if plan is not None:
+        most = max(plan.height, plan.width, *plan.pooled_size)
+        if most >= LARGEST:
+            return f"there are {most} rows or columns, the kernels count fewer than 2²⁴"
+        window = max(plan.window_rows.count) * max(plan.window_cols.count)
+        if window >= 1 << 31:
+            return f"a window has {window} tokens, the kernels count fewer than 2³¹"
+    return None
+
+
+@lru_cache(maxsize=256)
+def _tables(plan: GridPlan, schedule: Scheduling, frames_per_step: int | None, gradient: bool) -> Tensor:
+    return torch.frombuffer(plan_tables(plan, schedule, frames_per_step, gradient), dtype=torch.int32)
+
+
+@lru_cache(maxsize=256)
+def _device_tables(plan: GridPlan, schedule: Scheduling, gradient: bool, device: torch.device) -> Tables:
+    return _upload(plan_tables(plan, schedule, None, gradient), device)
+
+
+def _upload(words: Sequence[int], device: torch.device) -> Tables:
+    """Tables on a CUDA device, which is the current one. Raises RuntimeError while a graph is captured."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "warm up first: a CUDA graph cannot capture the first call with a given plan, which uploads its tables; "
+            "run it once before the capture"
+        )
+    tables = tables_on(device, words)
+    assert tables is not None
+    return tables
+
+
+def _run(
+    op: Callable[..., None],
+    tensors: Sequence[Tensor],
+    plan: GridPlan,
+    schedule: Scheduling,
+    *rest: object,
+    gradient: bool = False,
+) -> None:
+    device = tensors[0].device
+    if device.type != "cuda":
+        # few frames at a time keep their miniatures in the cache, but every thread should find work
+        frames_per_step = None if gradient else 2 * torch.get_num_threads()
+        op(*tensors, _tables(plan, schedule, frames_per_step, gradient), None, *rest)
+        return
+    with torch.cuda.device(device):
+        device_tables = _device_tables(plan, schedule, gradient, device).use_now()
+        op(*tensors, _tables(plan, schedule, None, gradient), device_tables, *rest)
+
+
+def grid_pool(
+    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
+) -> None:
+    op = torch.ops.stgp._grid_pool_by_tables.default
+    _run(op, (x,), plan, Schedule.of, temperature, norm_type, normalize_norm, out)
+
+
+def keeps_miniatures_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
+    """Whether grid_pool takes the fused form, by the settings alone."""
+    return pools_pairs(plan) and shrinks_by_halves(plan)
+
+
+def keeps_miniatures_on_cuda(plan: GridPlan, channels: int, norm_type: float) -> bool:
+    """The same of the CUDA kernels: `takes_fused` of csrc/cuda/grid_pool.cu."""
+    return keeps_miniatures_on_cpu(plan, channels, norm_type) and channels <= 8192 and norm_type in (1.0, 2.0, math.inf)
+
+
+@lru_cache(maxsize=256)
+def _chunk_tables(words: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tables | None]:
+    tables = torch.tensor(words, dtype=torch.int32, device="cpu")  # whatever torch.set_default_device says
+    return tables, _upload(words, device) if device.type == "cuda" else None
+
+
+def pool_chunk(
+    x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
+) -> None:
+    op = torch.ops.stgp._pool_chunk_by_tables.default
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        tables, uploaded = _chunk_tables(chunk.words, x.device)
+        on_device = uploaded.use_now() if uploaded else None
+        op(x, tables, on_device, temperature, norm_type, normalize_norm, slots, out)
+
+
+def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
+    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Schedule.of, out)
+
+
+def repeat_in_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
+    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Schedule.repeated, out)
+
+
+def norm_pool(
+    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
+) -> None:
+    op = torch.ops.stgp._grid_pool_by_tables.default
+    _run(op, (x,), plan, Schedule.none, temperature, norm_type, normalize_norm, out)
+
+
+def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
+    torch.ops.stgp._token_norm_compiled.default(x, norm_type, normalize_norm, out)
+
+
+def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: object) -> None:
+    """Gradient of grid_pool, norm_pool or temporal_grid of x by the plan, written into the last argument."""
+    if op == "temporal_grid":
+        kernel = torch.ops.stgp._temporal_grid_backward_by_tables.default
+        _run(kernel, (grad,), plan, Schedule.of, *settings_and_out, gradient=True)
+    else:
+        kernel = torch.ops.stgp._grid_pool_backward_by_tables.default
+        schedule = Schedule.of if op == "grid_pool" else Schedule.none
+        _run(kernel, (grad, x), plan, schedule, *settings_and_out, gradient=True)

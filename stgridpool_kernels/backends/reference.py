@@ -1,0 +1,140 @@
+"""The oracle: ST-GridPool in plain PyTorch, differentiable, for every argument, on at least one frame.
+
+Frame indices and window positions come from `GridPlan`; all arithmetic is here. It runs in float32, or float64 for
+float64 input, and needs a few times the memory of its input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..plan import GridPlan, Level, Runs
+
+
+def grid_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
+    """norm_pool ∘ temporal_grid: (…, T, H, W, C) → (…, T, OH, OW, C) in x.dtype."""
+    pooled = _pool(_grid(x, plan), plan, temperature, norm_type, normalize_norm)
+    return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
+
+
+def temporal_grid(x: Tensor, plan: GridPlan) -> Tensor:
+    """Pyramid temporal gridding: the target of every group becomes a miniature of its frames. Same shape as x."""
+    return _grid(x, plan).to(x.dtype).view(x.shape)
+
+
+def repeat_in_grid(x: Tensor, plan: GridPlan) -> Tensor:
+    """(1, H, W, C) → (1, H, W, C): the mosaic that has x in every place, by the first level of the plan."""
+    level = plan.levels[0]
+    frames = x.to(_arithmetic(x)).expand(level.rows * level.cols, *x.shape[1:])
+    return _shrink(frames.contiguous()[None], level, plan.resize).to(x.dtype)
+
+
+def _grid(x: Tensor, plan: GridPlan) -> Tensor:
+    """(T of all videos, H, W, C) frames with their summaries, whose values are those that x.dtype has."""
+    # torch shrinks by another kernel, with other bits, where channels are not last in memory
+    frames = x.flatten(0, -4).to(_arithmetic(x), copy=True, memory_format=torch.contiguous_format)
+    for level in plan.levels:
+        if level.targets:
+            groups = frames[torch.tensor(level.sources, device=x.device)]  # (G, S, H, W, C)
+            summaries = _shrink(groups, level, plan.resize)
+            with torch.no_grad():  # for the derivative, rounding is the identity
+                summaries.copy_(summaries.to(x.dtype))
+            frames[torch.tensor(level.targets, device=x.device)] = summaries
+    return frames
+
+
+def _shrink(groups: Tensor, level: Level, resize: str) -> Tensor:
+    """(G, S, H, W, C) frames, laid row-major into a grid and shrunk to one frame each: (G, H, W, C)."""
+    G, _, H, W, C = groups.shape
+    m, n = level.rows, level.cols
+    if resize == "area":
+        h, w = math.ceil(H / m), math.ceil(W / n)
+        tiles = F.adaptive_avg_pool2d(groups.flatten(0, 1).permute(0, 3, 1, 2), (h, w)).permute(0, 2, 3, 1)
+        mosaic = tiles.reshape(G, m, n, h, w, C).transpose(2, 3).reshape(G, m * h, n * w, C)
+        return mosaic[:, :H, :W]
+    mosaic = groups.reshape(G, m, n, H, W, C).transpose(2, 3).reshape(G, H, m, W, n, C)
+    # Bilinear at an integer scale m samples the middle of every m rows: one row if m is odd, the mean of two if even.
+    return mosaic[:, :, (m - 1) // 2 : m // 2 + 1, :, (n - 1) // 2 : n // 2 + 1].mean((2, 4))
+
+
+def norm_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
+    """Norm-based spatial pooling: Σ softmax(temperature · ‖t‖) · t over every window of the plan."""
+    pooled = _pool(_accumulate(x.flatten(0, -4)), plan, temperature, norm_type, normalize_norm)
+    return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
+
+
+def _pool(frames: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
+    """(T of all videos, H, W, C) → (T of all videos, OH, OW, C), nothing rounded."""
+    norms = token_norm(frames, norm_type, normalize_norm)
+    rows, row_taken, top, bottom = _positions(plan.window_rows, plan.height, frames.device)
+    cols, col_taken, left, right = _positions(plan.window_cols, plan.width, frames.device)
+    frames = F.pad(frames, (0, 0, left, right, top, bottom))  # zero tokens, whose norm is 0
+    norms = F.pad(norms, (left, right, top, bottom))
+
+    # position (i, j) of every window at once; row and column indices broadcast to (OH, OW)
+    window = [(rows[:, i, None], cols[:, j]) for i in range(rows.shape[1]) for j in range(cols.shape[1])]
+    taken = torch.stack([r[:, None] & c for r in row_taken.T for c in col_taken.T], dim=-1)  # (OH, OW, window)
+    logits = torch.stack([temperature * norms[:, r, c] for r, c in window], dim=-1)  # (T, OH, OW, window)
+    weights = torch.where(taken, logits, -math.inf).softmax(-1)
+    pooled = frames.new_zeros(())
+    for weight, (r, c) in zip(weights.unbind(-1), window, strict=True):
+        pooled = pooled + weight[..., None] * frames[:, r, c]
+    return pooled
+
+
+def _positions(runs: Runs, size: int, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Runs as (padded positions (windows, longest run), which of them take part, zeros needed before, and after)."""
+    before = max(0, -min(runs.start))
+    after = max(0, max(map(sum, zip(runs.start, runs.count, strict=True))) - size)
+    start, count = torch.tensor(runs.start, device=device), torch.tensor(runs.count, device=device)
+    offset = torch.arange(max(runs.count), device=device)
+    # a shorter run repeats its last position, so that no window ever touches a token that is not its own
+    positions = before + start[:, None] + torch.minimum(offset, count[:, None] - 1)
+    return positions, offset < count[:, None], before, after
+
+
+def token_norm(x: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
+    """‖t‖ of every token: (…, T, H, W, C) → (…, T, H, W) in float32 or float64."""
+    # Frame by frame, since torch's vectorised pow may round the tail of a tensor differently: all frames at once, a
+    # frame's last bit would depend on how many others come with it.
+    norms = [_norm(frame, norm_type, normalize_norm) for frame in x.flatten(0, -4)]
+    return torch.stack(norms).view(x.shape[:-1])
+
+
+def _norm(tokens: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
+    """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean; max_c |t_c| for p = inf: (…, C) → (…)."""
+    magnitude = _accumulate(tokens).abs().contiguous()  # the sum's order, so its last bit, follows the strides
+    if norm_type == math.inf:
+        return magnitude.amax(-1)
+    powers = _power(magnitude, norm_type)
+    return _power(powers.mean(-1) if normalize_norm else powers.sum(-1), 1 / norm_type)
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """base ** exponent for base ≥ 0, with gradient 0 at 0 (where it would be infinite for an exponent below 1)."""
+    positive = base > 0
+    return torch.where(positive, torch.where(positive, base, 1).pow(exponent), base.detach())
+
+
+def _accumulate(x: Tensor) -> Tensor:
+    return x.to(_arithmetic(x))
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def backward(op: str, grad: Tensor, x: Tensor, *arguments: object) -> Tensor:
+    """Gradient of `op(x, *arguments)` in x, by recomputing it. Only the gradient itself is rounded to x.dtype.
+
+    Where a norm has no derivative: 0 at a zero token and, for p ≤ 1, at its zero elements; for p = inf, the elements
+    that are largest share it equally.
+    """
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        result = globals()[op](leaf, *arguments)
+        return torch.autograd.grad(result, leaf, grad)[0]

@@ -1,0 +1,115 @@
+"""The `triton` backend: whether it can run a call. Triton and the kernels are imported when that is not ruled out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import re
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import GridPlan
+from ..plan.tables import Chunk
+
+OLDEST = (3, 6)
+"""The first version of triton that is tested."""
+
+LARGEST_WINDOW = 1 << 16
+"""Tokens of a window: their weights are held in registers."""
+
+
+def why_not(x: Tensor | None, plan: GridPlan | None) -> str | None:
+    """None where the kernels can run the call, else the reason; x is None when the question is about the machine."""
+    reason = _why_not_here(os.environ.get("TRITON_INTERPRET") == "1")
+    if reason is not None or x is None:
+        return reason
+    device = "cpu" if only_by_name() else "cuda"
+    if x.device.type != device:
+        return f"x is on {x.device}, the kernels run on {device} tensors" + " (TRITON_INTERPRET=1)" * (device == "cpu")
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
+    if x.dtype == torch.float64:
+        return "float64 runs on the reference only"
+    if x.numel() // x.shape[-1] >= 1 << 31:
+        return f"x has {x.numel() // x.shape[-1]} tokens, the kernels count fewer than 2³¹"
+    if plan is not None:
+        windows = x.numel() // math.prod(x.shape[-3:]) * math.prod(plan.pooled_size)
+        if windows >= 1 << 31:
+            return f"the result has {windows} tokens, the kernels count fewer than 2³¹"
+        largest = max(plan.window_rows.count) * max(plan.window_cols.count)
+        if largest > LARGEST_WINDOW:
+            return f"a window has {largest} tokens, at most {LARGEST_WINDOW} are supported"
+    return None
+
+
+@cache
+def _why_not_here(interpret: bool) -> str | None:
+    if torch.version.hip is not None:
+        return "untested on ROCm"
+    if not (interpret or torch.cuda.is_available()):
+        return "no CUDA device"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        return f"triton {version} is older than {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+def only_by_name() -> str | None:
+    """Why `auto` passes over the backend where it can run: triton's interpreter is for tests."""
+    return "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly" if _kernels().INTERPRETED else None
+
+
+@cache
+def _kernels() -> ModuleType:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def grid_pool(
+    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
+) -> None:
+    _kernels().execute("grid_pool", x, plan, (temperature, norm_type, normalize_norm), out)
+
+
+def keeps_miniatures(plan: GridPlan, channels: int, norm_type: float) -> bool:
+    """Whether grid_pool takes the fused kernel, by the settings alone."""
+    return bool(_kernels().takes_fused(plan, channels))
+
+
+def pool_chunk(
+    x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
+) -> None:
+    _kernels().pool_chunk(x, chunk, (temperature, norm_type, normalize_norm), slots, out)
+
+
+def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
+    _kernels().execute("temporal_grid", x, plan, (1.0, 2.0, True), out)
+
+
+def repeat_in_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
+    _kernels().execute("repeat_in_grid", x, plan, (1.0, 2.0, True), out)
+
+
+def norm_pool(
+    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
+) -> None:
+    _kernels().execute("norm_pool", x, plan, (temperature, norm_type, normalize_norm), out)
+
+
+def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *arguments: Any) -> None:
+    """The gradient of any op but token_norm in x; the arguments are those of the op, then the tensor for it."""
+    *settings, grad_x = arguments
+    _kernels().execute_backward(op, grad, x, plan, tuple(settings) or (1.0, 2.0, True), grad_x)
+
+
+def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
+    _kernels().execute("token_norm", x, None, (1.0, norm_type, normalize_norm), out)

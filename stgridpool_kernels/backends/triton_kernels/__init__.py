@@ -1,0 +1,102 @@
+"""Triton kernels for every op, and which of them a call takes. One file per idea, each a kernel and then its launches:
+
+fused: grid_pool and norm_pool at the published settings. summaries: temporal_grid, also of one frame in every place.
+pool: norm_pool with any windows. token_norm. backward: the gradients of all but the last. Tiles and the arithmetic on
+them are in tiles, sizes in config, what happens between a call and the device in launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ...plan import GridPlan, grid_plan
+from ...plan.dataflow import Schedule, pools_pairs, shrinks_by_halves
+from ...plan.tables import Chunk
+from . import backward, config, fused, pool, summaries, token_norm
+from .launch import Call, Request, run
+
+INTERPRETED = not isinstance(fused.grid_pool_kernel, triton.JITFunction)
+"""Whether the kernels run in triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when they were imported."""
+
+NO_PLAN = grid_plan((), 1, 1, frame_strides=(), kernel_size=1)
+"""What token_norm follows."""
+
+
+def execute(op: str, x: Tensor, plan: GridPlan | None, settings: tuple[float, float, bool], out: Tensor) -> None:
+    """`op` of x by the plan into out; settings are (temperature, norm_type, normalize_norm)."""
+    layout = (x.shape, x.stride(), out.stride(), x.data_ptr() % 16, out.data_ptr() % 16)
+    key = (op, id(plan), settings, layout, x.dtype, x.device)
+    run(key, lambda: prepare(op, x, plan, settings, out), x, out)
+
+
+def execute_backward(
+    op: str, grad: Tensor, x: Tensor, plan: GridPlan, settings: tuple[float, float, bool], grad_x: Tensor
+) -> None:
+    """The gradient in x of any op but token_norm, from `grad`, that of its result, into grad_x."""
+    aligned = (x.data_ptr() % 16, grad.data_ptr() % 16, grad_x.data_ptr() % 16)
+    layout = (x.shape, x.stride(), grad.stride(), grad_x.stride(), aligned)
+    key = (f"gradient of {op}", id(plan), settings, layout, x.dtype, grad.dtype, x.device)
+    run(key, lambda: prepare_backward(op, grad, x, plan, settings, grad_x), x, grad_x, grad=grad)
+
+
+def takes_fused(plan: GridPlan, channels: int) -> bool:
+    """Whether grid_pool takes the fused kernel, by the settings alone."""
+    return pools_pairs(plan) and shrinks_by_halves(plan) and channels <= config.MAX_BLOCK
+
+
+def pool_chunk(x: Tensor, chunk: Chunk, settings: tuple[float, float, bool], slots: Tensor, out: Tensor) -> None:
+    """A chunk of streams into out; `slots` holds the streams' miniatures."""
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    layout = (x.shape, x.stride(), out.stride(), x.data_ptr() % 16, out.data_ptr() % 16)
+    key = ("chunk", chunk.words, settings, layout, x.dtype, x.device)
+
+    def prepare_chunk() -> Call:
+        request = Request("grid_pool", x, out, chunk.plan, Schedule.none(chunk.plan), *settings, capability)
+        return fused.prepare_chunk(request, chunk)
+
+    run(key, prepare_chunk, x, out, slots)
+
+
+def prepare(
+    op: str,
+    x: Tensor,
+    plan: GridPlan | None,
+    settings: tuple[float, float, bool],
+    out: Tensor,
+    capability: tuple[int, int] | None = None,
+) -> Call:
+    """What `op` launches for tensors like these on a device of that compute capability, by default the one of x."""
+    if capability is None:
+        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    plan = plan or NO_PLAN
+    gridded = {"grid_pool": Schedule.of, "temporal_grid": Schedule.of, "repeat_in_grid": Schedule.repeated}
+    steps = gridded.get(op, Schedule.none)(plan)
+    request = Request(op, x, out, plan, steps, *settings, capability)
+    if op == "token_norm":
+        return token_norm.prepare(request)
+    if op in ("temporal_grid", "repeat_in_grid"):
+        return summaries.prepare(request)
+    if takes_fused(plan, x.shape[-1]):
+        return fused.prepare(request)
+    return pool.prepare(request)
+
+
+def prepare_backward(
+    op: str,
+    grad: Tensor,
+    x: Tensor,
+    plan: GridPlan,
+    settings: tuple[float, float, bool],
+    grad_x: Tensor,
+    capability: tuple[int, int] | None = None,
+) -> Call:
+    """What the gradient of `op` launches, as `prepare`."""
+    if capability is None:
+        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    steps = Schedule.none(plan) if op == "norm_pool" else Schedule.of(plan)
+    request = Request(op, x, grad_x, plan, steps, *settings, capability, grad)
+    if op != "temporal_grid" and takes_fused(plan, x.shape[-1]):
+        return backward.prepare_pairs(request)
+    return backward.prepare_tokens(request)

@@ -1,0 +1,211 @@
+"""From a prepared call to the device: launches, scratch, and the cache that keeps the next call short."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from ...plan import GridPlan
+from ...plan.dataflow import Schedule
+from ..device_tables import Tables
+from .tiles import norm_kind
+
+MAX_CALLS = 256
+"""Prepared calls, and so tables, that are kept; the least recently used goes first."""
+
+TENSORS = ("x", "out", "scratch", "tables", "grad", "gradients")
+"""What kernels get first, of which the backward's alone take the last two."""
+
+Arguments = dict[str, Any]
+"""Of a kernel, by name."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call is prepared for: tensors of which only shape, strides, dtype and device count, and settings."""
+
+    op: str
+    x: Tensor
+    out: Tensor
+    plan: GridPlan
+    steps: Schedule
+    temperature: float
+    norm_type: float
+    normalize_norm: bool
+    capability: tuple[int, int]
+    grad: Tensor | None = None
+    """Of the result, where `out` is the gradient in x."""
+
+    @property
+    def gridded(self) -> bool:
+        """Whether frames may end as summaries, however many there are."""
+        return self.op in ("grid_pool", "temporal_grid", "repeat_in_grid") and bool(self.plan.levels)
+
+    def sizes(self) -> Arguments:
+        """H, W, C, T and the strides of x, out and grad by the names that every kernel uses.
+
+        T is None where neighbouring frames are equally far apart throughout each of these tensors, as they are without
+        a batch. Then kernels do not divide by T, which takes many instructions.
+        """
+        T, H, W, C = self.x.shape[-4:]
+        videos = math.prod(self.x.shape[:-4])
+        strides = {
+            name: tensor.stride() if self.x.dim() == 5 else (0, *tensor.stride())
+            for name, tensor in (("x", self.x), ("out", self.out), ("grad", self.grad))
+            if tensor is not None
+        }
+        even = videos == 1 or all(video == T * frame for video, frame, *_ in strides.values())
+        found: Arguments = {"T": None if even else T, "H": H, "W": W, "C": C}
+        for name, (video, *others) in strides.items():
+            found[f"{name}_video"] = 0 if even else video
+            axes = ("frame", "row", "col", "channel")
+            found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, others, strict=False)}
+        return found
+
+    def weights(self) -> Arguments:
+        """What turns tokens into weights."""
+        kind = norm_kind(self.norm_type)
+        return {
+            "temperature": self.temperature,
+            "MEAN": self.normalize_norm,
+            "NORM": kind,
+            "P": self.norm_type if kind == "power" else 0.0,
+        }
+
+
+class Launch:
+    """One launch of a kernel, whose first parameters are the first so many of `TENSORS`: 4, or all in the backward.
+
+    `arguments` names the others.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], arguments: Arguments, tensors: int = 4, **options: Any
+    ) -> None:
+        self.kernel = kernel
+        self.grid = grid
+        self.tensors = tensors
+        self.arguments = tuple(arguments[name] for name in kernel.arg_names[tensors:])
+        self.options = {"enable_fp_fusion": True, **options}
+        self._compiled: Any = None
+
+    def __call__(self, tensors: Sequence[Tensor | None], stream: int) -> None:
+        given = (*tensors[: self.tensors], *self.arguments)
+        compiled = self._compiled
+        if compiled is None:
+            # Triton compiles or finds the kernel for these types, alignments and constants. The caches' keys hold all
+            # of them, so what it found stays right, and finding it is most of the time of a launch. The interpreter
+            # compiles nothing.
+            self._compiled = self.kernel[self.grid](*given, **self.options)
+        elif _launch_hooks_are_set():
+            compiled[self.grid](*given, stream=stream)
+        else:  # the same without the hooks, which take one or two microseconds even where they do nothing
+            compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *given)
+
+
+def _launch_hooks_are_set() -> bool:
+    """Whether somebody, such as a profiler, wants to hear of launches. Triton keeps chains of hooks, or a hook."""
+    knobs = triton.knobs.runtime
+    return any(getattr(hook, "calls", hook) for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook))
+
+
+class Call:
+    """All launches of a call with given sizes, strides, dtype, alignment and settings.
+
+    `scratch` and `gradients` are in elements, of x.dtype and of float32.
+    """
+
+    def __init__(
+        self, plan: object, launches: Sequence[Launch], scratch: int, tables: Tables | None, gradients: int = 0
+    ) -> None:
+        self.plan = plan  # the cache knows plans by identity: this one must stay while its call is kept
+        self.launches = tuple(launches)
+        self.has_run = False
+        self.scratch = scratch
+        self.tables = tables
+        self.gradients = gradients
+
+    def __call__(
+        self,
+        x: Tensor,
+        out: Tensor,
+        stream: int,
+        capturing: bool,
+        kept: Tensor | None = None,
+        grad: Tensor | None = None,
+    ) -> None:
+        scratch = kept
+        if self.scratch:
+            scratch = torch.empty(self.scratch, dtype=x.dtype, device=x.device)
+        gradients = None
+        if self.gradients:
+            gradients = torch.empty(self.gradients, dtype=torch.float32, device=x.device)
+        tables = None
+        if self.tables is not None:
+            tables = self.tables.tensor
+            if x.is_cuda:
+                self.tables.use(stream, capturing)
+        tensors = (x, out, scratch, tables, grad, gradients)
+        for launch in self.launches:
+            launch(tensors, stream)
+        self.has_run = True
+
+
+_lock = threading.Lock()
+_calls: OrderedDict[Hashable, Call] = OrderedDict()
+
+
+def run(
+    key: Hashable,
+    prepare: Callable[[], Call],
+    x: Tensor,
+    out: Tensor,
+    kept: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> None:
+    """Runs the call known as `key`, which `prepare` makes the first time, on the current stream of x's device.
+
+    kept: scratch of the caller's, for a call that allocates none. grad: of the result, where out is the gradient in x.
+    """
+    if not x.is_cuda:
+        # triton's interpreter computes with NumPy, which warns of NaN and overflow
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _find(key, prepare, False)(x, out, 0, False, kept, grad)
+        return
+    other_device = x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if other_device else nullcontext():
+        capturing = torch.cuda.is_current_stream_capturing()
+        call = _find(key, prepare, capturing)
+        call(x, out, triton.runtime.driver.active.get_current_stream(x.device.index), capturing, kept, grad)
+
+
+def _find(key: Hashable, prepare: Callable[[], Call], capturing: bool) -> Call:
+    with _lock:
+        call = _calls.get(key)
+        if call is not None:
+            _calls.move_to_end(key)
+    if call is not None and (call.has_run or not capturing):
+        return call
+    if capturing:
+        raise RuntimeError(
+            "warm up first: a CUDA graph cannot capture the first call with a given plan, shape, layout, dtype and "
+            "settings, which compiles kernels and uploads tables; run it once before the capture"
+        )
+    call = prepare()
+    with _lock:
+        _calls[key] = call
+        while len(_calls) > MAX_CALLS:
+            _calls.popitem(last=False)
+    return call

@@ -1,0 +1,162 @@
+"""`stgp demo`: a real video, a real vision tower, `torch.ops.stgp.grid_pool`, a table and a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from ..backends import choose_backend
+from ..bench.baselines import llava_avg_pool, naive_grid_pool
+from ..functional import grid_pool
+from ..io.data import load_fixture
+from ..plan import GridPlan, grid_plan
+from .figure import check_picture, require_matplotlib, save_figure
+from .inspection import inspect_tokens
+
+NUM_FRAMES = 32
+GRID = (18, 32)
+CREDIT = "Big Buck Bunny: © Blender Foundation | peach.blender.org, CC-BY 3.0."
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Tokens (T, H, W, C) float32, the frames they come from (T, h, w, 3) uint8 RGB, and a line on their origin."""
+
+    tokens: Tensor
+    frames: np.ndarray
+    origin: str
+
+
+def packaged_clip() -> Clip:
+    """The tokens that ship with the package. Needs nothing else."""
+    tokens, frames, _ = load_fixture()
+    return Clip(torch.from_numpy(tokens).float(), frames, f"{len(frames)} packaged frames of bigbuckbunny.mp4")
+
+
+def encoded_clip(console: Console) -> Clip:
+    """Big Buck Bunny decoded and encoded now. Raises ImportError or ValueError where a package or file is missing."""
+    from ..io.encoder import PATCH, Encoder, find_sample_video
+    from ..io.video import read_frames
+
+    video, encoder = find_sample_video("bigbuckbunny.mp4"), Encoder()
+    size = (GRID[0] * PATCH, GRID[1] * PATCH)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        decoding = progress.add_task("decode", total=NUM_FRAMES)
+        encoding = progress.add_task("encode", total=NUM_FRAMES)
+        frames = read_frames(
+            video, NUM_FRAMES, size=size, progress=lambda done, total: progress.update(decoding, completed=done)
+        )
+        tokens = encoder(frames, progress=lambda done, total: progress.update(encoding, completed=done))
+    origin = f"{len(frames)} frames of {video.name}, {size[0]} × {size[1]} pixels"
+    return Clip(torch.from_numpy(tokens), frames, origin)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Distance from the float64 oracle: norm of the error over norm of the result, and largest absolute error."""
+
+    dtype: torch.dtype
+    relative_norm: float
+    largest: float
+
+
+def accuracy(tokens: Tensor, dtype: torch.dtype) -> Accuracy:
+    """Error of `grid_pool` on `tokens` in `dtype`, against the oracle on the same values in float64."""
+    x = tokens.to(dtype)
+    exact = grid_pool(x.double(), backend="reference")
+    error = torch.ops.stgp.grid_pool(x).double() - exact
+    return Accuracy(dtype, (error.norm() / exact.norm()).item(), error.abs().max().item())
+
+
+def median_times(functions: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int = 15) -> dict[str, float]:
+    """Median time of every function(x) in milliseconds on torch's current threads, one call each in turn."""
+    threads = torch.get_num_threads()
+    timers = {
+        name: Timer("function(x)", globals={"function": function, "x": x}, num_threads=threads)
+        for name, function in functions.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(1).median * 1e3)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def demo_command(output: Path, *, offline_tokens: bool, force: bool, console: Console) -> None:
+    """Runs the chain, prints the table and writes the picture. Errors as in `encoded_clip` and `refuse_existing`."""
+    try:
+        require_matplotlib()
+        check_picture(output, force)
+        drawable = True
+    except ImportError:
+        drawable = False
+    clip = packaged_clip() if offline_tokens else encoded_clip(console)
+    x = clip.tokens
+    plan = grid_plan((len(x),), x.shape[1], x.shape[2])
+    pooled = torch.ops.stgp.grid_pool(x)
+
+    table = Table(title="torch.ops.stgp.grid_pool(x)", show_header=False)
+    table.add_row("video", clip.origin)
+    table.add_row("vision tower", "DINOv2-small (ViT-S/14), after its last LayerNorm")
+    table.add_row("tokens before", f"{_shape(x)} = {x.shape[:-1].numel():,}")
+    table.add_row("tokens after", f"{_shape(pooled)} = {pooled.shape[:-1].numel():,}")
+    overwritten = ", ".join(map(str, plan.overwritten))
+    table.add_row("frames overwritten", f"{len(plan.overwritten)} of {len(x)}: {overwritten}")
+    table.add_row("change from average pooling", _difference(x, pooled, plan))
+    table.add_section()
+    for dtype in (torch.float32, torch.bfloat16):
+        error = accuracy(x, dtype)
+        name = str(dtype).removeprefix("torch.")
+        table.add_row(
+            f"error, {name}",
+            f"{error.relative_norm:.1e} of the norm, {error.largest:.1e} largest",
+        )
+    table.add_section()
+    ours = f"grid_pool, {choose_backend(x, plan).name}"
+    times = median_times(
+        {
+            ours: torch.ops.stgp.grid_pool,
+            "LLaVA-style average pooling": llava_avg_pool,
+            "naive eager ST-GridPool": naive_grid_pool,
+        },
+        x,
+    )
+    for name, time in times.items():
+        ratio = "" if name == ours else f", {time / times[ours]:.2f} × grid_pool's"
+        table.add_row(name, f"{time:.1f} ms{ratio}")
+    console.print(table)
+    notes = [
+        "Change: frames that no summary overwrites. Error: against the oracle in float64 on the same tokens.",
+        f"Times: medians on {torch.get_num_threads()} CPU threads, float32.",
+        CREDIT,
+    ]
+    console.print("\n".join(notes), style="dim", highlight=False)
+
+    if drawable:
+        save_figure(inspect_tokens(x), clip.frames, output, force=force, name="bigbuckbunny.mp4", credit=CREDIT)
+        console.print(f"picture: {output.resolve()}", soft_wrap=True, highlight=False)
+    else:
+        console.print('no picture without matplotlib: pip install "stgridpool_kernels[demo]"', markup=False)
+
+
+def _shape(x: Tensor) -> str:
+    return " × ".join(map(str, x.shape))
+
+
+def _difference(x: Tensor, pooled: Tensor, plan: GridPlan) -> str:
+    kept = sorted(set(range(len(x))) - set(plan.overwritten))
+    average = llava_avg_pool(x[kept])
+    relative = (pooled[kept] - average).norm(dim=-1) / average.norm(dim=-1)
+    median, high = (100 * relative.flatten().quantile(torch.tensor([0.5, 0.95]))).tolist()
+    return f"{median:.1f} % median, {high:.1f} % p95 per token"

@@ -1,0 +1,241 @@
+"""The public functions `grid_pool`, `temporal_grid`, `norm_pool` and `token_norm`, and the module `GridPool`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .backends import use_backend
+from .ops import check_arguments
+from .plan import pair
+
+
+def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: Any) -> Tensor:
+    if backend != "auto" and torch.compiler.is_compiling():
+        raise RuntimeError(f"the backend is chosen outside compiled functions, got backend={backend!r} inside one")
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out is not None and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise RuntimeError("out cannot be given while a gradient is required: use torch.no_grad(), or leave out=None")
+    with use_backend(backend) if backend != "auto" else nullcontext():
+        if out is None:
+            return cast(Tensor, getattr(torch.ops.stgp, name)(x, **arguments))
+        getattr(torch.ops.stgp, f"_{name}_out")(x, out=out, **arguments)
+        return out
+
+
+def grid_pool(
+    x: Tensor,
+    *,
+    frame_strides: Sequence[int] = (2, 4, 8),
+    grid_shape: Sequence[int] = (2, 2),
+    sampling: str = "last",
+    resize: str = "area",
+    kernel_size: int | Sequence[int] = (2, 2),
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    output_size: int | Sequence[int] | None = None,
+    temperature: float = 1.0,
+    norm_type: float = 2.0,
+    normalize_norm: bool = True,
+    frame_counts: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """ST-GridPool: pyramid temporal gridding, then norm-based spatial pooling. The same as `torch.ops.stgp.grid_pool`.
+
+    x: (T, H, W, C) tokens of T frames, or (B, T, H, W, C) of B videos; bfloat16, float16, float32 or float64, any
+        strides. It is not modified. Result: (T, OH, OW, C) or (B, T, OH, OW, C), same dtype, contiguous, new.
+
+    Temporal gridding (PTG), level by level, each reading what the level before it left:
+
+    frame_strides: sample every so many frames; one level per entry, none for [].
+    grid_shape: (rows, cols) of the mosaic for every level, or 2 entries per level. rows · cols sampled frames make a
+        group; its target frame becomes their mosaic, shrunk to H × W. An incomplete group is dropped.
+    sampling: "last" takes the last frame of each stride, and the target is the last one sampled (published code,
+        figure 2); "first" takes the first frame of each stride, and the target ends the segment (the paper's text).
+    resize: "area" shrinks each frame by adaptive average pooling, joins and crops (published code); "bilinear" resizes
+        the mosaic (the paper's text).
+
+    Norm-based pooling (NSP), Σ α·t over each window with α = softmax(temperature · ‖t‖):
+
+    kernel_size, stride, padding, ceil_mode: windows of `torch.nn.AvgPool2d`; an integer stands for both directions.
+    count_include_pad: zero padding takes part in the softmax with norm 0; False leaves it out.
+    output_size: (OH, OW) with the windows of `torch.nn.AdaptiveAvgPool2d` in place of the five above.
+    temperature: 0 is average pooling; the larger, the closer to the token of the largest norm; below 0, the smallest.
+    norm_type: p of ‖t‖ = (mean_c |t_c|^p)^(1/p); any p > 0, inf is max_c |t_c|.
+    normalize_norm: True takes the mean over channels (published code), False the sum (the paper's formula).
+
+    frame_counts: frames of each video packed along T, in order; no summary mixes two videos. All share H and W. Not for
+        5-D x, which is a batch already.
+    out: where to write the result, of its shape, dtype and device, not overlapping x; returned.
+    backend: one of `available_backends()`; "auto" follows `use_backend`, then STGP_BACKEND, then takes the fastest.
+
+    Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the backend asked
+    for cannot run the call, a gradient is required together with `out`, or (from torch) an argument has a wrong type.
+    Differentiable once in x.
+
+    Source: ST-GridPool (ICLR 2026, arXiv 2605.22078), sections on PTG and NSP. Defaults are its settings, computed as
+    its published code does.
+    """
+    return _call(
+        "grid_pool",
+        x,
+        out,
+        backend,
+        frame_strides=frame_strides,
+        grid_shape=grid_shape,
+        sampling=sampling,
+        resize=resize,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        ceil_mode=ceil_mode,
+        count_include_pad=count_include_pad,
+        output_size=output_size,
+        temperature=temperature,
+        norm_type=norm_type,
+        normalize_norm=normalize_norm,
+        frame_counts=frame_counts,
+    )
+
+
+def temporal_grid(
+    x: Tensor,
+    *,
+    frame_strides: Sequence[int] = (2, 4, 8),
+    grid_shape: Sequence[int] = (2, 2),
+    sampling: str = "last",
+    resize: str = "area",
+    frame_counts: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Pyramid temporal gridding alone: x with every group's target frame replaced by the group's mosaic.
+
+    Arguments, errors and source as in `grid_pool`. Result: shape and dtype of x, contiguous, new.
+    """
+    return _call(
+        "temporal_grid",
+        x,
+        out,
+        backend,
+        frame_strides=frame_strides,
+        grid_shape=grid_shape,
+        sampling=sampling,
+        resize=resize,
+        frame_counts=frame_counts,
+    )
+
+
+def norm_pool(
+    x: Tensor,
+    *,
+    kernel_size: int | Sequence[int] = (2, 2),
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    output_size: int | Sequence[int] | None = None,
+    temperature: float = 1.0,
+    norm_type: float = 2.0,
+    normalize_norm: bool = True,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Norm-based spatial pooling alone: (T, H, W, C) → (T, OH, OW, C), or 5-D.
+
+    Arguments, errors and source as in `grid_pool`. A window that holds a NaN becomes NaN, no other does.
+    """
+    return _call(
+        "norm_pool",
+        x,
+        out,
+        backend,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        ceil_mode=ceil_mode,
+        count_include_pad=count_include_pad,
+        output_size=output_size,
+        temperature=temperature,
+        norm_type=norm_type,
+        normalize_norm=normalize_norm,
+    )
+
+
+def token_norm(
+    x: Tensor,
+    *,
+    norm_type: float = 2.0,
+    normalize_norm: bool = True,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The norm of every token that `norm_pool` weighs by: (T, H, W, C) → (T, H, W), or 5-D → 4-D.
+
+    Result: float32, or float64 for float64 x. Arguments, errors and source as in `grid_pool`.
+    """
+    return _call(
+        "token_norm",
+        x,
+        out,
+        backend,
+        norm_type=norm_type,
+        normalize_norm=normalize_norm,
+    )
+
+
+_PARAMETERS = {
+    name: parameter
+    for name, parameter in inspect.signature(grid_pool).parameters.items()
+    if name not in ("x", "frame_counts", "out", "backend")
+}
+_ALWAYS_SHOWN = ("frame_strides", "grid_shape", "kernel_size", "temperature")
+
+
+class GridPool(nn.Module):
+    """`grid_pool` with its arguments fixed: (T, H, W, C) → (T, OH, OW, C). No parameters, no state.
+
+    Takes the arguments of `grid_pool` except `frame_counts`, which goes to the call since it changes with the videos,
+    `out` and `backend`. What does not depend on the input is checked at once: errors as in `grid_pool`, TypeError for
+    an unknown argument. `arguments` holds them all, sequences as tuples.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        bound = inspect.Signature(list(_PARAMETERS.values())).bind(**arguments)
+        bound.apply_defaults()
+        check_arguments(bound.arguments)
+        self.arguments: dict[str, Any] = {name: _as_tuple(name, value) for name, value in bound.arguments.items()}
+
+    def forward(self, x: Tensor, frame_counts: Sequence[int] | None = None) -> Tensor:
+        return grid_pool(x, frame_counts=frame_counts, **self.arguments)
+
+    def extra_repr(self) -> str:
+        shown = set(_ALWAYS_SHOWN)
+        if self.arguments["output_size"] is not None:
+            shown.remove("kernel_size")
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in self.arguments.items()
+            if name in shown or value != _PARAMETERS[name].default
+        )
+
+
+def _as_tuple(name: str, value: Any) -> Any:
+    if name in ("frame_strides", "grid_shape"):
+        return tuple(value)
+    if name in ("kernel_size", "stride", "padding", "output_size") and value is not None:
+        return pair(value)
+    return value
+
+
+GridPool.__signature__ = inspect.Signature(list(_PARAMETERS.values()))  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Files in and out: tokens, videos, the demo's encoder and its packaged tokens."""

@@ -1,0 +1,5 @@
+"""Sizes and arguments in, integers out: which frame goes where. No tensor is made or read here."""
+
+from .plan import RESIZES, SAMPLINGS, GridPlan, Level, Runs, grid_plan, pair
+
+__all__ = ["RESIZES", "SAMPLINGS", "GridPlan", "Level", "Runs", "grid_plan", "pair"]

@@ -1,0 +1,347 @@
+"""Which frames each summary reads and overwrites, and which positions each window covers.
+
+`GridPlan` is the only place that knows the index rules of temporal gridding and the geometry of pooling windows.
+It depends on sizes and arguments, never on token values; backends and drawings follow its tables.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from typing import SupportsIndex
+
+SAMPLINGS = ("last", "first")
+RESIZES = ("area", "bilinear")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of consecutive positions along one axis: entry i covers start[i], …, start[i] + count[i] − 1."""
+
+    start: tuple[int, ...]
+    count: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One temporal scale. Group g shrinks frames `sources[g]` into the `rows × cols` mosaic that replaces `targets[g]`.
+
+    With the frames of a group laid row-major into a mosaic of (rows·H) × (cols·W) tokens, summary token (r, c) is the
+    plain mean of the mosaic over `row_runs[r] × col_runs[c]`. This holds for both resizes: an area cell averages a
+    box inside one tile; a bilinear sample at an integer scale averages the one or two centre positions per axis.
+    """
+
+    frame_stride: int
+    rows: int
+    cols: int
+    targets: tuple[int, ...]
+    sources: tuple[tuple[int, ...], ...]
+    row_runs: Runs
+    col_runs: Runs
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """Tables for one call; `grid_plan(...)` builds or finds it.
+
+    The arguments identify a plan (equality, hash, repr); the tables follow from them.
+
+    levels: in the order they run. Each reads the frames as the levels before it left them. Frame indices count from
+        the first frame of the first video.
+    window_rows, window_cols: the pooling windows, one run per output row and column. Positions before 0 or from the
+        image's size on are zero padding that takes part in the window.
+    """
+
+    frame_counts: tuple[int, ...]
+    height: int
+    width: int
+    frame_strides: tuple[int, ...]
+    grid_shape: tuple[int, ...]
+    sampling: str
+    resize: str
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    padding: tuple[int, ...]
+    ceil_mode: bool
+    count_include_pad: bool
+    output_size: tuple[int, ...] | None
+
+    levels: tuple[Level, ...] = field(init=False, repr=False, compare=False)
+    window_rows: Runs = field(init=False, repr=False, compare=False)
+    window_cols: Runs = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"height and width must be at least 1, got {self.height} × {self.width}")
+        if any(count < 0 for count in self.frame_counts):
+            raise ValueError(f"frame_counts must not be negative, got {list(self.frame_counts)}")
+        shapes = level_shapes(self.frame_strides, self.grid_shape, self.sampling, self.resize)
+        levels = tuple(
+            self._level(frame_stride, rows, cols)
+            for frame_stride, (rows, cols) in zip(self.frame_strides, shapes, strict=True)
+        )
+        sizes = pooled_size(
+            self.height,
+            self.width,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.output_size,
+        )
+        rows, cols = (self._windows(axis, size) for axis, size in enumerate(sizes))
+        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "window_rows", rows)
+        object.__setattr__(self, "window_cols", cols)
+
+    @property
+    def pooled_size(self) -> tuple[int, int]:
+        """Rows and columns of tokens per pooled frame."""
+        return len(self.window_rows), len(self.window_cols)
+
+    @property
+    def overwritten(self) -> tuple[int, ...]:
+        """Frames that some summary replaces, in order."""
+        return tuple(sorted({target for level in self.levels for target in level.targets}))
+
+    def save(self, path: str | os.PathLike[str], *, frames_per_step: int | None = None, gradient: bool = False) -> None:
+        """Write the plan as tables: the file that the C++ functions of csrc/grid_pool.h take, without Python.
+
+        The file is an array of little-endian int32 and nothing else; csrc/tables.h has its form, `check_tables` of
+        grid_pool.h tells whether an array has it. It depends on the plan alone: not on the number of channels, nor on
+        the dtype, nor on the weights of tokens. It appears whole, or not at all; a file that is there is replaced.
+
+        frames_per_step: for a CPU, twice the number of its threads: the least number of frames that are read before
+            the summaries that these complete are made, so that what is stored in between stays in the cache. None, for
+            a GPU: all frames are read first, in as few steps as there can be. Results are the same bit by bit.
+
+        gradient: for the functions of csrc/grid_pool.h that compute gradients. frames_per_step must be None.
+
+        Raises ValueError if frames_per_step is less than 1 or given for a gradient, OSError where `path` is a folder or
+        no regular file or cannot be written, OverflowError if a number of the plan exceeds 32 bits.
+        """
+        from ..io.writing import atomic_write
+        from .tables import plan_tables
+
+        if frames_per_step is not None and frames_per_step < 1:
+            raise ValueError(f"frames_per_step must be None or at least 1, got {frames_per_step}")
+        if frames_per_step is not None and gradient:
+            raise ValueError(f"frames_per_step must be None where gradient is True, got {frames_per_step}")
+        words = array("i", plan_tables(self, frames_per_step=frames_per_step, gradient=gradient))
+        if sys.byteorder == "big":
+            words.byteswap()
+        with atomic_write(path, force=True) as file:
+            file.write(words.tobytes())
+
+    def _level(self, frame_stride: int, rows: int, cols: int) -> Level:
+        targets: list[int] = []
+        sources: list[tuple[int, ...]] = []
+        for first, count in zip(accumulate(self.frame_counts, initial=0), self.frame_counts, strict=False):
+            for target, frames in _groups(count, frame_stride, rows * cols, self.sampling):
+                targets.append(first + target)
+                sources.append(tuple(first + frame for frame in frames))
+        mosaic_runs = _area_mosaic if self.resize == "area" else _bilinear_mosaic
+        row_runs = mosaic_runs(self.height, rows)
+        col_runs = mosaic_runs(self.width, cols)
+        return Level(frame_stride, rows, cols, tuple(targets), tuple(sources), row_runs, col_runs)
+
+    def _windows(self, axis: int, windows: int) -> Runs:
+        size = (self.height, self.width)[axis]
+        if self.output_size is not None:
+            return _adaptive_runs(size, windows)
+        kernel, padding = self.kernel_size[axis], self.padding[axis]
+        stride = kernel if self.stride is None else self.stride[axis]
+        # ceil_mode may open positions beyond the padded input; they never take part
+        low, high = (-padding, size + padding) if self.count_include_pad else (0, size)
+        starts = [i * stride - padding for i in range(windows)]
+        stops = [min(start + kernel, high) for start in starts]
+        starts = [max(start, low) for start in starts]
+        return Runs(tuple(starts), tuple(map(operator.sub, stops, starts)))
+
+
+def grid_plan(
+    frame_counts: Sequence[int],
+    height: int,
+    width: int,
+    *,
+    frame_strides: Sequence[int] = (2, 4, 8),
+    grid_shape: Sequence[int] = (2, 2),
+    sampling: str = "last",
+    resize: str = "area",
+    kernel_size: int | Sequence[int] = (2, 2),
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    output_size: int | Sequence[int] | None = None,
+) -> GridPlan:
+    """The plan for videos of `frame_counts` frames of height × width tokens; arguments as in `grid_pool`.
+
+    Plans are cached (the 256 last used). Raises ValueError for an argument that is out of range.
+    """
+    return _cached_plan(
+        tuple(frame_counts),
+        height,
+        width,
+        tuple(frame_strides),
+        tuple(grid_shape),
+        sampling,
+        resize,
+        pair(kernel_size),
+        None if stride is None else pair(stride),
+        pair(padding),
+        ceil_mode,
+        count_include_pad,
+        None if output_size is None else pair(output_size),
+    )
+
+
+_cached_plan = lru_cache(maxsize=256)(GridPlan)
+
+
+def level_shapes(
+    frame_strides: Sequence[int], grid_shape: Sequence[int], sampling: str, resize: str
+) -> list[tuple[int, int]]:
+    """(rows, cols) of every level's grid. Raises ValueError for an argument that is out of range."""
+    if any(stride < 1 for stride in frame_strides):
+        raise ValueError(f"frame_strides must be at least 1, got {list(frame_strides)}")
+    levels = len(frame_strides)
+    if len(grid_shape) not in (2, 2 * levels):
+        allowed = "2 entries (rows, cols)" + (f" or {2 * levels} (2 per level)" if levels > 1 else "")
+        raise ValueError(f"grid_shape must have {allowed}, got {list(grid_shape)}")
+    if any(entry < 1 for entry in grid_shape):
+        raise ValueError(f"grid_shape must have rows and cols of at least 1, got {list(grid_shape)}")
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {sampling!r}")
+    if resize not in RESIZES:
+        raise ValueError(f"resize must be one of {', '.join(map(repr, RESIZES))}, got {resize!r}")
+    pairs = list(zip(grid_shape[::2], grid_shape[1::2], strict=True))
+    return pairs * levels if len(grid_shape) == 2 else pairs
+
+
+def pooled_size(
+    height: int,
+    width: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] | None,
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    output_size: Sequence[int] | None,
+) -> tuple[int, int]:
+    """Rows and columns of windows, as `torch.nn.AvgPool2d` (or `AdaptiveAvgPool2d` for `output_size`) counts them.
+
+    `height` and `width` may be symbolic. Raises ValueError for an argument that is out of range.
+    """
+    if output_size is not None:
+        _check_pair("output_size", output_size, 1)
+        if (tuple(kernel_size), stride, tuple(padding)) != ((2, 2), None, (0, 0)) or ceil_mode or not count_include_pad:
+            raise ValueError(
+                f"output_size={_show(output_size)} chooses the windows by itself: kernel_size, stride, padding, "
+                f"ceil_mode and count_include_pad must keep their defaults, got kernel_size={_show(kernel_size)}, "
+                f"stride={_show(stride)}, padding={_show(padding)}, ceil_mode={ceil_mode}, "
+                f"count_include_pad={count_include_pad}"
+            )
+        return output_size[0], output_size[1]
+    _check_pair("kernel_size", kernel_size, 1)
+    _check_pair("padding", padding, 0)
+    if stride is not None:
+        _check_pair("stride", stride, 1)
+    if any(2 * pad > kernel for pad, kernel in zip(padding, kernel_size, strict=True)):
+        raise ValueError(f"padding must be at most half of kernel_size={_show(kernel_size)}, got {_show(padding)}")
+    steps = kernel_size if stride is None else stride
+    rows, cols = (
+        _num_windows(size, kernel, step, pad, ceil_mode)
+        for size, kernel, step, pad in zip((height, width), kernel_size, steps, padding, strict=True)
+    )
+    if rows < 1 or cols < 1:
+        raise ValueError(
+            f"kernel_size={_show(kernel_size)} with padding={_show(padding)} leaves no window on a "
+            f"{height} × {width} frame: it must not exceed the frame plus twice the padding"
+        )
+    return rows, cols
+
+
+def pair(value: SupportsIndex | Sequence[int]) -> tuple[int, ...]:
+    """An integer stands for both directions."""
+    return tuple(value) if isinstance(value, Sequence) else (operator.index(value),) * 2
+
+
+def _show(value: Sequence[int] | None) -> str:
+    return "None" if value is None else str(list(value))
+
+
+def _check_pair(name: str, value: Sequence[int], low: int) -> None:
+    if len(value) != 2 or any(entry < low for entry in value):
+        raise ValueError(f"{name} must be 2 integers (rows, cols) of at least {low}, got {_show(value)}")
+
+
+def _num_windows(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    span = size + 2 * padding - kernel
+    if not ceil_mode:
+        return span // stride + 1
+    # a last window that only opens in the padding on the far side does not count
+    opened, useful = -(-span // stride) + 1, -(-(size + padding) // stride)
+    return opened + (useful - opened) * (useful < opened)  # min(opened, useful), without a guard on symbolic sizes
+
+
+def _groups(frames: int, stride: int, group: int, sampling: str) -> list[tuple[int, list[int]]]:
+    """(target, sources) of every whole group of one video, frames counted from its first."""
+    if sampling == "first":
+        segment = stride * group
+        firsts = range(0, frames // segment * segment, segment)
+        return [(first + segment - 1, list(range(first, first + segment, stride))) for first in firsts]
+    sampled = _last_of_each_stride(frames, stride)
+    whole = [sampled[k : k + group] for k in range(0, len(sampled) // group * group, group)]
+    return [(sources[-1], sources) for sources in whole]
+
+
+def _last_of_each_stride(frames: int, stride: int) -> list[int]:
+    """round_half_even(linspace(0, frames, q + 1)[1:] − 1) for q = frames // stride, in torch's float32 arithmetic.
+
+    The published code samples this way, so float32 decides the ties where `stride` does not divide `frames`.
+    torch.linspace counts from both ends, with one rounding (fused multiply-add) where it is vectorised and two where it
+    is not. Up to 5000 frames that makes no difference to a frame index; beyond, this is the fused one.
+    """
+    q = frames // stride
+    if q == 0:
+        return []
+    step = array("f", [frames / q])[0]  # array("f") rounds to float32; what goes into it is exact in a Python float
+    half = (q + 1) // 2
+    points = array("f", [step * k if k < half else frames - step * (q - k) for k in range(1, q + 1)])
+    return [min(max(round(point), 0), frames - 1) for point in array("f", [point - 1 for point in points])]
+
+
+def _adaptive_runs(size: int, windows: int) -> Runs:
+    """Windows of `AdaptiveAvgPool2d`: i covers ⌊i·size/windows⌋ up to ⌈(i+1)·size/windows⌉, exclusive."""
+    starts = [i * size // windows for i in range(windows)]
+    stops = [-(-(i + 1) * size // windows) for i in range(windows)]
+    return Runs(tuple(starts), tuple(map(operator.sub, stops, starts)))
+
+
+def _area_mosaic(size: int, tiles: int) -> Runs:
+    """Mosaic positions behind each summary position when every tile is shrunk to ⌈size/tiles⌉ and the whole cropped."""
+    tile = -(-size // tiles)
+    cells = _adaptive_runs(size, tile)
+    starts = [position // tile * size + cells.start[position % tile] for position in range(size)]
+    return Runs(tuple(starts), tuple(cells.count[position % tile] for position in range(size)))
+
+
+def _bilinear_mosaic(size: int, tiles: int) -> Runs:
+    """Mosaic positions behind each summary position: the one or two at the centre of every `tiles` positions.
+
+    Half-pixel sampling at the integer scale `tiles` lands on position·tiles + (tiles − 1)/2: a mosaic position for odd
+    `tiles`, midway between two for even.
+    """
+    centre, taps = (tiles - 1) // 2, 2 - tiles % 2
+    return Runs(tuple(position * tiles + centre for position in range(size)), (taps,) * size)

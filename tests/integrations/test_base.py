@@ -1,0 +1,362 @@
+"""What integrations share: pooling in an engine's layout, token counts, options, versions; and the example adapter."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import subprocess
+import sys
+import textwrap
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import stgridpool_kernels as stgp
+from stgridpool_kernels.integrations import base
+from stgridpool_kernels.integrations.base import (
+    PoolOptions,
+    pool_flat,
+    pooled_grid,
+    require,
+    require_size,
+    tokens_per_frame,
+    video_token_count,
+)
+from tests.support import integrations_page, toy_engine
+from tests.support.tolerance import assert_same_bits
+
+CALLS = {
+    "published": {},
+    "ceil": {"ceil_mode": True},
+    "budget": {"output_size": (3, 2), "temperature": 2.0},
+    "padding": {"kernel_size": 3, "stride": 2, "padding": 1, "frame_strides": (1, 2), "sampling": "first"},
+}
+
+
+@pytest.fixture(params=CALLS.values(), ids=CALLS.keys())
+def options(request: pytest.FixtureRequest) -> dict:
+    return request.param
+
+
+def tokens(frames: int, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(frames + 100 * rows)
+    return torch.randn(frames, rows * cols, 16, generator=generator).to(dtype)
+
+
+# ---- pool_flat ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_video_is_pooled_as_if_it_were_alone(options: dict, dtype: torch.dtype) -> None:
+    counts = [9, 0, 16, 3]
+    x = tokens(sum(counts), 5, 7, dtype)
+    before = x.clone()
+    together = pool_flat(x, counts, (5, 7), **options)
+    alone = [stgp.grid_pool(video.unflatten(1, (5, 7)), **options).flatten(1, 2) for video in x.split(counts)]
+    assert_same_bits(together, torch.cat(alone))
+    assert_same_bits(x, before)
+    assert together.is_contiguous()
+
+
+def test_the_grid_is_the_square_by_default(options: dict) -> None:
+    x = tokens(8, 6, 6)
+    assert_same_bits(pool_flat(x, [8], **options), pool_flat(x, [8], (6, 6), **options))
+
+
+def test_four_dimensions_stay_four(options: dict) -> None:
+    x = tokens(20, 5, 7)
+    frames = x.unflatten(1, (5, 7))
+    pooled = pool_flat(frames, (12, 8), **options)
+    assert pooled.shape[1:3] == pooled_grid((5, 7), **options)
+    assert_same_bits(pooled.flatten(1, 2), pool_flat(x, (12, 8), (5, 7), **options))
+    assert_same_bits(pooled, pool_flat(frames, (12, 8), (5, 7), **options))
+
+
+def test_one_call_for_all_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(x: Tensor, **arguments: object) -> Tensor:
+        calls.append(arguments)
+        return stgp.grid_pool(x, **arguments)
+
+    monkeypatch.setattr(base, "grid_pool", counted)
+    pool_flat(tokens(20, 4, 4), [8, 12], temperature=2.0)
+    assert calls == [{"frame_counts": [8, 12], "temperature": 2.0}]
+
+
+@pytest.mark.parametrize("unpooled", [{}, {"kernel_size": 1, "frame_strides": ()}], ids=["pooled", "unpooled"])
+def test_the_result_is_never_the_input(unpooled: dict) -> None:
+    x = tokens(4, 4, 4)
+    pool_flat(x, [4], **unpooled).fill_(7)
+    assert_same_bits(x, tokens(4, 4, 4))
+
+
+def test_a_slice_and_another_memory_layout_are_pooled_as_they_are() -> None:
+    x = tokens(9, 6, 6)
+    sliced = torch.cat([x[:, :1], x], 1)[:, 1:]  # a vision tower's tokens without its class token
+    swapped = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not sliced.is_contiguous()
+    assert not swapped.is_contiguous()
+    for same in (sliced, swapped):
+        assert_same_bits(pool_flat(same, [9]), pool_flat(x, [9]))
+
+
+@pytest.mark.parametrize(("grid", "dynamic"), [((5, 5), True), (None, None)], ids=["dynamic", "square"])
+def test_it_compiles_without_a_graph_break(grid: tuple[int, int] | None, dynamic: bool | None) -> None:
+    def shrink(x: Tensor) -> Tensor:
+        return pool_flat(x, [x.shape[0] // 2] * 2, grid, ceil_mode=True)
+
+    compiled = torch.compile(shrink, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for frames in (18, 34):
+        assert_same_bits(compiled(tokens(frames, 5, 5)), shrink(tokens(frames, 5, 5)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: pool_flat(x[:, :24], [8]), ValueError, "grid must be given where the 24 tokens .* no square"),
+        (lambda x: pool_flat(x, [8], (4, 6)), ValueError, "grid must have the 25 positions .* got 4 × 6 = 24"),
+        (lambda x: pool_flat(x, [8], (25,)), ValueError, r"grid must be 2 integers .* got \(25,\)"),
+        (lambda x: pool_flat(x, [8], 5), ValueError, "grid must be 2 integers .* got 5"),
+        (lambda x: pool_flat(x, [8], (-5, -5)), ValueError, r"grid must be 2 integers .* at least 1, got \(-5, -5\)"),
+        (
+            lambda x: pool_flat(x.unflatten(1, (5, 5)), [8], (1, 25)),
+            ValueError,
+            r"grid must be \(5, 5\) as in x of shape \(8, 5, 5, 16\), or None, got \(1, 25\)",
+        ),
+        (lambda x: pool_flat(x[0], [8]), ValueError, r"x must have shape \(ΣF, h·w, C\).* got \(25, 16\)"),
+        (lambda x: pool_flat(x, [4, 5]), ValueError, r"must sum to the 8 frames of x, got \[4, 5\] with sum 9"),
+        (lambda x: pool_flat(x, [9, -1]), ValueError, r"frames_per_video must not be negative, got \[9, -1\]"),
+        (lambda x: pool_flat(x, 8), TypeError, "frames_per_video must be a sequence .* got 8"),
+        (lambda x: pool_flat(x, [8], temperatur=2), TypeError, "among frame_strides, .*, got temperatur=2"),
+        (lambda x: pool_flat(x, [8], frame_counts=[8]), TypeError, "options must be among .* got frame_counts"),
+        (lambda x: pool_flat(x, [8], out=x), TypeError, "options must be among .* got out"),
+        (lambda x: pool_flat(x, [8], kernel_size=0), ValueError, "kernel_size must be"),
+        (lambda x: pool_flat(x, [8], backend="nope"), ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_input_is_named(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(tokens(8, 5, 5))
+
+
+def test_the_snippet_of_the_page_runs() -> None:
+    names: dict[str, object] = {}
+    integrations_page.run("flat", names)
+    assert names["y"].shape == (20, 196, 896)
+
+
+def test_every_snippet_of_the_page_is_run() -> None:
+    """That of vLLM is run in tests/with_vllm."""
+    assert integrations_page.SNIPPETS.keys() == {"flat", "patch", "budget", "register", "llava", "vllm"}
+    assert integrations_page.PAGE.count("```python") == len(integrations_page.SNIPPETS)
+
+
+# ---- counts ----
+
+
+def test_counts_are_those_of_the_result(options: dict) -> None:
+    pooled = pool_flat(tokens(8, 5, 7), [8], (5, 7), **options)
+    assert tokens_per_frame((5, 7), **options) == pooled.shape[1]
+    assert video_token_count(8, (5, 7), **options) == pooled.shape[0] * pooled.shape[1]
+
+
+@pytest.mark.parametrize("side", [1, 2, 9, 24, 27])
+def test_newlines_count_as_the_engines_count_them(side: int) -> None:
+    frames, half = 6, -(-side // 2)
+    ceil = {"ceil_mode": True}
+    if side > 1:  # no 2 × 2 window fits a frame of one token
+        assert video_token_count(frames, (side, side), "one_token", **ceil) == frames * half**2 + 1
+        assert video_token_count(frames, (side, side), "grid", **ceil) == frames * half * (half + 1)
+        assert video_token_count(frames, (side, side), "frame", **ceil) == frames * (half**2 + 1)
+        assert video_token_count(frames, (side, side), "none") == frames * (side // 2) ** 2
+    assert video_token_count(frames, (side, side), "grid", output_size=(3, 5)) == frames * 3 * 6
+
+
+def test_known_counts_of_27_by_27() -> None:
+    grid = (27, 27)
+    assert video_token_count(6, grid, "one_token", ceil_mode=True) == 6 * 196 + 1
+    assert [video_token_count(6, grid, newline) for newline in base.NEWLINES] == [1014, 1015, 1092, 1020]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: video_token_count(-1, (4, 4)), ValueError, "frames must not be negative, got -1"),
+        (lambda: video_token_count(1, (4, 4), "no_token"), ValueError, "newline must be one of 'none', .* 'no_token'"),
+        (lambda: tokens_per_frame((4, 0)), ValueError, r"grid must be 2 integers .* got \(4, 0\)"),
+        (lambda: pooled_grid((4, 4), ceil=True), TypeError, "options must be among .* got ceil=True"),
+        (lambda: pooled_grid((1, 1)), ValueError, r"kernel_size=\[2, 2\] .* leaves no window on a 1 × 1 frame"),
+    ],
+)
+def test_a_count_that_cannot_be_is_refused(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# ---- options ----
+
+
+def test_options_that_say_the_same_are_the_same() -> None:
+    options = PoolOptions(ceil_mode=True, kernel_size=2, frame_strides=[2, 4, 8])
+    assert options == PoolOptions(ceil_mode=True)
+    assert hash(options) == hash(PoolOptions(ceil_mode=True))
+    assert options != PoolOptions()
+    assert options != PoolOptions(ceil_mode=True, backend="reference")
+    assert repr(options) == "PoolOptions(ceil_mode=True)"
+    assert copy.deepcopy(options) == options
+
+
+def test_options_apply_to_a_call(options: dict) -> None:
+    x = tokens(8, 5, 7)
+    applied = pool_flat(x, [8], (5, 7), **PoolOptions(**options).arguments)
+    assert_same_bits(applied, pool_flat(x, [8], (5, 7), **options))
+
+
+def test_options_do_not_change() -> None:
+    options = PoolOptions(temperature=2.0)
+    options.arguments["temperature"] = 3.0
+    assert options.arguments["temperature"] == 2.0
+    with pytest.raises(AttributeError):
+        options._items = ()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"frame_counts": [8]}, TypeError, "got frame_counts"),
+        ({"ceil": True}, TypeError, "options must be among .* got ceil=True"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be finite"),
+        ({"kernel_size": 2, "padding": 2}, ValueError, "padding must be at most half"),
+        ({"backend": "nope"}, ValueError, "backend must be one of .* got 'nope'"),
+    ],
+)
+def test_options_are_checked_at_once(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PoolOptions(**options)
+
+
+def test_rounding_up_is_a_default_that_options_can_change() -> None:
+    assert base.ceil_options(temperature=2.0) == PoolOptions(ceil_mode=True, temperature=2.0)
+    assert base.ceil_options(ceil_mode=False) == PoolOptions()
+    assert base.ceil_options(output_size=(3, 3)) == PoolOptions(output_size=(3, 3))
+    with pytest.raises(ValueError, match=r"output_size=\[3, 3\] .* ceil_mode=True"):
+        base.ceil_options(output_size=(3, 3), ceil_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("expected", "options", "end"),
+    [
+        (196, {}, r"196 tokens per frame \(14 × 14\) .* 27 × 27, .* give 169 \(13 × 13\); pass ceil_mode=True$"),
+        (169, {"ceil_mode": True}, r"give 196 \(14 × 14\); pass ceil_mode=False$"),
+        (196, {"kernel_size": 3}, r"give 81 \(9 × 9\); pass output_size=\(14, 14\) and no other .* windows$"),
+        (100, {"output_size": (9, 9)}, r"give 81 \(9 × 9\); pass output_size=\(10, 10\) and no other"),
+        (182, {}, r"expects 182 tokens per frame where .* give 169 \(13 × 13\); pass output_size=\(13, 14\) and no .*"),
+        (173, {}, r"expects 173 tokens per frame where .* give 169 \(13 × 13\)$"),
+    ],
+)
+def test_a_size_without_placeholders_is_refused_with_both_numbers(expected: int, options: dict, end: str) -> None:
+    with pytest.raises(ValueError, match=end):
+        require_size("an engine", (27, 27), expected, PoolOptions(**options))
+
+
+def test_a_size_that_fits_passes() -> None:
+    require_size("an engine", (27, 27), 196, PoolOptions(ceil_mode=True))
+    require_size("an engine", (27, 27), 196, PoolOptions(output_size=(7, 28)))
+
+
+# ---- versions ----
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.2.0.dev0", "1.2+cpu", "1.10.3", "1.99"])
+def test_a_tested_version_is_imported(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(toy_engine, "__version__", version)
+    assert require("toy_engine", at_least="1.2.0", below="2") is toy_engine
+
+
+@pytest.mark.parametrize("version", ["1.1.9", "2.0", "2", "10.0", "unknown", "0.9"])
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(toy_engine, "__version__", version)
+    with pytest.raises(RuntimeError, match=f"toy_engine {version} is installed; .* from 1.2 to before 2"):
+        require("toy_engine", at_least="1.2", below="2")
+
+
+def test_the_version_of_an_installed_distribution_is_known_before_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base, "metadata", SimpleNamespace(version=lambda name: "3.1", PackageNotFoundError=KeyError))
+    monkeypatch.setitem(sys.modules, "engine_that_fails", None)  # importing it raises ImportError
+    with pytest.raises(RuntimeError, match=r"engine_that_fails 3\.1 is installed"):
+        require("engine_that_fails", at_least="1", below="2")
+
+
+def test_a_missing_engine_is_named() -> None:
+    with pytest.raises(ImportError, match=r"no_such_engine is not installed; .* no_such_engine from 1 to before 2"):
+        require("no_such_engine", at_least="1", below="2")
+
+
+def test_engines_are_imported_when_they_are_asked_for() -> None:
+    imports = "from stgridpool_kernels.integrations import base, llava_next, transformers"
+    script = f"{imports}; import sys; print(*({{'transformers', 'llava', 'vllm', 'sglang'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "\n"
+
+
+# ---- the example of base.py ----
+
+
+def example() -> str:
+    """The adapter in the module's docstring."""
+    indented = [line for line in inspect.getdoc(base).splitlines() if line.startswith("    ") or not line]
+    return textwrap.dedent("\n".join(indented)).strip()
+
+
+@pytest.fixture
+def adapter() -> ModuleType:
+    module = ModuleType("adapter")
+    exec(compile(example(), "the example of integrations/base.py", "exec"), module.__dict__)
+    return module
+
+
+def videos() -> list[Tensor]:
+    return [tokens(9, 5, 5), tokens(17, 5, 5), tokens(3, 5, 5)]
+
+
+def test_the_example_is_under_50_lines() -> None:
+    assert 20 < len(example().splitlines()) < 50
+
+
+@torch.no_grad()
+def test_the_example_pools_every_video_alone(adapter: ModuleType) -> None:
+    model = toy_engine.VideoModel(5, 16)
+    names, stock = list(model.state_dict()), model(videos())
+    adapter.patch(model, temperature=2.0)
+    patched = model(videos())
+    for video, result, before in zip(videos(), patched, stock, strict=True):
+        alone = pool_flat(model.projector(video), [len(video)], ceil_mode=True, temperature=2.0)
+        torch.testing.assert_close(result, alone.flatten(0, 1))
+        assert result.shape == before.shape
+        assert not torch.allclose(result, before)
+    assert list(model.state_dict()) == names
+
+    copied = copy.deepcopy(model)
+    adapter.unpatch(model)
+    assert type(model) is toy_engine.VideoModel
+    for result, before in zip(model(videos()), stock, strict=True):
+        assert_same_bits(result, before)
+    for result, before in zip(copied(videos()), patched, strict=True):
+        assert_same_bits(result, before)
+
+
+def test_the_example_refuses_what_cannot_work(adapter: ModuleType) -> None:
+    model = toy_engine.VideoModel(5, 16)
+    with pytest.raises(ValueError, match=r"toy_engine expects 9 tokens .* give 4 .* pass ceil_mode=True"):
+        adapter.patch(model, ceil_mode=False)
+    with pytest.raises(TypeError, match=r"toy_engine\.VideoModel, got Linear"):
+        adapter.patch(model.projector)
+    with pytest.raises(RuntimeError, match="not patched"):
+        adapter.unpatch(model)
+    adapter.patch(model)
+    with pytest.raises(RuntimeError, match=r"patched already, with PoolOptions\(ceil_mode=True\)"):
+        adapter.patch(model)

@@ -1,0 +1,255 @@
+"""Ray Data, on a local cluster: right, packed, resumable, with progress, and indifferent to the death of a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import stgridpool_kernels as stgp
+from stgridpool_kernels.integrations import ray as stgp_ray
+from stgridpool_kernels.integrations.ray import PoolFiles, extract
+from stgridpool_kernels.io.encoder import find_sample_video
+from stgridpool_kernels.io.token_files import load_input, read_tokens, write_tokens
+
+MARK = f"STGP_RAY_TEST={uuid.uuid4().hex}"
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "OMP_NUM_THREADS": "1",
+    "RAY_gcs_server_port_wait_time_s": "120",  # 30 unless told, which a loaded machine may need
+    MARK.split("=")[0]: MARK.split("=")[1],
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(num_cpus=2, include_dashboard=False, address="local", object_store_memory=100_000_000)
+        yield
+        ray.shutdown()
+
+
+def tokens(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Files of several formats, dtypes, ranks and frame sizes, and one that is damaged."""
+    folder = tmp_path / "in"
+    (folder / "more").mkdir(parents=True)
+    write_tokens(folder / "a.npy", tokens(0, 9, 6, 5, 8), force=False)
+    write_tokens(folder / "b.pt", tokens(1, 2, 17, 6, 5, 8), force=False)
+    write_tokens(folder / "c.safetensors", tokens(2, 40, 6, 5, 8, dtype=torch.bfloat16), force=False)
+    write_tokens(folder / "more" / "a.npz", tokens(3, 8, 4, 4, 8), force=False)
+    (folder / "broken.npy").write_bytes((folder / "a.npy").read_bytes()[:-7])
+    (folder / "notes.txt").write_text("no tokens")
+    return folder
+
+
+NAMES = ["a.npy", "b.pt", "c.safetensors", "more/a.npz"]
+
+
+def check(folder: Path, out: Path, **options: object) -> None:
+    for name in NAMES:
+        x = read_tokens(folder / name)
+        assert torch.equal(read_tokens((out / name).with_suffix(".safetensors")), stgp.grid_pool(x, **options))
+    found = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    assert found == sorted(str(Path(name).with_suffix(".safetensors")) for name in NAMES)
+
+
+def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: None, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    before = {file: file.read_bytes() for file in inputs.rglob("*") if file.is_file()}
+    report = extract(inputs, out, actors=1, batch_size=3, temperature=2.0)
+    check(inputs, out, temperature=2.0)
+    assert sorted(report.written) == sorted((out / name).with_suffix(".safetensors") for name in NAMES)
+    assert not report.skipped
+    assert list(report.failed) == [inputs / "broken.npy"]
+    assert "damaged or cut short" in report.failed[inputs / "broken.npy"]
+    assert {file: file.read_bytes() for file in before} == before
+
+    (out / "a.safetensors").unlink()
+    kept = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    again = extract(inputs, out, temperature=2.0)
+    assert again.written == [out / "a.safetensors"]
+    assert sorted(again.skipped) == sorted(kept)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert list(again.failed) == [inputs / "broken.npy"]
+    check(inputs, out, temperature=2.0)
+
+
+def workers() -> list[int]:
+    """Ray's processes of this test's cluster that pool."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            mine = MARK.encode() in (folder / "environ").read_bytes().split(b"\0")
+            if mine and b"MapWorker(MapBatches(PoolFiles))" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc, where processes are found")
+def test_a_killed_process_costs_nothing(cluster: None, tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    files = 40
+    for i in range(files):
+        write_tokens(folder / f"{i}.npy", tokens(i, 8 + i, 12, 12, 16), force=False)
+    (folder / "broken.npy").write_bytes(b"nonsense")
+    killed: list[tuple[int, int]] = []
+    of_earlier_tests = workers()  # they may still be ending
+
+    def kill() -> None:
+        """Stops the processes when the first files are there, kills one, and lets the others go on."""
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if len(list(out.glob("*.safetensors"))) >= 2:
+                stopped = [process for process in workers() if process not in of_earlier_tests]
+                for process in stopped:
+                    os.kill(process, signal.SIGSTOP)
+                killed.append((len(list(out.glob("*.safetensors"))), stopped[0]))
+                os.kill(stopped[0], signal.SIGKILL)
+                for process in stopped[1:]:
+                    os.kill(process, signal.SIGCONT)
+                return
+            time.sleep(0.002)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    report = extract(folder, out, batch_size=4)
+    killer.join()
+    (finished, process), *_ = killed
+    assert 2 <= finished < files
+    assert not Path(f"/proc/{process}").exists() or "Z" in Path(f"/proc/{process}/stat").read_text()
+    assert sorted(file.name for file in out.iterdir()) == sorted(f"{i}.safetensors" for i in range(files))
+    assert sorted(report.written) == sorted(out.iterdir())
+    assert list(report.failed) == [folder / "broken.npy"]
+    for i in range(files):
+        assert torch.equal(read_tokens(out / f"{i}.safetensors"), stgp.grid_pool(tokens(i, 8 + i, 12, 12, 16)))
+
+
+def test_the_command_shows_progress_and_what_failed(inputs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | ENVIRONMENT
+    command = [sys.executable, "-m", "stgridpool_kernels.integrations.ray", str(inputs), "-o", str(tmp_path / "out")]
+    command += ["ceil_mode=true", "--actors", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == "4 written, 0 there already, 1 failed\n"
+    assert "Running Dataset" in done.stderr
+    assert "MapBatches(PoolFiles)" in done.stderr
+    assert f"{inputs / 'broken.npy'}: damaged or cut short" in done.stderr
+    check(inputs, tmp_path / "out", ceil_mode=True)
+
+
+# ---- without a cluster ----
+
+
+def run_batch(pool: PoolFiles, *jobs: tuple[Path, Path]) -> list[str]:
+    result = pool({"source": [str(source) for source, _ in jobs], "output": [str(output) for _, output in jobs]})
+    assert set(result) == {"source", "output", "state", "reason"}
+    return result["state"]
+
+
+def test_files_of_one_size_are_pooled_in_one_call(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(x: torch.Tensor, **arguments: object) -> torch.Tensor:
+        calls.append((tuple(x.shape), arguments["frame_counts"]))
+        return stgp.grid_pool(x, **arguments)
+
+    monkeypatch.setattr(stgp_ray, "grid_pool", counted)
+    jobs = [(inputs / name, tmp_path / f"{i}.safetensors") for i, name in enumerate(["a.npy", "b.pt", "more/a.npz"])]
+    assert run_batch(PoolFiles(), *jobs) == ["written"] * 3
+    assert calls == [((9 + 2 * 17, 6, 5, 8), [9, 17, 17]), ((8, 4, 4, 8), [8])]
+    for source, output in jobs:
+        assert torch.equal(read_tokens(output), stgp.grid_pool(read_tokens(source)))
+    assert run_batch(PoolFiles(), *jobs) == ["skipped"] * 3
+
+
+def test_options_that_do_not_fit_some_files_leave_the_others(inputs: Path, tmp_path: Path) -> None:
+    jobs = [(inputs / name, tmp_path / f"{i}.safetensors") for i, name in enumerate(["more/a.npz", "a.npy"])]
+    assert run_batch(PoolFiles(kernel_size=5), *jobs) == ["failed", "written"]
+
+
+def test_videos(tmp_path: Path) -> None:
+    try:
+        video = find_sample_video("carphone_pristine.mp4")
+        pool = PoolFiles(num_frames=8, grid=(4, 5))
+        states = run_batch(pool, (video, tmp_path / "v.safetensors"))
+    except ImportError as error:
+        pytest.skip(str(error))
+    x, _ = load_input(video, key=None, num_frames=8, grid=(4, 5), tap="post_ln")
+    assert states == ["written"]
+    assert torch.equal(read_tokens(tmp_path / "v.safetensors"), stgp.grid_pool(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"temperature": float("nan")}, ValueError, "temperature must be finite"),
+        ({"colour": 1}, TypeError, "options must be among"),
+        ({"device": "tpu"}, ValueError, "device must be None, 'cpu' or 'cuda', got 'tpu'"),
+        ({"actors": 0}, ValueError, "actors must be at least 1, got 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"grid": (0, 1)}, ValueError, r"grid must be \(rows, cols\) of at least 1, got \(0, 1\)"),
+        ({"grid": (1, 2, 3)}, ValueError, r"grid must be .*, got \(1, 2, 3\)"),
+        ({"grid": 3}, TypeError, r"grid must be two integers \(rows, cols\), got 3"),
+        ({"grid": "ab"}, TypeError, r"grid must be two integers \(rows, cols\), got 'ab'"),
+        ({"tap": "last"}, ValueError, "tap must be one of post_ln.*, got 'last'"),
+        ({"tap": ["last"]}, ValueError, r"tap must be one of post_ln.*, got \['last'\]"),
+        ({"num_frames": 0}, ValueError, "num_frames must be at least 1, got 0"),
+        ({"num_frames": "8"}, TypeError, "num_frames must be an integer, got '8'"),
+        ({"actors": 1.5}, TypeError, "actors must be an integer, got 1.5"),
+        ({"inputs": []}, ValueError, "inputs must name at least one"),
+        ({"inputs": "missing"}, FileNotFoundError, "inputs must exist"),
+        ({"output": "in/out"}, ValueError, "output must not be in a folder of inputs"),
+        ({"inputs": ["in/c.safetensors"], "output": "in"}, ValueError, "output must not be the folder of an input"),
+        ({"inputs": ["in/a.npy", "in/more/a.npz"]}, ValueError, "inputs must differ in name"),
+        ({"output": "in/a.npy"}, NotADirectoryError, "output must be a folder"),
+    ],
+)
+def test_bad_input_is_refused_before_ray_is_asked(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict, error: type[Exception], message: str
+) -> None:
+    monkeypatch.chdir(inputs.parent)
+    monkeypatch.setattr(stgp_ray, "require", lambda *_, **__: pytest.fail("Ray was asked"))
+    given = {"inputs": "in", "output": "out"} | arguments
+    with pytest.raises(error, match=message):
+        extract(given.pop("inputs"), given.pop("output"), **given)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"grid": 3}, {"grid": (0, 1)}, {"tap": "last"}, {"num_frames": 0}], ids=str)
+def test_a_step_is_refused_as_it_is_made(arguments: dict) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(arguments))} must be"):
+        PoolFiles(**arguments)
+
+
+def test_without_ray_the_error_says_which_is_needed(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stgp_ray, "_TESTED", {"at_least": "99", "below": "100"})
+    assert stgp_ray.main([str(inputs), "-o", str(tmp_path / "out")]) == 1
+    assert "ray from 99 to before 100" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

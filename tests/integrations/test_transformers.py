@@ -1,0 +1,482 @@
+"""LLaVA-OneVision and LLaVA-NeXT-Video of transformers, with few random weights: patched, loaded patched, put back."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from stgridpool_kernels.integrations import base
+from stgridpool_kernels.integrations import transformers as integration
+from stgridpool_kernels.integrations.base import PoolOptions, pool_flat, video_token_count
+from tests.support import integrations_page, tiny_models
+from tests.support.tiny_models import pixels, prompt
+from tests.support.tolerance import assert_same_bits
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+MODELS = {"onevision": tiny_models.onevision, "next_video": tiny_models.next_video}
+MODULES = {
+    "onevision": "transformers.models.llava_onevision.modeling_llava_onevision",
+    "next_video": "transformers.models.llava_next_video.modeling_llava_next_video",
+}
+NAMES = {"onevision": "LlavaOnevisionModel", "next_video": "LlavaNextVideoModel"}
+COUNTS = {"onevision": (14, "one_token"), "next_video": (12, "none")}
+
+
+@pytest.fixture(params=MODELS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(kind: str) -> Any:
+    return MODELS[kind]()
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that register: nothing is registered afterwards.
+
+    The library's patch mapping looks into all its modules. Into some old names of image processors it can look with
+    torchvision only.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.models.") and name.endswith("_fast") and module.__file__ is None:
+            monkeypatch.delitem(sys.modules, name)
+    yield
+    if integration._registered(importlib.import_module("transformers.monkey_patching")):
+        integration.unregister()
+
+
+def hidden(model: Any, videos: Tensor) -> Tensor:
+    """(videos · frames, side², C): what the model pools, LLaVA-OneVision after its projector."""
+    inner = model.model
+    states = inner.vision_tower(videos.flatten(0, 1), output_hidden_states=True).hidden_states
+    features = states[inner.config.vision_feature_layer]
+    if inner.config.vision_feature_select_strategy == "default":
+        features = features[:, 1:]
+    return inner.multi_modal_projector(features) if hasattr(inner, "apply_pooling") else features
+
+
+def by_hand(model: Any, videos: Tensor, **options: Any) -> Tensor:
+    """(videos, tokens, C): every video's features pooled alone, one call per video."""
+    inner, alone = model.model, []
+    for features in hidden(model, videos).split(videos.shape[1]):
+        pooled = pool_flat(features, [len(features)], **{"ceil_mode": True, **options})
+        alone.append((pooled if hasattr(inner, "apply_pooling") else inner.multi_modal_projector(pooled)).flatten(0, 1))
+    return torch.stack(alone)
+
+
+def features_of(model: Any, videos: Tensor, **keywords: Any) -> Tensor:
+    """(videos, tokens, C): what the model computes, without the newline that later versions put after it."""
+    return without_newline(model.model.get_video_features(videos, **keywords).pooler_output, videos.shape[1])
+
+
+def without_newline(found: Any, frames: int) -> Tensor:
+    if isinstance(found, Tensor):
+        return found[:, : found.shape[1] // frames * frames]
+    return torch.stack([video.flatten(0, 1) for video in found])
+
+
+def embed(model: Any, ids: Tensor, videos: Tensor, **options: Any) -> Tensor:
+    """(1, tokens, C): the prompt with `by_hand` in the place of placeholders, and the newline of LLaVA-OneVision."""
+    embeddings, pooled = model.get_input_embeddings()(ids), by_hand(model, videos, **options)
+    if hasattr(model.model, "apply_pooling"):
+        newline = model.model.image_newline.expand(len(pooled), 1, -1)
+        pooled = torch.cat([pooled, newline], 1)
+    return embeddings.masked_scatter((ids == tiny_models.VIDEO)[..., None], pooled.to(embeddings.dtype))
+
+
+def answers(model: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """The new tokens, and the scores they were chosen by."""
+    given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(**settings, **inputs, output_scores=True, return_dict_in_generate=True)
+    return found.sequences[:, given:], torch.stack(found.scores)
+
+
+def placeholders(kind: str, frames: int) -> int:
+    side, newline = COUNTS[kind]
+    return video_token_count(frames, (2 * side, 2 * side), newline)
+
+
+# ---- what a patched model computes ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "frame_strides": (1, 2)}], ids=["published", "other"])
+def test_every_video_is_pooled_as_if_it_were_alone(kind: str, model: Any, dtype: torch.dtype, options: dict) -> None:
+    model.to(dtype)
+    videos = pixels(model, 2, 9, dtype)
+    before, stock = videos.clone(), features_of(model, videos)
+    integration.patch(model, **options)
+    pooled = features_of(model, videos)
+    assert_same_bits(pooled, by_hand(model, videos, **options))
+    assert_same_bits(videos, before)
+    assert pooled.shape == stock.shape
+    together = pool_flat(hidden(model, videos), [18], **{"ceil_mode": True, **options})
+    if kind == "onevision":
+        assert not torch.equal(pooled, together.view_as(pooled))
+    assert not torch.allclose(pooled, stock)
+
+
+def test_two_videos_in_a_prompt(kind: str, model: Any) -> None:
+    videos = pixels(model, 2, 9)
+    ids = prompt([placeholders(kind, 9)] * 2)
+    _, stock_scores = answers(model, input_ids=ids, pixel_values_videos=videos)
+    integration.patch(model)
+    found, scores = answers(model, input_ids=ids, pixel_values_videos=videos)
+    expected, expected_scores = answers(model, inputs_embeds=embed(model, ids, videos))
+    assert found.tolist() == expected.tolist()
+    torch.testing.assert_close(scores, expected_scores)
+    assert (scores[0] - stock_scores[0]).nan_to_num().abs().max() > 1e-3
+
+
+# one video per prompt: for several the library repeats each video as often as there are beams, not each prompt's videos
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_batch_of_prompts(kind: str, model: Any, beams: int) -> None:
+    videos = pixels(model, 2, 8)
+    ids = prompt([placeholders(kind, 8)])
+    integration.patch(model)
+    found, _ = answers(
+        model, input_ids=ids.repeat(2, 1), pixel_values_videos=videos, attention_mask=None, num_beams=beams
+    )
+    alone = [answers(model, inputs_embeds=embed(model, ids, video), num_beams=beams)[0] for video in videos.split(1)]
+    assert found.tolist() == torch.cat(alone).tolist()
+
+
+def test_any_token_budget_with_as_many_placeholders(kind: str, model: Any) -> None:
+    options = {"output_size": (10, 7)}
+    integration.patch(model, tokens_per_frame=70, **options)
+    videos = pixels(model, 1, 9)
+    ids = prompt([9 * 70 + (kind == "onevision")])
+    found, _ = answers(model, input_ids=ids, pixel_values_videos=videos)
+    assert (
+        found.tolist()
+        == answers(model, inputs_embeds=embed(model, ids, videos, **options, ceil_mode=False))[0].tolist()
+    )
+
+
+def test_other_ways_to_call(model: Any) -> None:
+    integration.patch(model)
+    videos = pixels(model, 1, 8)
+    pooled = features_of(model, videos)
+    name = next(iter(inspect.signature(model.get_video_features).parameters))
+    outer = model.get_video_features(**{name: videos}).pooler_output
+    assert_same_bits(without_newline(outer, 8), pooled)
+    with pytest.raises(TypeError, match=f"missing a required argument: '{name}'"):
+        model.model.get_video_features()
+    as_tuple = model.model.get_video_features(videos, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    other = features_of(model, videos, vision_feature_layer=-2 if model.config.vision_feature_layer == -1 else -1)
+    assert not torch.equal(other, pooled)
+
+
+def test_calls_from_several_threads_keep_apart(model: Any) -> None:
+    integration.patch(model)
+    inputs = [pixels(model, 2, 9), pixels(model, 3, 8), pixels(model, 1, 17)]
+    expected = [by_hand(model, videos) for videos in inputs]
+
+    def run(index: int) -> Tensor:
+        with torch.no_grad():  # of the thread
+            return features_of(model, inputs[index])
+
+    with ThreadPoolExecutor(3) as pool:
+        for index, pooled in enumerate(pool.map(run, [0, 1, 2] * 2)):
+            torch.testing.assert_close(pooled, expected[index % 3])
+
+
+def test_the_vision_path_compiles_without_a_graph_break(model: Any) -> None:
+    integration.patch(model)
+    torch._dynamo.reset()
+    features_of(model, pixels(model, 1, 1))  # at the first call the library installs hooks, which it cannot compile
+    compiled = torch.compile(model.model.get_video_features, fullgraph=True, backend="aot_eager")
+    videos = pixels(model, 2, 9)
+    found = without_newline(compiled(videos).pooler_output, 9)
+    torch.testing.assert_close(found, features_of(model, videos))
+
+
+def test_images_are_left_alone(kind: str, model: Any) -> None:
+    stock = type(model.model)
+    integration.patch(model)
+    changed = {name for name, value in vars(type(model.model)).items() if vars(stock).get(name) is not value}
+    assert changed - {"__module__", "__doc__"} == {"__init__", "get_video_features", "extra_repr", "stgp_options"}
+    assert isinstance(model.model, stock)
+
+
+# ---- patching ----
+
+
+def test_unpatch_restores_the_model(kind: str, model: Any) -> None:
+    videos, inner = pixels(model, 2, 9), model.model
+    stock, stock_class, members = features_of(model, videos), type(inner), dict(vars(inner))
+    integration.patch(model)
+    assert "PoolOptions(ceil_mode=True)" in repr(model)
+    integration.unpatch(model)
+    assert type(inner) is stock_class
+    assert vars(inner).keys() == members.keys()
+    assert all(vars(inner)[name] is value for name, value in members.items())
+    assert_same_bits(features_of(model, videos), stock)
+    with pytest.raises(RuntimeError, match="not patched"):
+        integration.unpatch(model)
+
+
+def test_the_inner_model_and_what_wraps_one_are_taken_too(model: Any) -> None:
+    videos = pixels(model, 1, 8)
+    for given in (model.model, nn.ModuleDict({"wrapped": model})):
+        integration.patch(given)
+        assert_same_bits(features_of(model, videos), by_hand(model, videos))
+        integration.unpatch(model)
+
+
+def test_a_patched_model_is_not_patched_again(model: Any) -> None:
+    integration.patch(model)
+    with pytest.raises(RuntimeError, match=r"patched already, with PoolOptions\(ceil_mode=True\): unpatch it first"):
+        integration.patch(model.model, temperature=2.0)
+    assert model.model.stgp_options == PoolOptions(ceil_mode=True)
+
+
+def test_models_with_different_options_keep_apart(kind: str) -> None:
+    models = [MODELS[kind]() for _ in range(4)]
+    videos = pixels(models[0], 1, 8)
+    stock = features_of(models[0], videos)
+    chosen = [{}, {"temperature": 4.0}, {"frame_strides": ()}]
+    for model, options in zip(models, chosen, strict=False):
+        integration.patch(model, **options)
+    for model, options in zip(models, chosen, strict=False):
+        assert_same_bits(features_of(model, videos), by_hand(model, videos, **options))
+    assert_same_bits(features_of(models[3], videos), stock)
+    integration.unpatch(models[0])
+    assert_same_bits(features_of(models[0], videos), stock)
+    assert_same_bits(features_of(models[1], videos), by_hand(models[1], videos, temperature=4.0))
+
+
+def test_a_copy_is_patched_and_stands_alone(model: Any) -> None:
+    integration.patch(model, temperature=2.0)
+    copied = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    integration.unpatch(model)
+    videos = pixels(copied, 2, 9)
+    pooled = features_of(copied, videos)
+    assert pooled.abs().max() > 0
+    assert_same_bits(pooled, by_hand(copied, videos, temperature=2.0))
+
+
+def saved(folder: Path) -> tuple[dict, list[str]]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return json.loads((folder / "config.json").read_text()), sorted(file.keys())
+
+
+def test_what_is_saved_does_not_know_of_it(model: Any, tmp_path: Path) -> None:
+    names = list(model.state_dict())
+    model.save_pretrained(tmp_path / "stock")
+    model.model.save_pretrained(tmp_path / "stock_inner")
+    integration.patch(model)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path / "patched")
+    model.model.save_pretrained(tmp_path / "patched_inner")
+    assert saved(tmp_path / "patched") == saved(tmp_path / "stock")
+    assert saved(tmp_path / "patched_inner") == saved(tmp_path / "stock_inner")
+
+    loaded = type(model).from_pretrained(tmp_path / "patched").eval()
+    integration.unpatch(model)
+    videos = pixels(model, 1, 8)
+    assert_same_bits(features_of(loaded, videos), features_of(model, videos))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (
+            tiny_models.onevision,
+            {"ceil_mode": False},
+            r"LlavaOnevisionModel expects 196 tokens per frame \(14 × 14\) .* 169 \(13 × 13\); pass ceil_mode=True",
+        ),
+        (tiny_models.onevision, {"output_size": (10, 10)}, r"expects 196 .* give 100 .* pass output_size=\(14, 14\)"),
+        (tiny_models.onevision, {"tokens_per_frame": 100}, "expects 100 .* give 196"),
+        (
+            lambda: tiny_models.next_video(27),
+            {},
+            r"LlavaNextVideoModel expects 182 .* 27 × 27, .* give 196 \(14 × 14\)",
+        ),
+        (lambda: tiny_models.next_video(27), {"ceil_mode": False}, r"expects 182 .* give 169 \(13 × 13\)"),
+        (lambda: tiny_models.next_video(spatial_pool_mode="conv"), {}, "spatial_pool_mode must be 'average' or 'max'"),
+        (tiny_models.onevision, {"temperature": float("inf")}, "temperature must be finite"),
+    ],
+)
+def test_what_the_model_could_not_use_is_refused(build: Any, options: dict, message: str) -> None:
+    model = build()
+    stock = type(model.model)
+    with pytest.raises(ValueError, match=message):
+        integration.patch(model, **options)
+    assert type(model.model) is stock
+
+
+def test_what_is_refused_fails_in_the_model_too() -> None:
+    """The rule behind the numbers is the library's own."""
+    model = tiny_models.onevision()
+    integration.patch(model, tokens_per_frame=169, ceil_mode=False)
+    with pytest.raises(ValueError, match="Video features and video tokens do not match"):
+        answers(model, input_ids=prompt([8 * 196 + 1]), pixel_values_videos=pixels(model, 1, 8))
+    odd = tiny_models.next_video(27)  # its own pooling leaves 13 × 13, its processor writes 27 · 27 // 4
+    with pytest.raises(ValueError, match="Video features and video tokens do not match"):
+        answers(odd, input_ids=prompt([8 * 182]), pixel_values_videos=pixels(odd, 1, 8))
+
+
+def test_other_modules_and_unknown_options_are_refused(model: Any) -> None:
+    with pytest.raises(
+        TypeError, match="LlavaOnevisionModel or LlavaNextVideoModel of transformers, got Linear with 0"
+    ):
+        integration.patch(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="got ModuleList with 2"):
+        integration.patch(nn.ModuleList([model, copy.deepcopy(model)]))
+    with pytest.raises(TypeError, match=r"options must be among .* got temp=1"):
+        integration.patch(model, temp=1)
+
+
+def test_an_untested_version_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = base.metadata.PackageNotFoundError
+    found = SimpleNamespace(version=lambda name: "5.16.1", PackageNotFoundError=absent)
+    monkeypatch.setattr(base, "metadata", found)
+    for call in (lambda: integration.patch(model), integration.register, integration.unregister):
+        with pytest.raises(RuntimeError, match=r"transformers 5\.16\.1 is installed; .* from 5\.17 to before"):
+            call()
+
+
+CHECKPOINT = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
+
+
+def test_the_snippets_of_the_page_for_a_loaded_model_run(tmp_path: Path) -> None:
+    model, videos = tiny_models.onevision(), pixels(tiny_models.onevision(), 1, 8)
+    model.save_pretrained(tmp_path)
+    ids = prompt([8 * 196 + 1])
+    names: dict[str, Any] = {"inputs": {"input_ids": ids, "pixel_values_videos": videos, "pad_token_id": 0}}
+    integrations_page.run("patch", names, (CHECKPOINT, str(tmp_path)))
+    given = embed(model, ids, videos, temperature=2.0)
+    expected = model.generate(inputs_embeds=given, max_new_tokens=20, pad_token_id=0, do_sample=False)
+    assert names["answer"][:, ids.shape[1] :].tolist() == expected.tolist()
+
+    integrations_page.run("budget", names)
+    assert names["placeholders"] == 801
+    ids = prompt([801])
+    found = answers(names["model"], input_ids=ids, pixel_values_videos=videos)[0]
+    given = embed(model, ids, videos, output_size=(10, 10), ceil_mode=False)
+    assert found.tolist() == answers(model, inputs_embeds=given)[0].tolist()
+
+
+def test_the_page_quotes_the_refusal() -> None:
+    with pytest.raises(ValueError, match="expects 196") as refused:
+        integration.patch(tiny_models.onevision(), ceil_mode=False)
+    assert str(refused.value) in integrations_page.PAGE.replace("\n", " ")
+
+
+# ---- models loaded while registered ----
+
+
+@pytest.fixture
+def checkpoint(model: Any, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_model_loaded_while_registered_is_patched(kind: str, model: Any, checkpoint: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    videos, stock_class = pixels(model, 2, 9), type(model.model)
+    stock = features_of(model, videos)
+    integration.register(temperature=2.0)
+    loaded = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    assert type(loaded) is type(model)
+    assert getattr(sys.modules[MODULES[kind]], NAMES[kind]) is stock_class
+    integration.unregister()
+    assert_same_bits(features_of(loaded, videos), by_hand(model, videos, temperature=2.0))
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert_same_bits(features_of(model, videos), stock)
+    assert_same_bits(features_of(type(model).from_pretrained(checkpoint).eval(), videos), stock)
+    integration.unpatch(loaded)
+    assert_same_bits(features_of(loaded, videos), stock)
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_snippet_of_the_page_for_later_models_runs(tmp_path: Path) -> None:
+    tiny_models.onevision().save_pretrained(tmp_path)
+    names: dict[str, Any] = {}
+    integrations_page.run("register", names, (CHECKPOINT, str(tmp_path)))
+    assert names["model"].model.stgp_options == PoolOptions(ceil_mode=True)
+
+
+class Unreadable(ModuleType):
+    """A module that cannot be looked into."""
+
+    def __dir__(self) -> list[str]:
+        raise ImportError("No module named 'torchvision'")
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_patch_mapping_that_does_not_work_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock_class = getattr(importlib.import_module(MODULES[kind]), NAMES[kind])
+    monkeypatch.setitem(sys.modules, "transformers.unreadable", Unreadable("transformers.unreadable"))
+    with pytest.raises(RuntimeError, match="does not work here: No module named 'torchvision'"):
+        integration.register()
+    assert not importlib.import_module("transformers.monkey_patching").get_patch_mapping()
+    assert getattr(sys.modules[MODULES[kind]], NAMES[kind]) is stock_class
+
+
+@pytest.mark.usefixtures("registered")
+def test_registering_twice_is_refused() -> None:
+    integration.register()
+    with pytest.raises(RuntimeError, match="registered already: unregister first"):
+        integration.register(temperature=2.0)
+    integration.unregister()
+    with pytest.raises(RuntimeError, match="not registered"):
+        integration.unregister()
+
+
+def test_what_others_registered_stays(kind: str) -> None:
+    patching = importlib.import_module("transformers.monkey_patching")
+    others = {NAMES[kind]: type("Other", (nn.Module,), {})}
+    patching.register_patch_mapping(others)
+    try:
+        with pytest.raises(ValueError, match=f"{NAMES[kind]} must not be registered for patching by others"):
+            integration.register()
+        with pytest.raises(RuntimeError, match="not registered"):
+            integration.unregister()
+        assert patching.get_patch_mapping() == others
+    finally:
+        patching.unregister_patch_mapping([NAMES[kind]])
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_size_that_does_not_fit_is_refused_at_loading(kind: str, model: Any, checkpoint: Path) -> None:
+    stock_class = type(model.model)
+    integration.register(output_size=(3, 3))
+    with pytest.raises(ValueError, match=r"expects \d+ tokens .* give 9 \(3 × 3\)"):
+        type(model).from_pretrained(checkpoint)
+    integration.unregister()
+    assert getattr(sys.modules[MODULES[kind]], NAMES[kind]) is stock_class
+    assert type(type(model).from_pretrained(checkpoint).model) is stock_class

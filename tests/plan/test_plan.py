@@ -1,0 +1,301 @@
+"""`GridPlan` against torch: sampled frames, windows, mosaics; and what makes it usable as a key."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Sequence
+from itertools import product
+from types import FrameType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stgridpool_kernels import GridPlan, grid_plan
+from stgridpool_kernels.plan import Runs
+from stgridpool_kernels.plan.plan import _cached_plan, _last_of_each_stride
+
+# ---- sampled frames ----
+
+
+def published_samples(frames: int, samples: int) -> list[float]:
+    points = torch.linspace(0, frames, samples + 1, dtype=torch.float32)[1:]
+    return points.sub_(1).round_().clamp_(0, frames - 1).tolist()
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        pytest.param([*range(1, 200), *range(200, 5001, 41)], id="some"),
+        pytest.param(range(1, 5001), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_sampled_frames_equal_torch(counts: Sequence[int]) -> None:
+    """Numbers of frames up to 5000 with every stride up to 64: the samples depend on T and T // stride alone."""
+    wrong = []
+    for frames in counts:
+        for samples, stride in {frames // stride: stride for stride in range(1, 65) if stride <= frames}.items():
+            if _last_of_each_stride(frames, stride) != published_samples(frames, samples):
+                wrong.append((frames, stride))
+    assert wrong == []
+
+
+def test_sampled_frames_of_a_plan_equal_torch() -> None:
+    drawn = random.Random(0)
+    for _ in range(300):
+        frames, stride, rows, cols = drawn.randint(0, 5000), *(drawn.randint(1, high) for high in (64, 4, 4))
+        plan = grid_plan([frames], 4, 4, frame_strides=[stride], grid_shape=[rows, cols])
+        (level,) = plan.levels
+        samples = published_samples(frames, frames // stride) if frames >= stride else []
+        group = rows * cols
+        groups = [tuple(samples[k : k + group]) for k in range(0, len(samples) - group + 1, group)]
+        assert level.sources == tuple(groups)
+        assert level.targets == tuple(sources[-1] for sources in groups)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 8])
+@pytest.mark.parametrize("grid_shape", [(1, 1), (2, 2), (3, 1), (2, 4)], ids=str)
+def test_first_sampling_follows_the_formula(stride: int, grid_shape: tuple[int, int]) -> None:
+    group = grid_shape[0] * grid_shape[1]
+    segment = stride * group
+    for frames in range(70):
+        (level,) = grid_plan([frames], 4, 4, frame_strides=[stride], grid_shape=grid_shape, sampling="first").levels
+        segments = range(frames // segment)
+        assert level.sources == tuple(tuple(j * segment + k * stride for k in range(group)) for j in segments)
+        assert level.targets == tuple((j + 1) * segment - 1 for j in segments)
+
+
+def test_published_settings_overwrite_every_eighth_frame() -> None:
+    plan = grid_plan([64], 27, 27)
+    assert plan.overwritten == tuple(range(7, 64, 8))
+    assert [level.targets for level in plan.levels] == [tuple(range(K - 1, 64, K)) for K in (8, 16, 32)]
+    assert [level.sources[0] for level in plan.levels] == [(1, 3, 5, 7), (3, 7, 11, 15), (7, 15, 23, 31)]
+
+
+@pytest.mark.parametrize("sampling", ["last", "first"])
+def test_levels_keep_their_order_and_shape(sampling: str) -> None:
+    plan = grid_plan([40], 5, 6, frame_strides=[4, 1, 2], grid_shape=[1, 2, 3, 1, 2, 2], sampling=sampling)
+    assert [(level.frame_stride, level.rows, level.cols) for level in plan.levels] == [(4, 1, 2), (1, 3, 1), (2, 2, 2)]
+    assert all(len(sources) == level.rows * level.cols for level in plan.levels for sources in level.sources)
+
+
+@pytest.mark.parametrize("sampling", ["last", "first"])
+@pytest.mark.parametrize("counts", [[9, 17, 33], [0, 40, 0, 0, 3], [64], [], [0], [1] * 20], ids=str)
+def test_packed_plan_is_the_shifted_single_plans(counts: list[int], sampling: str) -> None:
+    options = {"frame_strides": [1, 3, 2], "grid_shape": [2, 1], "sampling": sampling}
+    packed = grid_plan(counts, 5, 4, **options)
+    for index, level in enumerate(packed.levels):
+        targets, sources, first = [], [], 0
+        for count in counts:
+            single = grid_plan([count], 5, 4, **options).levels[index]
+            targets += [first + target for target in single.targets]
+            sources += [tuple(first + frame for frame in group) for group in single.sources]
+            first += count
+        assert level.targets == tuple(targets)
+        assert level.sources == tuple(sources)
+
+
+# ---- windows ----
+
+Axis = tuple[int, int, int, int]  # size, kernel, stride, padding
+
+AXES: list[Axis] = list(product(range(1, 9), range(1, 6), range(1, 5), range(4)))
+
+
+def axis_pairs() -> list[tuple[Axis, Axis]]:
+    """Every axis once as rows and once as columns, with another one across."""
+    others = AXES.copy()
+    random.Random(0).shuffle(others)
+    return list(zip(AXES, others, strict=True))
+
+
+def covered(runs: Runs, size: int) -> tuple[list[list[int]], list[int]]:
+    """Of every run: its positions inside the image, and its length with the padding."""
+    positions = [range(start, start + count) for start, count in zip(runs.start, runs.count, strict=True)]
+    return [[p for p in run if 0 <= p < size] for run in positions], [len(run) for run in positions]
+
+
+def one_hot(height: int, width: int) -> torch.Tensor:
+    """(height · width, 1, height, width): image i is 1 at position i."""
+    return torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
+
+
+def membership(rows: list[list[int]], cols: list[list[int]], height: int, width: int) -> torch.Tensor:
+    """(height · width, OH, OW): 1 where window (r, c) holds position i."""
+    of_row, of_col = torch.zeros(len(rows), height), torch.zeros(len(cols), width)
+    for matrix, members in ((of_row, rows), (of_col, cols)):
+        for index, positions in enumerate(members):
+            matrix[index, positions] = 1
+    return torch.einsum("ah,bw->hwab", of_row, of_col).flatten(0, 1).double()
+
+
+@pytest.mark.parametrize("count_include_pad", [True, False], ids=["include_pad", "exclude_pad"])
+@pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
+def test_windows_equal_avg_pool(ceil_mode: bool, count_include_pad: bool) -> None:
+    """Members, share of padding, count of windows, and which geometries are refused."""
+    accepted = 0
+    for (height, *by_row), (width, *by_col) in axis_pairs():
+        kernel_size, stride, padding = zip(by_row, by_col, strict=True)
+        pool = torch.nn.AvgPool2d(kernel_size, stride, padding, ceil_mode, count_include_pad)
+        try:
+            means = pool(one_hot(height, width))[:, 0]
+        except RuntimeError:
+            means = None
+        options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "ceil_mode": ceil_mode}
+        if means is None:
+            with pytest.raises(ValueError, match=r"padding must be at most half|leaves no window"):
+                grid_plan([], height, width, count_include_pad=count_include_pad, **options)
+            continue
+        plan = grid_plan([], height, width, count_include_pad=count_include_pad, **options)
+        assert plan.pooled_size == tuple(means.shape[1:])
+        (rows, row_lengths), (cols, col_lengths) = (
+            covered(plan.window_rows, height),
+            covered(plan.window_cols, width),
+        )
+        members = membership(rows, cols, height, width)
+        assert torch.equal(means > 0, members > 0), options
+        area = torch.tensor(row_lengths).outer(torch.tensor(col_lengths))
+        torch.testing.assert_close(means, members / area, rtol=1e-12, atol=0)
+        if not count_include_pad:
+            assert torch.equal(members.sum(0), area.double()), options
+        accepted += 1
+    assert accepted > 100
+
+
+def test_stride_is_the_kernel_by_default() -> None:
+    default, given = (grid_plan([], 11, 7, kernel_size=(3, 2), stride=stride) for stride in (None, (3, 2)))
+    assert (default.window_rows, default.window_cols) == (given.window_rows, given.window_cols)
+
+
+def test_adaptive_windows_equal_adaptive_avg_pool() -> None:
+    for size, windows in product(range(1, 13), range(1, 16)):
+        height, out_height = 13 - size, 16 - windows
+        means = F.adaptive_avg_pool2d(one_hot(height, size), (out_height, windows))[:, 0]
+        plan = grid_plan([], height, size, output_size=(out_height, windows))
+        (rows, _), (cols, _) = covered(plan.window_rows, height), covered(plan.window_cols, size)
+        assert plan.pooled_size == (out_height, windows)
+        members = membership(rows, cols, height, size)
+        torch.testing.assert_close(means, members / members.sum(0), rtol=1e-12, atol=0)
+
+
+# ---- mosaics ----
+
+
+def mean_over_runs(mosaic: torch.Tensor, rows: Runs, cols: Runs) -> torch.Tensor:
+    """(mH, nW) → (H, W)"""
+    cells = [
+        mosaic[top : top + height, left : left + width].mean()
+        for top, height in zip(rows.start, rows.count, strict=True)
+        for left, width in zip(cols.start, cols.count, strict=True)
+    ]
+    return torch.stack(cells).view(len(rows), len(cols))
+
+
+@pytest.mark.parametrize("resize", ["area", "bilinear"])
+@pytest.mark.parametrize("grid_shape", [(1, 1), (2, 2), (3, 2), (1, 4), (5, 3)], ids=str)
+def test_mean_over_runs_is_the_shrunk_mosaic(grid_shape: tuple[int, int], resize: str) -> None:
+    m, n = grid_shape
+    generator = torch.Generator().manual_seed(0)
+    for H, W in [(1, 1), (2, 7), (3, 4), (4, 2), (5, 5), (6, 9), (7, 3), (8, 1), (9, 8), (27, 14)]:
+        frames = torch.randn(m * n, H, W, generator=generator, dtype=torch.float64)
+        mosaic = frames.view(m, n, H, W).transpose(1, 2).reshape(m * H, n * W)
+        if resize == "area":
+            h, w = -(-H // m), -(-W // n)
+            tiles = F.adaptive_avg_pool2d(frames[:, None], (h, w))
+            expected = tiles.view(m, n, h, w).transpose(1, 2).reshape(m * h, n * w)[:H, :W]
+        else:
+            expected = F.interpolate(mosaic[None, None], size=(H, W), mode="bilinear", align_corners=False)[0, 0]
+        (level,) = grid_plan([], H, W, frame_strides=[1], grid_shape=grid_shape, resize=resize, kernel_size=1).levels
+        torch.testing.assert_close(mean_over_runs(mosaic, level.row_runs, level.col_runs), expected)
+
+
+# ---- a plan as a value ----
+
+
+def test_equal_arguments_make_equal_plans() -> None:
+    plan, same = (dataclasses.replace(grid_plan([8, 5], 9, 9)) for _ in range(2))
+    assert plan is not same
+    assert plan == same
+    assert hash(plan) == hash(same)
+    assert {plan: "found"}[same] == "found"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"frame_counts": (5, 8)},
+        {"height": 8},
+        {"width": 8},
+        {"frame_strides": (2, 4)},
+        {"grid_shape": (1, 2)},
+        {"sampling": "first"},
+        {"resize": "bilinear"},
+        {"kernel_size": (3, 3)},
+        {"stride": (2, 2)},
+        {"padding": (1, 1)},
+        {"ceil_mode": True},
+        {"count_include_pad": False},
+        {"output_size": (4, 4)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_every_argument_tells_plans_apart(changed: dict[str, object]) -> None:
+    plan = grid_plan([8, 5], 9, 9)
+    other = dataclasses.replace(plan, **changed)
+    assert plan != other
+    assert len({plan, other}) == 2
+
+
+def test_plans_are_found_again() -> None:
+    plan = grid_plan([8], 9, 9, kernel_size=3)
+    assert grid_plan((8,), 9, 9, kernel_size=[3, 3], frame_strides=[2, 4, 8]) is plan
+
+
+def test_cache_is_bounded() -> None:
+    for frames in range(300):
+        grid_plan([frames], 2, 2)
+    assert _cached_plan.cache_info().currsize == 256
+
+
+def test_plans_are_frozen() -> None:
+    plan = grid_plan([8], 9, 9)
+    for value, name in ((plan, "levels"), (plan, "height"), (plan.levels[0], "targets"), (plan.window_rows, "start")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, ())
+
+
+def test_repr_is_short_and_complete() -> None:
+    plan = grid_plan([4096], 27, 27)
+    assert len(repr(plan)) < 300
+    assert eval(repr(plan), {"GridPlan": GridPlan}) == plan
+
+
+def lines_run(call: Callable[[], object]) -> int:
+    """How many lines of Python a call runs, which are no more on a busy machine.
+
+    Times are taken by `make bench ARGS="-k plan"`.
+    """
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., object]:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.parametrize("frames", [1024, 4096, 16384])
+def test_a_plan_is_made_in_a_few_lines_a_frame(frames: int) -> None:
+    """A new plan runs fewer than six lines a frame at any number of frames; a kept one is found in fewer than 50."""
+    plan = grid_plan((frames,), 27, 27)
+    assert frames < lines_run(lambda: dataclasses.replace(plan)) < 6 * frames
+    assert lines_run(lambda: grid_plan((frames,), 27, 27)) < 50

@@ -1,0 +1,385 @@
+"""A plan's tables, read by the names that csrc/tables.h gives their words: they are the plan, and their steps are safe.
+
+Also the file that `GridPlan.save` writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from stgridpool_kernels import grid_plan
+from stgridpool_kernels.plan import GridPlan, Runs, plan, tables
+from stgridpool_kernels.plan.dataflow import Schedule, Scheduling, needed_cells, pools_pairs, shrinks_by_halves
+from stgridpool_kernels.plan.tables import plan_tables
+from tests.support.strategies import gridding_arguments, window_arguments
+
+HEADER = Path(__file__).parents[2] / "csrc" / "tables.h"
+
+
+def constants(text: str) -> dict[str, int]:
+    """Of a C++ header: its constexpr integers, and its enumerators counted from 0."""
+    text = re.sub(r"//.*", "", text)
+    found = {name: int(value, 0) for name, value in re.findall(r"constexpr int32_t (\w+) = (\w+);", text)}
+    for body in re.findall(r"enum \w+ : int32_t \{(.*?)\}", text, re.DOTALL):
+        following = 0
+        for name, value in re.findall(r"(\w+)\s*(?:=\s*([^,]+))?,", body):
+            if value:
+                following = sum(found[term] if term in found else int(term) for term in re.split(r"\s*\+\s*", value))
+            found[name] = following
+            following += 1
+    return found
+
+
+C = constants(HEADER.read_text())
+
+
+def test_constants_are_those_of_the_header() -> None:
+    for name in ("MAGIC", "VERSION", "HEADER_WORDS", "STEP_WORDS"):
+        assert getattr(tables, name) == C[name], name
+    assert (C["LEVEL_WORDS"], C["E_SOURCES"], C["ENTRY_WORDS"]) == (7, 4, 8)
+
+
+# ---- reading ----
+
+
+@dataclass(frozen=True)
+class Entry:
+    content: int
+    target: int
+    slot: int
+    needed: tuple[int, ...]
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    mosaic: int
+    walked: int
+    after: int
+    entries: tuple[Entry, ...]
+
+    @cached_property
+    def reads(self) -> set[int]:
+        return {slot for entry in self.entries if self.mosaic for slot in entry.sources if slot >= 0}
+
+    @cached_property
+    def writes(self) -> list[int]:
+        return [entry.slot for entry in self.entries if entry.slot >= 0]
+
+
+class Reader:
+    """Takes tables apart; every access is inside them and behind the header, and is remembered."""
+
+    def __init__(self, words: Sequence[int]) -> None:
+        self.words = words
+        self.read = set(range(C["HEADER_WORDS"]))
+
+    def header(self, name: str) -> int:
+        return self.words[C[name]]
+
+    def take(self, offset: int, count: int) -> tuple[int, ...]:
+        assert C["HEADER_WORDS"] <= offset <= offset + count <= len(self.words)
+        self.read.update(range(offset, offset + count))
+        return tuple(self.words[offset : offset + count])
+
+    def runs(self, offset: int, count: int) -> Runs:
+        return Runs(self.take(offset, count), self.take(offset + count, count))
+
+    def records(self, offset: str, count: str, words: str) -> list[tuple[int, ...]]:
+        first, size = self.header(offset), C[words]
+        return [self.take(first + i * size, size) for i in range(self.header(count))]
+
+    def levels(self) -> list[tuple[int, int, list[tuple[int, ...]], Runs, Runs]]:
+        """(rows, cols, sources of every summary, row runs, column runs)"""
+        found = []
+        for level in self.records("H_LEVELS", "H_NUM_LEVELS", "LEVEL_WORDS"):
+            rows, cols, first, count = (level[C[name]] for name in ("L_ROWS", "L_COLS", "L_FIRST", "L_COUNT"))
+            assert first == sum(len(summaries) for _, _, summaries, _, _ in found)
+            sources = self.take(level[C["L_SOURCES"]], count * rows * cols)
+            groups = [sources[i : i + rows * cols] for i in range(0, len(sources), rows * cols)]
+            row_runs = self.runs(level[C["L_ROW_RUNS"]], self.header("H_HEIGHT"))
+            found.append((rows, cols, groups, row_runs, self.runs(level[C["L_COL_RUNS"]], self.header("H_WIDTH"))))
+        return found
+
+    def steps(self) -> list[Step]:
+        h = -(-self.header("H_HEIGHT") // 2)
+        found = []
+        for step in self.records("H_STEPS", "H_NUM_STEPS", "STEP_WORDS"):
+            entries = []
+            for i in range(step[C["S_COUNT"]]):
+                entry = self.take(step[C["S_ENTRIES"]] + i * C["ENTRY_WORDS"], C["ENTRY_WORDS"])
+                needed = self.take(entry[C["E_NEEDED"]], h)
+                content, target, slot = (entry[C[name]] for name in ("E_CONTENT", "E_TARGET", "E_SLOT"))
+                entries.append(Entry(content, target, slot, needed, entry[C["E_SOURCES"] :]))
+            found.append(Step(step[C["S_MOSAIC"]], step[C["S_WALKED"]], step[C["S_AFTER"]], tuple(entries)))
+        return found
+
+
+# ---- properties ----
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> GridPlan:
+    """Most of them have a fused form."""
+    counts = draw(st.lists(st.sampled_from([16, 32, 9, 64, 0, 21, 1, 40]), min_size=0, max_size=3))
+    height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    if draw(st.sampled_from(["fused", "fused", "any"])) == "any":
+        arguments = draw(gridding_arguments()) | draw(window_arguments(height, width))
+    else:
+        strides = st.lists(st.sampled_from([2, 4, 1, 8, 3]), max_size=4)
+        arguments = {"frame_strides": draw(strides), "sampling": draw(st.sampled_from(["last", "first"]))}
+        arguments["ceil_mode"] = draw(st.booleans()) or min(height, width) < 2
+    return grid_plan(counts, height, width, **arguments)
+
+
+frames_per_step = st.sampled_from([None, 4, 1, 14, 2, 100])
+
+
+schedules = st.sampled_from([Schedule.of, Schedule.none, Schedule.repeated])
+
+
+@given(plans(), schedules, frames_per_step)
+def test_general_form_is_the_plan(plan: GridPlan, schedule: Scheduling, frames_per_step: int | None) -> None:
+    assume(plan.levels or schedule is not Schedule.repeated)
+    words = plan_tables(plan, schedule, frames_per_step)
+    reader = Reader(words)
+    steps = schedule(plan)
+    assert (reader.header("H_MAGIC"), reader.header("H_VERSION")) == (C["MAGIC"], C["VERSION"])
+    assert reader.header("H_WORDS") == len(words)
+    assert (reader.header("H_HEIGHT"), reader.header("H_WIDTH")) == (plan.height, plan.width)
+    assert (reader.header("H_OUT_ROWS"), reader.header("H_OUT_COLS")) == plan.pooled_size
+    largest = max(r * c for r in plan.window_rows.count for c in plan.window_cols.count)
+    assert reader.header("H_LARGEST_WINDOW") == largest
+    assert reader.runs(reader.header("H_WINDOW_ROWS"), plan.pooled_size[0]) == plan.window_rows
+    assert reader.runs(reader.header("H_WINDOW_COLS"), plan.pooled_size[1]) == plan.window_cols
+    assert reader.header("H_FRAMES") == len(steps.final)
+    assert reader.take(reader.header("H_FINAL"), reader.header("H_FRAMES")) == steps.final
+
+    assert reader.header("H_SUMMARIES") == len(steps.summaries)
+    levels, numbers = reader.levels(), steps.by_level()
+    for (rows, cols, sources, row_runs, col_runs), of_level in zip(levels, numbers, strict=True):
+        level = plan.levels[steps.summaries[of_level[0]].level]
+        assert (rows, cols, row_runs, col_runs) == (level.rows, level.cols, level.row_runs, level.col_runs)
+        assert sources == [steps.summaries[s].sources for s in of_level]
+        assert all(~source < of_level[0] for group in sources for source in group)  # of the levels before
+
+    fused = pools_pairs(plan) and shrinks_by_halves(plan) and len(steps.final) > 0
+    assert bool(reader.steps()) == fused
+    # no word is left over, except that a row of no needed cells is always there
+    assert not any(words[word] for word in set(range(len(words))) - reader.read)
+
+
+@given(plans(), schedules)
+def test_gradient_section_is_the_converse(plan: GridPlan, schedule: Scheduling) -> None:
+    """Feeds are the levels' sources, covers their runs and the windows, each looked at from what is read."""
+    assume(plan.levels or schedule is not Schedule.repeated)
+    words = plan_tables(plan, schedule, gradient=True)
+    reader, plain = Reader(words), Reader(plan_tables(plan, schedule))
+    assert plain.header("H_GRADIENT") == 0
+    levels = reader.levels()
+    assert levels == plain.levels()
+    frames, summaries = reader.header("H_FRAMES"), reader.header("H_SUMMARIES")
+    reader.take(reader.header("H_FINAL"), frames)
+    section = reader.take(reader.header("H_GRADIENT"), C["G_LEVELS"] + 2 * len(levels))
+
+    expected: dict[int, list[tuple[int, int, int]]] = {}
+    s = 0
+    for number, (_, _, groups, _, _) in enumerate(levels):
+        for sources in groups:
+            for tile, source in enumerate(sources):
+                expected.setdefault(source, []).append((s, number, tile))
+            s += 1
+    starts = reader.take(section[C["G_FEEDS"]], frames + summaries + 1)
+    for number, content in enumerate([*range(frames), *(~s for s in range(summaries))]):
+        feeds = reader.take(starts[number], starts[number + 1] - starts[number])
+        size = C["FEED_WORDS"]
+        found = [feeds[i : i + size] for i in range(0, len(feeds), size)]
+        assert found == expected.get(content, [])
+
+    def assert_converse(offset: int, runs: Runs, size: int) -> None:
+        covering = reader.runs(offset, size)
+        for position in range(size):
+            first, count = covering.start[position], covering.count[position]
+            covered = [i for i in range(len(runs)) if runs.start[i] <= position < runs.start[i] + runs.count[i]]
+            assert covered == list(range(first, first + count))
+
+    for number, (rows, cols, _, row_runs, col_runs) in enumerate(levels):
+        assert_converse(section[C["G_LEVELS"] + 2 * number], row_runs, rows * plan.height)
+        assert_converse(section[C["G_LEVELS"] + 2 * number + 1], col_runs, cols * plan.width)
+    row_windows = reader.runs(reader.header("H_WINDOW_ROWS"), plan.pooled_size[0])
+    col_windows = reader.runs(reader.header("H_WINDOW_COLS"), plan.pooled_size[1])
+    assert_converse(section[C["G_WINDOW_ROWS"]], row_windows, plan.height)
+    assert_converse(section[C["G_WINDOW_COLS"]], col_windows, plan.width)
+
+    steps = reader.steps()
+    assert bool(steps) == bool(plain.steps())
+    if steps:  # every content once, and no two in one slot
+        entries = [entry for step in steps for entry in step.entries]
+        assert sorted(entry.content for entry in entries) == list(range(-summaries, frames))
+        slots = [entry.slot for entry in entries if entry.slot >= 0]
+        assert sorted(slots) == list(range(reader.header("H_SLOTS")))
+    assert not any(words[word] for word in set(range(len(words))) - reader.read)
+
+
+@given(plans(), frames_per_step)
+def test_steps_compute_every_frame_once(plan: GridPlan, frames_per_step: int | None) -> None:
+    reader = Reader(plan_tables(plan, frames_per_step=frames_per_step))
+    schedule, steps = Schedule.of(plan), reader.steps()
+    if not steps:
+        return
+    targets = {entry.target: entry.content for step in steps for entry in step.entries if entry.target >= 0}
+    assert [targets[frame] for frame in range(len(schedule.final))] == list(schedule.final)
+    assert len(targets) == sum(entry.target >= 0 for step in steps for entry in step.entries)
+
+    needed, slots, done = needed_cells(plan, schedule), reader.header("H_SLOTS"), set()
+    assert {slot for step in steps for slot in step.writes} == set(range(slots))
+    held: dict[int, int] = {}  # slot: the content whose miniature is in it
+    for step in steps:
+        assert [entry.slot >= 0 for entry in step.entries] == sorted((e.slot >= 0 for e in step.entries), reverse=True)
+        assert step.walked == len(step.writes)
+        for entry in step.entries:
+            assert (entry.content < 0) == bool(step.mosaic)
+            assert entry.content not in done
+            done.add(entry.content)
+            assert (entry.slot >= 0) == (entry.content in needed)
+            assert entry.needed == needed.get(entry.content, (0,) * len(entry.needed))
+            if step.mosaic:
+                for slot, source in zip(entry.sources, schedule.summaries[~entry.content].sources, strict=True):
+                    assert (slot >= 0) == (source in needed)
+                    assert slot < 0 or held[slot] == source
+            else:
+                assert entry.sources == (-1,) * 4
+        held.update((entry.slot, entry.content) for entry in step.entries if entry.slot >= 0)
+
+
+@given(plans(), frames_per_step)
+def test_steps_side_by_side_do_not_disturb_each_other(plan: GridPlan, frames_per_step: int | None) -> None:
+    """A step waits for the first S_AFTER steps and for no other: what it may overlap must use other slots."""
+    steps = Reader(plan_tables(plan, frames_per_step=frames_per_step)).steps()
+    for number, step in enumerate(steps):
+        assert 0 <= step.after <= number
+        assert len(set(step.writes)) == len(step.writes)
+        assert not step.reads & set(step.writes)  # entries of a step run in any order
+        for other in steps[step.after : number]:
+            assert not set(step.writes) & (other.reads | set(other.writes))
+            assert not step.reads & set(other.writes)
+
+
+@given(plans())
+def test_steps_for_a_gpu_are_few(plan: GridPlan) -> None:
+    steps = Reader(plan_tables(plan)).steps()
+    assert len(steps) <= 1 + len(Schedule.of(plan).by_level())
+
+
+def test_steps_for_a_cpu_keep_few_miniatures() -> None:
+    published = grid_plan([64], 27, 27)
+    slots = [Reader(plan_tables(published, frames_per_step=steps)).header("H_SLOTS") for steps in (None, 16, 4)]
+    assert slots == sorted(slots, reverse=True)
+    assert (slots[0], slots[-1]) == (40, 9)  # as docs/cpu.md says
+
+
+# ---- GridPlan.save ----
+
+PUBLISHED = grid_plan([64], 27, 27)
+
+
+@pytest.mark.parametrize("frames_per_step", [None, 4])
+@pytest.mark.parametrize("arguments", [{}, {"resize": "bilinear"}, {"output_size": (3, 4)}], ids=str)
+def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], frames_per_step: int | None) -> None:
+    saved = grid_plan([40, 9], 5, 7, **arguments)
+    saved.save(tmp_path / "plan.stgp", frames_per_step=frames_per_step)
+    content = (tmp_path / "plan.stgp").read_bytes()
+    words = [int.from_bytes(content[i : i + 4], "little", signed=True) for i in range(0, len(content), 4)]
+    assert words == list(plan_tables(saved, frames_per_step=frames_per_step))
+    assert content.startswith(b"STGP\2\0\0\0")
+    assert os.listdir(tmp_path) == ["plan.stgp"]
+
+
+def test_file_is_little_endian_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PUBLISHED.save(tmp_path / "here")
+    monkeypatch.setattr(plan.sys, "byteorder", {"little": "big", "big": "little"}[sys.byteorder])
+    PUBLISHED.save(tmp_path / "there")
+    here, there = array("i"), array("i")
+    here.frombytes((tmp_path / "here").read_bytes())
+    there.frombytes((tmp_path / "there").read_bytes())
+    assert there != here
+    there.byteswap()
+    assert there == here
+    assert plan_tables(PUBLISHED)[0] == C["MAGIC"]  # the tables in memory stay as they are
+
+
+def test_existing_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "plan.stgp"
+    path.write_bytes(b"x" * 100_000)
+    PUBLISHED.save(str(path))
+    assert len(path.read_bytes()) == 4 * len(plan_tables(PUBLISHED))
+    assert os.listdir(tmp_path) == ["plan.stgp"]
+
+
+def test_existing_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.stgp"
+    path.write_bytes(b"before")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        PUBLISHED.save(path)
+    assert path.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["plan.stgp"]
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        PUBLISHED.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        PUBLISHED.save(tmp_path / "none" / "plan.stgp")
+    assert os.listdir(tmp_path) == []
+
+
+def test_file_for_gradients(tmp_path: Path) -> None:
+    PUBLISHED.save(tmp_path / "plan.stgp", gradient=True)
+    words = array("i")
+    words.frombytes((tmp_path / "plan.stgp").read_bytes())
+    assert words == plan_tables(PUBLISHED, gradient=True)
+    assert len(words) > len(plan_tables(PUBLISHED))
+    with pytest.raises(ValueError, match="frames_per_step must be None where gradient is True, got 4"):
+        PUBLISHED.save(tmp_path / "other.stgp", frames_per_step=4, gradient=True)
+
+
+@pytest.mark.parametrize("frames_per_step", [0, -4])
+def test_frames_per_step_is_checked(tmp_path: Path, frames_per_step: int) -> None:
+    with pytest.raises(ValueError, match=f"frames_per_step must be None or at least 1, got {frames_per_step}"):
+        PUBLISHED.save(tmp_path / "plan.stgp", frames_per_step=frames_per_step)
+    assert os.listdir(tmp_path) == []
+
+
+def test_saving_takes_the_standard_library_alone(tmp_path: Path) -> None:
+    code = (
+        "import sys, types; package = types.ModuleType('p'); package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['p'] = package\n"
+        "from p.plan import grid_plan\n"
+        "grid_plan([16], 4, 4).save(sys.argv[2])\n"
+        "sys.exit(', '.join({'torch', 'numpy', 'safetensors'} & set(sys.modules)) or None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(plan.__file__).parent), str(tmp_path / "plan.stgp")],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "plan.stgp").exists()

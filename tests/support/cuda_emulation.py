@@ -1,0 +1,264 @@
+"""The CUDA kernels on a CPU: csrc/cuda, compiled by a C++ compiler, with the threads of a block as fibers.
+
+What runs is the source that nvcc compiles, against small headers in tests/cuda_emulation. These end the process where
+threads of a block wait for others that never come, and fill shared memory with NaN before every block. Time, caches and
+the order in which a GPU runs warps are not emulated.
+
+`backend()` is a `Backend` named "cuda" for tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stgridpool_kernels.backends import Backend, compiled, with_kernels
+from stgridpool_kernels.plan import GridPlan
+from stgridpool_kernels.plan.dataflow import Schedule
+from stgridpool_kernels.plan.tables import Chunk, plan_tables
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "csrc" / "cuda"
+HEADERS = ROOT / "tests" / "support" / "cuda_headers"
+BUILD = ROOT / "build" / "cuda_emulation"
+
+FLAGS = (
+    *("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-unused-but-set-variable"),
+)
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""In the order of the C++ enumeration."""
+
+OPS = ("grid_pool", "temporal_grid", "token_norm", "grid_pool_backward", "temporal_grid_backward")
+"""In the order of the C++ enumeration."""
+
+
+class Strides(ctypes.Structure):
+    """`stgp::Strides`"""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("video", "frame", "row", "col", "channel")]
+
+
+class Call(ctypes.Structure):
+    """`stgp::Call`"""
+
+    _fields_ = [
+        ("dtype", ctypes.c_int32),
+        ("T", ctypes.c_int64),
+        ("C", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("x_strides", Strides),
+        ("out", ctypes.c_void_p),
+        ("out_strides", Strides),
+        ("scratch", ctypes.c_void_p),
+        ("temperature", ctypes.c_float),
+        ("norm_type", ctypes.c_double),
+        ("normalize_norm", ctypes.c_bool),
+        ("miniatures", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("grad_strides", Strides),
+        ("cells", ctypes.c_int32),
+    ]
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: what CXX names, else g++ or another one in PATH."""
+    return next((found for name in (os.environ.get("CXX", "g++"), "g++", "c++") if (found := shutil.which(name))), None)
+
+
+def content_hash(files: Sequence[Path], *more: str) -> str:
+    """Of the names and contents of files, and of what else decides what is made of them."""
+    digest = hashlib.sha256("\0".join(more).encode())
+    for file in files:
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(sanitize: bool = False, kernels: Path = KERNELS) -> Path:
+    """The library, compiled unless one of the same content is there. Safe to call from several processes at once.
+
+    sanitize: with the address and undefined behaviour sanitizers, whose runtime the process must have preloaded.
+    kernels: another copy of csrc/cuda, beside copies of the headers that it includes.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise RuntimeError("no C++ compiler: neither CXX nor g++ nor c++ is in PATH")
+    flags = (*FLAGS, *(SANITIZERS if sanitize else ()))
+    files = [*sorted(kernels.glob("*")), *sorted(kernels.parent.glob("*.h")), *sorted(HEADERS.glob("*"))]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    name = content_hash(files, compiler, version, *flags)
+    library = BUILD / f"{name}.so"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(compiler, flags, [*sorted(kernels.glob("*.cu")), *sorted(HEADERS.glob("*.cpp"))], library)
+    return library
+
+
+def _compile(compiler: str, flags: Sequence[str], files: Sequence[Path], library: Path) -> None:
+    """All files side by side, then one library under its name at once."""
+    folder = library.with_suffix(f".{os.getpid()}")
+    folder.mkdir()
+    try:
+        objects = [folder / f"{file.name}.o" for file in files]
+        running = [
+            subprocess.Popen(
+                [compiler, *flags, "-I", str(HEADERS), "-x", "c++", "-c", str(file), "-o", str(target)],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for file, target in zip(files, objects, strict=True)
+        ]
+        errors = [process.communicate()[1] for process in running]
+        if any(process.returncode for process in running):
+            raise RuntimeError("\n".join(filter(None, errors)))
+        linked = folder / "library.so"
+        subprocess.run([compiler, *flags, "-shared", *map(str, objects), "-o", str(linked)], check=True)
+        os.replace(linked, library)
+    finally:
+        shutil.rmtree(folder)
+
+
+@cache
+def load(library: Path | None = None) -> ctypes.CDLL:
+    """The library, built first if none is given."""
+    functions = ctypes.CDLL(str(library or build()))
+    for function in (functions.stgp_scratch_bytes, functions.stgp_call_bytes):
+        function.restype = ctypes.c_int64
+    if functions.stgp_call_bytes() != ctypes.sizeof(Call):
+        raise RuntimeError("Call here is not the Call of csrc/grid_pool.h")
+    return functions
+
+
+def _five(strides: Sequence[int], dimensions: int) -> Strides:
+    """(frame, row, col, channel) with a batch before or without one."""
+    return Strides(*strides) if dimensions == 5 else Strides(0, *strides)
+
+
+def run(
+    op: str,
+    x: Tensor,
+    tables: Sequence[int] | None,
+    settings: tuple[float, float, bool],
+    out: Tensor,
+    library: Path | None = None,
+    miniatures: Tensor | None = None,
+    grad: Tensor | None = None,
+    cells: int = 0,
+) -> None:
+    """`op` of x into out by tables; settings are (temperature, norm_type, normalize_norm).
+
+    miniatures: of streams, for tables of a chunk of them.
+    grad: of the result, for gradients.
+    cells: that a block walks; 0 is the kernel's own choice.
+    """
+    functions = load(library)
+    T, H, W, C = x.shape[-4:]
+    strides = out.stride() if op != "token_norm" else (*out.stride(), 1)
+    call = Call(
+        DTYPES.index(x.dtype),
+        *(T, C),
+        *(x.data_ptr(), _five(x.stride(), x.dim())),
+        *(out.data_ptr(), _five(strides, x.dim())),
+        None,
+        *settings,
+        None if miniatures is None else miniatures.data_ptr(),
+    )
+    call.cells = cells
+    if grad is not None:
+        call.grad, call.grad_strides = grad.data_ptr(), _five(grad.stride(), grad.dim())
+    words = None if tables is None else (ctypes.c_int32 * len(tables))(*tables)
+    size = functions.stgp_scratch_bytes(OPS.index(op), words, ctypes.byref(call))
+    scratch = torch.full((size + 64,), 0xFF, dtype=torch.uint8, device="cpu")  # NaN in every dtype
+    call.scratch = scratch.data_ptr() + -scratch.data_ptr() % 64 if size else None
+    if op == "token_norm":
+        frames = math.prod(x.shape[:-3])
+        error = functions.stgp_token_norm(*map(ctypes.c_int64, (frames, H, W)), ctypes.byref(call))
+    else:
+        error = getattr(functions, f"stgp_{op}")(words, ctypes.byref(call))
+    if error:
+        raise RuntimeError(f"{op} failed with CUDA error {error}")
+
+
+def grid_pool(
+    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
+) -> None:
+    run("grid_pool", x, plan_tables(plan), (temperature, norm_type, normalize_norm), out)
+
+
+def pool_chunk(
+    x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
+) -> None:
+    run("grid_pool", x, chunk.words, (temperature, norm_type, normalize_norm), out, miniatures=slots)
+
+
+def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
+    run("temporal_grid", x, plan_tables(plan), (1.0, 2.0, True), out)
+
+
+def repeat_in_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
+    run("temporal_grid", x, plan_tables(plan, Schedule.repeated), (1.0, 2.0, True), out)
+
+
+def norm_pool(
+    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
+) -> None:
+    run("grid_pool", x, plan_tables(plan, Schedule.none), (temperature, norm_type, normalize_norm), out)
+
+
+def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
+    run("token_norm", x, None, (1.0, norm_type, normalize_norm), out)
+
+
+def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: Any) -> None:
+    """Gradient of grid_pool, norm_pool or temporal_grid, written into the last argument."""
+    *settings, out = settings_and_out
+    tables = plan_tables(plan, Schedule.none if op == "norm_pool" else Schedule.of, gradient=True)
+    if op == "temporal_grid":
+        run("temporal_grid_backward", grad, tables, (1.0, 2.0, True), out, grad=grad)
+    else:
+        temperature, norm_type, normalize_norm = settings
+        run("grid_pool_backward", x, tables, (temperature, norm_type, normalize_norm), out, grad=grad)
+
+
+def why_not(x: Tensor | None, plan: GridPlan | None) -> str | None:
+    """None where the emulation can run a call, else the reason."""
+    if find_compiler() is None:
+        return "no C++ compiler to build the emulation with"
+    if x is None:
+        return None
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, the emulation runs on the CPU"
+    return None if x.dtype in DTYPES else f"{x.dtype} runs on the reference only"
+
+
+def backend() -> Backend:
+    """A backend named "cuda" that runs the kernels on tensors of the CPU; `auto` passes over it."""
+    return Backend(
+        name="cuda",
+        why_not=why_not,
+        grid_pool=grid_pool,
+        temporal_grid=temporal_grid,
+        norm_pool=norm_pool,
+        token_norm=token_norm,
+        repeat_in_grid=repeat_in_grid,
+        backward=with_kernels(backward),
+        only_by_name=lambda: "the emulation runs the kernels on the CPU, slowly",
+        keeps_miniatures=compiled.keeps_miniatures_on_cuda,
+        pool_chunk=pool_chunk,
+    )

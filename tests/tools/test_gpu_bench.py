@@ -1,0 +1,108 @@
+"""What is run besides tests on a GPU, as far as none is needed: which configuration wins, how counters are read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.benchmarks.test_bench_report import make_row
+
+pytest.importorskip("triton", reason="no Triton")
+from stgridpool_kernels.backends.triton_kernels import config
+from stgridpool_kernels.bench.measure import LATE, LOST
+from stgridpool_kernels.bench.providers import Provider
+from stgridpool_kernels.bench.results import Row, encode
+from tools import gpu_bench
+from tools.gpu_bench import COUNTERS, TUNED
+from tools.gpu_check import Lines
+
+
+@pytest.fixture
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
+    (tmp_path / "results.jsonl").touch()
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # what is tested is no worker, whoever runs the test
+    monkeypatch.setenv("STGP_RESULTS", str(tmp_path / "results.jsonl"))
+    monkeypatch.setenv("STGP_SINCE", "0")
+    return gpu_bench.results()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is timed, by shape and name. Gains of the two shapes are weighed against each other."""
+    odd = {"": 100.0, "spread=True": 99.8, "mosaic_cells=3": 80.0, "mosaic_cells=5": 70.0, "cells=4": 90.0}
+    odd |= {"mosaic_cells=3 odd_registers=80": 200.0, "mosaic_cells=3 stages=1": 60.0}
+    even = {"": 50.0, "mosaic_cells=3": 50.0, "mosaic_cells=5": 65.0, "mosaic_cells=3 even_registers=128": 49.9}
+    even |= {"mosaic_cells=3 stages=1": 50.0, "cells=4": 57.0}
+    times, asked = dict(zip(TUNED, (odd, even), strict=True)), list[tuple[str, str]]()
+
+    def measure(workload: Any, variants: list[Provider], *_: Any, **given: Any) -> list[Row]:
+        asked.extend((workload.name, variant.name) for variant in variants)
+        return [make_row(v.name, times[workload.name].get(v.name.partition(" ")[2], 300.0)) for v in variants]
+
+    monkeypatch.setattr(gpu_bench, "measure", measure)
+    monkeypatch.setattr(gpu_bench, "new_device", lambda: SimpleNamespace(torch_device="cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return asked
+
+
+def found(lines: Lines, kind: str) -> list[dict[str, Any]]:
+    return [line for line in lines.read() if line["kind"] == kind]
+
+
+def test_tuning_keeps_the_best_of_each_axis(lines: Lines, asked: list[tuple[str, str]]) -> None:
+    """What is shown is a row of the table of configurations; what was found so far is there after each axis."""
+    gpu_bench.tune("triton")
+    of_odd, of_even = ([name for shape, name in asked if shape == each] for each in TUNED)
+    assert max(len(of_odd), len(of_even)) <= 12
+    assert not any("even" in name for name in of_odd)
+    assert not any("odd" in name for name in of_even)
+    choices = [line["choice"] for line in found(lines, "tuned")]
+    three = {"mosaic_cells": 3}
+    assert choices == [{}, three, three, three, {**three, "stages": 1}]
+    last = found(lines, "tuned")[-1]
+    assert last["us"] == dict(zip(TUNED, (60.0, 50.0), strict=True))
+    row = eval(last["shown"].splitlines()[1].strip(" ,"), vars(config))
+    assert (row.block, row.capability, row.config.mosaic_cells, row.config.stages) == (4096, (9, 0), 3, 1)
+    like = config.fused_config(4096, 2, (9, 0))
+    assert f"above Row(4096, 2, {next(r.capability for r in config.ROWS if r.config is like)}" in last["shown"]
+
+
+def test_tuning_of_cuda(lines: Lines, asked: list[tuple[str, str]]) -> None:
+    """A tenth faster on one shape and more than a tenth slower on the other is none."""
+    gpu_bench.tune("cuda")
+    assert {name for _, name in asked} == {
+        "grid_pool:cuda",
+        *(f"grid_pool:cuda cells={cells}" for cells in (1, 2, 4, 7)),
+    }
+    assert [line["choice"] for line in found(lines, "tuned")] == [{}]
+
+
+def test_tuning_goes_on_without_what_was_wrong_or_ended_a_process(lines: Lines, asked: list[tuple[str, str]]) -> None:
+    states = {"cells=1": LOST, "cells=2": "wrong: off by 3 ulp", "cells=4": "failed: RuntimeError", "cells=7": LATE}
+    for name, check in states.items():
+        lines.append(encode(make_row(f"grid_pool:cuda {name}", 1.0, workload=TUNED[0], check=check)))
+    gpu_bench.tune("cuda")
+    assert [name for shape, name in asked if shape == TUNED[0]] == ["grid_pool:cuda", "grid_pool:cuda cells=7"]
+
+
+def test_counters_are_read(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a kernel is not there, or one of its counters."""
+    rows = ["==PROF== Disconnected", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
+    for number in (1, 2, 3):
+        rows += [f'"{number}","kernel","{metric}","byte","{number},000,000"' for metric in COUNTERS.values()]
+    rows += [f'"4","kernel","{metric}","byte","(!) n/a"' for metric in COUNTERS.values()]
+    monkeypatch.setattr(subprocess, "run", lambda *given, **more: SimpleNamespace(stdout="\n".join(rows)))
+    for provider, launches in (("grid_pool:triton", 2), ("norm_pool:triton", 1), ("grid_pool:cuda", 1)):
+        counted = {"kind": "counted", "workload": TUNED[0], "provider": provider, "launches": launches}
+        lines.append(json.dumps(counted))
+    gpu_bench.counters("triton")
+    counters = found(lines, "counters")
+    assert [line["read"] for line in counters] == [3e6, 3e6, 0]
+    assert counters[0]["shown"] == f"{TUNED[0]}, grid_pool:triton: 3.0 M read, 3.0 M written, 3.0 M instr."
+    assert list(lines.states().values()) == ["passed", "passed", "failed: 0 kernels"]

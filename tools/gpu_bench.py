@@ -1,0 +1,177 @@
+"""What `tools.gpu_check` runs besides tests: `python -m tools.gpu_bench bench … | tune … | counters …`.
+
+They append to the file that STGP_RESULTS names. As a plugin of pytest this has every test there, as lost before it
+begins and as it went, and passes over what the file has from byte STGP_SINCE on, where an earlier process has been.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stgridpool_kernels.backends import compiled
+from stgridpool_kernels.backends.triton_kernels import config, launch, prepare
+from stgridpool_kernels.bench.devices import Device, Gpu
+from stgridpool_kernels.bench.machine import describe
+from stgridpool_kernels.bench.measure import LOST, QUICK, measure, new_run
+from stgridpool_kernels.bench.providers import Provider, chosen
+from stgridpool_kernels.bench.results import encode
+from stgridpool_kernels.bench.workloads import WORKLOADS, Workload, random_tokens
+from stgridpool_kernels.cli import main as cli
+from stgridpool_kernels.plan.dataflow import Schedule
+from tools.compile_report import configured
+from tools.gpu_check import AXES, Lines
+
+TUNED = ("llava-video-7b", "llava-next-video-7b")
+"""The two main shapes, one with odd sizes and one with even ones, which share a row of the table of configurations."""
+COUNTERS = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum", "instr.": "smsp__inst_executed.sum"}
+Choice = dict[str, Any]
+new_device: Callable[[], Device] = Gpu
+
+
+def results() -> Lines:
+    return Lines(Path(os.environ["STGP_RESULTS"]), int(os.environ["STGP_SINCE"]))
+
+
+def bench(*arguments: str) -> None:
+    """`stgp bench`"""
+    sys.exit(cli.main(["bench", *arguments]))
+
+
+def tune(backend: str) -> None:
+    """One axis at a time, in turns with the best choice so far. Another has to gain half a percent on both shapes."""
+    device, lines, best = new_device(), results(), Choice()
+    how = {"baseline": "copy", "effort": QUICK, "report": lambda row: lines.append(encode(row)), "extras": False}
+    run = new_run(describe(device.torch_device), {"quick": True, "tune": True}, {})
+    lines.append(encode(run))
+    for axis, values in (AXES if backend == "triton" else {"cells": [1, 2, 4, 7]}).items():
+        choices, times = [best, *(best | {axis: value} for value in values)], dict[str, list[float]]()
+        for workload in (WORKLOADS[name] for name in TUNED):
+            if not axis.startswith("even_" if workload.grid[1] % 2 else "odd_"):
+                variants = [variant(workload, backend, choice) for choice in choices]
+                bad = [name for name, state in lines.states().items() if state.startswith(("failed", "wrong"))]
+                timed = [each for each in variants if f"{workload.name} {each.name}" not in bad]
+                rows = measure(workload, timed, device, run.run, **how)
+                found = {row.provider: row.p50_us or math.inf for row in rows}
+                times[workload.name] = [found.get(each.name, math.inf) for each in variants]
+        together = [math.prod(each) for each in zip(*times.values(), strict=True)]
+        together[0] *= 0.995 ** len(times)
+        number = together.index(min(together))
+        best, us = choices[number], {name: round(each[number], 1) for name, each in times.items()}
+        shown = f"{backend}, after {axis}: us {us} with {best or 'the configuration as it is'}"
+        found = {"kind": "tuned", "provider": f"grid_pool:{backend}", "choice": best, "us": us}
+        lines.append(json.dumps(found | {"shown": shown + configuration_row(best, us) * (backend == "triton")}))
+
+
+def variant(workload: Workload, backend: str, choice: Choice) -> Provider:
+    """grid_pool by a choice of configuration."""
+    (like,) = chosen(workload, "cpu", ["grid_pool:reference"])
+    plan, name = workload.plan("grid_pool"), f"grid_pool:{backend}"
+    name = " ".join([name, *(f"{axis}={value}" for axis, value in choice.items())])
+
+    def call(x: Tensor, out: Tensor | None = None) -> Tensor:
+        out = x.new_empty((len(x), *plan.pooled_size, x.shape[-1])) if out is None else out
+        if backend == "cuda":
+            op, cells = torch.ops.stgp._grid_pool_by_tables.default, choice.get("cells", 0)
+            compiled._run(op, (x,), plan, Schedule.of, 1.0, 2.0, True, out, cells)
+        else:
+            with configured(choice):
+                launch.run((name, workload.name), lambda: prepare("grid_pool", x, plan, (1.0, 2.0, True), out), x, out)
+        return out
+
+    return replace(like, name=name, call=call, ulps=2, takes_out=True, captures=True, memory=0.5)
+
+
+def configuration_row(choice: Choice, us: dict[str, float]) -> str:
+    """A row for triton_kernels/config.py and where in its table, of this GPU and the largest of the shapes."""
+    capability, channels = torch.cuda.get_device_capability(), max(WORKLOADS[name].channels for name in TUNED)
+    like = next(row for row in config.ROWS if row.block >= channels and capability >= row.capability)
+    row = replace(like, capability=capability, config=replace(like.config, **choice), reason=f"us: {us}")
+    return f"\n    {row},\n    # above Row({like.block}, {like.bytes}, {like.capability}, ...)"
+
+
+def counters(backend: str) -> None:
+    """Runs `counted` under ncu and appends what ncu counted, provider by provider."""
+    command = ["ncu", "--clock-control", "none", "--cache-control", "none", "--csv"]
+    command += ["--profile-from-start", "off", "--print-units", "base", "--metrics", ",".join(COUNTERS.values())]
+    command += [sys.executable, "-m", "tools.gpu_bench", "counted", backend]
+    report = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+    print(report)
+    kernels: dict[str, dict[str, Any]] = {}
+    for row in csv.DictReader(line for line in report.splitlines() if line.startswith('"')):
+        kernel = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
+        with suppress(ValueError):  # what cannot be counted is no number
+            kernel[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
+    left, lines = [each for each in kernels.values() if each.keys() >= set(COUNTERS.values())], results()
+    for line in [line for line in lines.read() if line.get("kind") == "counted"]:
+        mine, left = left[: line["launches"]], left[line["launches"] :]
+        sums = {name: sum(kernel[metric] for kernel in mine) for name, metric in COUNTERS.items()}
+        shown = ", ".join(f"{value / 1e6:.1f} M {name}" for name, value in sums.items())
+        more = {"kind": "counters", "kernels": mine, "shown": f"{line['workload']}, {line['provider']}: {shown}"}
+        lines.append(json.dumps(line | sums | more))
+        report_test(line["provider"], "passed" if len(mine) == line["launches"] else f"failed: {len(mine)} kernels")
+
+
+def counted(backend: str) -> None:
+    """A call of each provider between profiler marks, after others, and how many kernels it launches."""
+    device, lines, workload = new_device(), results(), WORKLOADS[TUNED[0]]
+    xs = [random_tokens(workload.shape, workload.dtype, device.torch_device, seed) for seed in range(3)]
+    for provider in chosen(workload, device.type, [f"norm_pool:{backend}", f"grid_pool:{backend}"]):
+        outs = [provider.call(x) for x in xs]
+        device.finish()
+        torch.cuda.profiler.start()
+        provider.call(xs[0], out=outs[0])
+        device.finish()
+        torch.cuda.profiler.stop()
+        bound, levels = workload.bound(provider.op), Schedule.of(workload.plan(provider.op)).by_level()
+        found = {"kind": "counted", "workload": workload.name, "provider": provider.name, "launches": 1 + len(levels)}
+        lines.append(json.dumps(found | {"bound_read": bound.read_bytes, "bound_write": bound.write_bytes}))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    known = results().states()
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
+    items[:] = [item for item in items if item.nodeid not in known]
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    report_test(nodeid, LOST)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        said = report.longreprtext.strip().splitlines()[-1:] if report.failed else []
+        report_test(report.nodeid, ": ".join([report.outcome, *said])[:300])
+        if report.failed and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(70)  # no test after this one could pass in this process
+
+
+def report_test(name: str, check: str) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # what workers report comes to the process that started them
+        results().append(json.dumps({"kind": "test", "name": name, "check": check}))
+
+
+if os.environ.get("STGP_STAND_INS"):
+    importlib.import_module(os.environ["STGP_STAND_INS"])
+
+if __name__ == "__main__":
+    from tools import gpu_bench  # which stand-ins have changed
+
+    getattr(gpu_bench, sys.argv[1])(*sys.argv[2:])

@@ -1,0 +1,332 @@
+"""Bytes that the kernels of grid_pool and of its gradient ask for, launch by launch, counted in Triton's interpreter.
+
+`python -m tools.traffic` prints tables for the shapes that goals are set for, in Markdown. What is counted are
+requests: every element that a load or a store names, as often as it names it, wherever the hardware would find it. How
+much of that goes to device memory only the counters of a GPU can tell; the estimates say what they assume.
+
+Tokens have one channel here. The kernels for the published settings ask for all channels of a token or for none, so
+that one stands for all; it takes some 4 ms per program, and minutes for 64 frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from stgridpool_kernels.bench.workloads import WORKLOADS, Workload
+from stgridpool_kernels.plan import GridPlan
+from stgridpool_kernels.plan.dataflow import Schedule, needed_cells
+from tests.support.interpreter import hasten_interpreter, repair_interpreter
+
+Addresses = NDArray[np.int64]
+
+TABLE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of x and out, cells of miniatures, and entries of tables that one launch, or several, ask for.
+
+    x_again, cells_again, sums_again: of the loads, those of what the same launch has asked for before. In a gradient,
+    `out` is that of x, grad_loads are tokens of the result's, and sums are those of summaries, in float32.
+    """
+
+    programs: int = 0
+    x_loads: int = 0
+    x_again: int = 0
+    cell_loads: int = 0
+    cells_again: int = 0
+    out_stores: int = 0
+    cell_stores: int = 0
+    table_loads: int = 0
+    grad_loads: int = 0
+    sum_loads: int = 0
+    sums_again: int = 0
+    sum_stores: int = 0
+
+    def requests(self, itemsize: int = 2, again: bool = True) -> float:
+        """In units of a token of x with elements of so many bytes; without tables. Not `again`: what a launch loads
+        several times counts once, as if its second time were always served by a cache."""
+        sums = self.sum_loads + self.sum_stores - (0 if again else self.sums_again)
+        tokens = self.x_loads + self.cell_loads + self.grad_loads + self.out_stores + self.cell_stores
+        return tokens - (0 if again else self.x_again + self.cells_again) + sums * 4 / itemsize
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+class Recorder:
+    """How often each element of some tensors was loaded and stored."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+        self.loads, self.stores = (
+            {name: np.zeros(tensor.numel(), np.int64) for name, tensor in tensors.items()} for _ in range(2)
+        )
+
+    def note(self, times: dict[str, NDArray[np.int64]], addresses: Addresses) -> None:
+        """Accesses of one instruction, which are all in one tensor."""
+        if not addresses.size:
+            return
+        for name, tensor in self.tensors.items():
+            places = (addresses - tensor.data_ptr()) // tensor.itemsize
+            if places.min() >= 0 and places.max() < tensor.numel():
+                np.add.at(times[name], places, 1)
+                return
+        raise IndexError(f"an access at {addresses[0]:#x} is in none of {', '.join(self.tensors)}")
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Records what interpreted kernels load and store meanwhile, except what they mask."""
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def watched_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            self.note(self.loads, pointers.data[mask.data].astype(np.int64))
+            return load(builder, pointers, mask, *rest)
+
+        def watched_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self.note(self.stores, pointers.data[mask.data].astype(np.int64))
+            return store(builder, pointers, value, mask, *rest)
+
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = watched_load, watched_store
+        try:
+            yield
+        finally:
+            InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+
+
+def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
+    """For every launch of grid_pool by `plan`, or of its gradient.
+
+    Raises RuntimeError unless the kernels are interpreted, ValueError for a plan that takes the general kernels.
+    """
+    from stgridpool_kernels.backends import triton_kernels  # here, since it reads TRITON_INTERPRET once
+    from stgridpool_kernels.backends.triton_kernels import backward, fused
+
+    if not triton_kernels.INTERPRETED:
+        raise RuntimeError("the kernels are compiled: set TRITON_INTERPRET=1 before they are imported")
+    T = sum(plan.frame_counts)
+    x = torch.ones(T, plan.height, plan.width, 1, dtype=torch.bfloat16)
+    result = torch.ones(T, *plan.pooled_size, 1, dtype=x.dtype)
+    settings = (1.0, 2.0, True)
+    if gradient:
+        out = torch.empty_like(x)
+        call = triton_kernels.prepare_backward("grid_pool", result, x, plan, settings, out)
+    else:
+        out = result
+        call = triton_kernels.prepare("grid_pool", x, plan, settings, out)
+    if any(launch.kernel not in (fused.grid_pool_kernel, backward.pair_gradient_kernel) for launch in call.launches):
+        raise ValueError(f"the general kernels run {plan}: one channel does not stand for all of a token there")
+    cells = torch.empty(call.scratch, dtype=x.dtype)
+    tables = call.tables.tensor if call.tables else torch.empty(0, dtype=torch.int32)
+    tensors = {"x": x, "out": out, "cells": cells, "tables": tables}
+    if gradient:
+        tensors |= {"grad": result, "sums": torch.empty(call.gradients)}
+
+    counts = []
+    for launch in call.launches:
+        recorder = Recorder(**tensors)
+        with recorder.watch():
+            launch(tuple(tensors.values()), 0)
+        loads, stores = recorder.loads, recorder.stores
+        again = {name: int(times.sum()) - np.count_nonzero(times) for name, times in loads.items()}
+        counts.append(
+            Counts(
+                programs=launch.grid[0],
+                x_loads=int(loads["x"].sum()),
+                x_again=again["x"],
+                cell_loads=int(loads["cells"].sum()),
+                cells_again=again["cells"],
+                out_stores=int(stores["out"].sum()),
+                cell_stores=int(stores["cells"].sum()),
+                table_loads=int(loads["tables"].sum()),
+                **of_gradient(recorder) if gradient else {},
+            )
+        )
+    return counts
+
+
+def of_gradient(recorder: Recorder) -> dict[str, int]:
+    """What a gradient asks for besides what its call does."""
+    sums = recorder.loads["sums"]
+    return {
+        "grad_loads": int(recorder.loads["grad"].sum()),
+        "sum_loads": int(sums.sum()),
+        "sums_again": int(sums.sum()) - np.count_nonzero(sums),
+        "sum_stores": int(recorder.stores["sums"].sum()),
+    }
+
+
+def loads_without_carrying(plan: GridPlan) -> int:
+    """Tokens of x that programs would load which have one cell, or else one window, each and load all tokens of it.
+
+    For the plans that `count_launches` takes: 2 × 2 windows, and 2 × 2 grids shrunk by area.
+    """
+    steps = Schedule.of(plan)
+    needed = needed_cells(plan, steps)
+    windows = np.multiply.outer(plan.window_rows.count, plan.window_cols.count)  # (OH, OW) tokens
+    h, w = -(-plan.height // 2), -(-plan.width // 2)
+    cells = np.zeros((h, w), np.int64)
+    if needed:  # the first tile of a mosaic is the miniature of a frame
+        level = plan.levels[steps.summaries[0].level]
+        cells = np.multiply.outer(level.row_runs.count[:h], level.col_runs.count[:w])
+    loads = 0
+    for frame, content in enumerate(steps.final):
+        tokens = np.zeros((h, w), np.int64)
+        if content == frame:
+            tokens[: len(windows), : len(windows[0])] = windows
+        for i, count in enumerate(needed.get(frame, ())):
+            tokens[i, :count] = cells[i, :count]
+        loads += int(tokens.sum())
+    return loads
+
+
+# ---- tables ----
+
+COLUMNS = {
+    "x loaded": "x_loads",
+    "of it again": "x_again",
+    "miniatures loaded": "cell_loads",
+    "of them again": "cells_again",
+    "out stored": "out_stores",
+    "miniatures stored": "cell_stores",
+}
+GRADIENT_COLUMNS = {
+    "x loaded": "x_loads",
+    "of it again": "x_again",
+    "miniatures loaded": "cell_loads",
+    "of them again": "cells_again",
+    "miniatures stored": "cell_stores",
+    "gradient of out loaded": "grad_loads",
+    "of summaries loaded": "sum_loads",
+    "of these again": "sums_again",
+    "of summaries stored": "sum_stores",
+    "of x stored": "out_stores",
+}
+
+
+def launch_table(counts: Sequence[Counts], channels: int, itemsize: int, names: Sequence[str] = ()) -> Table:
+    """A row per launch, and their sum; MB. `names`: of the launches of a gradient."""
+    table = Table("launch", box=box.MARKDOWN)
+    columns = GRADIENT_COLUMNS if names else COLUMNS
+    for name in ("programs", *columns, "tables, KB"):
+        table.add_column(name, justify="right")
+    names = names or ("frames of x", *(f"summaries, {number}" for number in range(1, len(counts))))
+    for name, found in zip((*names, "all"), (*counts, sum(counts, Counts())), strict=True):
+        sizes = (channels * (4 if field.startswith("sum") else itemsize) for field in columns.values())
+        numbers = (getattr(found, field) * size for field, size in zip(columns.values(), sizes, strict=True))
+        megabytes = (f"{number / 1e6:.1f}" for number in numbers)
+        table.add_row(name, str(found.programs), *megabytes, f"{found.table_loads * TABLE_BYTES / 1e3:.1f}")
+    return table
+
+
+def launch_names(plan: GridPlan, counts: Sequence[Counts]) -> list[str]:
+    """Of a gradient: miniatures again, then back through the levels."""
+    levels = len(Schedule.of(plan).by_level())
+    shrunk = len(counts) - levels - 1
+    names = [f"miniatures, {'frames of x' if number == 0 else f'summaries, {number}'}" for number in range(shrunk)]
+    return [*names, *(f"summaries, {number}" for number in range(levels, 0, -1)), "frames of x"]
+
+
+def gradient_table(forward: Counts, backward: Counts, workload: Workload) -> Table:
+    """A gradient's bytes, and how many times those of its call."""
+    token_bytes = workload.channels * workload.dtype.itemsize
+    table = Table("bytes", box=box.MARKDOWN)
+    for name in ("grid_pool, MB", "gradient, MB", "ratio"):
+        table.add_column(name, justify="right")
+    rows = {"requests: all of the tables above": True, "what a launch loads several times counted once": False}
+    for name, again in rows.items():
+        both = [counts.requests(workload.dtype.itemsize, again) for counts in (forward, backward)]
+        table.add_row(name, *(f"{tokens * token_bytes / 1e6:.1f}" for tokens in both), f"{both[1] / both[0]:.2f}")
+    return table
+
+
+def total_table(counts: Sequence[Counts], workload: Workload) -> Table:
+    """All launches together: what they ask for, and what of it device memory would move under some assumptions."""
+    found = sum(counts, Counts())
+    token_bytes = workload.channels * workload.dtype.itemsize
+    bound = workload.bound("grid_pool")
+    everything = workload.input_bytes + bound.write_bytes
+    once = (found.x_loads - found.x_again + found.out_stores) * token_bytes
+    halo, written = found.x_again * token_bytes, found.cell_stores * token_bytes
+    read = (found.cell_loads - found.cells_again) * token_bytes
+    rows = {
+        "lower bound: tokens that the result depends on, and out, once": bound.total_bytes,
+        "all of x, and out, once": everything,
+        "requests: all of the table above": once + halo + written + found.cell_loads * token_bytes,
+        "estimate 1: L2 keeps the miniatures and the halo": once,
+        "estimate 2: as 1, and miniatures are written to memory": once + written,
+        "estimate 3: as 2, and every launch reads them from there": once + written + read,
+        "estimate 4: as 3, and L2 keeps no halo either": once + halo + written + read,
+    }
+    table = Table("bytes", box=box.MARKDOWN)
+    for name in ("MB", "to lower bound", "to x and out"):
+        table.add_column(name, justify="right")
+    for name, number in rows.items():
+        ratios = (f"{number / whole:.2f}" for whole in (bound.total_bytes, everything))
+        table.add_row(name, f"{number / 1e6:.1f}", *ratios)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="traffic", description=__doc__.splitlines()[0] if __doc__ else None)
+    goals = [name for name, workload in WORKLOADS.items() if workload.goal]
+    parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=goals, help=f"by default {', '.join(goals)}")
+    parser.add_argument("--frames", type=int, metavar="T", help="one video of so many frames, in place of the shape's")
+    parser.add_argument(
+        "--gradient", action="store_true", help="of grid_pool's gradient too, which takes twice as long"
+    )
+    given = parser.parse_args(arguments)
+
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    repair_interpreter()
+    hasten_interpreter()
+    console = Console(width=300)  # a line of a Markdown table must not be broken
+    console.print("Requests of the kernels, counted in Triton's interpreter; not measurements of device memory.")
+    for name in given.shape:
+        workload = WORKLOADS[name]
+        if given.frames is not None:
+            workload = replace(workload, frame_counts=(given.frames,))
+        plan = workload.plan("grid_pool")
+        with Console(stderr=True).status(f"counting {name}"):
+            counts = count_launches(plan)
+        dtype = str(workload.dtype).removeprefix("torch.")
+        shapes = [" × ".join(map(str, shape)) for shape in (workload.shape, plan.pooled_size)]
+        print(f"\n{shapes[0]} {dtype}, frames pooled to {shapes[1]}; MB:\n")
+        token_bytes = workload.channels * workload.dtype.itemsize
+        itemsize = workload.dtype.itemsize
+        show(console, launch_table(counts, workload.channels, itemsize))
+        show(console, total_table(counts, workload))
+        alone = loads_without_carrying(plan) * token_bytes / 1e6
+        print(f"If no column were carried, programs would load {alone:.1f} MB of x.", flush=True)
+        if given.gradient:
+            with Console(stderr=True).status(f"counting the gradient of {name}"):
+                back = count_launches(plan, gradient=True)
+            print("\nIts gradient; MB, those of summaries in float32:\n")
+            show(console, launch_table(back, workload.channels, itemsize, launch_names(plan, back)))
+            show(console, gradient_table(sum(counts, Counts()), sum(back, Counts()), workload))
+
+
+def show(console: Console, table: Table) -> None:
+    with console.capture() as captured:
+        console.print(table)
+    lines = (line.rstrip() for line in captured.get().splitlines())
+    print("\n".join(line for line in lines if line), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
