@@ -2,8 +2,7 @@
 
 Each public op `name` is functional. Three private ops take the same arguments: `_name_out` writes into a given tensor,
 `_name_recorded` stands in for the public op while a gradient is required, and `_name_backward` is that gradient. All of
-them are Python: they check, plan, choose a backend and hand over. The ops of the compiled library, which take a plan as
-tables, are declared after them.
+them are Python: they check, plan, choose a backend and hand over.
 """
 
 from __future__ import annotations
@@ -313,23 +312,3 @@ def _differentiate(name: str) -> None:
 for _name in ARGUMENTS:
     for _step in (_define, _implement, _fake, _differentiate):
         _step(_name)
-
-# Of the compiled library, for CPU and CUDA tensors: x and out have been checked, and the tables follow from the plan
-# (tables.py). device_tables are the same on the device of x, if that is not the CPU.
-_PLAN = "Tensor tables, Tensor? device_tables"
-_library.define(
-    f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
-    "Tensor(a!) out, int cells=0) -> ()"  # cells: that a block of the fused CUDA kernel walks; 0 is its own choice
-)
-_library.define(  # of a chunk of streams, whose miniatures are kept in between
-    f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
-    "Tensor(a!) miniatures, Tensor(b!) out) -> ()"
-)
-# tables of their gradients have a section for them; out is the gradient of x
-_library.define(
-    f"_grid_pool_backward_by_tables(Tensor grad, Tensor x, {_PLAN}, float temperature, float norm_type, "
-    "bool normalize_norm, Tensor(a!) out) -> ()"
-)
-_library.define(f"_temporal_grid_backward_by_tables(Tensor grad, {_PLAN}, Tensor(a!) out) -> ()")
-_library.define(f"_temporal_grid_by_tables(Tensor x, {_PLAN}, Tensor(a!) out) -> ()")
-_library.define("_token_norm_compiled(Tensor x, float norm_type, bool normalize_norm, Tensor(a!) out) -> ()")

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from stgridpool_kernels import grid_plan
+from stgridpool_kernels.plan import grid_plan, save_tables
 from tests.support import cuda_emulation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,7 +203,7 @@ def thread() -> list[dict[str, Any]]:
     for number, (counts, height, width, arguments, channels, dtype, weights) in enumerate(THREADED):
         for saved in ({}, {"frames_per_step": 4}, {"gradient": True}):
             tables = BUILD / f"tables-{number}"
-            grid_plan(counts, height, width, **arguments).save(tables, **saved)
+            save_tables(grid_plan(counts, height, width, **arguments), tables, **saved)
             command = [program, str(tables), "-", str(BUILD / "out"), dtype, "1", str(channels), "4", *weights]
             words = ", ".join(f"{key}={value}" for key, value in saved.items()) or "for a GPU"
             log = logs / f"thread-{number}-{len(outcomes)}.log"

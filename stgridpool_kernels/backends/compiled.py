@@ -23,6 +23,31 @@ from .device_tables import Tables, tables_on
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+# ---- the ops that the library implements ----
+
+# The ops get checked tensors. `tables` holds the words of the plan (plan/tables.py), and `device_tables` the same words
+# on the device of x, or None where that is the CPU.
+_library = torch.library.Library("stgp", "FRAGMENT")
+_PLAN = "Tensor tables, Tensor? device_tables"
+_library.define(
+    f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
+    "Tensor(a!) out, int cells=0) -> ()"  # cells: that a block of the fused CUDA kernel walks; 0 is its own choice
+)
+_library.define(  # of a chunk of streams, whose miniatures are kept in between
+    f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
+    "Tensor(a!) miniatures, Tensor(b!) out) -> ()"
+)
+# tables of their gradients have a section for them; out is the gradient of x
+_library.define(
+    f"_grid_pool_backward_by_tables(Tensor grad, Tensor x, {_PLAN}, float temperature, float norm_type, "
+    "bool normalize_norm, Tensor(a!) out) -> ()"
+)
+_library.define(f"_temporal_grid_backward_by_tables(Tensor grad, {_PLAN}, Tensor(a!) out) -> ()")
+_library.define(f"_temporal_grid_by_tables(Tensor x, {_PLAN}, Tensor(a!) out) -> ()")
+_library.define("_token_norm_compiled(Tensor x, float norm_type, bool normalize_norm, Tensor(a!) out) -> ()")
+
+# ---- what it can run ----
+
 LARGEST = 1 << 24
 """Rows and columns of frames and of results are fewer: tables hold int32."""
 

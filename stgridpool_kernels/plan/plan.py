@@ -7,8 +7,6 @@ It depends on sizes and arguments, never on token values; backends and drawings 
 from __future__ import annotations
 
 import operator
-import os
-import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -113,35 +111,6 @@ class GridPlan:
     def overwritten(self) -> tuple[int, ...]:
         """Frames that some summary replaces, in order."""
         return tuple(sorted({target for level in self.levels for target in level.targets}))
-
-    def save(self, path: str | os.PathLike[str], *, frames_per_step: int | None = None, gradient: bool = False) -> None:
-        """Write the plan as tables: the file that the C++ functions of csrc/grid_pool.h take, without Python.
-
-        The file is an array of little-endian int32 and nothing else; csrc/tables.h has its form, `check_tables` of
-        grid_pool.h tells whether an array has it. It depends on the plan alone: not on the number of channels, nor on
-        the dtype, nor on the weights of tokens. It appears whole, or not at all; a file that is there is replaced.
-
-        frames_per_step: for a CPU, twice the number of its threads: the least number of frames that are read before
-            the summaries that these complete are made, so that what is stored in between stays in the cache. None, for
-            a GPU: all frames are read first, in as few steps as there can be. Results are the same bit by bit.
-
-        gradient: for the functions of csrc/grid_pool.h that compute gradients. frames_per_step must be None.
-
-        Raises ValueError if frames_per_step is less than 1 or given for a gradient, OSError where `path` is a folder or
-        no regular file or cannot be written, OverflowError if a number of the plan exceeds 32 bits.
-        """
-        from ..io.writing import atomic_write
-        from .tables import plan_tables
-
-        if frames_per_step is not None and frames_per_step < 1:
-            raise ValueError(f"frames_per_step must be None or at least 1, got {frames_per_step}")
-        if frames_per_step is not None and gradient:
-            raise ValueError(f"frames_per_step must be None where gradient is True, got {frames_per_step}")
-        words = array("i", plan_tables(self, frames_per_step=frames_per_step, gradient=gradient))
-        if sys.byteorder == "big":
-            words.byteswap()
-        with atomic_write(path, force=True) as file:
-            file.write(words.tobytes())
 
     def _level(self, frame_stride: int, rows: int, cols: int) -> Level:
         targets: list[int] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 
+from ..io.writing import atomic_write
 from .dataflow import Schedule, Scheduling, covers, feeds, needed_cells, pools_pairs, shrinks_by_halves
 from .plan import GridPlan, Runs
 
@@ -242,3 +245,32 @@ def _interleaved(
         if waiting:
             yield waiting.popleft()
     yield from waiting
+
+
+def save_tables(
+    plan: GridPlan, path: str | os.PathLike[str], *, frames_per_step: int | None = None, gradient: bool = False
+) -> None:
+    """Write the tables of a plan to a file, which the C++ functions of csrc/grid_pool.h take without Python.
+
+    The file is an array of little-endian int32 and nothing else; csrc/tables.h has its form, `check_tables` of
+    grid_pool.h tells whether an array has it. It depends on the plan alone: not on the number of channels, nor on
+    the dtype, nor on the weights of tokens. It appears whole, or not at all; a file that is there is replaced.
+
+    frames_per_step: for a CPU, twice the number of its threads: the least number of frames that are read before
+        the summaries that these complete are made, so that what is stored in between stays in the cache. None, for
+        a GPU: all frames are read first, in as few steps as there can be. Results are the same bit by bit.
+
+    gradient: for the functions of csrc/grid_pool.h that compute gradients. frames_per_step must be None.
+
+    Raises ValueError if frames_per_step is less than 1 or given for a gradient, OSError where `path` is a folder or
+    no regular file or cannot be written, OverflowError if a number of the plan exceeds 32 bits.
+    """
+    if frames_per_step is not None and frames_per_step < 1:
+        raise ValueError(f"frames_per_step must be None or at least 1, got {frames_per_step}")
+    if frames_per_step is not None and gradient:
+        raise ValueError(f"frames_per_step must be None where gradient is True, got {frames_per_step}")
+    words = array("i", plan_tables(plan, frames_per_step=frames_per_step, gradient=gradient))
+    if sys.byteorder == "big":
+        words.byteswap()
+    with atomic_write(path, force=True) as file:
+        file.write(words.tobytes())

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import stgridpool_kernels
-from stgridpool_kernels import grid_plan
 from stgridpool_kernels.backends import compiled
+from stgridpool_kernels.plan import grid_plan, save_tables
 from tests.support.tolerance import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_saved_plan(
     So do gradients, if they were saved with the plan.
     """
     geometry = {name: value for name, value in arguments.items() if name not in WEIGHTS}
-    grid_plan(counts, H, W, **geometry).save(tmp_path / "tables", **saved)
+    save_tables(grid_plan(counts, H, W, **geometry), tmp_path / "tables", **saved)
     x = tokens(sum(counts), H, W, C, dtype=dtype)
     (tmp_path / "x").write_bytes(bits_of(x))
     pooled = stgridpool_kernels.grid_pool(x.to("meta"), frame_counts=counts, **arguments)
@@ -167,7 +167,7 @@ def test_saved_plan(
 def test_batch(program: Path, tmp_path: Path) -> None:
     """Videos of a batch are the frames of the tables, one video after the other."""
     x = tokens(3, 16, 5, 7, 24, dtype=torch.bfloat16)
-    grid_plan([16] * 3, 5, 7).save(tmp_path / "tables", gradient=True)
+    save_tables(grid_plan([16] * 3, 5, 7), tmp_path / "tables", gradient=True)
     (tmp_path / "x").write_bytes(bits_of(x))
     grad = tokens(3, 16, 2, 3, 24, dtype=torch.bfloat16, seed=1)
     (tmp_path / "x.grad").write_bytes(bits_of(grad))
@@ -189,7 +189,7 @@ def test_file_that_holds_no_tables(program: Path, tmp_path: Path) -> None:
         done = run(program, tables, "-", tmp_path / "out", "float32", 1, 8, 1, 1, 2, 1)
         assert done.returncode == 1
         assert reason in done.stderr
-    grid_plan([16], 5, 7).save(tables)
+    save_tables(grid_plan([16], 5, 7), tables)
     tables.write_bytes(tables.read_bytes()[:-4])
     done = run(program, tables, "-", tmp_path / "out", "float32", 1, 8, 1, 1, 2, 1)
     assert done.returncode == 1

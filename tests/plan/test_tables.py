@@ -21,7 +21,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from stgridpool_kernels import grid_plan
-from stgridpool_kernels.plan import GridPlan, Runs, plan, tables
+from stgridpool_kernels.plan import GridPlan, Runs, save_tables, tables
 from stgridpool_kernels.plan.dataflow import Schedule, Scheduling, needed_cells, pools_pairs, shrinks_by_halves
 from stgridpool_kernels.plan.tables import plan_tables
 from tests.support.strategies import gridding_arguments, window_arguments
@@ -291,7 +291,7 @@ def test_steps_for_a_cpu_keep_few_miniatures() -> None:
     assert (slots[0], slots[-1]) == (40, 9)  # as docs/cpu.md says
 
 
-# ---- GridPlan.save ----
+# ---- save_tables ----
 
 PUBLISHED = grid_plan([64], 27, 27)
 
@@ -300,7 +300,7 @@ PUBLISHED = grid_plan([64], 27, 27)
 @pytest.mark.parametrize("arguments", [{}, {"resize": "bilinear"}, {"output_size": (3, 4)}], ids=str)
 def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], frames_per_step: int | None) -> None:
     saved = grid_plan([40, 9], 5, 7, **arguments)
-    saved.save(tmp_path / "plan.stgp", frames_per_step=frames_per_step)
+    save_tables(saved, tmp_path / "plan.stgp", frames_per_step=frames_per_step)
     content = (tmp_path / "plan.stgp").read_bytes()
     words = [int.from_bytes(content[i : i + 4], "little", signed=True) for i in range(0, len(content), 4)]
     assert words == list(plan_tables(saved, frames_per_step=frames_per_step))
@@ -309,9 +309,9 @@ def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], frames
 
 
 def test_file_is_little_endian_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    PUBLISHED.save(tmp_path / "here")
-    monkeypatch.setattr(plan.sys, "byteorder", {"little": "big", "big": "little"}[sys.byteorder])
-    PUBLISHED.save(tmp_path / "there")
+    save_tables(PUBLISHED, tmp_path / "here")
+    monkeypatch.setattr(tables.sys, "byteorder", {"little": "big", "big": "little"}[sys.byteorder])
+    save_tables(PUBLISHED, tmp_path / "there")
     here, there = array("i"), array("i")
     here.frombytes((tmp_path / "here").read_bytes())
     there.frombytes((tmp_path / "there").read_bytes())
@@ -324,7 +324,7 @@ def test_file_is_little_endian_everywhere(tmp_path: Path, monkeypatch: pytest.Mo
 def test_existing_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "plan.stgp"
     path.write_bytes(b"x" * 100_000)
-    PUBLISHED.save(str(path))
+    save_tables(PUBLISHED, str(path))
     assert len(path.read_bytes()) == 4 * len(plan_tables(PUBLISHED))
     assert os.listdir(tmp_path) == ["plan.stgp"]
 
@@ -338,33 +338,33 @@ def test_existing_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
-        PUBLISHED.save(path)
+        save_tables(PUBLISHED, path)
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["plan.stgp"]
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="is a folder"):
-        PUBLISHED.save(tmp_path)
+        save_tables(PUBLISHED, tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        PUBLISHED.save(tmp_path / "none" / "plan.stgp")
+        save_tables(PUBLISHED, tmp_path / "none" / "plan.stgp")
     assert os.listdir(tmp_path) == []
 
 
 def test_file_for_gradients(tmp_path: Path) -> None:
-    PUBLISHED.save(tmp_path / "plan.stgp", gradient=True)
+    save_tables(PUBLISHED, tmp_path / "plan.stgp", gradient=True)
     words = array("i")
     words.frombytes((tmp_path / "plan.stgp").read_bytes())
     assert words == plan_tables(PUBLISHED, gradient=True)
     assert len(words) > len(plan_tables(PUBLISHED))
     with pytest.raises(ValueError, match="frames_per_step must be None where gradient is True, got 4"):
-        PUBLISHED.save(tmp_path / "other.stgp", frames_per_step=4, gradient=True)
+        save_tables(PUBLISHED, tmp_path / "other.stgp", frames_per_step=4, gradient=True)
 
 
 @pytest.mark.parametrize("frames_per_step", [0, -4])
 def test_frames_per_step_is_checked(tmp_path: Path, frames_per_step: int) -> None:
     with pytest.raises(ValueError, match=f"frames_per_step must be None or at least 1, got {frames_per_step}"):
-        PUBLISHED.save(tmp_path / "plan.stgp", frames_per_step=frames_per_step)
+        save_tables(PUBLISHED, tmp_path / "plan.stgp", frames_per_step=frames_per_step)
     assert os.listdir(tmp_path) == []
 
 
@@ -372,12 +372,12 @@ def test_saving_takes_the_standard_library_alone(tmp_path: Path) -> None:
     code = (
         "import sys, types; package = types.ModuleType('p'); package.__path__ = [sys.argv[1]]\n"
         "sys.modules['p'] = package\n"
-        "from p.plan import grid_plan\n"
-        "grid_plan([16], 4, 4).save(sys.argv[2])\n"
+        "from p.plan import grid_plan, save_tables\n"
+        "save_tables(grid_plan([16], 4, 4), sys.argv[2])\n"
         "sys.exit(', '.join({'torch', 'numpy', 'safetensors'} & set(sys.modules)) or None)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(plan.__file__).parent), str(tmp_path / "plan.stgp")],
+        [sys.executable, "-c", code, str(Path(tables.__file__).parents[1]), str(tmp_path / "plan.stgp")],
         capture_output=True,
         text=True,
     )
