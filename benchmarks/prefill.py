@@ -39,7 +39,7 @@ from stgridpool_kernels.bench.providers import Provider, mismatch, providers
 from stgridpool_kernels.bench.report import QUIET_CORES, machine_line, show_number, show_ratio, show_time
 from stgridpool_kernels.bench.results import Run
 from stgridpool_kernels.bench.workloads import Workload, random_tokens
-from stgridpool_kernels.cli.figure import require_matplotlib
+from stgridpool_kernels.cli.picture import require_matplotlib
 from stgridpool_kernels.io.writing import atomic_write
 
 RESULTS = ROOT / "benchmarks" / "results"

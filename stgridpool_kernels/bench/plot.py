@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli.figure import check_picture, require_matplotlib
+from ..cli.picture import check_picture, require_matplotlib
 from ..io.writing import atomic_write
 from .report import (
     PROBES,

@@ -610,7 +610,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
     _check_options(options)
     _check_outputs([args.input], [args.output], made=False, force=args.force)
     _check_video_options(args, [args.input])
-    from .inspection import inspect_command
+    from .inspect import inspect_command
 
     inspect_command(
         args.input,

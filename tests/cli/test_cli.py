@@ -19,7 +19,8 @@ from torch import Tensor
 
 import stgridpool_kernels
 from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.cli import demo, inspection
+from stgridpool_kernels.cli import demo
+from stgridpool_kernels.cli import inspect as inspect_command
 from stgridpool_kernels.cli import main as cli
 from stgridpool_kernels.cli.main import main
 from stgridpool_kernels.io import token_files
@@ -557,7 +558,7 @@ def test_info_says_that_the_backend_of_the_environment_cannot_run(
 
 def test_inspect_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(inspection, "inspect_command", lambda *given, **named: calls.append((given, named)))
+    monkeypatch.setattr(inspect_command, "inspect_command", lambda *given, **named: calls.append((given, named)))
     arguments = ["--temperature", "-2", "--num-frames", "4", "--grid", "4x6", "--tap", "l12", "--key", "k", "--force"]
     assert main(["inspect", "a.mp4", "-o", "out.png", "--frame-counts", "9,7", *arguments]) == 0
     [(given, named)] = calls
@@ -574,7 +575,7 @@ def test_inspect_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_inspect_refuses_before_any_work(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "inspect_command", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr(inspect_command, "inspect_command", lambda *_, **__: pytest.fail("work began"))
     Path("out.png").touch()
     assert main(["inspect", "a.npy", "-o", "out.png"]) == 1
     assert main(["inspect", "a.npy", "-o", "a.npy", "--force"]) == 1

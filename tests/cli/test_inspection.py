@@ -1,30 +1,34 @@
-"""Inspection: numbers against windows worked out by hand and against the ops; figures of inputs of every kind."""
+"""Inspection: numbers against windows worked out by hand and against the ops, figures of all kinds of inputs."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import io
 import math
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from stgridpool_kernels import grid_plan, norm_pool, temporal_grid, token_norm
 from stgridpool_kernels.cli import figure as module
+from stgridpool_kernels.cli import inspect as command
+from stgridpool_kernels.cli import inspection
 from stgridpool_kernels.cli.figure import draw, save_figure
-from stgridpool_kernels.cli.inspection import (
-    Summary,
-    choose_frames,
-    inspect_command,
-    inspect_tokens,
-    list_summaries,
-    window_weights,
-)
+from stgridpool_kernels.cli.inspect import inspect_command
+from stgridpool_kernels.cli.inspection import Inspection, inspect_tokens
 from stgridpool_kernels.io.data import load_fixture
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -51,25 +55,21 @@ def test_one_window_by_hand() -> None:
     assert (found.window_size, found.counted, found.windows) == (4, 1, 1)
     assert found.spread == pytest.approx([3 / 2.5])
     assert found.max_over_median == pytest.approx(4 / 2.5)
-    assert [weights.temperature for weights in found.largest_weights] == [0.5, 1, 2, 5, 10]
-    for weights in found.largest_weights:
-        largest = 1 / sum(math.exp(weights.temperature * (norm - 4)) for norm in (1, 2, 3, 4))
-        assert (weights.p5, weights.p50, weights.p95) == pytest.approx((largest,) * 3)
-        assert weights.counts.sum() == 1
-        assert weights.counts[int(largest * 100)] == 1
+    assert list(found.largest_weights) == [0.5, 1, 2, 5, 10]
+    for temperature, weights in found.largest_weights.items():
+        largest = 1 / sum(math.exp(temperature * (norm - 4)) for norm in (1, 2, 3, 4))
+        assert weights == pytest.approx([largest])
 
 
-def test_quantiles_run_over_the_windows() -> None:
+def test_every_window_counts() -> None:
     # five windows of one token that stands out by k: largest weight e^k / (e^k + 3)
     norms = [[[1 + k, 1, 1, 1]] for k in range(5)]
     found = inspect_tokens(of_norms(norms), **NO_GRIDDING, kernel_size=(1, 4))
     largest = [math.exp(k) / (math.exp(k) + 3) for k in range(5)]
-    weights = next(weights for weights in found.largest_weights if weights.temperature == 1)
-    assert weights.p50 == pytest.approx(largest[2])
-    assert weights.p5 == pytest.approx(np.quantile(largest, 0.05))
-    assert weights.p95 == pytest.approx(np.quantile(largest, 0.95))
+    assert found.largest_weights[1] == pytest.approx(largest)
     assert found.spread == pytest.approx([k / (1 + k / 4) for k in range(5)])
-    assert found.spread_p50 == pytest.approx(2 / 1.5)
+    median, top = np.quantile(largest, (0.5, 0.95))
+    assert f"is {median:.2f} at the median and {top:.2f} at the 95th percentile (0.25 is uniform)" in found.advice
 
 
 def test_norms_are_those_of_the_ops_stage_by_stage() -> None:
@@ -80,7 +80,9 @@ def test_norms_are_those_of_the_ops_stage_by_stage() -> None:
     two = temporal_grid(x, frame_strides=(2, 4), grid_shape=(2, 2, 1, 3))
     for stage, tokens in zip(found.stage_norms, (x, one, two), strict=True):
         np.testing.assert_array_equal(stage, token_norm(tokens, norm_type=3.0, normalize_norm=False).numpy())
-    assert found.overwritten == grid_plan((32,), 5, 6, frame_strides=(2, 4), grid_shape=(2, 2, 1, 3)).overwritten
+    for stage, tokens in zip(found.stages(x), (x, one, two), strict=True):
+        assert torch.equal(stage, tokens)
+    assert found.plan == grid_plan((32,), 5, 6, frame_strides=(2, 4), grid_shape=(2, 2, 1, 3))
     assert found.pooled_shape == (32, 2, 3, 8)
 
 
@@ -109,7 +111,7 @@ def test_weights_are_those_norm_pool_applies(options: dict[str, Any]) -> None:
     areas = np.multiply.outer(plan.window_rows.count, plan.window_cols.count).reshape(-1, 1, 1)
     hits = (weights > 0).sum(0)
     expected = (weights * areas).sum(0) / np.where(hits, hits, np.nan)
-    np.testing.assert_allclose(window_weights(found.gridded_norms[0], plan, temperature), expected, rtol=1e-12)
+    np.testing.assert_allclose(found.relative_weights(0, temperature), expected, rtol=1e-12)
 
     sizes, numbers = np.unique(areas, return_counts=True)
     size = max(sizes, key=lambda size: (numbers[sizes == size][0], size))
@@ -119,9 +121,7 @@ def test_weights_are_those_norm_pool_applies(options: dict[str, Any]) -> None:
     padding = 1 - tokens.sum((1, 2))
     absent = size - (tokens > 0).sum((1, 2))
     largest = np.maximum(tokens.max((1, 2)), padding / np.where(absent, absent, np.inf))
-    measured = next(weights for weights in found.largest_weights if weights.temperature == temperature)
-    expected = [np.quantile(largest, q) for q in (0.05, 0.5, 0.95)]
-    assert [measured.p5, measured.p50, measured.p95] == pytest.approx(expected, rel=1e-12)
+    assert found.largest_weights[temperature] == pytest.approx(largest, rel=1e-12)
 
 
 def test_windows_are_taken_after_temporal_gridding() -> None:
@@ -145,8 +145,7 @@ def test_solved_temperature_gives_the_target(options: dict[str, Any], scale: flo
     assert solved is not None
     assert (solved < 0) == (options.get("temperature", 1) < 0)
     again = inspect_tokens(x, **{**options, "temperature": solved})
-    weights = next(weights for weights in again.largest_weights if weights.temperature == solved)
-    assert weights.p95 == pytest.approx(found.target_weight, rel=1e-4)
+    assert np.quantile(again.largest_weights[solved], 0.95) == pytest.approx(found.target_weight, rel=1e-4)
     assert found.target_weight == (0.75 if options.get("kernel_size") == (1, 2) else 0.5)
     assert f"take a temperature near {solved:.2g}." in found.advice
 
@@ -229,7 +228,7 @@ def test_nonfinite_windows_are_left_out() -> None:
     found = inspect_tokens(x, **NO_GRIDDING)
     assert (found.nonfinite, found.counted, found.windows) == (1, 1, 2)
     assert found.spread == pytest.approx([1 / 3.5])
-    weights = window_weights(found.gridded_norms[0], found.plan, 1.0)
+    weights = found.relative_weights(0, 1.0)
     assert np.isnan(weights[:, :2]).all()
     assert weights[0, 3] == pytest.approx(2 / (1 + math.exp(-1)))
 
@@ -265,45 +264,60 @@ PLANS = [
 ]
 
 
+def diagram(inspection: Inspection) -> Any:
+    """The axes of the diagram alone."""
+    panel = Figure().subfigures()
+    module._draw_diagram(panel, inspection)
+    [axes] = panel.axes
+    return axes
+
+
+def joins(lines: list[Any]) -> list[tuple[int, ...]]:
+    """(level that reads, counted from 0; source; target) of every line."""
+    return sorted((round(line.get_ydata()[0]), *map(int, line.get_xdata())) for line in lines)
+
+
 @pytest.mark.parametrize(("frames", "options"), PLANS)
-def test_summaries_are_the_plans(frames: int, options: dict[str, Any]) -> None:
-    plan = grid_plan((frames,), 4, 4, **options)
-    summaries = list_summaries(plan)
-    for number, level in enumerate(plan.levels, start=1):
-        mine = [summary for summary in summaries if summary.level == number]
-        assert tuple(summary.target for summary in mine) == level.targets
-        assert tuple(summary.sources for summary in mine) == level.sources
-        earlier = {target for before in plan.levels[: number - 1] for target in before.targets}
-        assert all(set(summary.nested) == set(summary.sources) & earlier for summary in mine)
-    assert sorted({summary.target for summary in summaries}) == list(plan.overwritten)
-    short = list_summaries(plan, 20)
-    assert short == [summary for summary in summaries if max(summary.target, *summary.sources) < 20]
+def test_diagram_is_the_plans(frames: int, options: dict[str, Any]) -> None:
+    """Lines run from sources to targets, with a dot if the source is a summary; boxes have their level's colour."""
+    inspection = inspect_tokens(random_tokens(frames, 2, 2, 4), **options)
+    axes = diagram(inspection)
+    colours = [dict.fromkeys(range(frames), module._UNTOUCHED)]
+    expected, nested = [], []
+    for number, level in enumerate(inspection.plan.levels):
+        read = [(number, s, t) for t, sources in zip(level.targets, level.sources, strict=True) for s in sources]
+        expected += read
+        nested += [join for join in read if colours[-1][join[1]] != module._UNTOUCHED]
+        colours.append(colours[-1] | dict.fromkeys(level.targets, module._LEVEL_COLOURS[number]))
+    assert joins(axes.lines) == sorted(expected)
+    assert joins([line for line in axes.lines if line.get_marker() == "o"]) == sorted(nested)
+    lanes = [[to_hex(colour).upper() for colour in boxes.get_facecolor()] for boxes in axes.collections]
+    assert lanes == [[colour.upper() for colour in lane.values()] for lane in colours]
 
 
-def test_summaries_at_the_published_settings() -> None:
-    assert list_summaries(grid_plan((16,), 4, 4)) == [
-        Summary(1, 7, (1, 3, 5, 7), ()),
-        Summary(1, 15, (9, 11, 13, 15), ()),
-        Summary(2, 15, (3, 7, 11, 15), (7, 15)),
-    ]
+def test_diagram_at_the_published_settings() -> None:
+    axes = diagram(inspect_tokens(random_tokens(16, 2, 2, 4)))
+    first = [(0, 1, 7), (0, 3, 7), (0, 5, 7), (0, 7, 7), (0, 9, 15), (0, 11, 15), (0, 13, 15), (0, 15, 15)]
+    assert joins(axes.lines) == [*first, (1, 3, 15), (1, 7, 15), (1, 11, 15), (1, 15, 15)]
+    assert joins([line for line in axes.lines if line.get_marker() == "o"]) == [(1, 7, 15), (1, 15, 15)]
 
 
-def test_diagram_joins_every_source_to_its_target() -> None:
-    plan = grid_plan((32,), 4, 4)
-    axes = draw(inspect_tokens(random_tokens(32, 4, 4, 4))).axes
-    lanes = next(ax for ax in axes if len(ax.patches) == 32 * 4)
-    drawn = sorted((round(line.get_ydata()[0]), *map(int, line.get_xdata())) for line in lanes.lines)
-    joins = [(s.level - 1, source, s.target) for s in list_summaries(plan) for source in s.sources]
-    assert drawn == sorted(joins)
-    assert len([line for line in lanes.lines if line.get_marker() == "o"]) == sum(
-        len(summary.nested) for summary in list_summaries(plan)
-    )
+def test_diagram_of_a_long_video_ends_in_time() -> None:
+    """Of 200 frames the first 64 are drawn, and no summary that reads a later one."""
+    inspection = inspect_tokens(random_tokens(200, 2, 2, 4), frame_strides=(3, 40))
+    axes = diagram(inspection)
+    assert [len(boxes.get_facecolor()) for boxes in axes.collections] == [64] * 3
+    targets = [frame for frame in inspection.plan.levels[0].targets if frame < 64]
+    assert len(targets) > 1
+    assert {target for _, _, target in joins(axes.lines)} == set(targets)
+    labels = [label.get_text().splitlines()[0] for label in axes.get_yticklabels()]
+    assert labels == ["input frames", "after level 1: 16 overwritten", "after level 2: 1 overwritten"]
 
 
 @pytest.mark.parametrize("total", [1, 7, 8, 9, 31, 64, 257])
 def test_chosen_frames(total: int) -> None:
     for overwritten in ((), (total // 2,), (0, total - 1)):
-        chosen = choose_frames(total, 8, overwritten)
+        chosen = module._choose_frames(total, overwritten)
         assert chosen == sorted(set(chosen))
         assert len(chosen) == min(total, 8)
         assert 0 <= chosen[0] <= chosen[-1] < total
@@ -326,34 +340,47 @@ FIGURES = [
 
 
 @pytest.mark.parametrize(("shape", "options", "pictures"), FIGURES)
-def test_figures_draw_without_a_warning(shape: tuple[int, ...], options: dict[str, Any], pictures: bool) -> None:
+def test_figures_draw_without_a_warning(
+    shape: tuple[int, ...], options: dict[str, Any], pictures: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No text is cut by the page or overlaps another, and wherever colours mean numbers there is a colour bar."""
     T, H, W, _ = shape
     frames = np.random.default_rng(0).integers(0, 256, (T, 4 * H, 4 * W, 3), dtype=np.uint8) if pictures else None
-    figure = draw(inspect_tokens(random_tokens(*shape), **options), frames, name="$a_b$ [x].npz", credit="© someone")
+    inspection = inspect_tokens(random_tokens(*shape), **options)
+    figure = draw(inspection, frames, name="$a_b$ [x].npz", credit="© someone")
+    drawn: list[Text] = []
+    draw_text = Text.draw
+    monkeypatch.setattr(Text, "draw", lambda text, renderer: (drawn.append(text), draw_text(text, renderer)))
     canvas: Any = figure.canvas
     canvas.draw()
     width, height = canvas.get_width_height()
     assert width == 1500
-    renderer = canvas.get_renderer()
-    outside = [
-        text.get_text()
-        for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))
-        if text.get_visible() and text.get_text() and not _within(text.get_window_extent(renderer), width, height)
-    ]
-    assert outside == []
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in drawn if text.get_text()]
+    assert len(boxes) > 30
+    assert [text for text, box in boxes if not _within(box, width, height)] == []
+    assert [(one[0], other[0]) for one, other in combinations(boxes, 2) if _overlap(one[1], other[1])] == []
+
+    panels = {each._suptitle.get_text()[0]: each for each in figure.findobj(SubFigure) if each._suptitle}
+    assert list(panels) == ["a", "b", "c", "d", "e"]
+    bars = {panel: [bar.get_ylabel() for axes in panels[panel].axes for bar in axes.child_axes] for panel in "ad"}
+    assert bars == {"a": [inspection.norm_name], "d": ["× uniform"]}
 
 
 def _within(box: Any, width: int, height: int) -> bool:
-    # an axis makes tick labels beyond its limits that are never drawn; they have no extent
-    return bool(box.width == 0 or (box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height))
+    return bool(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height)
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    common = Bbox.intersection(one, other)
+    return common is not None and min(common.width, common.height) > 1
 
 
 def test_thumbnails_follow_the_tokens_gridding() -> None:
-    _, frames, _ = load_fixture()
-    plan = grid_plan((16,), 9, 16)
-    stages = module._gridded_thumbnails(frames, plan)
+    tokens, frames, _ = load_fixture()
+    inspection = inspect_tokens(torch.from_numpy(tokens))
+    stages = module._thumbnails(inspection, frames)
     assert stages.shape[:2] == (4, 16)
-    kept = [frame for frame in range(16) if frame not in plan.overwritten]
+    kept = [frame for frame in range(16) if frame not in inspection.plan.overwritten]
     assert (stages[:, kept] == stages[0, kept]).all()
     expected = temporal_grid(torch.from_numpy(stages[0]).float())
     assert np.abs(stages[-1] - expected.numpy()).max() <= 0.5
@@ -370,6 +397,26 @@ def test_thumbnails_follow_the_tokens_gridding() -> None:
 def test_frames_that_do_not_go_with_the_tokens(frames: np.ndarray, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         draw(inspect_tokens(random_tokens(16, 4, 4, 4)), frames)
+
+
+def imported(module: ModuleType) -> set[str]:
+    """Last names of the modules that a module imports at run time, inside functions too."""
+    names = set()
+    pending: list[ast.AST] = [ast.parse(inspect.getsource(module))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.ImportFrom):
+            names.add(str(node.module).split(".")[-1])
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            pending += ast.iter_child_nodes(node)
+    return names
+
+
+def test_imports_run_one_way() -> None:
+    assert {"picture", "plan"} < imported(module)
+    assert not {"inspection", "inspect_command"} & imported(module)
+    assert not {"figure", "picture", "inspect_command"} & imported(inspection)
+    assert {"figure", "inspection"} < imported(command)
 
 
 def test_no_global_state() -> None:
@@ -408,8 +455,8 @@ def test_fixture_figure(tmp_path: Path) -> None:
     png = output.read_bytes()
     width, height = _size(png)
     assert width == 1500
-    assert 1200 < height < 1700
-    assert 50_000 < len(png) <= 300_000
+    assert 1000 < height < 1500
+    assert len(png) <= 1_000_000
     assert [path.name for path in tmp_path.iterdir()] == ["fixture.png"]
     with pytest.raises(FileExistsError):
         save_figure(found, frames, output, force=False)
@@ -439,6 +486,7 @@ def test_command_on_a_file(tmp_path: Path) -> None:
     assert "2 of 16" in text
     assert "largest weight at 3" in text
     assert "At temperature 3 the largest weight" in text.replace("\n", " ")
+    assert "64 of 64 windows" in text
     assert f"figure: {output}" in text
     assert _size(output.read_bytes())[0] == 1500
     with pytest.raises(FileExistsError):
@@ -446,19 +494,24 @@ def test_command_on_a_file(tmp_path: Path) -> None:
     run_command(path, output, force=True)
 
 
-def test_command_takes_the_first_video(tmp_path: Path) -> None:
+def test_command_takes_the_first_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    monkeypatch.setattr(command, "save_figure", lambda found, *_, **__: saved.append(found.stage_norms))
     x = random_tokens(2, 12, 4, 4, 8).numpy()
-    batch, packed, single = (tmp_path / f"{name}.npy" for name in ("batch", "packed", "single"))
-    np.save(batch, x)
-    np.save(packed, x.reshape(24, 4, 4, 8)[:20])
-    np.save(single, x[0])
-    pictures = []
-    for path, options in ((batch, {}), (packed, {"frame_counts": [12, 8]}), (single, {})):
-        text = run_command(path, tmp_path / f"{path.stem}.png", options=options)
-        assert ("video 1 of 2" in text) == (path != single)
+    np.save(tmp_path / "batch.npy", x)
+    np.save(tmp_path / "packed.npy", x.reshape(24, 4, 4, 8)[:20])
+    np.save(tmp_path / "single.npy", x[0])
+    for name, options, which in (
+        ("batch.npy", {}, ", video 1 of 2"),
+        ("packed.npy", {"frame_counts": [12, 8]}, ", video 1 of 2"),
+        ("packed.npy", {"frame_counts": [0, 12, 8]}, ", video 2 of 3"),
+        ("single.npy", {}, ""),
+    ):
+        text = run_command(tmp_path / name, tmp_path / "out.png", options=options)
+        assert text.splitlines()[0].strip() == f"{name}{which}"
         assert "(12, 4, 4, 8)" in text
-        pictures.append(text.splitlines()[1:-1])
-    assert pictures[0] == pictures[1] == pictures[2]
+    assert len(saved) == 4
+    assert all((norms == saved[-1]).all() for norms in saved)
 
 
 @pytest.mark.parametrize(
