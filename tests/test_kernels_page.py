@@ -69,7 +69,7 @@ def test_bytes_of_a_gradient_add_up(shape: str) -> None:
 
 def test_files_and_commands_exist() -> None:
     root = Path(__file__).parents[1]
-    assert (root / "docs" / "kernels.png").exists()
+    assert (root / "docs" / "kernels.svg").exists()
     for module in set(re.findall(r"python -m benchmarks\.(\w+)", PAGE)):
         assert (root / "benchmarks" / f"{module}.py").exists()
     for name in re.findall(r"`(\w+\.py)`", PAGE):
