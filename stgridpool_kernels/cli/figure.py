@@ -201,6 +201,7 @@ def _empty_axes(figure: SubFigure, rows: int, cols: int) -> np.ndarray:
 
 
 def _label_row(axes: Axes, label: str, colour: str = "black") -> None:
+    """A label on the left of a row's first picture."""
     axes.set_ylabel(label, fontsize=_SMALL, weight="bold", rotation=0, ha="right", va="center", color=colour)
 
 

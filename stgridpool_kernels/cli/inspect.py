@@ -59,9 +59,10 @@ def inspect_command(
 def _first_video(
     x: Tensor, frames: np.ndarray | None, frame_counts: Sequence[int] | None
 ) -> tuple[Tensor, np.ndarray | None, str]:
-    """The first video of a batch, or of packed ones the first that has frames: its tokens, its frames, which one it is.
+    """Choose the first video of a batch (B, T, H, W, C), or of packed ones the first that has frames.
 
-    The frames are None as those given are; which one it is says "" if there is one video only.
+    Returns its tokens (T, H, W, C), its frames if frames are given, and words for its place among several videos.
+    Raises ValueError if frame_counts do not add up to the frames of x.
     """
     if frame_counts is not None:
         if x.dim() != 4 or not frame_counts or sum(frame_counts) != len(x) or min(frame_counts) < 0:

@@ -37,8 +37,8 @@ class Inspection:
     those of the commonest size that hold finite norms only, so that one uniform weight, 1 / window_size, holds for all.
 
     shape, dtype: of the tokens. plan: frames and windows, as every backend follows them.
-    settings: the options of `grid_pool`, as a call would have them; defaults are left out, but for the best known.
-    temperature: one of them. norm_name: the norm, in a word or as a formula.
+    settings: the arguments of `grid_pool` as text, as `GridPool` shows them. temperature: one of them.
+    norm_name: the norm, in a word or as a formula.
     stage_norms: (levels + 1, T, H, W), norms of the tokens as they come and after each level of temporal gridding.
     window_norms: float64 (counted, window_size), the norms in each counted window, 0 for padding that takes part.
     spread: (counted,), (max − min) / mean of the norms in a window, padding left out; 0 where the mean is 0.

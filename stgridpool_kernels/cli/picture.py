@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ..io.writing import refuse_existing
 
-__all__ = ["check_picture", "require_matplotlib"]
+__all__ = [
+    "BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILLION", "check_picture", "require_matplotlib",
+]  # fmt: skip
 
 # Okabe and Ito's palette, whose colours colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
