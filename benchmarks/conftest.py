@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from stgridpool_kernels.bench.devices import Cpu, Device, Gpu
+from benchmarks.devices import Cpu, Device, Gpu
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stgridpool_kernels.bench.report import machine_line, workload_table
-from stgridpool_kernels.bench.results import Results, Row, load, pick
-from stgridpool_kernels.bench.workloads import WORKLOADS
+from benchmarks.report import machine_line, workload_table
+from benchmarks.results import Results, Row, load, pick
+from benchmarks.workloads import WORKLOADS
 
 RESULTS = Path(__file__).with_name("results")
 

@@ -31,14 +31,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import devices, results
+from benchmarks.machine import ROOT, describe, memory_bytes
+from benchmarks.measure import new_run
+from benchmarks.providers import Provider, mismatch, providers
+from benchmarks.report import QUIET_CORES, machine_line, show_number, show_ratio, show_time
+from benchmarks.results import Run
+from benchmarks.workloads import Workload, random_tokens
 from stgridpool_kernels.backends import choose_backend
-from stgridpool_kernels.bench import devices, results
-from stgridpool_kernels.bench.machine import ROOT, describe, memory_bytes
-from stgridpool_kernels.bench.measure import new_run
-from stgridpool_kernels.bench.providers import Provider, mismatch, providers
-from stgridpool_kernels.bench.report import QUIET_CORES, machine_line, show_number, show_ratio, show_time
-from stgridpool_kernels.bench.results import Run
-from stgridpool_kernels.bench.workloads import Workload, random_tokens
 from stgridpool_kernels.cli.picture import require_matplotlib
 from stgridpool_kernels.io.writing import atomic_write
 

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.machine import describe
+from benchmarks.results import Run, Writer, file_name
 from stgridpool_kernels import GridPoolStream, grid_pool
 from stgridpool_kernels.backends import backend_names
-from stgridpool_kernels.bench.machine import describe
-from stgridpool_kernels.bench.results import Run, Writer, file_name
 from stgridpool_kernels.integrations.options import READERS, read_option
 
 RESULTS = Path(__file__).with_name("results")

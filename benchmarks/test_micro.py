@@ -22,12 +22,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import stgridpool_kernels
+from benchmarks.devices import Cpu, Device
+from benchmarks.measure import QUICK, Expected, Racer, variants
+from benchmarks.providers import Provider, providers
+from benchmarks.workloads import QUICK as NAMES
+from benchmarks.workloads import WORKLOADS, Workload
 from stgridpool_kernels.backends import triton as triton_backend
-from stgridpool_kernels.bench.devices import Cpu, Device
-from stgridpool_kernels.bench.measure import QUICK, Expected, Racer, variants
-from stgridpool_kernels.bench.providers import Provider, providers
-from stgridpool_kernels.bench.workloads import QUICK as NAMES
-from stgridpool_kernels.bench.workloads import WORKLOADS, Workload
 from stgridpool_kernels.plan import grid_plan
 
 KIND = "cuda" if torch.cuda.is_available() else "cpu"

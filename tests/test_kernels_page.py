@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.workloads import WORKLOADS
 from stgridpool_kernels import grid_plan
-from stgridpool_kernels.bench.workloads import WORKLOADS
 
 pytest.importorskip("triton", reason="no Triton")
 from stgridpool_kernels.backends import triton_kernels

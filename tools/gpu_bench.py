@@ -23,14 +23,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.devices import Device, Gpu
+from benchmarks.machine import describe
+from benchmarks.measure import LOST, QUICK, measure, new_run
+from benchmarks.providers import Provider, chosen
+from benchmarks.results import encode
+from benchmarks.workloads import WORKLOADS, Workload, random_tokens
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.backends.triton_kernels import config, launch, prepare
-from stgridpool_kernels.bench.devices import Device, Gpu
-from stgridpool_kernels.bench.machine import describe
-from stgridpool_kernels.bench.measure import LOST, QUICK, measure, new_run
-from stgridpool_kernels.bench.providers import Provider, chosen
-from stgridpool_kernels.bench.results import encode
-from stgridpool_kernels.bench.workloads import WORKLOADS, Workload, random_tokens
 from stgridpool_kernels.cli import main as cli
 from stgridpool_kernels.plan.dataflow import Schedule
 from tools.compile_report import configured

@@ -72,7 +72,7 @@ class Lines:
 
     def forgive(self) -> None:
         """Marks lost providers and tests as late: their time was over, so a later stage may try them again."""
-        from stgridpool_kernels.bench.measure import LATE, LOST
+        from benchmarks.measure import LATE, LOST
 
         for line in self.last().values():
             if line["check"] == LOST:
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.touch()
     check = Check(log, log, end)
     check.probe_library()
-    from stgridpool_kernels.bench import machine, results
+    from benchmarks import machine, results
 
     arch = "".join(map(str, torch.cuda.get_device_capability()))
     name = results.file_name(machine.describe("cuda")["device"])

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stgridpool_kernels.bench.workloads import WORKLOADS, Workload
+from benchmarks.workloads import WORKLOADS, Workload
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.plan.dataflow import Schedule, needed_cells
 from tests.support.interpreter import hasten_interpreter, repair_interpreter

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from ..backends import choose_backend
-from ..bench.baselines import llava_avg_pool, naive_grid_pool
 from ..functional import grid_pool
 from ..io.data import load_fixture
 from ..plan import GridPlan, grid_plan
+from .baselines import llava_avg_pool, naive_grid_pool
 from .figure import save_figure
 from .inspection import inspect_tokens
 from .picture import check_picture, require_matplotlib

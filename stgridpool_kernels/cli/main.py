@@ -28,7 +28,6 @@ from rich.text import Text
 from torch import Tensor
 
 from ..backends import backend_names, backend_reasons, compiled, requested_backend
-from ..bench.machine import cpu_name
 from ..functional import grid_pool
 from ..io.encoder import TAPS
 from ..io.token_files import (
@@ -43,6 +42,7 @@ from ..io.token_files import (
     stream_input,
     write_tokens,
 )
+from ..machine import cpu_name
 from ..ops import check_arguments
 from ..plan import RESIZES, SAMPLINGS
 from ..stream import GridPoolStream, usable_device
@@ -720,8 +720,8 @@ def _add_bench(commands: Any) -> None:
 
 
 def _run_bench(args: argparse.Namespace) -> int:
-    from ..bench import command
-    from ..bench.report import WIDTH
+    from benchmarks import command
+    from benchmarks.report import WIDTH
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:

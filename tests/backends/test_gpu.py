@@ -21,8 +21,8 @@ from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import stgridpool_kernels as stgp
+from benchmarks.workloads import random_tokens
 from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.bench.workloads import random_tokens
 from stgridpool_kernels.plan.dataflow import Schedule
 from tests.support.tolerance import assert_same_bits, assert_within, ulp
 from tests.support.triples import TRIPLES

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks import goals
 from benchmarks.goals import GOALS, MAIN, T16, T64, Bar, bars, last_state, main, newest
-from stgridpool_kernels.bench.results import Results, Row, Run, Writer
-from stgridpool_kernels.bench.workloads import WORKLOADS
-from tests.benchmarks.test_bench_report import RUN
+from benchmarks.results import Results, Row, Run, Writer
+from benchmarks.workloads import WORKLOADS
+from tests.benchmarks.rows import RUN
 
 CPU = RUN
 GPU = replace(RUN, device={"type": "cuda", "name": "Some GPU"})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stgridpool_kernels.bench.workloads import WORKLOADS
+from benchmarks.workloads import WORKLOADS
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

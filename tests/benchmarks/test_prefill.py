@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import prefill
+from benchmarks import prefill, results
 from benchmarks.prefill import (
     BUDGETS,
     DECODERS,
@@ -37,9 +37,8 @@ from benchmarks.prefill import (
     side_of,
     variants,
 )
-from stgridpool_kernels.bench import results
-from stgridpool_kernels.bench.results import Run
-from stgridpool_kernels.bench.workloads import random_tokens
+from benchmarks.results import Run
+from benchmarks.workloads import random_tokens
 
 TINY = DECODERS["tiny"]
 

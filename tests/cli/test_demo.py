@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import stgridpool_kernels as stgp
-from stgridpool_kernels.bench.baselines import llava_avg_pool, naive_grid_pool
+from stgridpool_kernels.cli.baselines import llava_avg_pool, naive_grid_pool
 from stgridpool_kernels.cli.demo import accuracy, packaged_clip
 from stgridpool_kernels.io import encoder
 

@@ -27,11 +27,11 @@ os.environ["OUT"] = os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpu-check-
 import torch
 from torch import Tensor
 
+from benchmarks import command, devices, machine, measure, providers
+from benchmarks.devices import Call, Gpu, Sampler
+from benchmarks.providers import Provider
+from benchmarks.workloads import WORKLOADS
 from stgridpool_kernels.backends import BACKENDS, compiled
-from stgridpool_kernels.bench import command, devices, machine, measure, providers
-from stgridpool_kernels.bench.devices import Call, Gpu, Sampler
-from stgridpool_kernels.bench.providers import Provider
-from stgridpool_kernels.bench.workloads import WORKLOADS
 from stgridpool_kernels.plan.tables import plan_tables
 from tests.support import cuda_emulation
 from tests.support.interpreter import hasten_interpreter, repair_interpreter

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks.test_bench_report import make_row
+from tests.benchmarks.rows import make_row
 
 pytest.importorskip("triton", reason="no Triton")
+from benchmarks.measure import LATE, LOST
+from benchmarks.providers import Provider
+from benchmarks.results import Row, encode
 from stgridpool_kernels.backends.triton_kernels import config
-from stgridpool_kernels.bench.measure import LATE, LOST
-from stgridpool_kernels.bench.providers import Provider
-from stgridpool_kernels.bench.results import Row, encode
 from tools import gpu_bench
 from tools.gpu_bench import COUNTERS, TUNED
 from tools.gpu_check import Lines

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.benchmarks.test_bench_report import make_row
+from tests.benchmarks.rows import make_row
 
 pytest.importorskip("triton", reason="no Triton")
 from benchmarks.goals import GOALS, RESULTS
-from stgridpool_kernels.bench.measure import LATE, LOST
-from stgridpool_kernels.bench.results import encode, load
+from benchmarks.measure import LATE, LOST
+from benchmarks.results import encode, load
 from tools import gpu_check
 from tools.gpu_check import ROOT, Check, Lines, Stage
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.lower_bound import tokens_read
 from stgridpool_kernels import grid_plan
-from stgridpool_kernels.bench.lower_bound import tokens_read
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.plan.dataflow import Schedule
 from tests.plan.test_dataflow import Token, brute_force, cell_tokens

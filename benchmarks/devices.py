@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..backends import compiled
-from .lower_bound import Traffic
-from .machine import largest_cache, memory_bytes
-from .probe import LINE, Probe
-from .workloads import Workload, random_tokens
+from benchmarks.lower_bound import Traffic
+from benchmarks.machine import largest_cache, memory_bytes
+from benchmarks.probe import LINE, Probe
+from benchmarks.workloads import Workload, random_tokens
+from stgridpool_kernels.backends import compiled
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]

@@ -16,15 +16,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from .devices import Cpu, Device, Gpu
-from .machine import describe
-from .measure import LATE, LOST, Effort, measure, new_run
-from .measure import QUICK as QUICK_EFFORT
-from .plot import check_plots, save_plots
-from .providers import BASELINE, chosen, providers, select
-from .report import QUIET_CORES, compare_summary, compare_table, compare_warning, machine_line, workload_table
-from .results import Results, Row, Run, Writer, compare, encode, file_name, load, pick
-from .workloads import QUICK, WORKLOADS, Workload, parse_workload
+from benchmarks.devices import Cpu, Device, Gpu
+from benchmarks.machine import describe
+from benchmarks.measure import LATE, LOST, Effort, measure, new_run
+from benchmarks.measure import QUICK as QUICK_EFFORT
+from benchmarks.plot import check_plots, save_plots
+from benchmarks.providers import BASELINE, chosen, providers, select
+from benchmarks.report import QUIET_CORES, compare_summary, compare_table, compare_warning, machine_line, workload_table
+from benchmarks.results import Results, Row, Run, Writer, compare, encode, file_name, load, pick
+from benchmarks.workloads import QUICK, WORKLOADS, Workload, parse_workload
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli.picture import check_picture, require_matplotlib
-from ..io.writing import atomic_write
-from .report import (
+from benchmarks.report import (
     PROBES,
     is_ours,
     machine_line,
@@ -29,7 +27,9 @@ from .report import (
     title_of,
     workload_title,
 )
-from .results import Results, Row, Run
+from benchmarks.results import Results, Row, Run
+from stgridpool_kernels.cli.picture import check_picture, require_matplotlib
+from stgridpool_kernels.io.writing import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import performance
+from benchmarks import page as performance
 from benchmarks.goals import RESULTS, newest
-from benchmarks.performance import MARK, PAGE, README, ROOT, page, readme_table, sweep, with_table
-from stgridpool_kernels.bench.results import Results, Row, Run, load
+from benchmarks.page import MARK, PAGE, README, ROOT, page, readme_table, sweep, with_table
+from benchmarks.results import Results, Row, Run, load
 
 RUN = Run(
     run="20260101T000000Z-abcd",

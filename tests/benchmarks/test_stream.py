@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import stream
-from stgridpool_kernels.bench.results import load
+from benchmarks.results import load
 
 SMALL = ["--size", "5x7x8", "--chunk", "1", "32", "--streams", "1", "2", "--periods", "1", "--device", "cpu"]
 

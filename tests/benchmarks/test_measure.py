@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 import stgridpool_kernels as stgp
+from benchmarks import devices
+from benchmarks.devices import Call, Cpu, Gpu, Sampler, pin_threads
+from benchmarks.measure import LOST, Effort, copies, measure, needed_bytes, new_run, take_turns
+from benchmarks.providers import Provider, chosen, providers
+from benchmarks.results import Row
+from benchmarks.workloads import WORKLOADS, Workload, random_tokens
 from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.bench import devices
-from stgridpool_kernels.bench.devices import Call, Cpu, Gpu, Sampler, pin_threads
-from stgridpool_kernels.bench.measure import LOST, Effort, copies, measure, needed_bytes, new_run, take_turns
-from stgridpool_kernels.bench.providers import Provider, chosen, providers
-from stgridpool_kernels.bench.results import Row
-from stgridpool_kernels.bench.workloads import WORKLOADS, Workload, random_tokens
 
 TINY = Workload("tiny", (64,), (5, 5), 96)
 SMALL = Workload("small", (9,), (5, 5), 8)

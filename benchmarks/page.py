@@ -14,10 +14,10 @@ from pathlib import Path
 
 from benchmarks import prefill
 from benchmarks.goals import RESULTS, T16, T64, bars, newest
-from stgridpool_kernels.bench.plot import save_plots
-from stgridpool_kernels.bench.report import is_ours, machine_line, markdown_table, show_number, show_time, title_of
-from stgridpool_kernels.bench.results import Results, Row
-from stgridpool_kernels.bench.workloads import WORKLOADS
+from benchmarks.plot import save_plots
+from benchmarks.report import is_ours, machine_line, markdown_table, show_number, show_time, title_of
+from benchmarks.results import Results, Row
+from benchmarks.workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"

@@ -9,21 +9,10 @@ from typing import Any
 
 import pytest
 
-from stgridpool_kernels.bench import machine
-from stgridpool_kernels.bench.machine import describe
-from stgridpool_kernels.bench.results import (
-    Results,
-    Row,
-    Run,
-    Writer,
-    compare,
-    encode,
-    file_name,
-    load,
-    pick,
-    with_ratios,
-)
-from tests.benchmarks.test_bench_report import RUN, make_row
+from benchmarks import machine
+from benchmarks.machine import describe
+from benchmarks.results import Results, Row, Run, Writer, compare, encode, file_name, load, pick, with_ratios
+from tests.benchmarks.rows import RUN, make_row
 
 
 def run_named(name: str, **values: Any) -> Run:

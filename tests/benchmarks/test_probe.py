@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stgridpool_kernels.bench import probe
-from stgridpool_kernels.bench.probe import Probe, cache_folder
+from benchmarks import probe
+from benchmarks.probe import Probe, cache_folder
 
 pytestmark = pytest.mark.usefixtures("caches")
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")

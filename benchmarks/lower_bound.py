@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import GridPlan, Runs
+from stgridpool_kernels.plan import GridPlan, Runs
 
 
 @dataclass(frozen=True)

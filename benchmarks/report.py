@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from .results import Change, Results, Row, Run
+from benchmarks.results import Change, Results, Row, Run
 
 __all__ = [
     "PROBES",

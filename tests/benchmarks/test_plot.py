@@ -16,10 +16,10 @@ pytest.importorskip("matplotlib")
 import matplotlib.text
 from PIL import Image
 
-from stgridpool_kernels.bench import plot
-from stgridpool_kernels.bench.plot import save_plots, sheets
-from stgridpool_kernels.bench.results import Results, Row
-from tests.benchmarks.test_bench_report import RUN, make_row
+from benchmarks import plot
+from benchmarks.plot import save_plots, sheets
+from benchmarks.results import Results, Row
+from tests.benchmarks.rows import RUN, make_row
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -117,7 +117,7 @@ def test_missing_matplotlib_is_named() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from pathlib import Path\n"
-        "from stgridpool_kernels.bench.plot import save_plots\n"
+        "from benchmarks.plot import save_plots\n"
         "try: save_plots(None, Path('x'), False)\n"
         "except ImportError as error: print(error)"
     )

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .devices import Call, Device, Sampler
-from .lower_bound import Traffic
-from .providers import SEGMENT, Provider, mismatch, providers
-from .results import Row, Run, with_ratios
-from .workloads import Workload, random_tokens
+from benchmarks.devices import Call, Device, Sampler
+from benchmarks.lower_bound import Traffic
+from benchmarks.providers import SEGMENT, Provider, mismatch, providers
+from benchmarks.results import Row, Run, with_ratios
+from benchmarks.workloads import Workload, random_tokens
 
 SMALL_GRID, SMALL_CHANNELS = (9, 9), 384
 """Of the call whose time is taken for a call's overhead; it has one frame."""

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import command, devices
+from benchmarks.devices import Cpu
+from benchmarks.machine import describe
+from benchmarks.measure import LATE, LOST, take_turns
+from benchmarks.providers import Provider, chosen
+from benchmarks.results import encode, file_name, load
+from benchmarks.workloads import QUICK, WORKLOADS
 from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.bench import command, devices
-from stgridpool_kernels.bench.devices import Cpu
-from stgridpool_kernels.bench.machine import describe
-from stgridpool_kernels.bench.measure import LATE, LOST, take_turns
-from stgridpool_kernels.bench.providers import Provider, chosen
-from stgridpool_kernels.bench.results import encode, file_name, load
-from stgridpool_kernels.bench.workloads import QUICK, WORKLOADS
 from stgridpool_kernels.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("caches")
@@ -240,7 +240,7 @@ def test_a_process_that_hangs_is_ended() -> None:
     """And one that does not is let be."""
     code = (
         "import time\n"
-        "from stgridpool_kernels.bench.command import _limited\n"
+        "from benchmarks.command import _limited\n"
         "with _limited(1): pass\n"
         "with _limited(None): time.sleep(1.5)\n"
         "print('still there', flush=True)\n"

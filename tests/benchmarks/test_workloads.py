@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 import stgridpool_kernels as stgp
-from stgridpool_kernels import grid_plan
-from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.bench.lower_bound import flops, lower_bound, tokens_read
-from stgridpool_kernels.bench.providers import (
+from benchmarks.lower_bound import flops, lower_bound, tokens_read
+from benchmarks.providers import (
     BASELINE,
     chosen,
     in_segments,
@@ -29,7 +27,9 @@ from stgridpool_kernels.bench.providers import (
     random_gradient,
     select,
 )
-from stgridpool_kernels.bench.workloads import QUICK, WORKLOADS, Workload, merged, parse_workload, random_tokens
+from benchmarks.workloads import QUICK, WORKLOADS, Workload, merged, parse_workload, random_tokens
+from stgridpool_kernels import grid_plan
+from stgridpool_kernels.backends import compiled
 
 VIDEO = "llava-video-7b"
 TINY = Workload("tiny", (64,), (5, 5), 48)

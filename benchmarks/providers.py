@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
-from ..backends import available_backends, backend_names, reference
-from ..plan import GridPlan
-from . import baselines
-from .workloads import Workload
+from benchmarks.workloads import Workload
+from stgridpool_kernels import ops
+from stgridpool_kernels.backends import available_backends, backend_names, reference
+from stgridpool_kernels.cli import baselines
+from stgridpool_kernels.plan import GridPlan
 
 Pool = Callable[[Tensor], Tensor]
 

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -15,11 +14,13 @@ from typing import Any
 
 import torch
 
-from ..backends import compiled
-from ..version import __version__
+import stgridpool_kernels
+from stgridpool_kernels.backends import compiled
+from stgridpool_kernels.machine import cpu_name
+from stgridpool_kernels.version import __version__
 
-PACKAGE = Path(__file__).parents[1]
-ROOT = PACKAGE.parent
+PACKAGE = Path(stgridpool_kernels.__file__).parent
+ROOT = Path(__file__).parents[1]
 """Of a checkout, if this is one."""
 
 
@@ -107,15 +108,6 @@ def output_of(command: Sequence[str]) -> str | None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
         return done.stdout.strip()
     return None
-
-
-def cpu_name() -> str:
-    """As the system names it."""
-    with suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def largest_cache() -> int | None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .machine import cpu_name, output_of
+from benchmarks.machine import output_of
+from stgridpool_kernels.machine import cpu_name
 
 SOURCE = Path(__file__).with_name("ceiling.cpp")
 LINE = 64

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import GridPlan, grid_plan
-from .lower_bound import Traffic, flops, lower_bound
+from benchmarks.lower_bound import Traffic, flops, lower_bound
+from stgridpool_kernels.plan import GridPlan, grid_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
