@@ -47,6 +47,7 @@ from ..ops import check_arguments
 from ..plan import RESIZES, SAMPLINGS
 from ..stream import GridPoolStream, usable_device
 from ..version import __version__
+from .bench import SHAPE, bench_command
 
 OPTION_HELP = {
     "frame_strides": "sample every so many frames, one level of temporal gridding per entry; none turns it off",
@@ -650,107 +651,17 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = _command(commands, "bench", _run_bench, "time the ops next to what they replace and to what memory allows")
-    parser.usage = "stgp bench [--quick] [--shape S ...] [--provider P ...] [options]"
-    parser.description = (
-        "Time the ops on this machine, next to what they replace and to a plain copy. Every result is compared with "
-        "its definition before it is timed. Results are appended to a file of the machine: in benchmarks/results where "
-        "there is such a folder, else in the current one."
-    )
-    parser.epilog = (
-        "examples:\n"
-        "  stgp bench --quick --plot plots/\n"
-        "  stgp bench --shape llava-video-7b 32x27x27x3584:fp16 --provider grid_pool avg_pool2d\n"
-        "  stgp bench --shape llava-video-7b --provider 'grid_pool*' --baseline grid_pool:cpu\n"
-        "  stgp bench --compare before.jsonl after.jsonl\n"
-        "  stgp bench --load benchmarks/results/cpu-amd-epyc.jsonl --plot plots/"
-    )
-    parser.add_argument("--quick", action="store_true", help="small shapes and few samples, for a small machine")
-    parser.add_argument(
-        "--shape",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="S",
-        help="workloads of --list, or shapes as in 64x27x27x3584, 8x32x27x27x896 (a batch), 32x27x27x3584:fp16:ceil; "
-        "default: all that fit into memory",
-    )
-    parser.add_argument(
-        "--provider",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="P",
-        help="only these: names of --list, the part before a colon, or patterns as in '*avg*'; default: all but "
-        "gradients, and those that take seconds on a CPU only on smaller shapes and on those that goals are set for",
-    )
-    parser.add_argument(
-        "--skip", nargs="+", action="extend", default=[], metavar="P", help="not these, named in the same way"
-    )
-    parser.add_argument(
-        "--baseline", default="llava_avg_pool", metavar="P", help="whose time others are compared with (%(default)s)"
-    )
+    parser = _command(commands, "bench", _run_bench, "time the ops next to the pooling that they stand in for")
+    parser.epilog = "In a checkout, python -m benchmarks measures more: models, sweeps, limits, gradients, streams."
+    parser.add_argument("--shape", default=SHAPE, metavar="TxHxWxC", help="of the tokens (default: %(default)s)")
+    parser.add_argument("--dtype", choices=list(_DTYPES), default="bfloat16", help="of the tokens (default: bfloat16)")
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="of the CPU (default: as torch chooses)")
-    parser.add_argument("--samples", type=_positive, metavar="N", help="of every call (default: by how long it takes)")
-    parser.add_argument(
-        "--limit", type=_positive, metavar="SECONDS", help="end the process when a workload takes longer"
-    )
-    parser.add_argument(
-        "--times-only", action="store_true", help="without overheads and launches, which take compiling and a profiler"
-    )
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="append to this file")
-    parser.add_argument(
-        "--continue",
-        dest="continued",
-        action="store_true",
-        help="pass over what the file has of this code on this device; rows are written as soon as they are checked",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line in place of tables")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the results into this folder, as PNG files")
-    parser.add_argument("--force", action="store_true", help="overwrite pictures in DIR")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--load", metavar="FILE", help="do not measure: show or draw the newest results of FILE, or of FILE@RUN"
-    )
-    instead.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"), help="do not measure: what changed from A to B, FILE or FILE@RUN"
-    )
-    instead.add_argument("--list", action="store_true", help="do not measure: show workloads and providers")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
 
 
 def _run_bench(args: argparse.Namespace) -> int:
-    from benchmarks import command
-    from benchmarks.report import WIDTH
-
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=WIDTH)  # a file or a pipe has room for the whole table
-    if args.compare:
-        before, after = args.compare
-        return command.compare_command(before, after, console)
-    if args.load:
-        return command.show_command(args.load, args.plot, args.force, console)
-    if args.list:
-        return command.list_command(args.device, console)
-    request = command.Request(
-        device=args.device,
-        quick=args.quick,
-        shapes=args.shape,
-        providers=args.provider,
-        skipped=args.skip,
-        baseline=args.baseline,
-        threads=args.threads,
-        samples=args.samples,
-        limit=args.limit,
-        times_only=args.times_only,
-        output=args.output,
-        continued=args.continued,
-        json=args.json,
-        plots=args.plot,
-        force=args.force,
-    )
-    return command.bench_command(request, console)
+    bench_command(args.shape, args.dtype, args.device, args.json, Console())
+    return 0
 
 
 # ---- shared by the commands ----

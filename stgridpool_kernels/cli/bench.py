@@ -1,0 +1,146 @@
+"""`stgp bench`: how long the ops take on this machine, next to the pooling that they stand in for.
+
+It answers one question in seconds. `python -m benchmarks` in a checkout measures with more care: from cold caches, in
+turns, against the limits of the memory, on the workloads of several models.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..backends import choose_backend
+from ..functional import grid_pool, norm_pool
+from ..machine import cpu_name
+from ..plan import grid_plan
+from ..version import __version__
+from .baselines import llava_avg_pool, naive_grid_pool
+
+SHAPE = "32x27x27x896"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ALLOWED_ULPS = {2: 8, 4: 64}
+"""By bytes of a value: how far from its definition a result may be, in units of the largest value's last place."""
+
+Pool = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of a call in microseconds (20th, 50th and 80th percentile), its bandwidth when it reads the tokens and
+    writes the result once, and its median time in units of grid_pool's."""
+
+    name: str
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    gb_per_s: float
+    times_grid_pool: float
+
+
+def bench_command(shape: str, dtype: str, device: str | None, as_json: bool, console: Console) -> None:
+    """Times every pooling on random tokens of unequal norms; prints a table, or one JSON object.
+
+    Raises ValueError for a shape or device that there is not, RuntimeError if a result is not what it should be.
+    """
+    sizes, place = parse_shape(shape), parse_device(device)
+    norms = 2 + 0.3 * torch.randn((*sizes[:-1], 1), device=place)
+    x = (norms * torch.randn(sizes, device=place)).to(DTYPES[dtype])
+    timings = time_poolings(x)
+    if as_json:
+        about = {"device": str(place), "name": device_name(place), "threads": torch.get_num_threads()}
+        versions = {"stgridpool_kernels": __version__, "torch": torch.__version__}
+        found = {**about, "versions": versions, "shape": list(sizes), "dtype": dtype, "meaning": meaning(timings)}
+        print(json.dumps(found | {"timings": [asdict(timing) for timing in timings]}))
+        return
+    backend = choose_backend(x, grid_plan((len(x),), *x.shape[1:3])).name
+    threads = f", {torch.get_num_threads()} threads" if place.type == "cpu" else ""
+    console.print(f"{shape} {dtype}, {device_name(place)}{threads}, torch {torch.__version__}, backend {backend}")
+    titles = ("pooling", "p20, ms", "median, ms", "p80, ms", "GB/s", "× grid_pool")
+    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False)
+    for each in timings:
+        times = [f"{time / 1e3:.3g}" for time in (each.p20_us, each.p50_us, each.p80_us)]
+        table.add_row(each.name, *times, f"{each.gb_per_s:.3g}", f"{each.times_grid_pool:.2f}")
+    console.print(table)
+    console.print(meaning(timings), soft_wrap=True)
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """(T, H, W, C) of a text like 32x27x27x896. Raises ValueError unless H and W are at least 2."""
+    sizes = tuple(map(int, text.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text) else ()
+    if not sizes or min(sizes[1:3]) < 2:
+        raise ValueError(f"--shape must be TxHxWxC with H and W of at least 2, as in {SHAPE}; got {text!r}")
+    return sizes
+
+
+def parse_device(text: str | None) -> torch.device:
+    """A CPU or a CUDA device that is there, by default a CUDA device if there is one. Raises ValueError for others."""
+    text = text or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
+    device = torch.device(text)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {text}: torch finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def poolings(x: Tensor) -> Iterator[tuple[str, Pool, Pool]]:
+    """Name, function and definition of everything that is timed on tokens like x."""
+
+    def exact(pool: Pool) -> Pool:
+        return lambda x: pool(x.float()).to(x.dtype)
+
+    def avg_pool2d(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+
+    reference = partial(grid_pool, backend="reference")
+    yield "grid_pool", grid_pool, reference
+    yield "norm_pool", norm_pool, partial(norm_pool, backend="reference")
+    yield "LLaVA-style pooling", llava_avg_pool, exact(llava_avg_pool)
+    yield "avg_pool2d", avg_pool2d, exact(llava_avg_pool)
+    yield "naive ST-GridPool", naive_grid_pool, reference
+
+
+def time_poolings(x: Tensor) -> list[Timing]:
+    """Times of all poolings on x (T, H, W, C), grid_pool first. Raises RuntimeError before one that is wrong is timed.
+
+    Caches are as the calls before left them: tokens that fit into a cache are read from there.
+    """
+    from torch.utils.benchmark import Timer
+
+    timings: list[Timing] = []
+    for name, pool, definition in poolings(x):
+        result, expected = pool(x), definition(x)
+        off = (result.float() - expected.float()).abs().max().item()
+        allowed = ALLOWED_ULPS[x.element_size()] * torch.finfo(x.dtype).eps * expected.abs().max().item()
+        if not off <= allowed:
+            raise RuntimeError(f"{name} is off by {off:.3g} on this input, {allowed:.3g} is allowed: not timed")
+        timer = Timer("pool(x)", globals={"pool": pool, "x": x}, num_threads=torch.get_num_threads())
+        found = [time for _ in range(3) for time in timer.blocked_autorange(min_run_time=0.1).times]
+        seconds = torch.tensor(found, dtype=torch.float64)
+        low, median, high = (seconds.quantile(q).item() * 1e6 for q in (0.2, 0.5, 0.8))
+        rate = (x.nbytes + result.nbytes) / median / 1e3
+        timings.append(Timing(name, low, median, high, rate, median / (timings[0].p50_us if timings else median)))
+    return timings
+
+
+def meaning(timings: list[Timing]) -> str:
+    """The result in one sentence."""
+    ratio = {each.name: f"{float(f'{each.times_grid_pool:.3g}'):g}" for each in timings}
+    return (
+        f"grid_pool is {ratio['LLaVA-style pooling']} times as fast as LLaVA-style pooling, which it stands in for, "
+        f"and {ratio['naive ST-GridPool']} times as fast as naive ST-GridPool."
+    )
