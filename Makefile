@@ -35,19 +35,20 @@ lint: $(BUILT) ## ruff, mypy and clang-format
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
-# microbenchmarks for a comparison of two commits; `stgp bench` measures more, and is what documents are made from
+# microbenchmarks for a comparison of two commits; `python -m benchmarks` measures more, and documents are made of that
 
 bench: $(BUILT) ## microbenchmarks under pytest-benchmark
 	$(VENV)/bin/python -m pytest benchmarks -q --benchmark-autosave --benchmark-storage=file://.benchmarks \
 	    --benchmark-columns=median,iqr,min,rounds --benchmark-sort=min $(ARGS)
 
-# what pooling saves a language model; docs/performance.md and its pictures from the results that are kept
+# what pooling saves a language model (on a GPU `python -m benchmarks --shape prefill-7b`); docs/performance.md and its
+# pictures from the results that are kept
 
 prefill: $(BUILT) ## what pooling saves a language model
-	$(VENV)/bin/python -m benchmarks.prefill $(ARGS)
+	$(VENV)/bin/python -m benchmarks --shape prefill-0.5b $(ARGS)
 
 performance: $(BUILT) ## docs/performance.md and its pictures from the results that are kept
-	$(VENV)/bin/python -m benchmarks.performance $(ARGS)
+	$(VENV)/bin/python -m benchmarks page $(ARGS)
 
 # CPU kernels: 5 minutes of random calls, memory and threads under sanitizers
 

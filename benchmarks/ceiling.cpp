@@ -1,6 +1,6 @@
-// How fast this machine moves memory: bytes in the proportion and order of pooling, and plain reads and copies.
+// How fast this machine moves memory: bytes in the proportion and order of pooling, and plain reads.
 // probe.py compiles and calls it. All sizes are in bytes; those of tokens and buffers, and the address
-// that is written to, are multiples of LINE. Stores go past the cache where the architecture has such (x86-64).
+// that is written to, are multiples of LINE. Stores bypass the cache where the architecture has such (x86-64).
 
 #include <algorithm>
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace {
 
-constexpr int64_t LINE = 64;        // of a cache
-constexpr int64_t PIECE = 1 << 16;  // that a thread reads or copies at a time
+constexpr int64_t LINE = 64;        // bytes of a cache line
+constexpr int64_t PIECE = 1 << 16;  // bytes that a thread reads at a time
 
 typedef uint64_t Line __attribute__((vector_size(LINE)));
 
@@ -80,13 +80,4 @@ extern "C" uint64_t read(const char* x, int64_t size, int threads) {
     for (int k = 0; k < 8; ++k) found |= line[k];
   }
   return found;
-}
-
-extern "C" void copy(const char* x, char* out, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t first = 0; first < size; first += PIECE) {
-    const int64_t last = std::min(first + PIECE, size);
-    for (int64_t i = first; i < last; i += LINE) stream(out + i, load(x + i));
-    finish_stores();
-  }
 }

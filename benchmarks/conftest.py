@@ -1,20 +1,17 @@
-"""For the microbenchmarks: the device that they run on."""
+"""The device that microbenchmarks run on: a GPU if there is one, else the CPU with its threads pinned to cores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+
+os.environ.setdefault("OMP_PROC_BIND", "true")  # OpenMP reads these when torch loads it
+os.environ.setdefault("OMP_PLACES", "cores")
 
 import pytest
-import torch
 
-from benchmarks.devices import Cpu, Device, Gpu
+from benchmarks.devices import Device, open_device
 
 
 @pytest.fixture(scope="session")
-def device() -> Iterator[Device]:
-    if torch.cuda.is_available():
-        yield Gpu()
-        return
-    cpu = Cpu()
-    yield cpu
-    cpu.close()
+def device() -> Device:
+    return open_device(None)

@@ -1,5 +1,4 @@
-"""The fewest bytes that a call must move: every token the result depends on read once, the result written once; and the
-operations that the formula takes."""
+"""The lower bound: every token that a result depends on is read once, and the result is written once."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from stgridpool_kernels.plan import GridPlan, Runs
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes to and from device memory."""
+    """Bytes that are read from and written to the memory of a device."""
 
     read_bytes: int
     write_bytes: int
@@ -24,7 +23,10 @@ class Traffic:
 
 
 def lower_bound(plan: GridPlan, channels: int, value_bytes: int) -> Traffic:
-    """Of grid_pool by `plan`, or of norm_pool if it has no levels. What is in between stays in caches at best."""
+    """The fewest bytes of grid_pool by `plan`, or of norm_pool if the plan has no levels.
+
+    Intermediate results do not count, since at best they stay in caches.
+    """
     rows, cols = plan.pooled_size
     token_bytes = channels * value_bytes
     written = sum(plan.frame_counts) * rows * cols
@@ -32,11 +34,11 @@ def lower_bound(plan: GridPlan, channels: int, value_bytes: int) -> Traffic:
 
 
 def tokens_read(plan: GridPlan) -> NDArray[np.bool_]:
-    """(T, H, W): the tokens of x that a pooled token depends on.
+    """(T, H, W): whether a pooled token depends on this token of x.
 
-    From the result backwards: the windows need tokens of what a frame ends with. Where that is a summary, it needs
-    tokens of its sources as the levels before left them, and nothing of the frame that it replaces. Tiles are cropped
-    and windows may leave out the last row and column, so that a replaced frame is often needed in part only.
+    It follows the result backwards. Windows need tokens of the frames as gridding left them. Where a frame is a
+    summary, they need tokens of its source frames as the levels before left these, and none of the frame that it
+    replaces. Cropped tiles, and windows that leave out the last row and column, make this a part of a frame only.
     """
     rows, cols = _covered(plan.window_rows, plan.height), _covered(plan.window_cols, plan.width)
     needed = np.tile(np.outer(rows.any(0), cols.any(0)), (sum(plan.frame_counts), 1, 1))
@@ -54,20 +56,8 @@ def tokens_read(plan: GridPlan) -> NDArray[np.bool_]:
     return needed
 
 
-def flops(plan: GridPlan, channels: int) -> int:
-    """Multiplications and additions of grid_pool by `plan`, or of norm_pool if it has no levels, for p = 2.
-
-    Two for a norm and two for a weighted sum at every channel that a window covers, one at every channel that goes into
-    a summary. What there is once for a token or a window (softmax, roots) is not counted, nor what is repeated.
-    """
-    rows, cols = _covered(plan.window_rows, plan.height), _covered(plan.window_cols, plan.width)
-    pooling = 4 * sum(plan.frame_counts) * int(rows.sum()) * int(cols.sum())
-    shrinking = sum(len(level.targets) * sum(level.row_runs.count) * sum(level.col_runs.count) for level in plan.levels)
-    return (pooling + shrinking) * channels
-
-
 def _covered(runs: Runs, size: int) -> NDArray[np.bool_]:
-    """(runs, size): which positions each run covers; those in the padding are not there."""
+    """(runs, size): whether a run covers a position. Positions in the padding are left out."""
     position, start = np.arange(size), np.array(runs.start)[:, None]
     covered: NDArray[np.bool_] = (start <= position) & (position < start + np.array(runs.count)[:, None])
     return covered

@@ -1,4 +1,4 @@
-"""The machine, versions and source that results belong to."""
+"""The machine, the versions and the state of the source that results belong to."""
 
 from __future__ import annotations
 
@@ -6,32 +6,43 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import secrets
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import stgridpool_kernels
+from benchmarks.results import Run
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.machine import cpu_name
 from stgridpool_kernels.version import __version__
 
 PACKAGE = Path(stgridpool_kernels.__file__).parent
 ROOT = Path(__file__).parents[1]
-"""Of a checkout, if this is one."""
+
+
+def new_run(device: str, settings: dict[str, Any], threads: int | None = None) -> Run:
+    """A run that begins now on `device` ("cpu", "cuda" or "cuda:1")."""
+    now = datetime.now(timezone.utc)
+    name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    return Run(name, now.isoformat(timespec="seconds"), **describe(device, threads), settings=settings)
 
 
 def describe(device: str, threads: int | None = None) -> dict[str, Any]:
-    """device ("cpu", "cuda" or "cuda:1"), versions and source, as `results.Run` holds them."""
-    return {"device": _gpu(device) if device.startswith("cuda") else _cpu(threads), **_versions(), **_source()}
+    """The device, versions and source of a `Run`."""
+    found = _gpu(device) if device.startswith("cuda") else _cpu(threads)
+    return {"device": found, "versions": _versions(), "source": _source()}
 
 
 def _gpu(device: str) -> dict[str, Any]:
-    index = torch.device(device).index or 0
-    properties = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(torch.device(device).index or 0)
+    drivers = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or ""
     return {
         "type": "cuda",
         "name": properties.name,
@@ -39,16 +50,8 @@ def _gpu(device: str) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
-        "driver": _driver(str(properties.uuid)),
+        "driver": next(iter(drivers.splitlines()), None),  # one for all GPUs of a machine
     }
-
-
-def _driver(uuid: str) -> str | None:
-    """The version of the driver, which is one for all GPUs of a machine, asked for by the GPU or else for any."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    named = f"--id=GPU-{uuid.removeprefix('GPU-')}"  # torch leaves the prefix out, nvidia-smi asks for it
-    found = output_of([*query, named]) or output_of(query)
-    return found.splitlines()[0] if found else None
 
 
 def _cpu(threads: int | None) -> dict[str, Any]:
@@ -66,44 +69,44 @@ def _cpu(threads: int | None) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, Any]:
-    triton = None
-    with suppress(importlib.metadata.PackageNotFoundError):
-        triton = importlib.metadata.version("triton")
     return {
-        "versions": {
-            "stgridpool_kernels": __version__,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "triton": triton,
-            "python": platform.python_version(),
-            "library": compiled.LIBRARY.build_info() if compiled.LIBRARY is not None else None,
-        }
+        "stgridpool_kernels": __version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _installed("triton"),
+        "transformers": _installed("transformers"),
+        "python": platform.python_version(),
+        "library": compiled.LIBRARY.build_info() if compiled.LIBRARY is not None else None,
     }
 
 
+def _installed(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
 def _source() -> dict[str, Any]:
-    """commit: of the checkout that this package is in, for a copy without history what STGP_COMMIT says, or None."""
-    inside = output_of(["git", "rev-parse", "--show-toplevel"])
-    in_checkout = inside is not None and Path(inside) == ROOT and (ROOT / "pyproject.toml").exists()
+    """The commit of this checkout, or in a copy without history what STGP_COMMIT says, and digests of the package."""
+    top = output_of(["git", "rev-parse", "--show-toplevel"])
+    in_checkout = top is not None and Path(top) == ROOT
     changed = output_of(["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"]) if in_checkout else None
     return {
-        "source": {
-            "commit": output_of(["git", "rev-parse", "HEAD"]) if in_checkout else os.environ.get("STGP_COMMIT") or None,
-            "dirty": None if changed is None else bool(changed),
-            "package_sha256": _sha256(PACKAGE.rglob("*.py")),
-            "library_sha256": _sha256(PACKAGE.glob("_C*.so")),
-        }
+        "commit": output_of(["git", "rev-parse", "HEAD"]) if in_checkout else os.environ.get("STGP_COMMIT") or None,
+        "dirty": None if changed is None else bool(changed),
+        "package_sha256": _sha256(PACKAGE.rglob("*.py")),
+        "library_sha256": _sha256(PACKAGE.glob("_C*.so")),
     }
 
 
 def _sha256(paths: Iterable[Path]) -> str | None:
-    """The digest of all these files together, or None if there are none."""
+    """One digest of all these files, or None if there are none."""
     ordered = sorted(paths)
     return hashlib.sha256(b"".join(path.read_bytes() for path in ordered)).hexdigest() if ordered else None
 
 
 def output_of(command: Sequence[str]) -> str | None:
-    """What a command prints, or None if it cannot be run."""
+    """The standard output of a command, or None if it fails or there is no such command."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
         return done.stdout.strip()
@@ -121,8 +124,7 @@ def largest_cache() -> int | None:
 
 
 def memory_bytes(field: str) -> int | None:
-    """MemTotal or MemAvailable of the machine, as far as the control group of this process leaves it; None where the
-    system does not say."""
+    """MemTotal or MemAvailable, within the limit of the process's control group; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -136,3 +138,16 @@ def memory_bytes(field: str) -> int | None:
         used = 0 if field == "MemTotal" else int((group / "memory.current").read_text())
         found = min(found, max(limit - used, 0))
     return found
+
+
+def cpu_seconds() -> tuple[float, float, float]:
+    """Seconds on the clock, of this process on all cores, and of all processes and the hypervisor together.
+
+    The last is 0 where the system has no /proc/stat.
+    """
+    busy = 0.0
+    with suppress(OSError):
+        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+        user, nice, system, _, _, irq, softirq, steal = (int(t) / os.sysconf("SC_CLK_TCK") for t in fields[1:9])
+        busy = user + nice + system + irq + softirq + steal
+    return time.perf_counter(), time.process_time(), busy

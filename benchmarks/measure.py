@@ -1,47 +1,39 @@
-"""Measures workloads: results first compared with the definition, then timed in turns, beside a plain copy.
+"""Measuring a workload: results are checked, then all providers are timed in turns beside a plain copy.
 
-Every provider of a workload is called on the same tokens. Who is wrong is not timed. All take turns in one process, so
-that clocks and neighbours favour none, and the copy's turn comes as often as theirs.
+Every provider is called on the same tokens. A provider with a wrong result is not timed. The others take turns in one
+process, so that changes of clocks and other load affect all alike, and so does the copy, which is the unit of their
+bandwidth.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.devices import Call, Device, Sampler
+from benchmarks.devices import Call, Device, Sampler, overhead_us
 from benchmarks.lower_bound import Traffic
-from benchmarks.providers import SEGMENT, Provider, mismatch, providers
-from benchmarks.results import Row, Run, with_ratios
-from benchmarks.workloads import Workload, random_tokens
-
-SMALL_GRID, SMALL_CHANNELS = (9, 9), 384
-"""Of the call whose time is taken for a call's overhead; it has one frame."""
-
-Progress = Callable[[str, float], None]
-"""Is told what happens, and which share of a workload is done."""
+from benchmarks.provider import SEGMENT, Pool, Provider, mismatch
+from benchmarks.results import Row, add_rates
+from benchmarks.workloads import Workload
 
 LOST = "failed: the process ended in it"
 """The check of a row that is reported before its provider is called for the first time."""
 LATE = "skipped: its time was over"
-"""The check of a row that was lost when the whole process was stopped, which says nothing of its provider."""
+"""The check of a row that was lost because the whole process was stopped, so that it says nothing of its provider."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How many samples: of quick calls `most`, of slow ones as many as take `seconds`, at least `least`."""
+    """The number of samples: `most` of quick calls, of slow ones as many as take `seconds`, and at least `least`."""
 
     most: int = 25
     least: int = 3
@@ -59,22 +51,7 @@ class Wrong(Exception):
 
 
 class Skipped(Exception):
-    """Why a provider is not timed."""
-
-
-def new_run(description: dict[str, Any], settings: dict[str, Any], peaks: dict[str, float]) -> Run:
-    now = datetime.now(timezone.utc)
-    name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
-    return Run(run=name, utc=now.isoformat(timespec="seconds"), settings=settings, peaks=peaks, **description)
-
-
-def needed_bytes(workload: Workload, device: Device) -> int:
-    """Least memory for a workload: inputs, an expected result and one that is made, and a copy's two sides."""
-    bound = workload.bound("grid_pool")
-    sets = 1 if device.type == "cpu" else 2
-    segment = workload.input_bytes // max(workload.frames // SEGMENT, 1)
-    reference = 10 * segment * 4 // workload.dtype.itemsize  # in float32
-    return sets * (workload.input_bytes + 2 * bound.write_bytes + bound.total_bytes) + 2 * bound.write_bytes + reference
+    """The reason why a provider is not timed."""
 
 
 def measure(
@@ -85,130 +62,88 @@ def measure(
     *,
     baseline: str,
     effort: Effort,
-    progress: Progress = lambda text, share: None,
     report: Callable[[Row], None] = lambda row: None,
     extras: bool = True,
 ) -> list[Row]:
-    """Rows of a workload: the copy, the probes of a CPU, and every provider of `timed`.
+    """The rows of a workload: the copy, the probes of a CPU, and every provider of `timed`.
 
     report: is given each row of a provider before its first call, when its result has been checked, and when it has
-    been timed, so that what was found until then is not lost with a process that ends early. extras: also finds what
-    takes compiling for another shape or a profiler: overheads of calls and launches.
+    been timed, so that a process that ends early loses nothing else. extras: also counts launches, by a profiler.
 
-    Raises what an error that has made the device unusable raises.
+    Raises the error that has made the device unusable, if there is one.
     """
-    progress("tokens", 0.0)
-    free = device.free_bytes()
-    needed = needed_bytes(workload, device)
-    rows = {p.name: _row(run, workload, p, workload.bound(p.op)) for p in timed}
+    free, needed = device.free_bytes(), needed_bytes(workload, device)
     if free is not None and needed > free:
         reason = f"skipped: takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        return list(with_ratios([replace(row, check=reason) for row in rows.values()], baseline))
-    used = device.others_cores()
+        return [replace(provider_row(run, workload, provider), check=reason) for provider in timed]
+    others = device.others_cores()
     xs = device.inputs(workload)
-    bound = workload.bound("grid_pool")
-    samplers: dict[str, Sampler] = {}
+    rows, samplers = time_limits(workload, device, run, xs)
+    contenders: dict[str, Contender] = {}
+    expected = Expected(xs)
+    for provider in timed:
+        for name, into_out in variants(provider, device.separates_out):
+            row = rows[name] = replace(provider_row(run, workload, provider), provider=name)
+            with reporting(row, device, report):
+                refuse_without_memory(provider, xs[0], device)
+                contender = Contender(provider, xs, into_out, expected)
+                contender.prepare(device, row)
+                if "overhead" in workload.groups:
+                    row.overhead_us = overhead_us(device, contender.calls[0])
+                samplers[name], row.calls_per_sample = device.sampler(contender.calls, provider.captures)
+                if device.type == "cuda":
+                    samplers[name]()  # a replay that hangs or fails does so where its provider is known
+                contenders[name] = contender
+    samplers = {name: sampler for name, sampler in samplers.items() if rows[name].check == "ok"}
+    turns = {name: (rows[name].calls_per_sample or 1, _period(contenders.get(name))) for name in samplers}
+    times = take_turns(samplers, turns, effort)
+    used = others()
+    for name, samples_us in times.items():
+        set_times(rows[name], samples_us, len(xs), used)
+    for name, contender in contenders.items():
+        with reporting(rows[name], device):
+            contender.check_last()
+    found = list(rows.values())
+    add_rates(found, baseline)
+    for row in found:
+        report(row)
+    for name, contender in contenders.items() if extras else ():  # last: after a profiler, captures may fail
+        if rows[name].check == "ok":
+            with suppress(RuntimeError):  # of a profiler, which costs the number and not the times
+                rows[name].launches = device.launches(contender.calls[0])
+    return found
 
+
+def _period(contender: Contender | None) -> int:
+    return 1 if contender is None else contender.provider.period
+
+
+# ---- before the times ----
+
+
+def needed_bytes(workload: Workload, device: Device) -> int:
+    """Bytes that every workload takes: inputs, an expected result and one that is made, and both sides of a copy."""
+    bound = workload.bound("grid_pool")
+    sets = 1 if device.type == "cpu" else 2
+    segment = workload.input_bytes // max(workload.frames // SEGMENT, 1)
+    reference = 10 * segment * 4 // workload.dtype.itemsize  # in float32
+    return sets * (workload.input_bytes + 2 * bound.write_bytes + bound.total_bytes) + 2 * bound.write_bytes + reference
+
+
+def time_limits(
+    workload: Workload, device: Device, run: str, xs: Sequence[Tensor]
+) -> tuple[dict[str, Row], dict[str, Sampler]]:
+    """Rows and samplers of a copy that moves as many bytes as grid_pool must, and of the device's probes."""
+    bound = workload.bound("grid_pool")
     limits = {"copy": (copies(bound.total_bytes, len(xs), device.torch_device), bound)}
-    limits |= device.limits(xs[0], workload.plan("norm_pool").pooled_size + (workload.channels,))
-    found: dict[str, Row] = {}
+    limits |= device.limits(xs[0], workload.plan("norm_pool").pooled_size)
+    rows, samplers = dict[str, Row](), dict[str, Sampler]()
     for name, (calls, moved) in limits.items():
-        row = found[name] = _row(run, workload, None, moved, name)
         for call in calls:
             call()
-        row.check = "ok"
-        row.cold_us = device.cold_us(calls)
-        samplers[name], row.calls_per_sample = device.sampler(calls)
-
-    small = {provider.name: provider for provider in providers(_small(workload), device.type)}
-    racers: dict[str, Racer] = {}
-    expected = Expected(xs)
-    for number, provider in enumerate(timed):
-        progress(f"{provider.name}: check", 0.5 * number / len(timed))
-        for name, into_out in variants(provider, device.separates_out):
-            row = found[name] = replace(rows[provider.name], provider=name)
-            with _reporting(row, device, report):
-                _refuse_without_memory(provider, xs[0], device)
-                racer = Racer(provider, xs, into_out, expected)
-                if extras and provider.name in small and not provider.compiles:
-                    small_call = racer.small_call(small[provider.name], device)
-                    row.overhead_us, row.overhead_cold_us = (
-                        None if time is None else round(time, 2)
-                        for time in (device.returns_us(small_call), device.returns_cold_us(small_call))
-                    )
-                racer.prepare(device)
-                row.extra_peak_bytes = racer.measure_memory(device)
-                racer.run()
-                racer.check()
-                row.check = "ok"
-                row.cold_us = device.cold_us(racer.calls)
-                sampler, row.calls_per_sample = device.sampler(racer.calls, provider.captures)
-                if device.type == "cuda":
-                    sampler()  # a replay that hangs or fails does so here, where it is known whose it is
-                samplers[name], racers[name] = sampler, racer
-
-    def turn(share: float) -> None:
-        progress("time", 0.5 + 0.5 * share)
-
-    times = take_turns(samplers, {name: found[name].calls_per_sample or 1 for name in samplers}, effort, turn)
-    others = used()
-    for name in samplers:
-        row = found[name]
-        _add_times(row, times[name], len(xs))
-        row.others_cores = others
-    for name, racer in racers.items():
-        if racer.keeps:
-            with _reporting(found[name], device):
-                racer.check()  # what the last of its calls left
-    for row in found.values():
-        _add_shares(row, found.get("copy"), found.get("ceiling"))
-    ordered = with_ratios(found.values(), baseline)
-    for row in ordered:
-        report(row)
-    for name, racer in racers.items() if extras else ():  # last: after a profiler, captures may fail
-        # counting operators, on a CPU, keeps a call from being compiled
-        if found[name].check == "ok" and (not racer.provider.compiles or device.type == "cuda"):
-            with suppress(RuntimeError):  # of a profiler, which costs the number and not the times
-                found[name].launches = device.launches(racer.calls[0])
-    return list(ordered)
-
-
-def _small(workload: Workload) -> Workload:
-    batch = None if workload.batch is None else 1
-    return replace(workload, frame_counts=(1,), batch=batch, grid=SMALL_GRID, channels=SMALL_CHANNELS, goal=False)
-
-
-def variants(provider: Provider, separates_out: bool) -> list[tuple[str, bool]]:
-    """Names of what is timed of a provider, and whether results go into memory that is given."""
-    if not provider.takes_out:
-        return [(provider.name, False)]
-    if not separates_out:
-        return [(provider.name, True)]
-    return [(f"{provider.name}:out", True), (provider.name, False)]
-
-
-def _row(run: str, workload: Workload, provider: Provider | None, moved: Traffic, name: str = "") -> Row:
-    return Row(
-        run=run,
-        workload=workload.name,
-        provider=name or (provider.name if provider else ""),
-        op=provider.op if provider else "",
-        dtype=str(workload.dtype).removeprefix("torch."),
-        shape=workload.shape,
-        settings=workload.settings | workload.packing,
-        groups=workload.groups,
-        input_bytes=workload.input_bytes,
-        read_bytes=moved.read_bytes,
-        write_bytes=moved.write_bytes,
-        note=provider.note if provider else "",
-        flops=provider.flops(workload) if provider else None,
-    )
-
-
-def _refuse_without_memory(provider: Provider, x: Tensor, device: Device) -> None:
-    free, needed = device.free_bytes(), provider.memory * x.nbytes
-    if free is not None and needed > 0.9 * free:
-        raise Skipped(f"takes some {needed / 1e9:.1f} GB besides its input, {free / 1e9:.1f} GB are free")
+        rows[name] = replace(new_row(run, workload, name, moved), check="ok")
+        samplers[name], rows[name].calls_per_sample = device.sampler(calls)
+    return rows, samplers
 
 
 def copies(total_bytes: int, sets: int, device: str) -> list[Call]:
@@ -217,12 +152,42 @@ def copies(total_bytes: int, sets: int, device: str) -> list[Call]:
     return [partial(torch.ones_like(source).copy_, source) for source in sources]
 
 
+def new_row(run: str, workload: Workload, name: str, moved: Traffic) -> Row:
+    return Row(
+        run=run,
+        workload=workload.name,
+        provider=name,
+        op="",
+        dtype=str(workload.dtype).removeprefix("torch."),
+        shape=workload.shape,
+        settings=workload.settings,
+        groups=workload.groups,
+        input_bytes=workload.input_bytes,
+        read_bytes=moved.read_bytes,
+        write_bytes=moved.write_bytes,
+    )
+
+
+def provider_row(run: str, workload: Workload, provider: Provider) -> Row:
+    row = new_row(run, workload, provider.name, provider.moved or workload.bound(provider.op))
+    return replace(row, op=provider.op, settings=row.settings | provider.settings, note=provider.note)
+
+
+def variants(provider: Provider, separates_out: bool) -> list[tuple[str, bool]]:
+    """The names that a provider is timed under, and whether its results go into memory that is given."""
+    if not provider.takes_out:
+        return [(provider.name, False)]
+    if not separates_out:
+        return [(provider.name, True)]
+    return [(f"{provider.name}:out", True), (provider.name, False)]
+
+
 class Expected:
-    """What a definition says of every input. The last one is kept: providers with the same follow one another."""
+    """The definition's result for every input. The last ones are kept: providers that share it follow one another."""
 
     def __init__(self, xs: Sequence[Tensor]) -> None:
         self.xs, self.results = xs, list[Tensor]()
-        self.definition: Callable[[Tensor], Tensor] | None = None
+        self.definition: Pool | None = None
 
     def __call__(self, provider: Provider) -> list[Tensor]:
         if provider.definition is not self.definition:
@@ -231,67 +196,68 @@ class Expected:
         return self.results
 
 
-class Racer:
-    """A provider's calls on every input, and what they return."""
+class Contender:
+    """The calls of a provider on every input, and the results that are still needed.
+
+    On a CPU a result is freed with its call, as in use, unless it goes into memory that is given. In a graph it stays.
+    """
 
     def __init__(self, provider: Provider, xs: Sequence[Tensor], into_out: bool, expected: Expected) -> None:
         self.provider, self.xs, self.into_out, self.expected = provider, xs, into_out, expected
-        self.results = [torch.full_like(each, math.nan) if into_out else torch.empty(0) for each in expected(provider)]
-        # on a CPU a result is freed with the call, as in use; in a graph it has to stay
         self.keeps = into_out or xs[0].is_cuda
+        self.results = [torch.full_like(each, math.nan) if into_out else torch.empty(0) for each in expected(provider)]
         self.calls: list[Call] = [partial(self.call, i) for i in range(len(xs))]
 
     def call(self, i: int) -> Tensor | None:
-        result = (
-            self.provider.call(self.xs[i], out=self.results[i]) if self.into_out else self.provider.call(self.xs[i])
-        )
+        result = self.fresh_call(i)
         if not self.keeps:
             return result
         self.results[i] = result
         return None
 
-    def small_call(self, provider: Provider, device: Device) -> Call:
-        x = self.xs[0]
-        leading = (1,) * (x.dim() - 3)
-        tokens = random_tokens((*leading, *SMALL_GRID, SMALL_CHANNELS), x.dtype, device.torch_device, 0)
-        given = {"out": provider.call(tokens)} if self.into_out else {}
-        return partial(provider.call, tokens, **given)
+    def fresh_call(self, i: int) -> Tensor:
+        if not self.into_out:
+            return self.provider.call(self.xs[i])
+        self.provider.call(self.xs[i], out=self.results[i])
+        return self.results[i]
 
-    def prepare(self, device: Device) -> None:
-        """Lets compile and start what the first call does."""
+    def prepare(self, device: Device, row: Row) -> None:
+        """Checks the result of every input, and counts the memory of a call. Raises Wrong where a result is wrong."""
         if self.provider.compiles or device.type == "cuda":
-            self.provider.call(self.xs[0])
-
-    def measure_memory(self, device: Device) -> int | None:
-        """Beyond the input and the result; also where the result goes into memory that was there before."""
-        if self.into_out:
-            return device.extra_peak_bytes(partial(self.provider.call, self.xs[0], out=self.results[0]), 0)[0]
-        nbytes = self.expected(self.provider)[0].nbytes
-        extra, self.results[0] = device.extra_peak_bytes(partial(self.provider.call, self.xs[0]), nbytes)
-        return extra
-
-    def run(self) -> None:
-        """Calls it on every input, into memory that held NaN where it is given."""
-        if self.into_out:
-            for result in self.results:
-                result.fill_(math.nan)
-        for call in self.calls if self.keeps else []:
-            call()
-
-    def check(self) -> None:
-        """Raises Wrong if the last result of an input is not right; lets go of it if it is not kept."""
+            self.provider.call(self.xs[0])  # which compiles and starts what a first call does
+        result_bytes = 0 if self.into_out else self.expected(self.provider)[0].nbytes
+        row.extra_peak_bytes, first = device.extra_peak_bytes(partial(self.fresh_call, 0), result_bytes)
         for i, expected in enumerate(self.expected(self.provider)):
-            result = self.results[i]
-            if not self.keeps:
-                result = result if result.numel() else self.provider.call(self.xs[i])
-                self.results[i] = torch.empty(0)
-            reason = mismatch(result, expected, self.provider.ulps)
-            if reason is not None:
-                raise Wrong(reason)
+            if self.provider.checked is not None:
+                result = self.provider.checked(self.xs[i])
+            else:
+                result = first if i == 0 else self.fresh_call(i)
+            self.refuse_wrong(result, expected)
+        for call in self.calls if self.keeps else ():
+            call()
+        row.state_bytes = self.provider.state_bytes() if self.provider.state_bytes else None
+        row.check = "ok"
+
+    def check_last(self) -> None:
+        """Raises Wrong if a result that the last timed call left is wrong."""
+        if self.keeps and self.provider.checked is None:
+            for result, expected in zip(self.results, self.expected(self.provider), strict=True):
+                self.refuse_wrong(result, expected)
+
+    def refuse_wrong(self, result: Tensor, expected: Tensor) -> None:
+        reason = mismatch(result, expected, self.provider.ulps)
+        if reason is not None:
+            raise Wrong(reason)
+
+
+def refuse_without_memory(provider: Provider, x: Tensor, device: Device) -> None:
+    free, needed = device.free_bytes(), provider.memory * x.nbytes
+    if free is not None and needed > 0.9 * free:
+        raise Skipped(f"takes some {needed / 1e9:.1f} GB besides its input, {free / 1e9:.1f} GB are free")
 
 
 @contextmanager
-def _reporting(row: Row, device: Device, report: Callable[[Row], None] = lambda row: None) -> Iterator[None]:
+def reporting(row: Row, device: Device, report: Callable[[Row], None] = lambda row: None) -> Iterator[None]:
     """Puts an error into the row in place of times, and goes on unless it has made the device unusable.
 
     The row is reported before as one that the process may have ended in, and then as it is.
@@ -304,63 +270,45 @@ def _reporting(row: Row, device: Device, report: Callable[[Row], None] = lambda 
     except Skipped as error:
         row.check = f"skipped: {error}"
     except Exception as error:
-        row.check = f"failed: {_first_line(error)}"
+        row.check = f"failed: {type(error).__name__}: {error}".strip().splitlines()[0][:300]
     if row.check != "ok":
-        row.p20_us = row.p50_us = row.p80_us = row.min_us = row.samples = None
-        row.cold_us = row.overhead_us = row.overhead_cold_us = None
+        row.p20_us = row.p50_us = row.p80_us = row.overhead_us = row.samples = None
         gc.collect()
     report(row)
     if row.check != "ok":
         device.finish()
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+# ---- times ----
 
 
 def take_turns(
     samplers: dict[str, Sampler],
-    calls: dict[str, int],
+    turns: dict[str, tuple[int, int]],
     effort: Effort,
-    turn_done: Callable[[float], None] = lambda share: None,
     warm_up_s: float = 0.3,
 ) -> dict[str, list[float]]:
-    """µs per call of every sampler, sampled in turns; slow ones in fewer turns, spread evenly."""
+    """Times in µs per call of every sampler, which are sampled in turns; slow ones in fewer turns, spread evenly.
+
+    turns: calls that a sample makes, and the period that the number of samples is a multiple of.
+    """
     first = next(iter(samplers.values()))
     begin = time.perf_counter()
     while time.perf_counter() - begin < warm_up_s:
         first()
-    rounds = {name: effort.samples(sample() * calls[name]) for name, sample in samplers.items()}
+    rounds = {}
+    for name, sample in samplers.items():
+        calls, period = turns[name]
+        rounds[name] = period * effort.samples(sample() * calls * period)
     times: dict[str, list[float]] = {name: [] for name in samplers}
-    turns = max(rounds.values())
-    for turn in range(turns):
+    most = max(rounds.values())
+    for turn in range(most):
         for name, sample in samplers.items():
-            if (turn + 1) * rounds[name] // turns > turn * rounds[name] // turns:
+            if (turn + 1) * rounds[name] // most > turn * rounds[name] // most:
                 times[name].append(sample())
-        turn_done((turn + 1) / turns)
     return times
 
 
-def _add_times(row: Row, samples_us: Sequence[float], sets: int) -> None:
-    row.min_us, row.p20_us, row.p50_us, row.p80_us = (
-        round(float(np.quantile(samples_us, q)), 3) for q in (0, 0.2, 0.5, 0.8)
-    )
-    row.samples, row.rotating_sets = len(samples_us), sets
-
-
-def _add_shares(row: Row, copy: Row | None, ceiling: Row | None) -> None:
-    """Bandwidth, and what share of the copy's and of the probe's it is."""
-
-    def rate(of: Row | None) -> float | None:
-        if of is None or of.check != "ok" or of.p50_us is None:
-            return None
-        return (of.read_bytes + of.write_bytes) / of.p50_us / 1e3
-
-    reached = rate(row)
-    if reached is None:
-        return
-    row.gb_per_s = round(reached, 3)
-    for limit, name in ((copy, "percent_of_copy"), (ceiling, "percent_of_ceiling")):
-        most = rate(limit)
-        if most:
-            setattr(row, name, round(100 * reached / most, 2))
+def set_times(row: Row, samples_us: Sequence[float], sets: int, others_cores: float | None) -> None:
+    row.p20_us, row.p50_us, row.p80_us = (round(float(np.quantile(samples_us, q)), 3) for q in (0.2, 0.5, 0.8))
+    row.samples, row.rotating_sets, row.others_cores = len(samples_us), sets, others_cores

@@ -1,54 +1,71 @@
-"""Writes docs/performance.md, its pictures, and the README's table from benchmarks/results: make performance.
+"""docs/performance.md, its pictures and the README's table, written from the results of benchmarks/results.
 
-Of every machine the last measured state of the code counts. Nothing is measured here; no figure has another source.
+Of every machine and kind of workload the last measured state of the code counts. Nothing is measured here, and no
+figure has another source.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import prefill
-from benchmarks.goals import RESULTS, T16, T64, bars, newest
+from benchmarks.goals import ONE_FRAME, T16, T64, goals
 from benchmarks.plot import save_plots
-from benchmarks.report import is_ours, machine_line, markdown_table, show_number, show_time, title_of
-from benchmarks.results import Results, Row
-from benchmarks.workloads import WORKLOADS
+from benchmarks.report import (
+    filled,
+    is_ours,
+    machine_line,
+    markdown_table,
+    remarks,
+    show_number,
+    show_time,
+    title_of,
+    workload_title,
+)
+from benchmarks.results import Results, Row, file_name, last_state, machine_files
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 PICTURES = ROOT / "docs" / "performance"
-MARK = "<!-- stgp bench -->", "<!-- /stgp bench -->"
+MARK = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 INTRODUCTION = """\
 # Performance
 
-`make performance` writes this page from the files in [benchmarks/results](../benchmarks/results), to which `stgp bench`
-and `make prefill` append. Each section names the machine, the date and the commit that its figures belong to.
+`make performance` (`python -m benchmarks page`) writes this page from the files in
+[benchmarks/results](../benchmarks/results), to which `python -m benchmarks` appends. Each section names the machine,
+the date and the commit that its figures belong to.
 
 ## How it is measured
 
 - **Right first.** Every result is compared with its definition, on the tokens that it is timed on: this package's ops
-  with the reference in plain PyTorch, others with the same operation in float32. Who is wrong is not timed.
-- **In turns.** All providers of a workload and a plain copy take turns in one process, so that clocks and neighbours
-  favour none. Ratios within a run hold better than times across runs.
-- **From memory.** On a CPU a buffer larger than the caches is read before each sample; threads are pinned, and results
-  that go into memory given by `out=` and into fresh memory are timed apart. What fresh memory costs depends on whether
-  the C library still holds as much of what was freed before; if not, the system hands out and clears every page, which
-  can take twice as long as the pooling. On a GPU a sample is a CUDA graph of calls on rotating inputs and outputs of at
-  least five times the L2 cache.
+  with the reference in plain PyTorch, others with the same operation in float32, a stream with the whole video, bit by
+  bit. A provider with a wrong result is not timed.
+- **In turns.** All providers of a workload and a plain copy take turns in one process, so that changes of clocks and
+  other load affect all alike. Ratios within a run hold better than times across runs.
+- **From memory.** On a CPU a buffer larger than the caches is read before each sample, threads are pinned to cores, and
+  results that go into memory given by `out=` and into fresh memory are timed apart. The cost of fresh memory depends on
+  the C library: if it still holds memory that was freed before, there is none; if not, the system hands out and clears
+  every page, which can take twice as long as the pooling. On a GPU a sample is a CUDA graph of calls on rotating inputs
+  and outputs of at least five times the L2 cache.
 - **Against the limit.** The lower bound counts every token that the result depends on once, and the result once, for
-  everybody alike. The copy moves as many bytes; the ceiling probe, on a CPU, moves pooling's bytes in pooling's order
-  by a compiled loop without arithmetic. LLaVA avg pooling is what engines call: permute, contiguous, `avg_pool2d`.
-- **Honest noise.** p20 and p80 stand beside every median; other processes' use of the machine is recorded.
+  all providers alike. The copy moves as many bytes; the ceiling probe, on a CPU, moves pooling's bytes in pooling's
+  order by a compiled loop without arithmetic. LLaVA avg pooling is the code that engines call: permute, contiguous,
+  `avg_pool2d`.
+- **Noise.** p20 and p80 stand beside every median; the use of the machine by other processes is recorded.
 
-Repeat it: `stgp bench` (everything that fits into memory), `stgp bench --quick` (two minutes on a small machine),
-`stgp bench --compare A B` (what changed beyond the noise), `make bench` (microbenchmarks under pytest-benchmark),
-`make prefill`, and on a machine with a GPU `make gpu-check`.
+Repeat it: `python -m benchmarks` (every workload that fits into memory), `python -m benchmarks --quick` (two minutes on
+a small machine), `python -m benchmarks compare A B` (the changes beyond the noise), `make bench` (microbenchmarks under
+pytest-benchmark), `make prefill`, `python -m benchmarks --shape stream llava-video-0.5b:gradients`, and on a machine
+with a GPU `make gpu-check`. `stgp bench` answers the first question in seconds, without a checkout.
+
+## How to read the tables
+
+Times are medians of a call; p20–p80 is where the middle three fifths of the samples lie. GB/s counts, for every row
+alike, the fewest bytes that the op must move. % of copy and of ceiling: those GB/s as a share of the rate at which
+`torch` copies, and at which a compiled loop moves the same bytes without arithmetic, in between the same samples. × a
+provider: its time over this one's; above 1 is faster. Extra MB: memory in use at most during the call, beyond input and
+result. Bold rows are this package's kernels.
 """
 
 SWEEPS = {
@@ -58,185 +75,197 @@ SWEEPS = {
     "window": "Windows, 32 frames of 3584 channels; others than 2 × 2 take the general kernels",
     "budget": "Tokens by `output_size`, 32 frames of 3584 channels; general kernels",
 }
+KINDS = {
+    "gradients": "Gradients in the tokens alone, next to the ops.",
+    "stream": "`push:N` gives a stream N frames at a time, `push:1x4` one frame to each of four streams. Samples are "
+    "whole periods of 32 frames, since a push that completes a segment takes longer. State: the most memory that is "
+    "kept between two pushes.",
+}
 NO_GPU = """\
 ## GPU
 
 No result of a GPU is in the repository yet, so there is nothing to say about speed there.
 """
+PREFILL = """\
+## What pooling saves a language model
+
+Time until a prompt of visual tokens and a short text has gone through a decoder of Qwen2's shape, which grows faster
+than the number of tokens, and the time of the pooling before it. Weights are random: only times mean something. Rows
+with equally many tokens differ by noise.
+"""
 
 
-def page(results: Sequence[Results], prefills: Sequence[tuple[str, str, str]]) -> str:
-    """The whole page. prefills: of each machine the name, the Markdown and the picture's path from the page."""
-    parts = [INTRODUCTION]
-    for each in results:
-        parts += section(each)
-    if not any(each.run.device["type"] == "cuda" for each in results):
+def page(files: Sequence[Path]) -> str:
+    """The whole page, from the files of all machines."""
+    machines = last_states(files, T64)
+    parts = [INTRODUCTION, *(part for results in machines for part in section(results))]
+    if not any(each.run.device["type"] == "cuda" for each in machines):
         parts.append(NO_GPU)
-    parts.append("## What it saves a language model\n")
-    parts.append(
-        textwrap.fill(
-            "Time until a prompt of visual tokens and some text has gone through a decoder, which grows faster than "
-            "the number of tokens, and the time of the pooling before it. Weights are random: only times mean "
-            "something. Rows with as many tokens differ by noise.",
-            120,
-        )
-        + "\n"
-    )
-    for name, text, picture in prefills:
-        parts.append(f"### {name}\n\n{text}\n\n![prefill time against visual tokens]({picture})\n")
-    if not prefills:
-        parts.append("Not measured yet.\n")
+    for kind, text in KINDS.items():
+        found = last_states(files, kind)
+        parts += [f"## {kind.capitalize()}\n", f"{filled(text)}\n"] if found else []
+        parts += [part for results in found for part in workload_tables(results, kind)]
+    prefills = last_states(files, "prefill")
+    parts += [PREFILL, *(prefill_table(results) for results in prefills)] if prefills else []
     return "\n".join(parts).rstrip() + "\n"
 
 
+def last_states(files: Sequence[Path], part: str) -> list[Results]:
+    """The results of every machine that has any of a workload or group."""
+    return [results for results in (last_state(path, part) for path in files) if results is not None]
+
+
 def section(results: Results) -> list[str]:
-    """Of one machine: goals, pictures, every main workload, sweeps."""
-    run = results.run
-    folder = f"performance/{picture_folder(results)}"
-    parts = [f"## {run.device['name']}\n", textwrap.fill(f"{machine_line(run)}. Run {run.run}.", 120) + "\n"]
-    parts.append("| goal | | |\n|---|---|---|")
-    parts += [f"| {bar.name} | {bar.status} | {bar.detail} |" for bar in bars([results])]
-    overhead = overhead_line(results)
-    if overhead:
-        parts.append("\n" + textwrap.fill(overhead, 120))
-    parts.append("")
+    """The section of a machine: goals, overhead, pictures, every main workload, sweeps."""
+    run, folder = results.run, PICTURES / picture_folder(results)
+    parts = [f"## {run.device['name']}\n", f"{filled(machine_line(run))}.\n", "| goal | | |\n|---|---|---|"]
+    parts += [f"| {goal.name} | {goal.status} | {goal.detail} |" for goal in goals(results)]
+    parts += ["", *overhead(results)]
     for name, text in (
-        ("ratios", "time relative to the fastest of ours"),
-        ("time", "time against the number of frames, with the lower bound"),
-        ("roofline", "arithmetic against bytes: how far from the roofs"),
-        ("memory", "peak extra memory"),
+        ("ratios", "time relative to the fastest kernel"),
+        ("time", "time against frames"),
     ):
-        if (PICTURES / picture_folder(results) / f"{name}.png").exists():
-            parts.append(f"![{text}]({folder}/{name}.png)\n")
-    parts.append(markdown_table(results))
+        if (folder / f"{name}.png").exists():
+            parts.append(f"![{text}](performance/{folder.name}/{name}.png)\n")
+    parts += workload_tables(results, "main")
     for group, title in SWEEPS.items():
         parts += sweep(results, group, title)
     return parts
 
 
-def overhead_line(results: Results) -> str:
-    """What a call costs before it computes."""
-    found = []
-    for provider in ("norm_pool:cpu:out", "grid_pool:cpu:out", "norm_pool:triton", "grid_pool:triton", "avg_pool2d"):
-        row = results.find(T64, provider)
-        if row is not None and row.overhead_us is not None:
-            cold = "" if row.overhead_cold_us is None else f" ({row.overhead_cold_us:.0f})"
-            found.append(f"{title_of(provider)} {row.overhead_us:.0f}{cold}")
-    if not found:
-        return ""
-    cold = "; in brackets after other work has filled the caches" if "(" in "".join(found) else ""
-    return f"µs until a call on one frame of 9 × 9 tokens of 384 channels returns{cold}: {', '.join(found)}."
+def overhead(results: Results) -> list[str]:
+    """The time of a call on one small frame, which is not that of the arithmetic."""
+    rows = [row for row in results.of("overhead").get(ONE_FRAME, []) if row.overhead_us is not None]
+    found = [
+        f"{title_of(row.provider)} {row.overhead_us:.0f} ({row.us:.0f})"
+        for row in rows
+        if row.is_timed and (is_ours(row.provider) or row.provider == "avg_pool2d")
+    ]
+    text = "µs of a call on one frame of 9 × 9 tokens of 384 channels on warm caches (and after other work filled them)"
+    return [f"{filled(f'{text}: ' + ', '.join(found))}.\n"] if found else []
+
+
+def workload_tables(results: Results, group: str) -> list[str]:
+    """A table for every workload of a group, and below each where and when it was measured."""
+    parts = []
+    for name, rows in results.of(group).items():
+        bounds = {row.op: row for row in rows if row.op}
+        moved = [
+            f"`{op}` must read {show_number(row.read_bytes / 1e6)} MB and write {show_number(row.write_bytes / 1e6)} MB"
+            for op, row in bounds.items()
+            if op != "push"
+        ]
+        title = ". ".join([workload_title(rows[0]), *([", ".join(moved)] if moved else [])])
+        parts += [f"### {name}\n", filled(f"{title}.") + "\n", markdown_table(rows)]
+        parts.append("\n" + filled(f"*{machine_line(results.run)}. Run {rows[0].run}.*") + "\n")
+        parts += ["\n".join(f"- {remark}" for remark in remarks(rows)) + "\n"] if remarks(rows) else []
+    return parts
 
 
 def sweep(results: Results, group: str, title: str) -> list[str]:
     """A table of medians: a line for every workload of a group, a column for every provider worth a comparison."""
-    rows = [row for row in results.rows if group in row.groups and row.check == "ok"]
-    names = sorted(dict.fromkeys(row.workload for row in rows), key=lambda name: sort_key(rows, name))
-    columns = [
-        provider
-        for provider in dict.fromkeys(row.provider for row in rows)
-        if (is_ours(provider) or provider in ("ceiling", "llava_avg_pool", "avg_pool2d", "adaptive_avg_pool2d"))
-    ]
+    workloads = {name: [row for row in rows if row.is_timed] for name, rows in results.of(group).items()}
+    names = sorted((name for name, rows in workloads.items() if rows), key=lambda name: size_of(workloads[name][0]))
+    others = ("ceiling", "llava_avg_pool", "avg_pool2d", "adaptive_avg_pool2d")
+    providers = dict.fromkeys(row.provider for name in names for row in workloads[name])
+    columns = [provider for provider in providers if is_ours(provider) or provider in others]
     if not names:
         return []
-    lines = [
-        f"### {title}\n",
-        f"| | {' | '.join(map(title_of, columns))} |",
-        f"|---|{'---:|' * len(columns)}",
-    ]
+    lines = [f"| | {' | '.join(map(title_of, columns))} |", f"|---|{'---:|' * len(columns)}"]
     for name in names:
-        cells = []
-        for provider in columns:
-            row = results.find(name, provider)
-            reached = row.gb_per_s if row is not None else None
-            cells.append("-" if row is None else f"{show_time(row.p50_us or 0)}, {show_number(reached or 0)} GB/s")
+        known = {row.provider: row for row in workloads[name]}
+        cells = [
+            f"{show_time(row.us)}, {show_number(row.gb_per_s or 0)} GB/s" if row else "-"
+            for row in map(known.get, columns)
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(f"\n*{machine_line(results.run)}.*\n")
-    return ["\n".join(lines)]
+    return [f"### {title}\n", "\n".join(lines), f"\n*{machine_line(results.run)}.*\n"]
 
 
-def sort_key(rows: Sequence[Row], name: str) -> tuple[int, int, int]:
-    row = next(row for row in rows if row.workload == name)
-    known = WORKLOADS.get(name)
-    out = (known.output_size or (0, 0))[0] if known else 0
-    return row.frames, row.shape[-1], -out
+def size_of(row: Row) -> tuple[int, int]:
+    return row.frames, row.shape[-1]
+
+
+def prefill_table(results: Results) -> str:
+    """A line for every pooling: tokens that are left, the pooling's time, the decoder's, and how much both save."""
+    lines = ["| pooled by | grid | visual tokens | of all | pooling | prefill | both faster by | pooling's share |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    parts = []
+    for workload, rows in results.of("prefill").items():
+        known, table = {row.provider: row for row in rows}, list(lines)
+        unpooled = known["prefill:unpooled"]
+        for row in rows:
+            if row.op == "prefill":
+                pooling = known.get(row.provider.replace("prefill:", "pool:"))
+                table.append(f"| {' | '.join(prefill_cells(row, pooling, unpooled))} |")
+        about = f"{workload}: {workload_title(rows[0])}. {unpooled.note}. {machine_line(results.run)}, "
+        about += f"transformers {results.run.versions.get('transformers')}."
+        parts.append("\n".join([f"### {results.run.device['name']}\n", *table, "", filled(about), ""]))
+    return "\n".join(parts)
+
+
+def prefill_cells(row: Row, pooling: Row | None, unpooled: Row) -> list[str]:
+    rows, cols = row.settings["grid"]
+    share = rows * cols / (row.shape[-3] * row.shape[-2])
+    cells = [f"`{row.settings['pooled_by']}`", f"{rows} × {cols}", f"{row.settings['visual_tokens']:,}"]
+    cells.append(f"{show_number(100 * share)} %")
+    if not row.is_timed or (pooling is not None and not pooling.is_timed):
+        return [*cells, "-" if pooling is None else pooling.outcome, row.outcome, "-", "-"]
+    pooling_us = pooling.us if pooling else 0.0
+    faster = f"{show_number(unpooled.us / (pooling_us + row.us))} ×" if unpooled.is_timed else "-"
+    share_of_pooling = f"{show_number(100 * pooling_us / (pooling_us + row.us))} %" if pooling else "-"
+    return [*cells, show_time(pooling_us) if pooling else "-", show_time(row.us), faster, share_of_pooling]
 
 
 def picture_folder(results: Results) -> str:
-    """As the file of results is named."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{results.run.device['type']}-{results.run.device['name']}".lower()).strip("-")
+    """The name of the folder of a machine's pictures, which is that of its file of results."""
+    return file_name(results.run.device).removesuffix(".jsonl")
 
 
 def readme_table(results: Results) -> str:
     """Medians relative to norm_pool's into given memory, with 16 and 64 frames, and on which machine."""
     ours = "norm_pool:cpu:out"
     lines = ["| time, relative to the first row | 16 frames | 64 frames |", "|---|---|---|"]
-    providers = dict.fromkeys([ours, *(row.provider for row in results.rows if row.workload == T64)])
-    for provider in providers:
+    for provider in dict.fromkeys([ours, *(row.provider for row in results.rows if row.workload == T64)]):
         cells = []
         for workload in (T16, T64):
             row, base = results.find(workload, provider), results.find(workload, ours)
-            if row is None or base is None or row.p50_us is None or base.p50_us is None:
+            if row is None or base is None or not row.is_timed or not base.is_timed:
                 cells.append("-")
             else:
-                ratio = row.p50_us / base.p50_us
-                shown = f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:.0f}"
-                cells.append(f"1 ({show_time(base.p50_us)})" if provider == ours else shown)
+                cells.append(f"1 ({show_time(base.us)})" if provider == ours else show_number(row.us / base.us))
         if cells != ["-", "-"]:
             lines.append(f"| {title_of(provider)} | {' | '.join(cells)} |")
     facts = f"Frames of 27 × 27 × 3584 in bfloat16, pooled to 13 × 13; medians. {machine_line(results.run)}."
-    return "\n".join([*lines, "", textwrap.fill(facts, 120)])
+    return "\n".join([*lines, "", filled(facts)])
 
 
-def with_table(readme: str, results: Sequence[Results]) -> str:
+def with_table(readme: str, files: Sequence[Path]) -> str:
     """The README with the newest table of a CPU."""
-    cpus = [each for each in results if each.run.device["type"] == "cpu"]
+    cpus = [results for results in last_states(files, T64) if results.run.device["type"] == "cpu"]
     if not cpus:
         return readme
     table = readme_table(max(cpus, key=lambda each: each.run.utc))
     before, _, rest = readme.partition(MARK[0])
-    _, _, after = rest.partition(MARK[1])
-    return f"{before}{MARK[0]}\n{table}\n{MARK[1]}{after}"
+    return f"{before}{MARK[0]}\n{table}\n{MARK[1]}{rest.partition(MARK[1])[2]}"
 
 
-def prefill_sections(folder: Path, pictures: Path | None) -> list[tuple[str, str, str]]:
-    """Of every machine, by the newest run that is not a quick one; draws into `pictures` unless None."""
-    found = []
-    for path in sorted(folder.glob("prefill-*.jsonl")):
-        runs = [(run, rows) for run, rows in prefill.load(path) if rows and not run.settings.get("quick")]
-        if not runs:
-            continue
-        run, rows = runs[-1]
-        name = f"{path.stem}.png"
-        if pictures is not None:
-            prefill.plot(run, rows, pictures / name)
-        found.append((str(run.device["name"]), prefill.markdown(run, rows), f"performance/{name}"))
-    return found
+def texts() -> dict[Path, str]:
+    """What the page and the README should be."""
+    files = machine_files()
+    return {PAGE: page(files), README: with_table(README.read_text(encoding="utf-8"), files)}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if texts are not up to date")
-    given = parser.parse_args(arguments)
-    results = newest()
-    if not results:
-        parser.error(f"there are no results in {RESULTS}")
-    if not given.check:
-        PICTURES.mkdir(exist_ok=True)
-        for each in results:
-            for path in save_plots(each, PICTURES / picture_folder(each), force=True):
-                print(path.relative_to(ROOT))
-    prefills = prefill_sections(RESULTS, None if given.check else PICTURES)
-    texts = {PAGE: page(results, prefills), README: with_table(README.read_text(encoding="utf-8"), results)}
-    stale = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    for path in stale:
-        if given.check:
-            print(f"{path.relative_to(ROOT)} is not what the results say: make performance", file=sys.stderr)
-        else:
-            path.write_text(texts[path], encoding="utf-8")
-            print(path.relative_to(ROOT))
-    return int(given.check and bool(stale))
+def write() -> list[Path]:
+    """Draws the pictures, writes the page and the README, and returns what was written."""
+    machines = last_states(machine_files(), T64)
+    written = [path for each in machines for path in save_plots(each, PICTURES / picture_folder(each), force=True)]
+    for path, text in texts().items():
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def stale() -> list[Path]:
+    """The texts that are not what the results say."""
+    return [path for path, text in texts().items() if not path.exists() or path.read_text(encoding="utf-8") != text]

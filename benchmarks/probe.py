@@ -1,4 +1,4 @@
-"""The most that a CPU's memory gives: pooling's bytes in pooling's order without arithmetic, compiled where it runs."""
+"""The most that a CPU's memory gives: pooling's bytes in pooling's order, without arithmetic, by a loop in C++."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from stgridpool_kernels.machine import cpu_name
 
 SOURCE = Path(__file__).with_name("ceiling.cpp")
 LINE = 64
+"""Bytes of a cache line. Tokens and addresses must be multiples of it."""
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wall", "-Wno-psabi")
 
 
 def cache_folder() -> Path:
-    """Where what was compiled is kept: a folder of the user's caches."""
+    """The folder of the user's caches that compiled probes are kept in."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home, "stgridpool_kernels")
 
@@ -30,26 +32,24 @@ class Probe:
     """The functions of ceiling.cpp."""
 
     def __init__(self) -> None:
-        """Compiles unless it has been; raises RuntimeError with the reason where that is not possible."""
+        """Compiles them unless that has been done here. Raises RuntimeError with the reason where it cannot be done."""
         given = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
         if given is None:
             raise RuntimeError("no C++ compiler")
         compiler = shlex.split(given)
-        flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wall", "-Wno-psabi"]
         known = hashlib.sha256(SOURCE.read_bytes())
-        known.update("\n".join([*compiler, output_of([*compiler, "--version"]) or "", *flags, cpu_name()]).encode())
+        known.update("\n".join([*compiler, output_of([*compiler, "--version"]) or "", *FLAGS, cpu_name()]).encode())
         library = cache_folder() / f"ceiling-{known.hexdigest()[:16]}.so"
         try:
             if not library.exists():
-                _compile(compiler, flags, library)
+                _compile(compiler, library)
             functions = ctypes.CDLL(str(library))
         except OSError as error:
             raise RuntimeError(f"{SOURCE.name}: {error}") from error
         pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._pool, self._read, self._copy = functions.pool, functions.read, functions.copy
+        self._pool, self._read = functions.pool, functions.read
         self._pool.argtypes, self._pool.restype = [pointer, pointer, *[size] * 6, threads], None
         self._read.argtypes, self._read.restype = [pointer, size, threads], ctypes.c_uint64
-        self._copy.argtypes, self._copy.restype = [pointer, pointer, size, threads], None
 
     def pool(self, x: Tensor, out: Tensor, threads: int) -> None:
         """out (T, OH, OW, C) = the bitwise or of the tokens of each 2 × 2 window of x (T, H, W, C)."""
@@ -60,18 +60,14 @@ class Probe:
         """The bitwise or of all 64-bit words of x."""
         return int(self._read(*_addresses(x.nbytes, x), x.nbytes, threads))
 
-    def copy(self, x: Tensor, out: Tensor, threads: int) -> None:
-        """Past the cache, where the architecture has such stores."""
-        self._copy(*_addresses(x.nbytes, x, out), x.nbytes, threads)
 
-
-def _compile(compiler: list[str], flags: list[str], library: Path) -> None:
+def _compile(compiler: list[str], library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built, linked = Path(folder, "ceiling.o"), Path(folder, "ceiling.so")
-        # not linked to an OpenMP runtime: that of torch is used, since the threads of two would wait for work on each
+        # not linked to an OpenMP runtime, so that torch's is used: the threads of two would wait for work on each
         # other's cores
-        for command in ([*flags, "-c", f"{SOURCE}", "-o", f"{built}"], ["-shared", f"{built}", "-o", f"{linked}"]):
+        for command in ([*FLAGS, "-c", f"{SOURCE}", "-o", f"{built}"], ["-shared", f"{built}", "-o", f"{linked}"]):
             done = subprocess.run([*compiler, *command], capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"{SOURCE.name} does not compile: {done.stderr.strip()[:2000]}")

@@ -1,28 +1,31 @@
-"""Files of results: JSON lines that are only ever appended to.
+"""Results: JSON lines, which are only ever appended to, and what is computed from them.
 
-A run writes one line that says where and how it was measured (`Run`), then one line for every provider on every
-workload (`Row`), as they are found. Rows name their run, so that a file may hold many.
+A run writes one line that says where and how it measured (`Run`), then one line for every provider on every workload
+(`Row`) as soon as it is known. Rows name their run, so a file may hold many runs. A machine has one file.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+FOLDER = Path(__file__).with_name("results")
+"""The folder of the results that documents are made from."""
+
 
 @dataclass(frozen=True)
 class Run:
     """Where and how rows were measured.
 
-    run: its name, which begins with the time. device: type ("cpu" or "cuda"), name and what else belongs to it.
-    settings: how it was asked for. peaks: "fp32_gflops", multiplications and additions per second, in 10⁹.
+    run: the name, which begins with the time in UTC. device: its type ("cpu" or "cuda"), name and properties. versions
+    and source: what was measured. settings: the options that it was started with.
     """
 
     run: str
@@ -31,26 +34,26 @@ class Run:
     versions: dict[str, Any]
     source: dict[str, Any]
     settings: dict[str, Any]
-    peaks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Row:
-    """What was found for one provider on one workload; None where it was not measured or has no meaning.
+    """The result of one provider on one workload; None where a value was not measured or has no meaning.
 
-    provider: "copy", "ceiling", "read", or a name of `providers.py`; op: whose lower bound it is held to.
+    provider: "copy", "ceiling", "read", or the name of a provider of the workload. op: what it computes; "" for the
+    first three, which move bytes only. settings: arguments that are not the defaults. groups: "main", or the sweeps
+    and kinds that the workload belongs to.
+    read_bytes, write_bytes: the fewest bytes that the op must move; of a copy and of a probe, the bytes that it moves.
     check: "ok", or "wrong: …", "failed: …" or "skipped: …", and then there are no times.
-    p20_us, p50_us, p80_us: quantiles of the time of a call, in µs. cold_us: the median of single calls on a GPU, from
-    Python to the end of the work, none of whose memory is in a cache.
-    read_bytes, write_bytes: the fewest bytes that the op must move; of a copy and of a probe what they move.
-    gb_per_s: these over the median time. percent_of_copy, percent_of_ceiling: that as a share of what a copy, and a
-    probe that moves as many bytes in the same pattern, reached between the same samples.
-    times_baseline: median time of the provider `baseline` over that of this one: above 1 this one is faster.
-    flops: additions and multiplications that the op's formula takes. extra_peak_bytes: memory in use at most during a
-    call, beyond the input and the result. launches: kernels on a GPU, operators of torch on a CPU.
-    overhead_us: the time until a call on one frame of 9 × 9 tokens of 384 channels returns; overhead_cold_us: on a CPU
-    the same where other work has filled the caches, which then hold nothing of the op's own code and data.
-    others_cores: CPU cores that other processes and the hypervisor used meanwhile.
+    p20_us, p50_us, p80_us: quantiles of the time of a call in µs, over `samples` samples of `calls_per_sample` calls
+    on `rotating_sets` inputs in turn.
+    gb_per_s: the fewest bytes over the median time, in 10⁹ bytes per second. percent_of_copy, percent_of_ceiling: that
+    as a share of what the copy, and the probe, reached between the same samples.
+    times_baseline: median time of the provider `baseline` over that of this one, above 1 if this one is faster.
+    extra_peak_bytes: most memory in use during a call beyond the input and the result. state_bytes: most memory that a
+    stream keeps between two calls. launches: kernels that a call launches on a GPU.
+    overhead_us: median time in µs until a call on warm caches returns. others_cores: CPU cores that other processes and
+    the hypervisor used meanwhile.
     """
 
     run: str
@@ -66,36 +69,49 @@ class Row:
     write_bytes: int
     check: str = "skipped: not reached"
     note: str = ""
-    min_us: float | None = None
     p20_us: float | None = None
     p50_us: float | None = None
     p80_us: float | None = None
     samples: int | None = None
     calls_per_sample: int | None = None
     rotating_sets: int | None = None
-    cold_us: float | None = None
     gb_per_s: float | None = None
     percent_of_copy: float | None = None
     percent_of_ceiling: float | None = None
     baseline: str | None = None
     times_baseline: float | None = None
-    flops: float | None = None
     extra_peak_bytes: int | None = None
+    state_bytes: int | None = None
     launches: int | None = None
     overhead_us: float | None = None
-    overhead_cold_us: float | None = None
     others_cores: float | None = None
 
     @property
     def frames(self) -> int:
-        """Frames of all videos."""
+        """Frames of all videos together."""
         return self.shape[0] if len(self.shape) == 4 else self.shape[0] * self.shape[1]
 
     @property
-    def spread(self) -> float | None:
-        """(p80 − p20) / p50."""
+    def outcome(self) -> str:
+        """ "ok", "wrong", "failed" or "skipped"."""
+        return self.check.partition(":")[0]
+
+    @property
+    def is_timed(self) -> bool:
+        return self.check == "ok" and self.p50_us is not None
+
+    @property
+    def us(self) -> float:
+        """The median time. Raises ValueError if there is none."""
+        if self.p50_us is None:
+            raise ValueError(f"{self.provider} on {self.workload} was not timed")
+        return self.p50_us
+
+    @property
+    def spread(self) -> float:
+        """(p80 − p20) / p50, or 0 where a quantile is not known."""
         if self.p20_us is None or self.p50_us is None or self.p80_us is None:
-            return None
+            return 0.0
         return (self.p80_us - self.p20_us) / self.p50_us
 
 
@@ -107,11 +123,21 @@ class Results:
     rows: list[Row]
 
     def find(self, workload: str, provider: str) -> Row | None:
-        """The row of a provider on a workload, if it was measured and right."""
-        return next(
-            (r for r in self.rows if (r.workload, r.provider) == (workload, provider) and r.check == "ok"),
-            None,
-        )
+        """The row of a provider on a workload, if the result was right."""
+        found = (r for r in self.rows if (r.workload, r.provider) == (workload, provider) and r.check == "ok")
+        return next(found, None)
+
+    def of(self, group: str) -> dict[str, list[Row]]:
+        """The rows of a group by workload, in the order in which they were measured."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if group in row.groups:
+                found.setdefault(row.workload, []).append(row)
+        return found
+
+    def has(self, part: str) -> bool:
+        """Whether there is a row of a workload of this name or group."""
+        return any(part in (row.workload, *row.groups) for row in self.rows)
 
     @property
     def workloads(self) -> list[str]:
@@ -122,30 +148,33 @@ class Results:
 
 
 class Writer:
-    """Appends lines to a file, each whole; its folder is made if needed."""
+    """Appends lines to a file, each in one piece. The file and its folder are made if need be; there may be none."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._file = path.open("ab", buffering=0)
-        if self._file.tell() and not path.read_bytes().endswith(b"\n"):
-            self._file.write(b"\n")  # a run that was killed may have left part of a line
+    def __init__(self, path: Path | None) -> None:
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+            if self._file.tell() and not path.read_bytes().endswith(b"\n"):
+                self._file.write(b"\n")  # a run that was killed may have left part of a line
 
     def write(self, line: DataclassInstance) -> None:
-        self._file.write(encode(line).encode() + b"\n")
+        if self._file is not None:
+            self._file.write(encode(line).encode() + b"\n")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def encode(line: DataclassInstance) -> str:
-    """One line of JSON, without what is None; its kind is the name of its class."""
+    """One line of JSON, without the values that are None; its kind is the name of the class."""
     found = {name: value for name, value in asdict(line).items() if value is not None}
     return json.dumps({"kind": type(line).__name__.lower()} | found)
 
 
 def load(path: Path) -> list[Results]:
-    """All runs in a file, oldest first. Lines that are cut or of another kind are passed over.
+    """All runs of a file, oldest first. Lines that are cut or of another kind are passed over.
 
     A row may be written more than once, as more of it is known: the last one counts.
 
@@ -160,17 +189,14 @@ def load(path: Path) -> list[Results]:
             found = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if not isinstance(found, dict):
-            continue
-        match found.pop("kind", None):
-            case "run":
-                run = _decode(Run, found)
-                runs[run.run] = run
-            case "row" if found.get("run") in runs:
-                found["shape"], found["groups"] = tuple(found["shape"]), tuple(found["groups"])
-                rows[found["run"], found["workload"], found["provider"]] = _decode(Row, found)
+        kind = found.pop("kind", None) if isinstance(found, dict) else None
+        if kind == "run":
+            runs[found["run"]] = _decode(Run, found)
+        elif kind == "row" and found["run"] in runs:
+            found["shape"], found["groups"] = tuple(found["shape"]), tuple(found["groups"])
+            rows[found["run"], found["workload"], found["provider"]] = _decode(Row, found)
     if not runs:
-        raise ValueError(f"{path}: holds no results of stgp bench")
+        raise ValueError(f"{path}: holds no results of benchmarks")
     return [Results(run, [row for row in rows.values() if row.run == name]) for name, run in runs.items()]
 
 
@@ -192,25 +218,73 @@ def pick(argument: str) -> Results:
     return found[-1]
 
 
+def last_state(path: Path, part: str | None = None) -> Results | None:
+    """The rows of all runs of one state of the code: the last that has any of the workload or group `part`.
+
+    A state is the package with its compiled library, or without one where the library was built later. Quick runs do
+    not count. Where two runs measured the same, the later one counts. None if there is no such run.
+    """
+    states: dict[Any, list[Results]] = {}
+    for results in load(path):
+        if results.rows and not results.run.settings.get("quick"):
+            states.setdefault(results.run.source.get("package_sha256"), []).append(results)
+    having = [runs for runs in states.values() if part is None or any(each.has(part) for each in runs)]
+    if not having:
+        return None
+    runs = max(having, key=lambda runs: runs[-1].run.utc)
+    libraries = (None, runs[-1].run.source.get("library_sha256"))
+    same = [each for each in runs if each.run.source.get("library_sha256") in libraries]
+    rows = {(row.workload, row.provider): row for each in same for row in each.rows}
+    return Results(same[-1].run, list(rows.values()))
+
+
+def machine_files(folder: Path = FOLDER) -> list[Path]:
+    """The files of all machines, ordered by name."""
+    return sorted([*folder.glob("cpu-*.jsonl"), *folder.glob("cuda-*.jsonl")])
+
+
 def file_name(device: dict[str, Any]) -> str:
-    """Of the file that a machine's results are appended to."""
+    """The name of the file that the results of a machine are appended to."""
     return f"{device['type']}-{re.sub(r'[^a-z0-9]+', '-', str(device['name']).lower()).strip('-')}.jsonl"
 
 
-# ---- comparison ----
+# ---- what follows from times ----
+
+
+def add_rates(rows: Sequence[Row], baseline: str) -> None:
+    """Sets bandwidths, shares of the copy's and the probe's, and ratios to the baseline, in the rows of a workload."""
+    timed = {row.provider: row for row in rows if row.is_timed}
+    rates = {name: (row.read_bytes + row.write_bytes) / row.us / 1e3 for name, row in timed.items()}
+    for row in rows:
+        row.baseline = baseline
+        if row.provider in timed:
+            row.gb_per_s = round(rates[row.provider], 3)
+            row.percent_of_copy = _ratio(100 * rates[row.provider], rates.get("copy"), 2)
+            row.percent_of_ceiling = _ratio(100 * rates[row.provider], rates.get("ceiling"), 2)
+            row.times_baseline = _ratio(timed[baseline].us, row.us, 4) if baseline in timed else None
+
+
+def _ratio(value: float, unit: float | None, digits: int) -> float | None:
+    return round(value / unit, digits) if unit else None
 
 
 @dataclass(frozen=True)
 class Change:
-    """A provider on a workload in two runs. ratio: median time in `after` over that in `before`. noise: the sum of both
-    spreads, (p80 − p20) / p50. verdict: "faster" or "slower" where the ratio is beyond the noise, else ""."""
+    """A provider on a workload in two runs. ratio: its median time in `after` over that in `before`. noise: the sum of
+    both spreads. verdict: "faster" or "slower" where the ratio is beyond the noise, else ""."""
 
     workload: str
     provider: str
     before: Row
     after: Row
-    ratio: float
-    noise: float
+
+    @property
+    def ratio(self) -> float:
+        return self.after.us / self.before.us
+
+    @property
+    def noise(self) -> float:
+        return self.before.spread + self.after.spread
 
     @property
     def verdict(self) -> str:
@@ -220,22 +294,10 @@ class Change:
 
 
 def compare(before: Results, after: Results) -> list[Change]:
-    """What both runs measured, in the order of `after`."""
-    changes = []
-    for new in after.rows:
-        old = before.find(new.workload, new.provider)
-        if old is None or new.check != "ok" or not old.p50_us or not new.p50_us:
-            continue
-        noise = (old.spread or 0.0) + (new.spread or 0.0)
-        changes.append(Change(new.workload, new.provider, old, new, new.p50_us / old.p50_us, noise))
-    return changes
-
-
-def with_ratios(rows: Iterable[Row], baseline: str) -> Sequence[Row]:
-    """The rows of one workload, each with its time relative to the baseline's."""
-    rows = list(rows)
-    base = next((row.p50_us for row in rows if row.provider == baseline and row.check == "ok"), None)
-    for row in rows:
-        row.baseline = baseline
-        row.times_baseline = round(base / row.p50_us, 4) if base and row.p50_us else None
-    return rows
+    """The changes of everything that both runs timed, in the order of `after`."""
+    pairs = ((before.find(new.workload, new.provider), new) for new in after.rows)
+    return [
+        Change(new.workload, new.provider, old, new)
+        for old, new in pairs
+        if old is not None and old.is_timed and new.is_timed
+    ]

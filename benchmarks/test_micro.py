@@ -1,10 +1,10 @@
-"""Microbenchmarks of the providers of `stgp bench` on its quick workloads, for a comparison of two commits.
+"""Microbenchmarks of the quick workloads' providers under pytest-benchmark, for a comparison of two commits.
 
-    make bench                             # all; kept in .benchmarks
-    make bench ARGS=--benchmark-compare    # and next to what was kept last
-    make bench ARGS="-k norm_pool"         # some
+    make bench                             # all of them; results are kept in .benchmarks
+    make bench ARGS=--benchmark-compare    # next to the results that were kept last
+    make bench ARGS="-k norm_pool"         # some of them
 
-Every result is compared with its definition before it is timed. Groups are workloads. A round is one call: on a CPU
+Every result is compared with its definition before it is timed. A group is a workload. A round is one call: on a CPU
 after a buffer larger than the caches was read, on a GPU on the next of several inputs and until its work is done.
 """
 
@@ -23,8 +23,9 @@ from torch import Tensor
 
 import stgridpool_kernels
 from benchmarks.devices import Cpu, Device
-from benchmarks.measure import QUICK, Expected, Racer, variants
-from benchmarks.providers import Provider, providers
+from benchmarks.measure import QUICK, Contender, Expected, provider_row, variants
+from benchmarks.provider import Provider
+from benchmarks.providers import providers
 from benchmarks.workloads import QUICK as NAMES
 from benchmarks.workloads import WORKLOADS, Workload
 from stgridpool_kernels.backends import triton as triton_backend
@@ -42,19 +43,18 @@ def cases() -> Iterator[object]:
 
 @lru_cache(maxsize=1)
 def tokens(workload: Workload, device: Device) -> tuple[list[Tensor], dict[str, Provider], Expected]:
-    """Of the last workload: cases of one follow one another."""
+    """Inputs, providers and definitions of the last workload. The cases of one workload follow one another."""
     xs = device.inputs(workload)
     return xs, {provider.name: provider for provider in providers(workload, device.type)}, Expected(xs)
 
 
 @pytest.mark.parametrize(("workload", "provider", "into_out"), list(cases()))
 def test_provider(benchmark: BenchmarkFixture, device: Device, workload: str, provider: str, into_out: bool) -> None:
-    w = WORKLOADS[workload]
-    xs, known, expected = tokens(w, device)
-    racer = Racer(known[provider], xs, into_out, expected)
-    racer.run()
-    racer.check()
-    calls = itertools.cycle(racer.calls)
+    xs, known, expected = tokens(WORKLOADS[workload], device)
+    contender = Contender(known[provider], xs, into_out, expected)
+    row = provider_row("", WORKLOADS[workload], known[provider])
+    contender.prepare(device, row)
+    calls = itertools.cycle(contender.calls)
 
     def call() -> object:
         result = next(calls)()
@@ -68,19 +68,17 @@ def test_provider(benchmark: BenchmarkFixture, device: Device, workload: str, pr
     begin = time.perf_counter()
     call()
     rounds = QUICK.samples((time.perf_counter() - begin) * 1e6)
-    bound = w.bound(known[provider].op)
     benchmark.group = workload
-    benchmark.extra_info |= {"read_bytes": bound.read_bytes, "write_bytes": bound.write_bytes}
-    benchmark.pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=1)
-    if racer.keeps:
-        racer.check()
+    benchmark.extra_info |= {"read_bytes": row.read_bytes, "write_bytes": row.write_bytes}
+    benchmark.pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=1)  # type: ignore[no-untyped-call]
+    contender.check_last()
 
 
 @pytest.mark.parametrize("op", ["grid_pool", "norm_pool"])
 def test_before_the_launches(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    """A warm call of the triton backend whose launches do nothing: what it takes in Python, the result included.
+    """A warm call of the triton backend whose launches do nothing takes its time in Python, the result included.
 
-    On a CPU under TRITON_INTERPRET=1.
+    On a CPU it needs TRITON_INTERPRET=1.
     """
     x = torch.zeros(64, 9, 9, 16, dtype=torch.bfloat16, device=KIND)
     if reason := triton_backend.why_not(x, None):

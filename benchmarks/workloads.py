@@ -1,4 +1,4 @@
-"""What is timed: tokens of the models that pool them, long videos, packed and batched ones, and sweeps."""
+"""Workloads: tokens of models, long, packed and batched videos, sweeps, gradients, streams and prefills."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lower_bound import Traffic, flops, lower_bound
+from benchmarks.lower_bound import Traffic, lower_bound
 from stgridpool_kernels.plan import GridPlan, grid_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KINDS = ("pooling", "gradients", "stream", "prefill")
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Workload:
     """Tokens and the settings they are pooled by: (sum(frame_counts), *grid, channels), or (batch, T, *grid, channels)
     where frame_counts is batch times T.
 
-    groups: "main", and the sweeps it is a point of. goal: one of the shapes that goals are set for; torch.compile is
-    timed on these only, since it takes long.
+    kind: what is timed: the ops and what they stand in for, their gradients, pushes to a stream, or the prefill of a
+    language model after the pooling. groups: "main", or the sweeps that it is a point of, or its kind. goal: it is one
+    of the shapes that goals are set for. torch.compile is timed on these alone, since it takes long.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Workload:
     kernel_size: int = 2
     ceil_mode: bool = False
     output_size: tuple[int, int] | None = None
+    resize: str = "area"
+    kind: str = "pooling"
     groups: tuple[str, ...] = ("main",)
     goal: bool = False
 
@@ -52,37 +56,35 @@ class Workload:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """norm_pool's arguments, as far as they are not the defaults."""
+    def windows(self) -> dict[str, Any]:
+        """The arguments of norm_pool that are not the defaults."""
         if self.output_size is not None:
             return {"output_size": list(self.output_size)}
         settings: dict[str, Any] = {} if self.kernel_size == 2 else {"kernel_size": self.kernel_size}
         return settings | ({"ceil_mode": True} if self.ceil_mode else {})
 
     @property
-    def packing(self) -> dict[str, Any]:
-        """What grid_pool is given besides, where there is more than one video."""
+    def settings(self) -> dict[str, Any]:
+        """The arguments of grid_pool that are not the defaults."""
         packed = self.batch is None and len(self.frame_counts) > 1
-        return {"frame_counts": list(self.frame_counts)} if packed else {}
+        gridding = {"frame_counts": list(self.frame_counts)} if packed else {}
+        return self.windows | gridding | ({} if self.resize == "area" else {"resize": self.resize})
 
     def plan(self, op: str) -> GridPlan:
-        frame_strides = (2, 4, 8) if op == "grid_pool" else ()
-        return grid_plan(self.frame_counts, *self.grid, frame_strides=frame_strides, **self.settings)
+        gridding: dict[str, Any] = {"resize": self.resize} if op == "grid_pool" else {"frame_strides": ()}
+        height, width = self.grid
+        return grid_plan(self.frame_counts, height, width, **gridding, **self.windows)
 
     def bound(self, op: str) -> Traffic:
-        """A gradient, "grid_pool_backward", reads what the op reads and the gradient of its result, and writes x's."""
+        """The fewest bytes of an op. A gradient, as in "grid_pool_backward", reads the bytes that the op reads and the
+        gradient of the result, and writes that of x."""
         forward = op.removesuffix("_backward")
         bound = lower_bound(self.plan(forward), self.channels, self.dtype.itemsize)
         return bound if op == forward else Traffic(bound.total_bytes, self.input_bytes)
 
-    def flops(self, op: str) -> int:
-        """A gradient takes twice: norms and products with the result's gradient, then sums of two for each token."""
-        forward = op.removesuffix("_backward")
-        return flops(self.plan(forward), self.channels) * (1 if op == forward else 2)
-
 
 def _models() -> list[Workload]:
-    seven, half = 3584, 896  # channels of a decoder of 7 and of half a billion parameters
+    seven, half = 3584, 896  # channels of decoders of 7 and of half a billion parameters
     video = Workload("llava-video-7b", (64,), channels=seven, groups=("main", "T-3584"), goal=True)
     return [
         video,
@@ -108,14 +110,14 @@ def _sweeps() -> list[Workload]:
     def point(frames: int, channels: int, group: str, **more: Any) -> Workload:
         return Workload(f"{frames}x27x27x{channels}", (frames,), channels=channels, groups=(group,), **more)
 
-    wide = (point(frames, 3584, "T-3584") for frames in (8, 16, 32, 128, 256))
     narrow = (point(frames, 896, "T-896") for frames in (8, 16, 32, 128, 256))
+    wide = (point(frames, 3584, "T-3584") for frames in (8, 16, 32, 128, 256))
     channels = (point(32, channels, "C") for channels in (128, 384, 1152, 2048, 3584, 4096, 8192))
-    # windows of 3 × 3 and more take the general kernels; 32 frames of 7B's channels
+    # windows of 3 × 3 and more take the general kernels
     windows = (
         replace(point(32, 3584, "window", kernel_size=size), name=f"window-{size}x{size}") for size in (2, 3, 4, 6, 9)
     )
-    # some 50, 30, 23, 14 and 5 % of the tokens
+    # about 50, 30, 23, 14 and 5 % of the tokens
     budgets = (
         replace(point(32, 3584, "budget", output_size=(side, side)), name=f"budget-{side}x{side}")
         for side in (19, 15, 13, 10, 6)
@@ -123,8 +125,24 @@ def _sweeps() -> list[Workload]:
     return [*merged([*narrow, *wide, *channels]), *windows, *budgets]
 
 
+def _others() -> list[Workload]:
+    stream = Workload("stream", (64,), channels=3584, kind="stream", groups=("stream",))
+    prefill = Workload("prefill-0.5b", (8,), kind="prefill", groups=("prefill",))
+    gradients = Workload("llava-video-0.5b:gradients", (64,), kind="gradients", groups=("gradients",))
+    return [
+        Workload("1x9x9x384", (1,), grid=(9, 9), channels=384, groups=("overhead",)),
+        replace(gradients, name="32x27x27x896:gradients", frame_counts=(32,)),
+        gradients,
+        stream,
+        replace(stream, name="stream-10x10", output_size=(10, 10)),
+        replace(stream, name="stream-bilinear", resize="bilinear"),
+        prefill,
+        replace(prefill, name="prefill-7b", frame_counts=(64,), channels=3584),
+    ]
+
+
 def merged(workloads: Sequence[Workload]) -> list[Workload]:
-    """The same, where a name that is there twice is one workload in the groups of both."""
+    """The workloads, of which those with the same name become one that is in the groups of all."""
     found: dict[str, Workload] = {}
     for workload in workloads:
         groups = found[workload.name].groups if workload.name in found else ()
@@ -132,41 +150,51 @@ def merged(workloads: Sequence[Workload]) -> list[Workload]:
     return list(found.values())
 
 
-WORKLOADS = {workload.name: workload for workload in (*_models(), *_sweeps())}
+WORKLOADS = {workload.name: workload for workload in (*_models(), *_sweeps(), *_others())}
 
-QUICK = ("16x27x27x3584", "8x27x27x896", "16x27x27x896", "32x27x27x896", "llava-video-0.5b")
-"""For two minutes on a small machine."""
+QUICK = ("16x27x27x3584", "8x27x27x896", "16x27x27x896", "32x27x27x896", "llava-video-0.5b", "1x9x9x384")
+"""Workloads that take two minutes together on a small machine."""
 
 
 def parse_workload(text: str) -> Workload:
-    """A name of WORKLOADS, or a shape as in 64x27x27x3584, 8x32x27x27x896:fp16 (a batch), 32x27x27x3584:ceil.
+    """The workload that a text names: a key of WORKLOADS, or a shape like 64x27x27x3584 or 8x32x27x27x896 (a batch),
+    each followed by any of :bf16, :fp16, :fp32, :ceil, :gradients, :stream and :prefill.
 
-    Raises ValueError for anything else.
+    Raises ValueError for other texts.
     """
     if text in WORKLOADS:
         return WORKLOADS[text]
-    sizes, *flags = text.split(":")
-    numbers = [int(number) for number in sizes.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3,4}", sizes) else []
-    unknown = set(flags) - {*DTYPES, "ceil"}
-    if not numbers or unknown or len(set(flags) & set(DTYPES)) > 1:
+    base, *flags = text.split(":")
+    found = WORKLOADS.get(base) or _of_shape(base)
+    kinds, dtypes = [flag for flag in flags if flag in KINDS[1:]], [flag for flag in flags if flag in DTYPES]
+    known = {"ceil", *kinds, *dtypes}
+    if found is None or not set(flags) <= known or len(kinds) > 1 or len(dtypes) > 1:
         raise ValueError(
-            f"shape must be TxHxWxC or BxTxHxWxC, followed by {', '.join(f':{name}' for name in DTYPES)} or :ceil if "
-            f"need be, or one of {', '.join(WORKLOADS)}; got {text!r}"
+            f"shape must be TxHxWxC or BxTxHxWxC, or one of {', '.join(WORKLOADS)}, followed by "
+            f"{', '.join(f':{flag}' for flag in (*DTYPES, 'ceil', *KINDS[1:]))} if need be; got {text!r}"
         )
-    *leading, frames, height, width, channels = numbers
-    return Workload(
-        text,
-        (frames,) * (leading[0] if leading else 1),
-        grid=(height, width),
-        channels=channels,
-        dtype=next((DTYPES[flag] for flag in flags if flag in DTYPES), torch.bfloat16),
-        batch=leading[0] if leading else None,
-        ceil_mode="ceil" in flags,
+    kind = kinds[0] if kinds else found.kind
+    return replace(
+        found,
+        name=text,
+        dtype=DTYPES[dtypes[0]] if dtypes else found.dtype,
+        ceil_mode=found.ceil_mode or "ceil" in flags,
+        kind=kind,
+        groups=(kind,),
+        goal=False,
     )
 
 
+def _of_shape(text: str) -> Workload | None:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3,4}", text):
+        return None
+    *batch, frames, height, width, channels = map(int, text.split("x"))
+    counts = (frames,) * (batch[0] if batch else 1)
+    return Workload(text, counts, (height, width), channels, batch=batch[0] if batch else None)
+
+
 def random_tokens(shape: Sequence[int], dtype: torch.dtype, device: str, seed: int) -> Tensor:
-    """Tokens of RMS 2 ± 0.3: unequal norms, so that the softmax has something to weigh."""
+    """Random tokens of RMS 2 ± 0.3, whose unequal norms make the weights of a window unequal."""
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(shape, dtype=dtype, device=device, generator=generator)
     return x.mul_(2 + 0.3 * torch.randn((*shape[:-1], 1), dtype=dtype, device=device, generator=generator))

@@ -13,7 +13,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +22,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.devices import Device, Gpu
-from benchmarks.machine import describe
-from benchmarks.measure import LOST, QUICK, measure, new_run
-from benchmarks.providers import Provider, chosen
+from benchmarks.__main__ import main
+from benchmarks.devices import open_device
+from benchmarks.machine import new_run
+from benchmarks.measure import LOST, QUICK, measure
+from benchmarks.provider import Provider
+from benchmarks.providers import chosen
 from benchmarks.results import encode
 from benchmarks.workloads import WORKLOADS, Workload, random_tokens
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.backends.triton_kernels import config, launch, prepare
-from stgridpool_kernels.cli import main as cli
 from stgridpool_kernels.plan.dataflow import Schedule
 from tools.compile_report import configured
 from tools.gpu_check import AXES, Lines
@@ -39,8 +39,6 @@ from tools.gpu_check import AXES, Lines
 TUNED = ("llava-video-7b", "llava-next-video-7b")
 """The two main shapes, one with odd sizes and one with even ones, which share a row of the table of configurations."""
 COUNTERS = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum", "instr.": "smsp__inst_executed.sum"}
-Choice = dict[str, Any]
-new_device: Callable[[], Device] = Gpu
 
 
 def results() -> Lines:
@@ -48,15 +46,15 @@ def results() -> Lines:
 
 
 def bench(*arguments: str) -> None:
-    """`stgp bench`"""
-    sys.exit(cli.main(["bench", *arguments]))
+    """`python -m benchmarks run`"""
+    sys.exit(main(["run", *arguments]))
 
 
 def tune(backend: str) -> None:
     """One axis at a time, in turns with the best choice so far. Another has to gain half a percent on both shapes."""
-    device, lines, best = new_device(), results(), Choice()
+    device, lines, best = open_device("cuda"), results(), dict[str, Any]()
     how = {"baseline": "copy", "effort": QUICK, "report": lambda row: lines.append(encode(row)), "extras": False}
-    run = new_run(describe(device.torch_device), {"quick": True, "tune": True}, {})
+    run = new_run(device.torch_device, {"quick": True, "tune": True})
     lines.append(encode(run))
     for axis, values in (AXES if backend == "triton" else {"cells": [1, 2, 4, 7]}).items():
         choices, times = [best, *(best | {axis: value} for value in values)], dict[str, list[float]]()
@@ -77,7 +75,7 @@ def tune(backend: str) -> None:
         lines.append(json.dumps(found | {"shown": shown + configuration_row(best, us) * (backend == "triton")}))
 
 
-def variant(workload: Workload, backend: str, choice: Choice) -> Provider:
+def variant(workload: Workload, backend: str, choice: dict[str, Any]) -> Provider:
     """grid_pool by a choice of configuration."""
     (like,) = chosen(workload, "cpu", ["grid_pool:reference"])
     plan, name = workload.plan("grid_pool"), f"grid_pool:{backend}"
@@ -96,7 +94,7 @@ def variant(workload: Workload, backend: str, choice: Choice) -> Provider:
     return replace(like, name=name, call=call, ulps=2, takes_out=True, captures=True, memory=0.5)
 
 
-def configuration_row(choice: Choice, us: dict[str, float]) -> str:
+def configuration_row(choice: dict[str, Any], us: dict[str, float]) -> str:
     """A row for triton_kernels/config.py and where in its table, of this GPU and the largest of the shapes."""
     capability, channels = torch.cuda.get_device_capability(), max(WORKLOADS[name].channels for name in TUNED)
     like = next(row for row in config.ROWS if row.block >= channels and capability >= row.capability)
@@ -128,7 +126,7 @@ def counters(backend: str) -> None:
 
 def counted(backend: str) -> None:
     """A call of each provider between profiler marks, after others, and how many kernels it launches."""
-    device, lines, workload = new_device(), results(), WORKLOADS[TUNED[0]]
+    device, lines, workload = open_device("cuda"), results(), WORKLOADS[TUNED[0]]
     xs = [random_tokens(workload.shape, workload.dtype, device.torch_device, seed) for seed in range(3)]
     for provider in chosen(workload, device.type, [f"norm_pool:{backend}", f"grid_pool:{backend}"]):
         outs = [provider.call(x) for x in xs]

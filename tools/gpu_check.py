@@ -193,6 +193,7 @@ def all_stages(check: Check, arch: str) -> list[Stage]:
     bench = (*ours, "bench", "--device", "cuda", "-o", str(check.results), "--continue", "--times-only")
     bench += ("--samples", "15", "--baseline", "copy")
     goals, plain = (*bench, "--shape", *GOALS), ("llava_avg_pool", "avg_pool2d", "naive_grid_pool")
+    gradients = [f"{goal}:gradients" for goal in GOALS]
     build = ("env", f"CMAKE_ARGS=-DSTGP_CUDA_ARCHITECTURES={arch}")
     build += (sys.executable, "setup.py", "build_ext", *(("--inplace",) if check.why_no_cuda else ("-b", "build/gpu")))
     # without another worker for one that dies: it would not find the same tests to run
@@ -213,7 +214,7 @@ def all_stages(check: Check, arch: str) -> list[Stage]:
         Stage("test_gpu, triton", 60, of_gpu("by_triton", *many)),
         Stage("test_gpu, cuda", 40, of_gpu("by_cuda", *many), cuda=True),
         Stage("rest of the bench", 45, (*bench, "--skip", "compiled_grid_pool")),
-        Stage("gradients", 15, (*goals, "--provider", "*_backward:*")),
+        Stage("gradients", 15, (*bench, "--shape", *gradients, "--provider", "*_backward:*")),
         Stage("torch.compile", 15, (*goals, "--provider", "compiled_grid_pool"), patience=120),
         Stage("backends", 40, of_gpu("triton-cuda or reference-cuda", *many, files=common)),
         Stage("backends, cuda", 25, of_gpu("cuda-cuda", *many, files=common), cuda=True),
@@ -260,10 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stop(process)
     shown = {(line["kind"], line["provider"]): line["shown"] for line in lines.read() if "shown" in line}
     print("\n".join(shown.values()))
-    from benchmarks.goals import main as print_goals
+    from benchmarks.__main__ import main as run_benchmarks
 
     if any(line.get("kind") == "run" and not line["settings"]["quick"] for line in lines.read()):
-        print_goals(["--tables", str(check.results)])
+        run_benchmarks(["goals", "--tables", str(check.results)])
     return 0 if set(states) <= {"passed", "skipped"} else 1
 
 

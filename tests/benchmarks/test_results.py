@@ -1,4 +1,4 @@
-"""Files of results: nothing is lost or overwritten, and two of them are compared with their noise in mind."""
+"""Files of results, the state of the code that counts, and comparisons with their noise in mind."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from typing import Any
 import pytest
 
 from benchmarks import machine
-from benchmarks.machine import describe
-from benchmarks.results import Results, Row, Run, Writer, compare, encode, file_name, load, pick, with_ratios
+from benchmarks.machine import describe, new_run
+from benchmarks.results import (
+    FOLDER,
+    Results,
+    Row,
+    Run,
+    Writer,
+    add_rates,
+    compare,
+    encode,
+    file_name,
+    last_state,
+    load,
+    machine_files,
+    pick,
+)
 from tests.benchmarks.rows import RUN, make_row
 
 
@@ -30,7 +44,7 @@ def write(path: Path, *lines: Run | Row) -> None:
 
 
 def test_lines_are_what_was_written(tmp_path: Path) -> None:
-    """A folder is made for them; what is None is left out."""
+    """A folder is made for them, and values that are None are left out."""
     path = tmp_path / "new" / "folder" / "results.jsonl"
     row = make_row("norm_pool:cpu", 10.0, groups=("main", "C"), settings={"output_size": [3, 4]}, launches=1)
     write(path, RUN, row)
@@ -38,8 +52,6 @@ def test_lines_are_what_was_written(tmp_path: Path) -> None:
     assert (first["kind"], second["kind"]) == ("run", "row")
     assert first.keys() - {"kind"} == asdict(RUN).keys()
     assert second.keys() - {"kind"} == {name for name, value in asdict(row).items() if value is not None}
-    assert "cold_us" not in second
-    assert json.loads(encode(row)) == second
     (results,) = load(path)
     assert results.run == RUN
     assert [asdict(found) for found in results.rows] == [asdict(row)]
@@ -48,204 +60,181 @@ def test_lines_are_what_was_written(tmp_path: Path) -> None:
 def test_the_last_row_of_a_provider_counts(tmp_path: Path) -> None:
     """It may be written before it is timed, and it may be timed again."""
     path = tmp_path / "results.jsonl"
-    begun, timed = make_row("grid_pool:triton", 1.0, check="failed: the process ended in it"), make_row("copy", 2.0)
+    begun, timed = make_row("grid_pool:triton", check="failed: the process ended in it"), make_row("copy", 2.0)
     write(path, RUN, begun, timed, make_row("grid_pool:triton", 3.0))
-    (results,) = load(path)
-    assert [(row.provider, row.p50_us) for row in results.rows] == [("grid_pool:triton", 3.0), ("copy", 2.0)]
-
-
-def test_files_are_only_appended_to(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    write(path, run_named("a"), make_row("copy", 1.0, run="a"))
-    before = path.read_bytes()
-    write(path, run_named("b"), make_row("copy", 2.0, run="b"))
-    assert path.read_bytes().startswith(before)
-    assert [(results.run.run, [row.p50_us for row in results.rows]) for results in load(path)] == [
-        ("a", [1.0]),
-        ("b", [2.0]),
-    ]
-
-
-def test_rows_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    writer = Writer(path)
-    writer.write(RUN)
-    writer.write(make_row("copy", 1.0))
-    (results,) = load(path)
-    assert len(results.rows) == 1
-    writer.close()
+    assert [(row.provider, row.p50_us) for row in load(path)[0].rows] == [("grid_pool:triton", 3.0), ("copy", 2.0)]
 
 
 @pytest.mark.parametrize("left", [1, 40, -3])
-def test_a_line_that_was_cut_costs_no_other(tmp_path: Path, left: int) -> None:
+def test_files_are_only_appended_to(tmp_path: Path, left: int) -> None:
+    """Each line is there as soon as it is written; one that was cut costs no other."""
     path = tmp_path / "results.jsonl"
     write(path, run_named("a"), make_row("copy", 1.0, run="a"))
     whole = path.read_text()
     path.write_text(whole + whole.splitlines()[1][:left])
     assert [len(results.rows) for results in load(path)] == [1]
-    write(path, run_named("b"), make_row("copy", 2.0, run="b"))
+    writer = Writer(path)
+    writer.write(run_named("b"))
+    writer.write(make_row("copy", 2.0, run="b"))
     assert [(results.run.run, len(results.rows)) for results in load(path)] == [("a", 1), ("b", 1)]
+    assert path.read_text().startswith(whole)
+    writer.close()
 
 
 def test_rows_belong_to_their_runs(tmp_path: Path) -> None:
-    """Also where two runs wrote at a time; rows of a run that is not there are passed over, as other lines are."""
+    """Also where two runs wrote at a time. Lines without a run, of other kinds and with unknown fields do no harm."""
     path = tmp_path / "results.jsonl"
     times = (("a", "copy", 1.0), ("b", "copy", 2.0), ("a", "avg_pool2d", 3.0), ("c", "copy", 4.0))
     rows = [make_row(provider, time, run=run) for run, provider, time in times]
     write(path, run_named("a"), run_named("b"), *rows)
+    later = json.loads(encode(make_row("read", 5.0, run="b"))) | {"later": 1}
     with path.open("ab") as file:
-        file.write(b'\n[1]\n7\n{"kind": "note"}\nnull\n\xff\xfe{\n')
+        file.write(b'\n[1]\n7\n{"kind": "note"}\nnull\n\xff\xfe{\n' + json.dumps(later).encode())
     found = {results.run.run: [row.p50_us for row in results.rows] for results in load(path)}
-    assert found == {"a": [1.0, 3.0], "b": [2.0]}
-
-
-def test_fields_that_are_not_known_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    run, row = (json.loads(encode(line)) | {"later": 1} for line in (RUN, make_row("copy", 1.0)))
-    path.write_text(f"{json.dumps(run)}\n{json.dumps(row)}\n")
-    (results,) = load(path)
-    assert (results.run, results.rows[0].p50_us) == (RUN, 1.0)
+    assert found == {"a": [1.0, 3.0], "b": [2.0, 5.0]}
 
 
 def test_no_results(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
     with pytest.raises(FileNotFoundError):
-        load(path)
-    path.write_text("{}\n")
-    with pytest.raises(ValueError, match=r"results\.jsonl: holds no results of stgp bench"):
-        load(path)
+        load(tmp_path / "results.jsonl")
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl: holds no results of benchmarks"):
+        load(tmp_path / "results.jsonl")
 
 
 def test_runs_are_picked_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
+    path = tmp_path / "me@home.jsonl"
     names = ["20261121T000000Z-aaaa", "20261122T000000Z-bbbb", "20261122T100000Z-cccc", "20261123T000000Z-dddd"]
     write(path, *map(run_named, names))
     picked = {argument: pick(f"{path}{argument}").run.run for argument in ("", "@", "@20261122", f"@{names[0]}")}
     assert picked == {"": names[3], "@": names[3], "@20261122": names[2], f"@{names[0]}": names[0]}
     with pytest.raises(ValueError, match="holds no run whose name begins with '2027'"):
         pick(f"{path}@2027")
-    at = tmp_path / "me@home.jsonl"
-    at.write_bytes(path.read_bytes())
-    assert pick(str(at)).run.run == names[3]
-    assert pick(f"{at}@20261121").run.run == names[0]
 
 
-def test_names_of_files() -> None:
+def test_names_of_files(tmp_path: Path) -> None:
     name = "AMD EPYC(tm) 9B14 96-Core Processor "
     assert file_name({"type": "cpu", "name": name}) == "cpu-amd-epyc-tm-9b14-96-core-processor.jsonl"
-    assert file_name({"type": "cuda", "name": "NVIDIA H200"}) == "cuda-nvidia-h200.jsonl"
+    for made in ("cuda-nvidia-h200.jsonl", "cpu-b.jsonl", "cpu-b.json", "fuzz-1.jsonl"):
+        (tmp_path / made).touch()
+    assert [path.name for path in machine_files(tmp_path)] == ["cpu-b.jsonl", "cuda-nvidia-h200.jsonl"]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.jsonl")), ids=lambda path: path.name)
+def test_results_that_are_kept_are_whole(path: Path) -> None:
+    assert path in machine_files()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    found = load(path)
+    assert sum(line["kind"] == "run" for line in lines) == len(found)
+    assert sum(line["kind"] == "row" for line in lines) == sum(len(results.rows) for results in found) > 0
+    assert all(results.rows for results in found)
+
+
+# ---- the state that counts ----
+
+
+def test_the_last_state_that_has_a_part(tmp_path: Path) -> None:
+    """Of its runs the later one counts where both timed the same. Quick ones and those without rows do not count."""
+    path = tmp_path / "results.jsonl"
+
+    def run(name: str, day: int, package: str, rows: list[Row], library: str | None = "l", **settings: Any) -> None:
+        source = {"package_sha256": package, "library_sha256": library}
+        write(path, run_named(name, utc=f"2026-11-0{day}", source=source, settings=settings))
+        write(path, *(replace(row, run=name) for row in rows))
+
+    stream = make_row("push:1:cpu", 5.0, workload="stream", groups=("stream",))
+    run("old", 1, "a", [make_row("copy", 1.0), stream])
+    run("before the library", 2, "b", [make_row("copy", 2.0)], library=None)
+    run("another library", 3, "b", [make_row("read", 2.5)], library="k")
+    run("new", 4, "b", [make_row("grid_pool:cpu", 3.0), make_row("copy", 4.0)])
+    run("quick", 5, "c", [make_row("copy", 6.0)], quick=True)
+    run("empty", 6, "c", [])
+    last = last_state(path)
+    assert last is not None
+    assert {row.provider: row.p50_us for row in last.rows} == {"copy": 4.0, "grid_pool:cpu": 3.0}
+    assert last_state(path, "prefill") is None
+    for part, name in (("stream", "old"), ("llava-video-7b", "new"), ("main", "new")):
+        found = last_state(path, part)
+        assert found is not None
+        assert found.run.run == name
 
 
 def test_rows_that_are_right_are_found() -> None:
-    rows = [make_row("copy", check="skipped: x"), make_row("copy", 1.0, workload="b"), make_row("read", 2.0)]
-    results = Results(RUN, [*rows, make_row("copy", 3.0)])
-    assert results.find("llava-video-7b", "copy") is results.rows[3]
+    rows = [make_row("copy", check="skipped: x"), make_row("copy", 1.0, workload="b"), make_row("copy", 3.0)]
+    results = Results(RUN, rows)
+    assert results.find("llava-video-7b", "copy") is rows[2]
     assert results.find("b", "read") is None
     assert results.workloads == ["llava-video-7b", "b"]
+    assert (rows[2].frames, make_row("copy", shape=(8, 32, 27, 27, 896)).frames) == (64, 256)
+    assert (rows[2].spread, rows[0].spread) == (pytest.approx(0.03), 0)
+    with pytest.raises(ValueError, match="copy on llava-video-7b was not timed"):
+        _ = rows[0].us
 
 
-def test_frames_and_spread() -> None:
-    row = make_row("copy", 100.0)
-    assert row.spread == pytest.approx(0.03)
-    assert (row.frames, make_row("copy", shape=(8, 32, 27, 27, 896)).frames) == (64, 256)
-    assert make_row("copy").spread is None
+# ---- what follows from times ----
 
 
-def test_ratios_to_a_baseline() -> None:
-    rows = [make_row("a", 10.0), make_row("b", 4.0), make_row("c", check="wrong: x")]
-    assert [row.times_baseline for row in with_ratios(rows, "a")] == [1.0, 2.5, None]
-    assert [row.times_baseline for row in with_ratios(rows, "c")] == [None] * 3
-    assert {row.baseline for row in rows} == {"c"}
-
-
-# ---- comparison ----
+def test_rates_and_ratios() -> None:
+    rows = [make_row("copy", 10.0), make_row("ceiling", 5.0, write_bytes=0), make_row("a", 4.0), make_row("b")]
+    add_rates(rows, "copy")
+    copied, read = 383.1e3 / 10, 305.6e3 / 5  # KB in µs
+    assert [row.gb_per_s for row in rows[:2]] == pytest.approx([copied, read])
+    assert [row.percent_of_copy for row in rows[:3]] == pytest.approx([100, 100 * read / copied, 250], abs=0.01)
+    assert [row.percent_of_ceiling for row in rows[:2]] == pytest.approx([100 * copied / read, 100], abs=0.01)
+    assert (rows[3].gb_per_s, rows[3].percent_of_copy, rows[3].percent_of_ceiling) == (None, None, None)
+    assert [row.times_baseline for row in rows] == [1.0, 2.0, 2.5, None]
+    add_rates(rows, "b")
+    assert {(row.baseline, row.times_baseline) for row in rows} == {("b", None)}
 
 
 def results(**times: float | None) -> Results:
     return Results(RUN, [make_row(name, time) for name, time in times.items()])
 
 
-def test_changes_within_the_noise_are_none() -> None:
-    """The spread of either run is 3 %."""
-    before = results(same=100.0, slower=100.0, faster=100.0, little_slower=100.0, little_faster=100.0)
-    after = results(same=100.0, slower=106.1, faster=94.2, little_slower=105.9, little_faster=94.4)
+def test_changes_beyond_the_noise() -> None:
+    """The spread of either run is 3 %. What only one run timed is left out."""
+    before = results(same=100.0, slower=100.0, faster=100.0, little=100.0, old=1.0, failed=None)
+    after = results(same=100.0, slower=106.1, faster=94.2, little=105.9, new=1.0, failed=1.0)
     found = {change.provider: change for change in compare(before, after)}
-    assert list(found) == ["same", "slower", "faster", "little_slower", "little_faster"]
-    assert {name: change.verdict for name, change in found.items()} == {
-        "same": "", "slower": "slower", "faster": "faster", "little_slower": "", "little_faster": "",
-    }  # fmt: skip
-    assert found["slower"].ratio == pytest.approx(1.061)
-    assert found["slower"].noise == pytest.approx(0.06)
-    assert (found["slower"].before.p50_us, found["slower"].after.p50_us) == (100.0, 106.1)
-
-
-def test_more_noise_hides_more() -> None:
-    before, after = results(copy=100.0), results(copy=120.0)
-    assert [change.verdict for change in compare(before, after)] == ["slower"]
-    before.rows[0].p80_us = 120.0
-    assert [change.verdict for change in compare(before, after)] == [""]
-
-
-def test_what_only_one_run_measured_is_left_out() -> None:
-    before, after = results(copy=100.0, read=None, old=1.0), results(new=1.0, read=100.0, copy=50.0)
-    before.rows[1].check = "failed: x"
-    assert [change.provider for change in compare(before, after)] == ["copy"]
-    after.rows[2].check = "wrong: x"
-    assert compare(before, after) == []
+    verdicts = {"same": "", "slower": "slower", "faster": "faster", "little": ""}
+    assert {name: change.verdict for name, change in found.items()} == verdicts
+    assert (found["slower"].ratio, found["slower"].noise) == (pytest.approx(1.061), pytest.approx(0.06))
+    before.rows[1].p80_us = 120.0
+    assert compare(before, after)[1].verdict == ""
 
 
 # ---- where they were measured ----
 
 
 def test_description_of_this_machine() -> None:
-    found = describe("cpu", 3)
-    assert json.loads(json.dumps(found)) == found
-    run = Run(run="", utc="", settings={}, **found)
-    assert run.device["type"] == "cpu"
-    assert run.device["threads"] == 3
-    assert run.device["cores"] >= 1
-    assert run.device["name"]
-    assert run.versions["torch"]
+    runs = [new_run("cpu", {"quick": True}, threads=3) for _ in range(3)]
+    assert len({run.run for run in runs}) == 3
+    run = runs[0]
+    assert json.loads(encode(run)) == {"kind": "run", **asdict(run)}
+    assert run.utc.replace("-", "").replace(":", "").startswith(run.run[:15])
+    assert (run.device["type"], run.device["threads"], run.settings) == ("cpu", 3, {"quick": True})
+    assert min(run.device["cores"], len(run.device["name"]), len(run.versions["torch"])) >= 1
     assert len(run.source["package_sha256"]) == 64
 
 
 def test_the_source_is_part_of_the_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever is changed in the package; the commit where the package is in a checkout, or where it is told."""
+    """By a digest of the package, and a commit in a checkout or where it is told."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "a.py").write_text("a = 1\n")
     monkeypatch.setattr(machine, "PACKAGE", tmp_path / "package")
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    first = describe("cpu")["source"]
-    assert (first["commit"], first["dirty"]) == (None, None)
-    assert describe("cpu")["source"] == first
-    (tmp_path / "package" / "a.py").write_text("a = 2\n")
-    assert describe("cpu")["source"]["package_sha256"] != first["package_sha256"]
-    assert first["library_sha256"] is None
-    (tmp_path / "package" / "_C.so").touch()
-    assert len(describe("cpu")["source"]["library_sha256"]) == 64
     monkeypatch.setenv("STGP_COMMIT", "")
-    assert describe("cpu")["source"]["commit"] is None
+    first = describe("cpu")["source"]
+    assert (first["commit"], first["dirty"], first["library_sha256"]) == (None, None, None)
+    (tmp_path / "package" / "a.py").write_text("a = 2\n")
+    (tmp_path / "package" / "_C.so").touch()
     monkeypatch.setenv("STGP_COMMIT", "7cc5a8a")
-    assert (describe("cpu")["source"]["commit"], describe("cpu")["source"]["dirty"]) == ("7cc5a8a", None)
-
-
-@pytest.mark.parametrize("uuid", ["5a3f-01", "GPU-5a3f-01"])
-def test_the_driver_is_asked_for_by_the_gpu(uuid: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its uuid as nvidia-smi has it; where that is refused, by no GPU in particular."""
-    asked: list[list[str]] = []
-    answers = {"--id=GPU-5a3f-01": "580.1", "--format=csv,noheader": "580.2\n580.2"}
-
-    def output_of(command: list[str]) -> str | None:
-        asked.append(command)
-        return answers.get(command[-1])
-
-    monkeypatch.setattr(machine, "output_of", output_of)
-    assert machine._driver(uuid) == "580.1"
-    assert len(asked) == 1
-    del answers["--id=GPU-5a3f-01"]
-    assert machine._driver(uuid) == "580.2"
-    answers.clear()
-    assert machine._driver(uuid) is None
+    second = describe("cpu")["source"]
+    assert second["package_sha256"] != first["package_sha256"]
+    assert (second["commit"], len(second["library_sha256"])) == ("7cc5a8a", 64)
+    assert machine.output_of(["no-such-program"]) is None
+    assert machine.output_of(["sh", "-c", "echo x; exit 1"]) is None
+    assert machine.output_of(["sh", "-c", "echo x"]) == "x"
 
 
 @pytest.mark.parametrize(
@@ -267,9 +256,3 @@ def test_memory_is_what_the_control_group_leaves(
     assert machine.memory_bytes("MemTotal") == total << 10
     assert machine.memory_bytes("MemAvailable") == available << 10
     assert machine.memory_bytes("MemElse") is None
-
-
-def test_a_program_that_there_is_not_says_nothing() -> None:
-    assert machine.output_of(["no-such-program"]) is None
-    assert machine.output_of(["sh", "-c", "echo x; exit 1"]) is None
-    assert machine.output_of(["sh", "-c", "echo x"]) == "x"

@@ -1,79 +1,63 @@
-"""`python -m benchmarks.stream`, in small."""
+"""Providers of a stream: every push is right, in every phase of a segment."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import stream
-from benchmarks.results import load
+import stgridpool_kernels as stgp
+from benchmarks.provider import Provider, mismatch
+from benchmarks.providers import providers
+from benchmarks.stream import Pusher
+from benchmarks.workloads import Workload, random_tokens
+from stgridpool_kernels.backends import compiled
 
-SMALL = ["--size", "5x7x8", "--chunk", "1", "32", "--streams", "1", "2", "--periods", "1", "--device", "cpu"]
-
-
-def test_rows_are_printed_and_appended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "new" / "results.jsonl"
-    for _ in range(2):
-        stream.main([*SMALL, "-o", str(path)])
-    assert f"appended to {path}" in capsys.readouterr().out
-    first, second = path.read_text().splitlines()[:5], path.read_text().splitlines()[5:]
-    assert [line.split('"kind": "')[1].split('"')[0] for line in first] == ["run", *["push"] * 4]
-    assert len(second) == 5
-    assert load(path)[0].run.settings["size"] == [5, 7, 8]
+SMALL = Workload("small", (64,), (5, 7), 16, kind="stream")
+BACKENDS = ["cpu"] if compiled.LIBRARY is not None else []
 
 
-def test_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "results.jsonl"
-    stream.main([*SMALL, "--options", "output_size=2:3", "norm_type=inf", "frame_strides=1:4", "-o", str(path)])
-    assert "bfloat16, output_size=2:3, norm_type=inf, frame_strides=1:4," in " ".join(capsys.readouterr().out.split())
-    expected = {"output_size": "2:3", "norm_type": "inf", "frame_strides": "1:4"}
-    assert load(path)[0].run.settings["options"] == expected
+def pushes(workload: Workload) -> list[Provider]:
+    return [provider for provider in providers(workload, "cpu") if provider.op == "push"]
 
 
-@pytest.mark.parametrize("options", [["frame_strides=3", "sampling=first"], ["frame_strides=3", "grid_shape=5:5"]])
-def test_strides_that_do_not_matter(options: list[str], tmp_path: Path) -> None:
-    """Rows are held against grid_pool here too."""
-    stream.main([*SMALL, "--options", *options, "-o", str(tmp_path / "results.jsonl")])
+@pytest.mark.parametrize("settings", [{}, {"output_size": (2, 3)}, {"resize": "bilinear"}], ids=str)
+def test_pushes_are_the_whole_video_bit_by_bit(settings: dict[str, object]) -> None:
+    workload = replace(SMALL, **settings)
+    x = random_tokens(workload.shape, workload.dtype, "cpu", 0)
+    names = [f"push:{size}:{backend}" for backend in BACKENDS for size in ("1", "4", "32", "1x4")]
+    assert [provider.name for provider in pushes(workload)] == names
+    for provider in pushes(workload):
+        assert provider.checked is not None
+        assert mismatch(provider.checked(x), provider.definition(x), 0) is None
+        assert provider.state_bytes is not None
+        assert (provider.state_bytes() > 0) == (provider.period > 1)
+        assert provider.period * provider.settings["frames"] == 32
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["frame_strides=3"], "frame_strides must divide 64"),
-        (["kernel_size=9"], "leaves no window on a 5 × 7 frame"),
-        (["resize=nearest"], "resize must be one of"),
-        (["output_size=2", "ceil_mode=true"], "output_size="),
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_be(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        stream.main([*SMALL, "--options", *options, "--no-save"])
-    assert message in capsys.readouterr().err
+def test_each_stream_has_a_video_of_its_own() -> None:
+    """The first of two gets the first frames of x, the second the next ones; behind the last comes the first again."""
+    x = random_tokens(SMALL.shape, SMALL.dtype, "cpu", 0)
+    pusher = Pusher(2, 2, {"backend": "reference"})
+    videos = [torch.cat([x[start : start + 2] for start in range(first, 64, 4)]) for first in (0, 2)]
+    first, second = (stgp.grid_pool(video, backend="reference") for video in videos)
+    whole = pusher.whole(x)
+    assert torch.equal(whole[8:12], torch.cat([first[4:6], second[4:6]]))
+    assert torch.equal(pusher.push_all(x), whole)
+    again = pusher.push(x)
+    assert (len(again), pusher.start) == (4, 4)
 
 
-def test_nothing_is_saved_unasked(tmp_path: Path) -> None:
-    stream.main([*SMALL, "--no-save", "-o", str(tmp_path / "results.jsonl")])
-    assert list(tmp_path.iterdir()) == []
+def test_bytes_are_shared_out() -> None:
+    bound = SMALL.bound("grid_pool")
+    for provider in pushes(SMALL):
+        share = provider.settings["frames"] * provider.settings["streams"] / 64
+        assert provider.moved is not None
+        assert provider.moved.total_bytes == pytest.approx(bound.total_bytes * share, abs=1)
 
 
-@pytest.mark.parametrize("streams", [1, 2])
-def test_wrong_results_are_not_timed(streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "grid_pool", lambda x, **options: torch.zeros(len(x), 2, 3, 8, dtype=x.dtype))
-    with pytest.raises(SystemExit, match=f"pushes of 1 frames to {streams} streams differ from grid_pool"):
-        stream.main([*SMALL, "--streams", str(streams), "--no-save"])
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--size", "5x7"], ["--size", "5x0x8"], ["--chunk", "5"], ["--chunk", "0"], ["--streams", "0"], ["--periods", "0"]]
-    + [["--dtype", "int8"], ["--backend", "abacus"], ["--options", "output_size"], ["--options", "out=1"]]
-    + [["--options", "backend=cpu"], ["--options", "temperature=warm"]],
-    ids=str,
-)
-def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        stream.main(arguments)
-    assert f"argument {arguments[0]}: invalid" in capsys.readouterr().err
+def test_other_videos_are_refused() -> None:
+    for workload in (replace(SMALL, frame_counts=(33,)), replace(SMALL, frame_counts=(32, 32), batch=2)):
+        with pytest.raises(ValueError, match="one video of a multiple of 32 frames, got small"):
+            providers(workload, "cpu")

@@ -27,9 +27,9 @@ os.environ["OUT"] = os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpu-check-
 import torch
 from torch import Tensor
 
-from benchmarks import command, devices, machine, measure, providers
+from benchmarks import devices, machine, measure, providers
 from benchmarks.devices import Call, Gpu, Sampler
-from benchmarks.providers import Provider
+from benchmarks.provider import Provider
 from benchmarks.workloads import WORKLOADS
 from stgridpool_kernels.backends import BACKENDS, compiled
 from stgridpool_kernels.plan.tables import plan_tables
@@ -56,17 +56,11 @@ class StandIn(Gpu):
             call()
         return (lambda: 100.0), len(calls)
 
-    def cold_us(self, calls: Sequence[Call]) -> float:
-        return 100.0
-
     def extra_peak_bytes(self, call: Callable[[], Tensor], result_bytes: int) -> tuple[int, Tensor]:
         return 0, call()
 
     def free_bytes(self) -> int | None:
         return None
-
-    def fp32_gflops(self) -> float:
-        return 1.0
 
     def finish(self) -> None:
         if StandIn.useless:
@@ -110,9 +104,9 @@ for name in list(WORKLOADS):
 BACKENDS[[backend.name for backend in BACKENDS].index("cuda")] = cuda_emulation.backend()
 every, describe_cpu = providers.providers, machine.describe
 providers.providers = lambda *given: [faulty(provider) for provider in every(*given)]
-measure.take_turns.__defaults__ = (lambda share: None, 0.0)
-devices.Gpu = command.Gpu = gpu_bench.new_device = StandIn
-command.describe = gpu_bench.describe = machine.describe = describe
+measure.take_turns.__defaults__ = (0.0,)
+devices.Gpu = StandIn
+machine.describe = describe
 compiled._run = run_emulated
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 torch.cuda.profiler.start = torch.cuda.profiler.stop = lambda: None

@@ -15,7 +15,7 @@ from tests.benchmarks.rows import make_row
 
 pytest.importorskip("triton", reason="no Triton")
 from benchmarks.measure import LATE, LOST
-from benchmarks.providers import Provider
+from benchmarks.provider import Provider
 from benchmarks.results import Row, encode
 from stgridpool_kernels.backends.triton_kernels import config
 from tools import gpu_bench
@@ -46,7 +46,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         return [make_row(v.name, times[workload.name].get(v.name.partition(" ")[2], 300.0)) for v in variants]
 
     monkeypatch.setattr(gpu_bench, "measure", measure)
-    monkeypatch.setattr(gpu_bench, "new_device", lambda: SimpleNamespace(torch_device="cpu"))
+    monkeypatch.setattr(gpu_bench, "open_device", lambda name: SimpleNamespace(torch_device="cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     return asked
 

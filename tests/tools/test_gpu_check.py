@@ -17,9 +17,9 @@ import torch
 from tests.benchmarks.rows import make_row
 
 pytest.importorskip("triton", reason="no Triton")
-from benchmarks.goals import GOALS, RESULTS
+from benchmarks.goals import GOALS
 from benchmarks.measure import LATE, LOST
-from benchmarks.results import encode, load
+from benchmarks.results import FOLDER, encode, load
 from tools import gpu_check
 from tools.gpu_check import ROOT, Check, Lines, Stage
 
@@ -53,11 +53,11 @@ def append(name: str, check: str = "passed") -> str:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu() -> None:
-    before = set(RESULTS.glob("*"))
+    before = set(FOLDER.glob("*"))
     done = subprocess.run([sys.executable, "-m", "tools.gpu_check"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "no CUDA device: nothing was measured\n"
-    assert set(RESULTS.glob("*")) == before
+    assert set(FOLDER.glob("*")) == before
 
 
 def test_lines_say_how_all_stands(tmp_path: Path) -> None:

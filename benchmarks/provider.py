@@ -1,0 +1,60 @@
+"""A provider: something that is timed on a workload, and the definition that its result is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.lower_bound import Traffic
+
+Pool = Callable[[Tensor], Tensor]
+
+SEGMENT = 32
+"""Frames of the longest segment at the published settings."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A function `call(x)`, or `call(x, out=…)` if it takes_out, whose result is compared with definition(x).
+
+    op: the op whose fewest bytes count, unless `moved` says how many bytes a call moves. ulps: the allowed difference,
+    in units of the last place of the largest value. checked: the function that is compared in place of `call`, where a
+    call computes a part only. period: calls in a row that differ from one another; samples are whole periods of them.
+    memory: bytes that a call needs besides x, as a multiple of the bytes of x. compiles: the first call takes long.
+    captures: a CUDA graph can capture a call. slow: a call takes seconds on large tokens. state_bytes: returns the
+    bytes that the provider keeps between calls. settings: what tells the provider from others of its workload.
+    """
+
+    name: str
+    op: str
+    call: Callable[..., Tensor]
+    definition: Pool
+    ulps: float
+    takes_out: bool = False
+    checked: Pool | None = None
+    moved: Traffic | None = None
+    period: int = 1
+    compiles: bool = False
+    captures: bool = True
+    slow: bool = False
+    memory: float = 1.0
+    state_bytes: Callable[[], int] | None = None
+    note: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def mismatch(result: Tensor, expected: Tensor, ulps: float) -> str | None:
+    """The reason why a result is not the expected one, or None. Every value is compared, a part at a time."""
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return f"{tuple(result.shape)} {result.dtype} in place of {tuple(expected.shape)} {expected.dtype}"
+    pairs = zip(result.flatten(0, -4).split(SEGMENT), expected.flatten(0, -4).split(SEGMENT), strict=True)
+    found = [((a.float() - b.float()).abs().max().item(), b.abs().max().item()) for a, b in pairs]
+    worst = max((error for error, _ in found), key=lambda error: (math.isnan(error), error))
+    scale = max(largest for _, largest in found)
+    allowed = ulps * torch.finfo(expected.dtype).eps * 2.0 ** (math.frexp(scale)[1] - 1)
+    return None if worst <= allowed else f"off by {worst:.3g}, {allowed:.3g} is allowed"

@@ -1,0 +1,169 @@
+"""`python -m benchmarks run`: chooses workloads and providers, measures, prints, appends to a file, draws."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.devices import Cpu, Device, open_device
+from benchmarks.machine import new_run
+from benchmarks.measure import LATE, LOST, QUICK, Effort, measure
+from benchmarks.plot import refuse_existing, save_plots
+from benchmarks.providers import BASELINE, chosen, providers, select
+from benchmarks.report import QUIET_CORES, machine_line, workload_table
+from benchmarks.results import FOLDER, Results, Row, Run, Writer, encode, file_name, load
+from benchmarks.workloads import QUICK as QUICK_NAMES
+from benchmarks.workloads import WORKLOADS, Workload, parse_workload
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Measures, by the options that the command line has. 0, or 1 if a result was wrong or failed.
+
+    Raises ValueError for a shape, provider, device or number that there is not, and FileExistsError for pictures that
+    are there already, before anything is measured.
+    """
+    default = QUICK_NAMES if options.quick else [w.name for w in WORKLOADS.values() if w.kind == "pooling"]
+    workloads = [parse_workload(text) for text in options.shape or default]
+    if options.plot is not None:
+        refuse_existing(options.plot, options.force)
+    device = open_device(options.device, options.threads)
+    check_names(options, workloads, device)
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("shape", "provider", "skip", "baseline")}
+    settings |= {"quick": options.quick, **({"pinned": device.is_pinned} if isinstance(device, Cpu) else {})}
+    results = Results(new_run(device.torch_device, settings, getattr(device, "threads", None)), [])
+    path = options.output or (None if options.quick else FOLDER / file_name(results.run.device))
+    known = known_rows(path, results.run) if path and options.continued else {}
+    shown = Console(stderr=True) if options.json else console
+    show_machine(results.run, device, shown)
+    with closing(Writer(path)) as writer:
+
+        def write(line: Run | Row) -> None:
+            writer.write(line)
+            if options.json:
+                print(encode(line), flush=True)
+
+        write(results.run)
+        early = writer.write if options.continued else lambda row: None
+        for rows in measure_all(options, workloads, device, results.run, shown, known, early):
+            results.rows.extend(rows)
+            for row in rows:
+                write(row)
+            if not options.json:
+                console.print(workload_table(rows))
+    others = max((row.others_cores or 0.0 for row in results.rows), default=0.0)
+    if others > QUIET_CORES:
+        shown.print(f"NOT QUIET: others used up to {others:.2f} cores meanwhile", style="yellow")
+    kept = f"appended to {path}" if path else "quick results are not kept: -o FILE appends them to a file"
+    shown.print(kept, markup=False, soft_wrap=True)
+    for picture in save_plots(results, options.plot, options.force) if options.plot else ():
+        shown.print(f"picture: {picture}", markup=False, soft_wrap=True)
+    return int(any(row.outcome in ("wrong", "failed") for row in results.rows))
+
+
+def check_names(options: argparse.Namespace, workloads: Sequence[Workload], device: Device) -> None:
+    """Raises ValueError for a provider or baseline that no workload has."""
+    known = list(dict.fromkeys(provider.name for w in workloads for provider in providers(w, device.type)))
+    # a provider that is left out may be missing anyway: torch.compile is timed on few workloads
+    goals = [workload for workload in WORKLOADS.values() if workload.goal and options.skip]
+    anywhere = [*known, *(provider.name for w in goals for provider in providers(w, device.type))]
+    for asked, among in [(p, known) for p in options.provider] + [(p, anywhere) for p in options.skip]:
+        if not select(among, [asked]):
+            raise ValueError(f"provider must be among {', '.join(known)}, or a pattern that fits; got {asked!r}")
+    # the default too where no workload has it, since nobody asked for it
+    allowed = {BASELINE, *known, *(f"{name}:out" for name in known), "copy", "ceiling"}
+    if options.baseline not in allowed:
+        raise ValueError(f"baseline must be copy, ceiling or one of {', '.join(known)}; got {options.baseline!r}")
+
+
+def show_machine(run: Run, device: Device, console: Console) -> None:
+    pinned = ", pinned" if run.settings.get("pinned") else ""
+    console.print(f"{machine_line(run)}{pinned}", markup=False, soft_wrap=True)
+    if isinstance(device, Cpu) and device.why_no_probe is not None:
+        console.print(f"no ceiling: {device.why_no_probe}", markup=False, soft_wrap=True)
+
+
+def measure_all(
+    options: argparse.Namespace,
+    workloads: Sequence[Workload],
+    device: Device,
+    run: Run,
+    console: Console,
+    known: Mapping[tuple[str, str], Row],
+    early: Callable[[Row], None],
+) -> Iterator[list[Row]]:
+    """The rows of one workload after another. `early` gets a row as soon as anything of it is known."""
+    effort = QUICK if options.quick else Effort()
+    if options.samples is not None:
+        effort = replace(effort, most=options.samples, least=options.samples)
+    for number, workload in enumerate(workloads, 1):
+        timed = chosen(workload, device.type, options.provider, options.skip)
+        timed = [provider for provider in timed if not is_known(workload.name, provider.name, known)]
+        if known and not timed:
+            continue
+        if console.is_terminal:
+            console.print(f"{workload.name}, {number} of {len(workloads)}", style="dim")
+        given: dict[str, Any] = {"baseline": options.baseline, "effort": effort, "extras": not options.times_only}
+        with limited(options.limit):
+            yield measure(workload, timed, device, run.run, report=early, **given)
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def limited(seconds: int | None) -> Iterator[None]:
+    """Ends the process, and prints where it was, after so many seconds: nothing else ends a kernel that hangs."""
+    if seconds is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def known_rows(path: Path, run: Run) -> dict[tuple[str, str], Row]:
+    """The rows that a file has of the code, versions and device of a run, quick ones if the run is quick."""
+
+    def identity(run: Run) -> list[Any]:
+        code = [run.source.get("package_sha256"), run.source.get("library_sha256")]
+        return [*code, run.device, run.versions, bool(run.settings.get("quick"))]
+
+    with suppress(FileNotFoundError, ValueError):
+        same = (results for results in load(path) if identity(results.run) == identity(run))
+        return {(row.workload, row.provider): row for results in same for row in results.rows}
+    return {}
+
+
+def is_known(workload: str, provider: str, known: Mapping[tuple[str, str], Row]) -> bool:
+    """Whether a provider was timed or found wrong on a workload, or has ended a process on any workload."""
+    if any(row.check == LOST and row.provider == provider for row in known.values()):
+        return True
+    row = known.get((workload, provider))
+    return row is not None and row.check != LATE and (row.check != "ok" or row.is_timed)
+
+
+def list_workloads(name: str | None, console: Console) -> None:
+    """Prints all workloads, and the providers of every kind."""
+    device = open_device(name)
+    table = Table("name", "tokens", "dtype", "pooled to", "groups", title="workloads", title_justify="left")
+    kinds: dict[str, dict[str, None]] = {}
+    for workload in WORKLOADS.values():
+        rows, cols = workload.plan("norm_pool").pooled_size
+        groups = [*workload.groups, *(["quick"] if workload.name in QUICK_NAMES else [])]
+        shape, dtype = " × ".join(map(str, workload.shape)), str(workload.dtype).removeprefix("torch.")
+        table.add_row(workload.name, shape, dtype, f"{rows} × {cols}", ", ".join(groups))
+        kinds.setdefault(workload.kind, {}).update((p.name, None) for p in providers(workload, device.type))
+    console.print(table)
+    for kind, names in kinds.items():
+        console.print(f"{kind} on {device.type}: {', '.join(names)}", markup=False, soft_wrap=True)
