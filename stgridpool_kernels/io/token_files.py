@@ -240,7 +240,7 @@ def _encoder(tap: str) -> Encoder:
     """Loading the encoder takes seconds, so the videos of one command share it."""
     from .encoder import Encoder
 
-    return Encoder(tap)  # type: ignore[arg-type]  # which checks it
+    return Encoder(tap)
 
 
 # ---- bit by bit ----

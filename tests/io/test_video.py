@@ -7,6 +7,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def clip() -> Callable[[str], Path]:
 def tower() -> encoder.Encoder:
     """Return the post-LN encoder; skip where its packages are not installed."""
     try:
-        return encoder.Encoder(batch_size=2)
+        return encoder.Encoder()
     except ImportError as error:
         pytest.skip(f"no encoder: {error}")
 
@@ -229,10 +230,10 @@ def test_missing_pyav_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_encoder_tokens(tower: encoder.Encoder, clip: Callable[[str], Path]) -> None:
     calls: list[tuple[int, int]] = []
-    frames = read_frames(clip("bikes.mp4"), 3, size=(56, 98))
+    frames = read_frames(clip("bikes.mp4"), 5, size=(56, 98))
     tokens = tower(frames, progress=lambda done, total: calls.append((done, total)))
-    assert (tokens.shape, tokens.dtype) == ((3, 4, 7, encoder.CHANNELS), np.float32)
-    assert calls == [(2, 3), (3, 3)]
+    assert (tokens.shape, tokens.dtype) == ((5, 4, 7, encoder.CHANNELS), np.float32)
+    assert calls == [(4, 5), (5, 5)]
     # A frame's tokens do not depend on the frames that share its batch, up to the order of sums.
     np.testing.assert_allclose(tokens[1:2], tower(frames[1:2]), atol=1e-3)
     assert tower(frames[:0]).shape == (0, 4, 7, encoder.CHANNELS)
@@ -247,7 +248,7 @@ def test_encoder_keeps_rows_and_columns_apart(tower: encoder.Encoder) -> None:
 
 
 @pytest.mark.parametrize("tap", encoder.TAPS)
-def test_taps_against_the_uncut_graph(tap: encoder.Tap, tower: encoder.Encoder, clip: Callable[[str], Path]) -> None:
+def test_taps_against_the_uncut_graph(tap: str, tower: encoder.Encoder, clip: Callable[[str], Path]) -> None:
     onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     model = onnx.load(str(encoder.find_model()))
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(encoder.TAPS[tap]))
@@ -275,29 +276,21 @@ def test_encoder_refuses(frames: np.ndarray, error: type[Exception], message: st
         tower(frames)
 
 
-def test_encoder_bad_settings() -> None:
+def test_unknown_tap_is_refused() -> None:
     with pytest.raises(ValueError, match="tap must be one of post_ln, l12, l11"):
-        encoder.Encoder("l3")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="batch_size"):
-        encoder.Encoder(batch_size=0)
+        encoder.Encoder("l3")
 
 
-def test_other_model_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
-    path = tmp_path / "other.onnx"
-    path.write_bytes(b"other")
+def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("models/vit_s_focus.onnx", "datasets/data/bikes.mp4"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(b"other")
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: package)
     found = "d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa"
-    for load in (lambda: encoder.Encoder(model=path), encoder.find_model):
-        with pytest.raises(ValueError, match=f"expected {encoder.MODEL_SHA256}, found {found}"):
-            load()
-        monkeypatch.setattr(encoder, "_find_asset", lambda *_: path)
-
-
-def test_other_clip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "bikes.mp4"
-    path.write_bytes(b"other")
-    monkeypatch.setattr(encoder, "_find_asset", lambda *_: path)
-    with pytest.raises(ValueError, match=r"sha256 expected 91028f9d.*, found d9298a10"):
+    with pytest.raises(ValueError, match=f"vit_s_focus.onnx .*: sha256 expected {encoder.MODEL_SHA256}, found {found}"):
+        encoder.find_model()
+    with pytest.raises(ValueError, match=rf"bikes.mp4 .*: sha256 expected 91028f9d.*, found {found}"):
         encoder.find_sample_video("bikes.mp4")
     with pytest.raises(ValueError, match=r"no sample video is called 'cats\.mp4'"):
         encoder.find_sample_video("cats.mp4")
