@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,6 +43,7 @@ from ..io.token_files import (
     stream_input,
     write_tokens,
 )
+from ..io.video import VideoWarning
 from ..machine import cpu_name
 from ..ops import check_arguments
 from ..plan import RESIZES, SAMPLINGS
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(_join_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
-        with _ended_by_signals():
+        with _ended_by_signals(), _video_warnings_in_a_line(args):
             code: int = args.run(args)
         return code
     except KeyboardInterrupt:
@@ -120,6 +122,24 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number in replaced:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _video_warnings_in_a_line(args: argparse.Namespace) -> Iterator[None]:
+    """Print what a VideoWarning says as a line on stderr, without the line of code that it comes from."""
+    with warnings.catch_warnings():  # which puts showwarning back
+        show = warnings.showwarning
+
+        def complain(
+            message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any, **named: Any
+        ) -> None:
+            if issubclass(category, VideoWarning):
+                _complain(args, str(message))
+            else:
+                show(message, category, filename, lineno, *more, **named)
+
+        warnings.showwarning = complain
+        yield
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -213,7 +213,7 @@ def stream_input(path: str | os.PathLike[str], *, grid: tuple[int, int], tap: st
             return
         encoder = _encoder(tap)
         size = (14 * grid[0], 14 * grid[1])
-        frames = iter_frames(file if str(path) != "-" and file.is_file() else pipe, str(path), size=size)
+        frames = iter_frames(pipe, str(path), size=size)
         while some := list(islice(frames, chunk)):
             yield torch.from_numpy(encoder(np.stack(some)))
 

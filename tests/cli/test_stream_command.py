@@ -269,17 +269,42 @@ def test_every_frame_of_a_video(tmp_path: Path) -> None:
     path = make_video(tmp_path / "clip.mkv", 75)
     expected = read_frames(path, 1000, size=(28, 42))
     assert len(expected) == 75
-    assert np.array_equal(np.stack(list(iter_frames(path, str(path), size=(28, 42)))), expected)
     with path.open("rb") as pipe:
         assert np.array_equal(np.stack(list(iter_frames(pipe, "-", size=(28, 42)))), expected)
-    cut = path.read_bytes()
-    cut = cut[: len(cut) // 4]
-    (tmp_path / "cut.mkv").write_bytes(cut)
-    for source, name in ((tmp_path / "cut.mkv", "cut.mkv"), (io.BytesIO(cut), "-")):
-        with pytest.raises(VideoError, match=f"{name}: the file is cut short: it announces 3.00 s"):
-            list(iter_frames(source, name, size=(28, 42)))
     with pytest.raises(VideoError, match="-: not a video"):
         list(iter_frames(io.BytesIO(b"no video" * 99), "-", size=(28, 42)))
+
+
+def cut_video(path: Path) -> Path:
+    """An .avi file, whose header announces 75 frames, without the last part of them."""
+    make_video(path, 75)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+class FakeEncoder:
+    """One token a frame: its mean."""
+
+    def __call__(self, frames: np.ndarray, *, progress: object = None) -> np.ndarray:
+        return frames.mean((1, 2, 3), dtype=np.float32).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("more", [[], ["--stream"]], ids=["whole", "streamed"])
+def test_a_damaged_video_is_pooled_with_a_line_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    path = cut_video(tmp_path / "clip.avi")
+    monkeypatch.setattr(token_files, "_encoder", lambda tap: FakeEncoder())
+    arguments = ["--grid", "1x1", "--kernel-size", "1", "--frame-strides", "none", *more]
+    arguments += [] if more else ["--num-frames", "99"]
+    assert main(["pool", str(path), "-o", str(tmp_path / "out.npy"), *arguments]) == 0
+    found = re.fullmatch(
+        rf"stgp pool: {path}: damaged or cut short: (\d+) of 75 frames can be decoded, the others are left out\n",
+        capsys.readouterr().err,
+    )
+    assert found is not None
+    assert 0 < int(found[1]) < 75
+    assert np.load(tmp_path / "out.npy").shape == (int(found[1]), 1, 1, 1)
 
 
 def test_video_from_a_file_and_from_a_pipe(tmp_path: Path) -> None:

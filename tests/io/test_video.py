@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 
 from stgridpool_kernels.io import encoder
 from stgridpool_kernels.io.data import FIXTURE, load_fixture
-from stgridpool_kernels.io.video import VideoError, count_frames, iter_frames, read_frames, sample_indices
+from stgridpool_kernels.io.video import VideoError, VideoWarning, count_frames, iter_frames, read_frames, sample_indices
 
 CLIPS = {
     "bigbuckbunny.mp4": (132, 720, 1280),
@@ -170,10 +171,10 @@ def test_recorded_rotation_is_applied(clip: Callable[[str], Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
-        ("missing.mp4", None, "no such file"),
-        ("empty.mp4", b"", "empty"),
+        ("missing.mp4", None, "No such file"),
+        ("empty.mp4", b"", "not a video FFmpeg can read"),
         ("notes.txt", b"not a film\n" * 50, "no video stream"),
-        ("notes.mp4", b"not a film\n" * 50, "not a video"),
+        ("notes.mp4", b"not a film\n" * 50, "not a video FFmpeg can read"),
     ],
 )
 def test_files_that_are_no_video(name: str, content: bytes | None, cause: str, tmp_path: Path) -> None:
@@ -188,30 +189,78 @@ def test_files_that_are_no_video(name: str, content: bytes | None, cause: str, t
 
 
 def test_directory_is_no_video(tmp_path: Path) -> None:
-    with pytest.raises(VideoError, match="not a regular file"):
+    pytest.importorskip("av", reason="PyAV is not installed")
+    with pytest.raises(VideoError, match=f"{tmp_path}: not a video FFmpeg can read, or cut short: Is a directory"):
         read_frames(tmp_path, 4)
 
 
-def test_files_with_sound_cut_short(clip: Callable[[str], Path], tmp_path: Path) -> None:
-    """Whose header has one duration for all that is in them."""
-    whole = remux(clip("bigbuckbunny.mp4"), tmp_path / "whole.mkv", sound=True)
-    assert len(read_frames(whole, 4)) == 4
-    path = halve(whole, tmp_path / "half.mkv")
-    with pytest.raises(VideoError, match="cut short: it announces"):
-        read_frames(path, 4)
-    with path.open("rb") as pipe, pytest.raises(VideoError, match="cut short: it announces"):
-        list(iter_frames(pipe, "-", size=(14, 14)))
-
-
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("index_last.mp4", {}), ("index_first.mp4", {"movflags": "faststart"}), ("copy.mkv", {})],
+    ("name", "options", "announced"),
+    [
+        ("index_first.mp4", {"movflags": "faststart"}, 132),  # its header has the number of frames
+        ("fragmented.mp4", {"movflags": "frag_keyframe+empty_moov"}, None),  # its last packet is cut short
+        ("copy.flv", {}, None),
+    ],
 )
-def test_files_cut_short(name: str, options: dict[str, str], clip: Callable[[str], Path], tmp_path: Path) -> None:
-    path = halve(remux(clip("bigbuckbunny.mp4"), tmp_path / f"whole_{name}", options=options), tmp_path / name)
-    with pytest.raises(VideoError, match="cut short") as caught:
+def test_files_cut_short_give_the_frames_that_are_there_and_a_warning(
+    name: str, options: dict[str, str], announced: int | None, clip: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = remux(clip("bigbuckbunny.mp4"), tmp_path / f"whole_{name}", options=options)
+    path = halve(whole, tmp_path / name)
+    message = r"damaged or cut short: (\d+) of (\d+) frames can be decoded, the others are left out"
+    with pytest.warns(VideoWarning, match=f"{path}: {message}") as caught:
+        frames = read_frames(path, 1000, size=(14, 14))
+    [(found, total)] = [tuple(map(int, re.search(message, str(each.message)).groups())) for each in caught]
+    assert 40 < found < 60
+    assert total == (announced or found + 1)
+    np.testing.assert_array_equal(frames, read_frames(whole, 1000, size=(14, 14))[:found])
+    with path.open("rb") as pipe, pytest.warns(VideoWarning, match=f"-: .*: {found} of {total} frames"):
+        assert len(list(iter_frames(pipe, "-", size=(14, 14)))) == found
+
+
+def test_damaged_packet_is_left_out_with_a_warning(clip: Callable[[str], Path], tmp_path: Path) -> None:
+    data = bytearray(remux(clip("bigbuckbunny.mp4"), tmp_path / "whole.mp4").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 3000] = np.random.default_rng(0).bytes(3000)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(data)
+    assert count_frames(path) == 132
+    with pytest.warns(VideoWarning, match="131 of 132 frames can be decoded"):
+        frames = read_frames(path, 1000, size=(14, 14))
+    assert len(frames) == 131
+
+
+def test_no_decodable_frame_is_an_error(clip: Callable[[str], Path], tmp_path: Path) -> None:
+    import av
+
+    path = remux(clip("carphone_pristine.mp4"), tmp_path / "all.mp4")
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        for packet in container.demux(video=0):
+            if packet.size:
+                data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match=f"{path}: no frame of its video stream can be decoded"):
         read_frames(path, 4)
-    assert str(path) in str(caught.value)
+
+
+def test_index_cut_off_is_an_error(clip: Callable[[str], Path], tmp_path: Path) -> None:
+    path = halve(remux(clip("bigbuckbunny.mp4"), tmp_path / "whole.mp4"), tmp_path / "half.mp4")
+    with pytest.raises(VideoError, match=f"{path}: not a video FFmpeg can read, or cut short"):
+        read_frames(path, 4)
+
+
+@pytest.mark.parametrize("name", ["copy.mkv", "copy.ts", "copy.h264"])
+def test_formats_for_streaming_cut_short_are_shorter_clips(
+    name: str, clip: Callable[[str], Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    whole = remux(clip("bigbuckbunny.mp4"), tmp_path / f"whole_{name}")
+    path = halve(whole, tmp_path / name)
+    assert 40 < count_frames(path) < 60
+    frames = read_frames(path, 1000, size=(14, 14))
+    assert len(frames) == count_frames(path)
+    np.testing.assert_array_equal(frames[:40], read_frames(whole, 1000, size=(14, 14))[:40])
+    assert not [each for each in recwarn if issubclass(each.category, VideoWarning)]
 
 
 @pytest.mark.parametrize("arguments", [{"num_frames": 0}, {"num_frames": 2, "size": (0, 14)}])
