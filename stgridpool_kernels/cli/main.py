@@ -16,8 +16,9 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,12 @@ from torch import Tensor
 
 from ..backends import backend_names, backend_reasons, compiled, requested_backend
 from ..functional import grid_pool
+from ..inputs import load_input, stream_input
 from ..io.encoder import TAPS
-from ..io.token_files import (
-    SUFFIXES,
-    TokenFileError,
-    TokenWriter,
-    atomic_write,
-    check_dtype,
-    check_streamable,
-    load_input,
-    refuse_existing,
-    stream_input,
-    write_tokens,
-)
+from ..io.token_files import SUFFIXES, check_dtype, check_streamable, write_chunks, write_tokens
 from ..io.video import VideoWarning
 from ..machine import cpu_name
+from ..io.writing import refuse_existing
 from ..ops import check_arguments
 from ..plan import RESIZES, SAMPLINGS
 from ..stream import GridPoolStream, usable_device
@@ -557,29 +549,28 @@ def _stream_file(
 ) -> _Pooled:
     start = time.perf_counter()
     stream = GridPoolStream(**{name: value for name, value in options.items() if name != "frame_counts"})
-    before: tuple[int, ...] = ()
-    with ExitStack() as stack:
-        writer = None
+    shapes: list[tuple[int, ...]] = [(), ()]
+
+    def pooled_chunks() -> Iterator[Tensor]:
         for x in stream_input(source, chunk=args.chunk or 1, **_encoding(args)):
             pooled = stream.push(x.to(device))
-            dtype = _DTYPES[args.dtype] if args.dtype else x.dtype
-            if writer is None:
-                check_dtype(output, dtype)
-                output.parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
-                writer = TokenWriter(output, stack.enter_context(atomic_write(output, force=args.force)))
-            writer.write(_cast(pooled, dtype))
-            before, after = (stream.frames(), *x.shape[1:]), (stream.frames(), *pooled.shape[1:])
+            shapes[:] = tuple(x.shape[1:]), tuple(pooled.shape[1:])
+            yield _cast(pooled, _DTYPES[args.dtype] if args.dtype else x.dtype)
             progress("streaming", stream.frames(), None)
-        if writer is None:
-            raise TokenFileError(f"{source}: no frame came")
-        writer.finish()
+
+    chunks = pooled_chunks()
+    first = next(chunks)  # stream_input gives one, or raises
+    check_dtype(output, first.dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
+    write_chunks(output, chain([first], chunks), force=args.force)
     if not stream.matches_offline():
         _complain(
             args,
             f"{source}: {stream.frames()} frames are no multiple of the strides {stream.arguments['frame_strides']}: "
             "without --stream, or with --sampling first, other frames are sampled",
         )
-    return _Pooled(source, before, after, dtype, time.perf_counter() - start)
+    before, after = ((stream.frames(), *shape) for shape in shapes)
+    return _Pooled(source, before, after, first.dtype, time.perf_counter() - start)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

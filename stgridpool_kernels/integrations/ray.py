@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from .. import grid_pool
+from ..inputs import load_input
 from ..io.encoder import TAPS
-from ..io.token_files import SUFFIXES, load_input, write_tokens
+from ..io.token_files import SUFFIXES, write_tokens
 from .base import PoolOptions, require
 from .options import read_option
 
@@ -54,7 +55,7 @@ class PoolFiles:
     batch again may find as well as a second run; "failed", with the reason in "reason". Outputs appear whole or not at
     all, and inputs are never modified.
 
-    device: where it pools. key, num_frames, grid, tap: as in `token_files.load_input`, errors as in `extract`. options:
+    device: where it pools. key, num_frames, grid, tap: as in `inputs.load_input`, errors as in `extract`. options:
     arguments of `grid_pool` except `frame_counts` and `out`; errors as in `PoolOptions`.
     """
 
@@ -149,7 +150,7 @@ def extract(
         device: "cpu" or "cuda"; by default "cuda" where the cluster has GPUs.
         actors: processes; by default one per GPU, or one per CPU.
         batch_size: files that are read and pooled at once by an actor; all of them have to fit into its memory.
-        key, num_frames, grid, tap: as in `token_files.load_input`.
+        key, num_frames, grid, tap: as in `inputs.load_input`.
         options: arguments of `grid_pool` except `frame_counts` and `out`.
 
     Uses the cluster that this process is connected to; else the one of RAY_ADDRESS; else the one that `ray start` left

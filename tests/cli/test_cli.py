@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import stgridpool_kernels
+from stgridpool_kernels import inputs
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.cli import demo
 from stgridpool_kernels.cli import inspect as inspect_command
@@ -381,7 +382,7 @@ def test_a_video_is_pooled_with_the_options_for_videos() -> None:
         pytest.skip(str(error))
     arguments = ["--num-frames", "4", "--grid", "4x6", "--tap", "l11", "--frame-strides", "none"]
     assert main(["pool", str(video), "-o", "out", *arguments]) == 0
-    x, _ = token_files.load_input(video, key=None, num_frames=4, grid=(4, 6), tap="l11")
+    x, _ = inputs.load_input(video, key=None, num_frames=4, grid=(4, 6), tap="l11")
     expected = stgridpool_kernels.grid_pool(x, frame_strides=[])
     assert torch.equal(read_tokens("out/carphone_pristine.safetensors"), expected)
 
@@ -391,7 +392,7 @@ def test_a_missing_package_is_named_with_how_to_install_it(
 ) -> None:
     Path("clip.mp4").write_bytes(b"something")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    token_files._encoder.cache_clear()
+    inputs._encoder.cache_clear()
     assert main(["pool", "clip.mp4", "-o", "out"]) == 1
     assert 'pip install "stgridpool_kernels[demo]"' in capsys.readouterr().err
 

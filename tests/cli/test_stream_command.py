@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stgridpool_kernels
+from stgridpool_kernels import inputs
 from stgridpool_kernels.cli.main import main
-from stgridpool_kernels.io import token_files
-from stgridpool_kernels.io.token_files import TokenFileError, TokenWriter, stream_tokens
+from stgridpool_kernels.inputs import load_input
+from stgridpool_kernels.io.token_files import TokenFileError, read_tokens, stream_tokens, write_chunks
 
 PAGE = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text(encoding="utf-8")
 SNIPPETS = dict(re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
@@ -65,32 +68,53 @@ def test_pipe_of_arrays(tmp_path: Path) -> None:
     assert np.array_equal(np.load(out), stgridpool_kernels.grid_pool(longer)[:26].half().numpy())
 
 
-@pytest.mark.parametrize("damage", ["short", "empty", "other shape", "no tokens", "text", "huge", "larger", "negative"])
-def test_pipe_that_is_no_stream_of_tokens(tmp_path: Path, damage: str) -> None:
-    pipe = io.BytesIO()
-    np.save(pipe, array(4))
-    data = pipe.getvalue()
-    if damage == "other shape":
-        np.save(pipe, array(4)[:, :4])
-        data = pipe.getvalue()
-    elif damage == "no tokens":
-        np.save(pipe := io.BytesIO(), np.zeros((4, 5)))
-        data = pipe.getvalue()
-    elif damage in ("huge", "larger", "negative"):
-        shape = {"huge": (2, 10**9, 10**9, 8), "larger": (4, 1 << 15, 1 << 15, 8), "negative": (-3, 5, 6, 8)}[damage]
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(pipe := io.BytesIO(), header)
-        data = pipe.getvalue() + bytes(99)
-    data = {"short": data[:-1], "empty": b"", "text": data[:6] + b"garbage" * 30}.get(damage, data)
-    if damage == "empty":
-        assert list(stream_tokens(io.BytesIO(data), "-", 2)) == []
-    else:
-        with pytest.raises(TokenFileError, match=r"^-: "):
-            list(stream_tokens(io.BytesIO(data), "-", 2))
-    done = stgp("pool", "-", "-o", str(tmp_path / "out.npy"), "--stream", stdin=data)
-    assert done.returncode == 1
-    assert done.stderr.startswith(b"stgp pool: -: ")
-    assert (b"cut short" in done.stderr) == (damage not in ("empty", "other shape", "no tokens"))
+def header(*shape: int) -> bytes:
+    np.lib.format.write_array_header_1_0(file := io.BytesIO(), {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(99)
+
+
+def saved(*arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    for each in arrays:
+        np.save(file, each)
+    return file.getvalue()
+
+
+DAMAGED = {
+    "short": (saved(array(4))[:-1], "cut short: 4 frames announced, 2 and a part came"),
+    "other shape": (
+        saved(array(4), array(4)[:, :4]),
+        r"after \(…, H, W, C\) = \(5, 6, 8\) of float32 came \(4, 6, 8\)",
+    ),
+    "columns": (saved(array(4).T), r"is stored row by row, got shape \(8, 6, 5, 4\), column by column"),
+    "no tokens": (saved(np.zeros((4, 5))), r"a stream of tokens has shape \(T, H, W, C\), got \(4, 5\)"),
+    "integers": (saved(np.zeros((4, 5, 6, 8), int)), "tokens are bfloat16, float16, float32 or float64, got int64"),
+    "text": (saved(array(4))[:6] + b"garbage" * 30, r"cannot be read \(ValueError: .*\); allowed: arrays of floats"),
+    "huge": (header(2, 10**9, 10**9, 8), "cannot be read|cut short"),
+    "larger": (header(4, 1 << 15, 1 << 15, 8), "cannot be read|cut short"),
+    "negative": (header(-3, 5, 6, 8), r"cannot be read \(ValueError: negative dimensions are not allowed\)"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_pipe_that_is_no_stream_of_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes, message: str
+) -> None:
+    with pytest.raises(TokenFileError, match=f"^-: .*({message})"):
+        list(stream_tokens(io.BufferedReader(io.BytesIO(data)), "-", 2))
+    source = tmp_path / "in.npy"
+    source.write_bytes(data)
+    assert main(["pool", str(source), "-o", str(tmp_path / "out.npy"), "--stream"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"stgp pool: {source}: ")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_empty_pipe(tmp_path: Path) -> None:
+    assert list(stream_tokens(io.BufferedReader(io.BytesIO()), "-", 2)) == []
+    done = stgp("pool", "-", "-o", str(tmp_path / "out.npy"), "--stream", stdin=b"")
+    assert (done.returncode, done.stderr) == (1, b"stgp pool: -: no frame came\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,21 +217,24 @@ def test_formats_that_cannot_be_written_bit_by_bit(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
-def test_writer_writes_what_write_tokens_writes(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
+def test_chunks_are_written_as_write_tokens_writes_them_joined(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
     path = tmp_path / f"out{suffix}"
-    x = torch.randn(5, 2, 3, 4).to(dtype)
-    with open(path, "xb") as out:
-        writer = TokenWriter(path, out)
-        if suffix == ".npy" and dtype == torch.bfloat16:
-            with pytest.raises(TokenFileError, match="cannot hold bfloat16"):
-                writer.write(x)
-            return
-        for part in x.split([1, 0, 4]):
-            writer.write(part)
-        writer.finish()
-    assert torch.equal(token_files.read_tokens(path), x)
+    x = torch.randn(15, 2, 3, 4).to(dtype)
+    if suffix == ".npy" and dtype == torch.bfloat16:
+        with pytest.raises(TokenFileError, match="cannot hold bfloat16"):
+            write_chunks(path, [x], force=False)
+        assert not path.exists()
+        return
+    write_chunks(path, x.split([1, 0, 14]), force=False)
+    assert torch.equal(read_tokens(path), x)
     if suffix == ".npy":
         assert np.load(path, mmap_mode="r").flags.aligned
+
+
+def test_no_chunk_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TokenFileError, match=r"out\.npy: no frame came"):
+        write_chunks(tmp_path / "out.npy", [], force=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 MEMORY = """
@@ -294,7 +321,7 @@ def test_a_damaged_video_is_pooled_with_a_line_on_stderr(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
     path = cut_video(tmp_path / "clip.avi")
-    monkeypatch.setattr(token_files, "_encoder", lambda tap: FakeEncoder())
+    monkeypatch.setattr(inputs, "_encoder", lambda tap: FakeEncoder())
     arguments = ["--grid", "1x1", "--kernel-size", "1", "--frame-strides", "none", *more]
     arguments += [] if more else ["--num-frames", "99"]
     assert main(["pool", str(path), "-o", str(tmp_path / "out.npy"), *arguments]) == 0
@@ -307,6 +334,27 @@ def test_a_damaged_video_is_pooled_with_a_line_on_stderr(
     assert np.load(tmp_path / "out.npy").shape == (int(found[1]), 1, 1, 1)
 
 
+def test_what_is_no_video_hears_of_token_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    monkeypatch.setattr(inputs, "_encoder", lambda tap: FakeEncoder())
+    (tmp_path / "x.bin").write_bytes(b"no video" * 99)
+    os.mkfifo(tmp_path / "pipe")
+    writing = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"no video" * 99,), daemon=True)
+    writing.start()
+    for name, why in (
+        ("x.bin", "token files end in .npy, .npz, .pt, .safetensors"),
+        ("pipe", "tokens in a pipe are .npy"),
+    ):
+        assert main(["pool", str(tmp_path / name), "-o", str(tmp_path / "out.npy"), "--stream"]) == 1
+        error = capsys.readouterr().err
+        assert f"{name}: not a video FFmpeg can read" in error
+        assert f"{name} was taken for a video: {why}" in error
+        assert error.count("\n") == 1
+    writing.join()
+
+
 def test_video_from_a_file_and_from_a_pipe(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from stgridpool_kernels.io.encoder import find_model
@@ -316,7 +364,7 @@ def test_video_from_a_file_and_from_a_pipe(tmp_path: Path) -> None:
     except ImportError as error:
         pytest.skip(str(error))
     path = make_video(tmp_path / "clip.mkv", 16)
-    x, _ = token_files.load_input(path, key=None, num_frames=99, grid=(2, 4), tap="post_ln")
+    x, _ = load_input(path, key=None, num_frames=99, grid=(2, 4), tap="post_ln")
     options = ["--stream", "--chunk", "4", "--grid", "2x4"]
     assert main(["pool", str(path), "-o", str(tmp_path / "file.npy"), *options]) == 0
     done = stgp("pool", "-", "-o", str(tmp_path / "pipe.npy"), *options, stdin=path.read_bytes())
