@@ -58,7 +58,7 @@ def test_ray(tmp_path: Path, name: str) -> None:
     x = torch.randn(9, 4, 4, 8)
     write_tokens(tmp_path / "tokens" / "a.npy", x, force=False)
     printed = python(tmp_path, "-c", SNIPPETS[name])
-    assert ("1 written, 0 there already\n{}\n" if name == "extract" else "'state': 'written'") in printed
+    assert ("1 written, 0 there already\n{}\n{}\n" if name == "extract" else "'state': 'written'") in printed
     assert torch.equal(read_tokens(tmp_path / "pooled" / "a.safetensors"), stgp.grid_pool(x, temperature=2.0))
 
 

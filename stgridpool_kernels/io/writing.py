@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool) -> Iterator[Binar
     file = Path(path)
     refuse_existing(file, force)
     target = Path(os.path.realpath(file))
-    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}.tmp")
     try:
         # not the tempfile module, whose files are 0600 whatever the umask says
         with open(temporary, "xb") as out:
@@ -77,3 +78,15 @@ def _claim(temporary: Path, target: Path) -> None:
             os.replace(temporary, target)
     except FileExistsError as error:
         raise FileExistsError(f"{target}: appeared while it was being made, and was left alone") from error
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove temporary files that killed processes left while they wrote `path`, once it is there."""
+    file = Path(path)
+    if file.exists():
+        for name in glob.glob(f"{glob.escape(_prefix(file))}*.tmp", root_dir=file.parent):
+            (file.parent / name).unlink(missing_ok=True)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:40]}."

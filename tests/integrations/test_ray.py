@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +19,11 @@ import torch
 import stgridpool_kernels as stgp
 from stgridpool_kernels.inputs import load_input
 from stgridpool_kernels.integrations import ray as stgp_ray
+from stgridpool_kernels.integrations.folders import outputs_in
 from stgridpool_kernels.integrations.ray import PoolFiles, extract
 from stgridpool_kernels.io.encoder import find_sample_video
 from stgridpool_kernels.io.token_files import read_tokens, write_tokens
+from stgridpool_kernels.io.video import VideoWarning
 
 MARK = f"STGP_RAY_TEST={uuid.uuid4().hex}"
 ENVIRONMENT = {
@@ -82,6 +85,7 @@ def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: None,
     assert not report.skipped
     assert list(report.failed) == [inputs / "broken.npy"]
     assert report.failed[inputs / "broken.npy"].startswith(f"{inputs / 'broken.npy'}: cannot be read (")
+    assert not report.warned
     assert {file: file.read_bytes() for file in before} == before
 
     (out / "a.safetensors").unlink()
@@ -164,10 +168,14 @@ def test_the_command_shows_progress_and_what_failed(inputs: Path, tmp_path: Path
 # ---- without a cluster ----
 
 
-def run_batch(pool: PoolFiles, *jobs: tuple[Path, Path]) -> list[str]:
+def result_of(pool: PoolFiles, *jobs: tuple[Path, Path]) -> dict[str, list[str]]:
     result = pool({"source": [str(source) for source, _ in jobs], "output": [str(output) for _, output in jobs]})
-    assert set(result) == {"source", "output", "state", "reason"}
-    return result["state"]
+    assert list(result) == ["source", "output", "state", "reason", "warning"]
+    return result
+
+
+def run_batch(pool: PoolFiles, *jobs: tuple[Path, Path]) -> list[str]:
+    return result_of(pool, *jobs)["state"]
 
 
 def test_files_of_one_size_are_pooled_in_one_call(
@@ -190,7 +198,44 @@ def test_files_of_one_size_are_pooled_in_one_call(
 
 def test_options_that_do_not_fit_some_files_leave_the_others(inputs: Path, tmp_path: Path) -> None:
     jobs = [(inputs / name, tmp_path / f"{i}.safetensors") for i, name in enumerate(["more/a.npz", "a.npy"])]
-    assert run_batch(PoolFiles(kernel_size=5), *jobs) == ["failed", "written"]
+    result = result_of(PoolFiles(kernel_size=5), *jobs)
+    assert result["state"] == ["failed", "written"]
+    assert result["reason"][0].startswith(f"{inputs / 'more' / 'a.npz'}: kernel_size=[5, 5] with ")
+    assert result["reason"][1] == ""
+
+
+def test_a_damaged_video_is_pooled_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: str, **_: object) -> tuple[torch.Tensor, None]:
+        if source.endswith(".mp4"):
+            warnings.warn(f"{source}: 8 of 9 frames can be decoded", VideoWarning, stacklevel=2)
+        return tokens(0, 8, 4, 4, 8), None
+
+    monkeypatch.setattr(stgp_ray, "load_input", load)
+    jobs = [(tmp_path / name, tmp_path / f"{name}.safetensors") for name in ("a.mp4", "b.npy")]
+    result = result_of(PoolFiles(), *jobs)
+    assert result["state"] == ["written", "written"]
+    assert result["warning"] == [f"{tmp_path / 'a.mp4'}: 8 of 9 frames can be decoded", ""]
+
+
+@pytest.mark.parametrize("failed", [{}, {Path("b.npy"): "b.npy: empty"}], ids=["warned", "warned and failed"])
+def test_the_command_names_damaged_videos(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failed: dict[Path, str]
+) -> None:
+    report = stgp_ray.Report(written=[Path("a.safetensors")], warned={Path("a.mp4"): "a.mp4: damaged"}, failed=failed)
+    monkeypatch.setattr(stgp_ray, "extract", lambda *_, **__: report)
+    assert stgp_ray.main(["a.mp4", "b.npy", "-o", "out"]) == len(failed)
+    shown = capsys.readouterr()
+    assert shown.out == f"1 written, 0 there already, {len(failed)} failed\n"
+    assert shown.err.splitlines() == ["a.mp4: damaged", *failed.values()]
+
+
+def test_folders_are_searched_for_token_files_and_videos(tmp_path: Path) -> None:
+    for name in ("a.NPY", "b.mkv", "more/c.Mp4", "more/.d.npy", "notes.txt", "e.npy/f.pt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    names = {"a": "a.NPY", "b": "b.mkv", "more/c": "more/c.Mp4", "e.npy/f": "e.npy/f.pt"}
+    expected = {Path(f"out/{name}.safetensors"): tmp_path / "in" / file for name, file in names.items()}
+    assert outputs_in(Path("out"), [tmp_path / "in"]) == expected
 
 
 def test_videos(tmp_path: Path) -> None:
@@ -213,10 +258,11 @@ def test_videos(tmp_path: Path) -> None:
         ({"device": "tpu"}, ValueError, "device must be None, 'cpu' or 'cuda', got 'tpu'"),
         ({"actors": 0}, ValueError, "actors must be at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
-        ({"grid": (0, 1)}, ValueError, r"grid must be \(rows, cols\) of at least 1, got \(0, 1\)"),
-        ({"grid": (1, 2, 3)}, ValueError, r"grid must be .*, got \(1, 2, 3\)"),
-        ({"grid": 3}, TypeError, r"grid must be two integers \(rows, cols\), got 3"),
-        ({"grid": "ab"}, TypeError, r"grid must be two integers \(rows, cols\), got 'ab'"),
+        ({"grid": (0, 1)}, ValueError, "grid's rows and cols must be at least 1, got 0"),
+        ({"grid": (1, 2, 3)}, ValueError, r"grid must be two integers \(rows, cols\), got \(1, 2, 3\)"),
+        ({"grid": 3}, ValueError, r"grid must be two integers \(rows, cols\), got 3"),
+        ({"grid": "ab"}, TypeError, "grid's rows and cols must be an integer, got 'a'"),
+        ({"key": 1}, TypeError, "key must be a name or None, got 1"),
         ({"tap": "last"}, ValueError, "tap must be one of post_ln.*, got 'last'"),
         ({"tap": ["last"]}, ValueError, r"tap must be one of post_ln.*, got \['last'\]"),
         ({"num_frames": 0}, ValueError, "num_frames must be at least 1, got 0"),
@@ -224,6 +270,7 @@ def test_videos(tmp_path: Path) -> None:
         ({"actors": 1.5}, TypeError, "actors must be an integer, got 1.5"),
         ({"inputs": []}, ValueError, "inputs must name at least one"),
         ({"inputs": "missing"}, FileNotFoundError, "inputs must exist"),
+        ({"inputs": "empty"}, ValueError, r"inputs must hold token files \(.npy, .*\) or videos, empty has none"),
         ({"output": "in/out"}, ValueError, "output must not be in a folder of inputs"),
         ({"inputs": ["in/c.safetensors"], "output": "in"}, ValueError, "output must not be the folder of an input"),
         ({"inputs": ["in/a.npy", "in/more/a.npz"]}, ValueError, "inputs must differ in name"),
@@ -235,6 +282,7 @@ def test_bad_input_is_refused_before_ray_is_asked(
 ) -> None:
     monkeypatch.chdir(inputs.parent)
     monkeypatch.setattr(stgp_ray, "require", lambda *_, **__: pytest.fail("Ray was asked"))
+    Path("empty").mkdir()
     given = {"inputs": "in", "output": "out"} | arguments
     with pytest.raises(error, match=message):
         extract(given.pop("inputs"), given.pop("output"), **given)
@@ -243,7 +291,7 @@ def test_bad_input_is_refused_before_ray_is_asked(
 
 @pytest.mark.parametrize("arguments", [{"grid": 3}, {"grid": (0, 1)}, {"tap": "last"}, {"num_frames": 0}], ids=str)
 def test_a_step_is_refused_as_it_is_made(arguments: dict) -> None:
-    with pytest.raises((ValueError, TypeError), match=f"{next(iter(arguments))} must be"):
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(arguments))}.* must be"):
         PoolFiles(**arguments)
 
 

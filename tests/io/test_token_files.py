@@ -30,7 +30,7 @@ from stgridpool_kernels.io.token_files import (
     stream_safetensors,
     write_tokens,
 )
-from stgridpool_kernels.io.writing import atomic_write, refuse_existing
+from stgridpool_kernels.io.writing import atomic_write, refuse_existing, remove_leftovers
 
 DTYPES = (torch.float16, torch.float32, torch.float64, torch.bfloat16)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -463,6 +463,19 @@ def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: p
         file.write(b"whole")
     assert (tmp_path / "x.bin").read_bytes() == b"whole"
     assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_leftovers_of_a_killed_process_are_removed_once_the_file_is_there(tmp_path: Path) -> None:
+    path, other = tmp_path / "x.bin", tmp_path / ".y.bin.0123.tmp"
+    other.touch()
+    writer = atomic_write(path, force=False)
+    writer.__enter__().write(b"killed here")
+    [leftover] = set(tmp_path.iterdir()) - {other}
+    remove_leftovers(path)
+    assert leftover.exists()
+    path.write_bytes(b"whole")
+    remove_leftovers(path)
+    assert set(tmp_path.iterdir()) == {path, other}
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
