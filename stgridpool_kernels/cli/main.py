@@ -39,7 +39,7 @@ from ..machine import cpu_name
 from ..io.writing import refuse_existing
 from ..ops import check_arguments
 from ..plan import RESIZES, SAMPLINGS
-from ..stream import GridPoolStream, usable_device
+from ..stream import GridPoolStream
 from ..version import __version__
 from .bench import SHAPE, bench_command
 
@@ -408,7 +408,7 @@ def _add_pool(commands: Any) -> None:
 def _run_pool(args: argparse.Namespace) -> int:
     options = op_options(args)
     _check_options(options)
-    device = usable_device(args.device, "--device")
+    device = _usable_device(args.device)
     out = Path(args.output)
     outputs = _outputs(args.inputs, args.output, args.format)
     _check_outputs(args.inputs, outputs, made=outputs != [out], force=args.force)
@@ -454,6 +454,15 @@ def _run_pool(args: argparse.Namespace) -> int:
     for message in failures:
         _complain(args, message)
     return 1 if failures else 0
+
+
+def _usable_device(name: str) -> torch.device:
+    """The device of tensors that are made on `name`: cuda is cuda:0, cuda:1, … Raises ValueError if there is none."""
+    try:
+        return torch.empty(0, device=name).cpu().to(name).device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        cause = str(error).splitlines()[0].split(". ")[0]  # torch goes on with all backends that it knows
+        raise ValueError(f"--device must be one that can be used here, got {name!r}: {cause}") from error
 
 
 def _check_options(options: dict[str, Any]) -> None:
