@@ -29,8 +29,6 @@ class Backend:
     The four ops write their result into `out`, a tensor of the right shape, dtype and device that does not overlap x.
     backward(op, grad, x, …) is the gradient of op(x, …) in x; a backend without one of its own takes the reference's.
     only_by_name() is a reason for which `auto` passes over the backend although it could run, or None.
-    repeat_in_grid(x, plan, out): of one frame (1, H, W, C) the mosaic that has it in every place, by the first level of
-    the plan, with the bits that temporal_grid gives.
     keeps_miniatures(plan, channels, norm_type): whether grid_pool tiles summaries from miniatures, whose bits
     temporal_grid may not give. A stream then has pool_chunk(x, chunk, …, slots, out) pool and shrink in one go, with
     the miniatures of (slots, ⌈H/2⌉, ⌈W/2⌉, C) kept in between.
@@ -42,7 +40,6 @@ class Backend:
     temporal_grid: Callable[[Tensor, GridPlan, Tensor], None]
     norm_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
     token_norm: Callable[[Tensor, float, bool, Tensor], None]
-    repeat_in_grid: Callable[[Tensor, GridPlan, Tensor], None]
     backward: Callable[..., Tensor]
     only_by_name: Callable[[], str | None] = lambda: None
     keeps_miniatures: Callable[[GridPlan, int, float], bool] = lambda plan, channels, norm_type: False
@@ -78,7 +75,6 @@ REFERENCE = Backend(
     temporal_grid=_into_out(reference.temporal_grid),
     norm_pool=_into_out(reference.norm_pool),
     token_norm=_into_out(reference.token_norm),
-    repeat_in_grid=_into_out(reference.repeat_in_grid),
     backward=reference.backward,
 )
 
@@ -89,7 +85,6 @@ TRITON = Backend(
     temporal_grid=triton_backend.temporal_grid,
     norm_pool=triton_backend.norm_pool,
     token_norm=triton_backend.token_norm,
-    repeat_in_grid=triton_backend.repeat_in_grid,
     backward=with_kernels(triton_backend.backward),
     only_by_name=triton_backend.only_by_name,
     keeps_miniatures=triton_backend.keeps_miniatures,
@@ -104,7 +99,6 @@ CUDA, CPU = (
         temporal_grid=compiled.temporal_grid,
         norm_pool=compiled.norm_pool,
         token_norm=compiled.token_norm,
-        repeat_in_grid=compiled.repeat_in_grid,
         backward=with_kernels(compiled.backward),
         keeps_miniatures=keeps_miniatures,
         pool_chunk=compiled.pool_chunk,

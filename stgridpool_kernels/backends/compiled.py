@@ -196,10 +196,6 @@ def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
     _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Schedule.of, out)
 
 
-def repeat_in_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Schedule.repeated, out)
-
-
 def norm_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:

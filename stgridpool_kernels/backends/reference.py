@@ -26,13 +26,6 @@ def temporal_grid(x: Tensor, plan: GridPlan) -> Tensor:
     return _grid(x, plan).to(x.dtype).view(x.shape)
 
 
-def repeat_in_grid(x: Tensor, plan: GridPlan) -> Tensor:
-    """(1, H, W, C) → (1, H, W, C): the mosaic that has x in every place, by the first level of the plan."""
-    level = plan.levels[0]
-    frames = x.to(_arithmetic(x)).expand(level.rows * level.cols, *x.shape[1:])
-    return _shrink(frames.contiguous()[None], level, plan.resize).to(x.dtype)
-
-
 def _grid(x: Tensor, plan: GridPlan) -> Tensor:
     """(T of all videos, H, W, C) frames with their summaries, whose values are those that x.dtype has."""
     # torch shrinks by another kernel, with other bits, where channels are not last in memory

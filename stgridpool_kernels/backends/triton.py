@@ -95,10 +95,6 @@ def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
     _kernels().execute("temporal_grid", x, plan, (1.0, 2.0, True), out)
 
 
-def repeat_in_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    _kernels().execute("repeat_in_grid", x, plan, (1.0, 2.0, True), out)
-
-
 def norm_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:

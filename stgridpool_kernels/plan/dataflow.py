@@ -1,19 +1,24 @@
 """What a plan leaves to compute: the summaries that a result depends on, and the cells of miniatures these depend on.
 
-A *content* is what a frame holds at some time, as one integer: t ≥ 0 is frame t as given, ~s is summary s.
+A *content* is what a frame holds at some time, as one integer: t ≥ 0 is frame t as given, ~s is summary s. `Schedule`
+and `needed_cells` are about the frames of a plan, `EndlessNeeds` is about a video that has no end.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from .plan import GridPlan, Runs
+from .plan import GridPlan, Level, Runs, grid_plan
 
 Box = tuple[int, int]
-"""The first so many rows and columns of a frame or of a miniature."""
+"""(rows, cols): the tokens of a frame in its first `rows` rows and first `cols` columns."""
+
+MOST_NEEDS = 4096
+"""Largest number of contents whose needs an `EndlessNeeds` remembers."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,6 @@ class Schedule:
         return Schedule((), tuple(range(sum(plan.frame_counts))))
 
     @staticmethod
-    def repeated(plan: GridPlan) -> Schedule:
-        """Of one frame, which ends as the mosaic that has it in every place, by the first level of `plan`."""
-        level = plan.levels[0]
-        return Schedule((Summary(0, 0, (0,) * (level.rows * level.cols)),), (~0,))
-
-    @staticmethod
     def of(plan: GridPlan) -> Schedule:
         """Of temporal gridding by `plan`."""
         contents = list(range(sum(plan.frame_counts)))
@@ -77,7 +76,7 @@ class Schedule:
 
 
 Scheduling = Callable[[GridPlan], Schedule]
-"""`Schedule.of`, `Schedule.none` or `Schedule.repeated`."""
+"""`Schedule.of` or `Schedule.none`."""
 
 
 def pools_pairs(plan: GridPlan) -> bool:
@@ -105,36 +104,151 @@ def needed_cells(plan: GridPlan, steps: Schedule) -> dict[int, tuple[int, ...]]:
     """
     pooled = pooled_box(plan)
     tokens: dict[int, set[Box]] = {content: {pooled} for content in steps.final}
-    cells: dict[int, set[Box]] = {}
+    sampled: dict[int, set[Box]] = {}
     for s in reversed(range(len(steps.summaries))):
+        level = plan.levels[steps.summaries[s].level]
         for tile, source in enumerate(steps.summaries[s].sources):
-            for box, behind in boxes_behind(plan, tokens.get(~s, ()), tile):
-                cells.setdefault(source, set()).add(box)
-                tokens.setdefault(source, set()).add(behind)
-    counts = {boxes: stairs(plan, boxes) for boxes in map(frozenset, cells.values())}
-    return {content: counts[frozenset(boxes)] for content, boxes in cells.items()}
+            behind = boxes_behind(plan, level, tokens.get(~s, ()), tile)
+            if behind:
+                sampled.setdefault(source, set()).update(behind)
+                tokens.setdefault(source, set()).update(behind)
+    counts = {boxes: cell_counts(plan, boxes) for boxes in map(frozenset, sampled.values())}
+    return {content: counts[frozenset(boxes)] for content, boxes in sampled.items()}
 
 
 def pooled_box(plan: GridPlan) -> Box:
-    """The tokens that the windows reach."""
+    """The tokens of a frame that the windows reach."""
     return min(_reach(plan.window_rows), plan.height), min(_reach(plan.window_cols), plan.width)
 
 
-def boxes_behind(plan: GridPlan, tokens: Iterable[Box], tile: int) -> list[tuple[Box, Box]]:
-    """For tokens of a 2 × 2 mosaic, the cells of the miniature in place `tile`, and the tokens behind these cells.
+def boxes_behind(plan: GridPlan, level: Level, tokens: Iterable[Box], tile: int) -> set[Box]:
+    """The boxes of tokens, in the frame in place `tile` of a mosaic, that boxes of tokens of its summary depend on.
 
-    None where only cropped tiles show it.
+    Empty where the crop removes that tile.
     """
-    rows, cols = (_cell_ends(size) for size in (plan.height, plan.width))
-    h, w = len(rows), len(cols)
-    cells = [(min(box[0] - tile // 2 * h, h), min(box[1] - tile % 2 * w, w)) for box in _widest(tokens)]
-    return [((a, b), (rows[a - 1], cols[b - 1])) for a, b in cells if a > 0 and b > 0]
+    row, col = divmod(tile, level.cols)
+    boxes = {
+        (_extent(level.row_runs, plan.height, row, rows), _extent(level.col_runs, plan.width, col, cols))
+        for rows, cols in _widest(tokens)
+    }
+    return {box for box in boxes if min(box) > 0}
 
 
-def stairs(plan: GridPlan, cells: Iterable[Box]) -> tuple[int, ...]:
-    """How many cells of each row some boxes of cells have."""
-    boxes = list(cells)
-    return tuple(max((b for a, b in boxes if a > i), default=0) for i in range(-(-plan.height // 2)))
+def cell_counts(plan: GridPlan, boxes: Iterable[Box]) -> tuple[int, ...]:
+    """How many cells of each row of its 2 × 2 miniature some boxes of a frame's tokens take part in.
+
+    A cell averages the next two rows and columns, and in an odd frame their neighbours too; boxes end where cells do.
+    """
+    found = list(boxes)
+    return tuple(
+        max((-(-cols // 2) for rows, cols in found if rows > 2 * i), default=0) for i in range(-(-plan.height // 2))
+    )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One level of a video without end: every `length` frames are one group, whose summary replaces frame `target`.
+
+    Frames are counted from the first of the segment. Of every `stride` of them, number `sampled` is sampled.
+    """
+
+    stride: int
+    rows: int
+    cols: int
+    sampled: int
+    target: int
+
+    @staticmethod
+    def of(level: Level, sampling: str) -> Segment:
+        stride, groups = level.frame_stride, level.rows * level.cols
+        # the plan of one frame in place of a mosaic has the rule of every stride
+        one = grid_plan((stride,), 1, 1, frame_strides=(stride,), grid_shape=(1, 1), sampling=sampling, kernel_size=1)
+        (target,), ((sampled,),) = one.levels[0].targets, one.levels[0].sources
+        return Segment(stride, level.rows, level.cols, sampled, (groups - 1) * stride + target)
+
+    @property
+    def length(self) -> int:
+        return self.stride * self.rows * self.cols
+
+    def place(self, frame: int) -> int | None:
+        """The place of a frame of the video in the mosaic of its group, None where it is not sampled."""
+        place, number = divmod(frame % self.length, self.stride)
+        return place if number == self.sampled else None
+
+    def target_of(self, frame: int) -> int:
+        """The frame of the video that the summary of this frame's group replaces."""
+        return frame - frame % self.length + self.target
+
+
+@dataclass(frozen=True)
+class Need:
+    """What depends on a content of a video without end.
+
+    tokens: boxes of its tokens. cells: how many cells of each row of its miniature, () for none; they mean something
+    only where `shrinks_by_halves`. places: the mosaics that it becomes part of, as (level, place). final: whether its
+    frame ends with it, so that it is pooled.
+    """
+
+    tokens: frozenset[Box]
+    cells: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
+    final: bool
+
+
+class EndlessNeeds:
+    """What the contents of a video without end are needed for, where every group is completed in time.
+
+    plan: of any frames; its settings count. period: number of frames after which all levels begin again at once, and
+    needs repeat themselves.
+    """
+
+    def __init__(self, plan: GridPlan) -> None:
+        self.plan = plan
+        self.segments = tuple(Segment.of(level, plan.sampling) for level in plan.levels)
+        self.period = math.lcm(*(segment.length for segment in self.segments))
+        self._found: dict[tuple[int, int], Need] = {}
+
+    def of(self, level: int, frame: int) -> Need:
+        """The need of what frame number `frame` holds after level number `level`; after level −1 it is as given."""
+        key = (level, frame % self.period)
+        found = self._found.get(key)
+        if found is None:
+            found = self._of(level, frame)
+            if len(self._found) >= MOST_NEEDS:
+                self._found.clear()
+            self._found[key] = found
+        return found
+
+    def _of(self, level: int, frame: int) -> Need:
+        sampled: set[Box] = set()
+        places = []
+        final = True
+        for number in range(level + 1, len(self.segments)):
+            place, target = self.segments[number].place(frame), self.segments[number].target_of(frame)
+            if place is not None and (behind := self._behind(number, target, place)):
+                places.append((number, place))
+                sampled |= behind
+            if frame == target:
+                final = False
+                break
+        tokens = sampled | {pooled_box(self.plan)} if final else sampled
+        return Need(frozenset(tokens), cell_counts(self.plan, sampled) if sampled else (), tuple(places), final)
+
+    def _behind(self, level: int, target: int, place: int) -> set[Box]:
+        """The tokens of the frame in one place of a mosaic that its summary, in frame `target`, needs."""
+        return boxes_behind(self.plan, self.plan.levels[level], self.of(level, target).tokens, place)
+
+    def kept(self, frames: int) -> list[list[tuple[int, int]]]:
+        """The contents of the first so many frames that later ones depend on, each as its (level, place) in mosaics."""
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for level, segment in enumerate(self.segments):
+            first, target = frames - frames % segment.length, segment.target_of(frames)
+            arrived = range(first + segment.sampled, frames, segment.stride) if target >= frames else ()
+            for place, frame in enumerate(arrived):
+                if self._behind(level, target, place):
+                    made = (n for n in range(level) if self.segments[n].target_of(frame) == frame)
+                    found.setdefault((frame, max(made, default=-1)), []).append((level, place))
+        return list(found.values())
 
 
 def feeds(steps: Schedule) -> dict[int, list[tuple[int, int]]]:
@@ -157,10 +271,10 @@ def covers(runs: Runs, size: int) -> Runs:
     return Runs(starts, tuple(max(0, count) for count in counts))
 
 
-def _cell_ends(size: int) -> list[int]:
-    """One past the last row that each cell of a miniature averages: adaptive average pooling to ⌈size/2⌉."""
-    half = -(-size // 2)
-    return [-(-(i + 1) * size // half) for i in range(half)]
+def _extent(runs: Runs, size: int, tile: int, first: int) -> int:
+    """How many rows of a tile the first `first` rows of a summary depend on. Columns are alike."""
+    last = min(first, bisect_left(runs.start, (tile + 1) * size)) - 1  # of these, the last that starts before its end
+    return 0 if last < 0 else min(max(runs.start[last] + runs.count[last] - tile * size, 0), size)
 
 
 def _reach(runs: Runs) -> int:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from heapq import heappop, heappush
 
 from ..io.writing import atomic_write
-from .dataflow import Schedule, Scheduling, covers, feeds, needed_cells, pools_pairs, shrinks_by_halves
+from .dataflow import EndlessNeeds, Schedule, Scheduling, covers, feeds, needed_cells, pools_pairs, shrinks_by_halves
 from .plan import GridPlan, Runs
 
 MAGIC = int.from_bytes(b"STGP", "little")
@@ -102,7 +102,8 @@ class ChunkEntry:
     """A frame of a chunk of streams (number `content`), or a summary (any number below 0) tiled from `sources`.
 
     target: the frame of the result that it is pooled into, or −1. slot, needed: where its miniature is stored, and how
-    many cells of each row; −1 and () where none is. sources: slots of four miniatures, −1 where none is needed.
+    many cells of each row; −1 and () where none is. sources: slots of four miniatures, −1 where none is needed. Where
+    frames are kept in place of miniatures, so are these slots, one for each place of the mosaic.
     """
 
     content: int
@@ -110,6 +111,32 @@ class ChunkEntry:
     slot: int
     needed: tuple[int, ...]
     sources: tuple[int, ...] = (-1,) * 4
+
+
+def chunk_entries(
+    needs: EndlessNeeds, frame: int, row: int, groups: list[dict[int, int]], free: Iterator[int]
+) -> Iterator[tuple[int, ChunkEntry]]:
+    """What becomes of the next frame of a stream, row `row` of a chunk: (level, entry) of the frame, with level −1, and
+    of each summary that replaces it. A content that nothing depends on has no entry.
+
+    groups: for every level, the slots that are kept of the open group, by the place in its mosaic; they are updated.
+    free: slots that may be written to.
+    """
+    for level in range(-1, len(groups)):
+        sources: dict[int, int] = {}
+        places = 4
+        if level >= 0:
+            segment = needs.segments[level]
+            if frame != segment.target_of(frame):
+                continue
+            sources, groups[level], places = groups[level], {}, segment.rows * segment.cols
+        need = needs.of(level, frame)
+        slot = next(free) if need.places else -1
+        for later, place in need.places:
+            groups[later][place] = slot
+        if need.places or need.final:
+            content, target = row if level < 0 else -1 - row, row if need.final else -1
+            yield level, ChunkEntry(content, target, slot, need.cells, tuple(sources.get(i, -1) for i in range(places)))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ from hypothesis import strategies as st
 
 from stgridpool_kernels import grid_plan
 from stgridpool_kernels.plan import GridPlan
-from stgridpool_kernels.plan.dataflow import Schedule, needed_cells, pools_pairs, shrinks_by_halves
+from stgridpool_kernels.plan.dataflow import EndlessNeeds, Need, Schedule, needed_cells, pools_pairs, shrinks_by_halves
+from stgridpool_kernels.plan.tables import chunk_entries
 
 Token = tuple[int, int]
 
@@ -112,6 +116,131 @@ def test_summaries_that_nothing_depends_on_are_left_out() -> None:
 def test_nothing_is_scheduled_without_gridding() -> None:
     plan = grid_plan([3, 4], 5, 7, frame_strides=())
     assert Schedule.of(plan) == Schedule.none(plan) == Schedule((), tuple(range(7)))
+
+
+# ---- videos without end ----
+
+ENDLESS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "first": {"frame_strides": (3, 5), "sampling": "first"},
+    "nested": {"frame_strides": (1, 2, 1, 4)},
+    "mixed": {"frame_strides": (1, 2, 1), "grid_shape": (2, 3, 3, 1, 1, 4)},
+    "first, mixed": {"frame_strides": (2, 1, 3), "grid_shape": (2, 1, 3, 2, 1, 1), "sampling": "first"},
+    "overwritten": {"frame_strides": (1, 2), "grid_shape": (2, 2, 1, 1), "sampling": "first"},
+    "bilinear": {"frame_strides": (1, 2), "resize": "bilinear", "grid_shape": (3, 2)},
+    "off": {"frame_strides": ()},
+}
+endless = pytest.mark.parametrize("arguments", ENDLESS.values(), ids=ENDLESS.keys())
+
+
+def periods(plan: GridPlan, count: int) -> GridPlan:
+    """The plan of so many periods of a video, in which all levels begin again at once."""
+    return dataclasses.replace(plan, frame_counts=(count * EndlessNeeds(plan).period,))
+
+
+@endless
+def test_segments_repeat_the_plan(arguments: dict[str, Any]) -> None:
+    plan = periods(grid_plan((), 4, 5, **arguments), 3)
+    for level, segment in zip(plan.levels, EndlessNeeds(plan).segments, strict=True):
+        groups: dict[int, list[int]] = {}
+        for frame in range(plan.frame_counts[0]):
+            place = segment.place(frame)
+            if place is not None:
+                groups.setdefault(segment.target_of(frame), []).append(frame)
+                assert place == len(groups[segment.target_of(frame)]) - 1
+        assert level.targets == tuple(groups)
+        assert level.sources == tuple(map(tuple, groups.values()))
+
+
+@pytest.mark.parametrize("name", ["published", "first", "nested"])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize(("H", "W"), [(5, 7), (4, 6), (1, 2)])
+def test_needed_cells_of_a_video_without_end(H: int, W: int, ceil_mode: bool, name: str) -> None:
+    plan = grid_plan((), H, W, ceil_mode=ceil_mode or H == 1, **ENDLESS[name])
+    needs, period = EndlessNeeds(plan), EndlessNeeds(plan).period
+    schedule = Schedule.of(periods(plan, 1))
+    needed = needed_cells(plan, schedule)
+    for frame in range(period):
+        assert needs.of(-1, frame + 3 * period).cells == needed.get(frame, ())
+        assert needs.of(-1, frame).final == (schedule.final[frame] == frame)
+    for number, summary in enumerate(schedule.summaries):
+        assert needs.of(summary.level, summary.target).cells == needed.get(~number, ())
+
+
+def tiles_read(plan: GridPlan) -> set[tuple[int, int, int]]:
+    """(level, frame, place) of each frame in a mosaic of which some pooled token reads a token, followed one by one."""
+    schedule = Schedule.of(plan)
+    pooled = {
+        (r, c)
+        for top, rows in zip(plan.window_rows.start, plan.window_rows.count, strict=True)
+        for left, cols in zip(plan.window_cols.start, plan.window_cols.count, strict=True)
+        for r in range(max(0, top), min(plan.height, top + rows))
+        for c in range(max(0, left), min(plan.width, left + cols))
+    }
+    tokens: dict[int, set[Token]] = {content: set(pooled) for content in schedule.final}
+    found = set()
+    for s in reversed(range(len(schedule.summaries))):
+        summary = schedule.summaries[s]
+        level = plan.levels[summary.level]
+        frames = level.sources[level.targets.index(summary.target)]
+        for r, c in tokens.get(~s, ()):
+            rows = range(level.row_runs.start[r], level.row_runs.start[r] + level.row_runs.count[r])
+            cols = range(level.col_runs.start[c], level.col_runs.start[c] + level.col_runs.count[c])
+            for row, col in itertools.product(rows, cols):
+                place = row // plan.height * level.cols + col // plan.width
+                found.add((summary.level, frames[place], place))
+                tokens.setdefault(summary.sources[place], set()).add((row % plan.height, col % plan.width))
+    return found
+
+
+@endless
+@pytest.mark.parametrize(("H", "W"), [(5, 7), (4, 2), (1, 3)])
+def test_frames_that_are_needed(H: int, W: int, arguments: dict[str, Any]) -> None:
+    """The same that are read token by token, but that a bilinear mosaic is taken to read all tokens up to its last."""
+    plan = periods(grid_plan((), H, W, ceil_mode=True, **arguments), 1)
+    needs = EndlessNeeds(plan)
+    made = [(-1, frame) for frame in range(plan.frame_counts[0])]
+    made += [(number, target) for number, level in enumerate(plan.levels) for target in level.targets]
+    found = {(number, frame, place) for level, frame in made for number, place in needs.of(level, frame).places}
+    read = tiles_read(plan)
+    assert found >= read if plan.resize == "bilinear" else found == read
+
+
+@endless
+def test_what_is_kept_is_what_is_needed_later(arguments: dict[str, Any]) -> None:
+    """After any number of frames, without following them: the contents that chunk_entries gives a slot and not to a
+    summary yet."""
+    needs = EndlessNeeds(grid_plan((), 4, 3, ceil_mode=True, **arguments))
+    groups: list[dict[int, int]] = [{} for _ in needs.segments]
+    free = itertools.count()
+    for frames in range(2 * needs.period + 1):
+        held: dict[int, list[tuple[int, int]]] = {}
+        for level, group in enumerate(groups):
+            for place, slot in sorted(group.items()):
+                held.setdefault(slot, []).append((level, place))
+        assert needs.kept(frames) == list(held.values())
+        list(chunk_entries(needs, frames, 0, groups, free))
+
+
+def test_each_content_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the ways by which 41 levels read one frame are more than a million."""
+    arguments = {"frame_strides": (1,) * 40 + (2,), "grid_shape": (1, 6, 1, 8) * 20 + (1, 1), "sampling": "first"}
+    needs = EndlessNeeds(grid_plan((), 2, 2, **arguments))
+    calls: Counter[tuple[int, int]] = Counter()
+    work = EndlessNeeds._of
+
+    def counted(self: EndlessNeeds, level: int, frame: int) -> Need:
+        calls[level, frame % self.period] += 1
+        assert calls[level, frame % self.period] == 1
+        return work(self, level, frame)
+
+    monkeypatch.setattr(EndlessNeeds, "_of", counted)
+    for frame in range(needs.period):
+        needs.of(-1, frame)
+    assert calls
+
+
+# ---- which kernels take a plan ----
 
 
 @pytest.mark.parametrize(

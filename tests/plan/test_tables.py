@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stgridpool_kernels import grid_plan
@@ -148,12 +148,11 @@ def plans(draw: st.DrawFn) -> GridPlan:
 frames_per_step = st.sampled_from([None, 4, 1, 14, 2, 100])
 
 
-schedules = st.sampled_from([Schedule.of, Schedule.none, Schedule.repeated])
+schedules = st.sampled_from([Schedule.of, Schedule.none])
 
 
 @given(plans(), schedules, frames_per_step)
 def test_general_form_is_the_plan(plan: GridPlan, schedule: Scheduling, frames_per_step: int | None) -> None:
-    assume(plan.levels or schedule is not Schedule.repeated)
     words = plan_tables(plan, schedule, frames_per_step)
     reader = Reader(words)
     steps = schedule(plan)
@@ -185,7 +184,6 @@ def test_general_form_is_the_plan(plan: GridPlan, schedule: Scheduling, frames_p
 @given(plans(), schedules)
 def test_gradient_section_is_the_converse(plan: GridPlan, schedule: Scheduling) -> None:
     """Feeds are the levels' sources, covers their runs and the windows, each looked at from what is read."""
-    assume(plan.levels or schedule is not Schedule.repeated)
     words = plan_tables(plan, schedule, gradient=True)
     reader, plain = Reader(words), Reader(plan_tables(plan, schedule))
     assert plain.header("H_GRADIENT") == 0

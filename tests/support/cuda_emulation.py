@@ -211,10 +211,6 @@ def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
     run("temporal_grid", x, plan_tables(plan), (1.0, 2.0, True), out)
 
 
-def repeat_in_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    run("temporal_grid", x, plan_tables(plan, Schedule.repeated), (1.0, 2.0, True), out)
-
-
 def norm_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
@@ -256,7 +252,6 @@ def backend() -> Backend:
         temporal_grid=temporal_grid,
         norm_pool=norm_pool,
         token_norm=token_norm,
-        repeat_in_grid=repeat_in_grid,
         backward=with_kernels(backward),
         only_by_name=lambda: "the emulation runs the kernels on the CPU, slowly",
         keeps_miniatures=compiled.keeps_miniatures_on_cuda,

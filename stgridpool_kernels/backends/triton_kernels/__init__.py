@@ -1,8 +1,8 @@
 """Triton kernels for every op, and which of them a call takes. One file per idea, each a kernel and then its launches:
 
-fused: grid_pool and norm_pool at the published settings. summaries: temporal_grid, also of one frame in every place.
-pool: norm_pool with any windows. token_norm. backward: the gradients of all but the last. Tiles and the arithmetic on
-them are in tiles, sizes in config, what happens between a call and the device in launch.
+fused: grid_pool and norm_pool at the published settings. summaries: temporal_grid. pool: norm_pool with any windows.
+token_norm. backward: the gradients of all but the last. Tiles and the arithmetic on them are in tiles, sizes in config,
+what happens between a call and the device in launch.
 """
 
 from __future__ import annotations
@@ -71,12 +71,11 @@ def prepare(
     if capability is None:
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
     plan = plan or NO_PLAN
-    gridded = {"grid_pool": Schedule.of, "temporal_grid": Schedule.of, "repeat_in_grid": Schedule.repeated}
-    steps = gridded.get(op, Schedule.none)(plan)
+    steps = Schedule.of(plan) if op in ("grid_pool", "temporal_grid") else Schedule.none(plan)
     request = Request(op, x, out, plan, steps, *settings, capability)
     if op == "token_norm":
         return token_norm.prepare(request)
-    if op in ("temporal_grid", "repeat_in_grid"):
+    if op == "temporal_grid":
         return summaries.prepare(request)
     if takes_fused(plan, x.shape[-1]):
         return fused.prepare(request)

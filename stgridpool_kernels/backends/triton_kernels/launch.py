@@ -50,7 +50,7 @@ class Request:
     @property
     def gridded(self) -> bool:
         """Whether frames may end as summaries, however many there are."""
-        return self.op in ("grid_pool", "temporal_grid", "repeat_in_grid") and bool(self.plan.levels)
+        return self.op in ("grid_pool", "temporal_grid") and bool(self.plan.levels)
 
     def sizes(self) -> Arguments:
         """H, W, C, T and the strides of x, out and grad by the names that every kernel uses.

@@ -1,0 +1,158 @@
+"""What `GridPoolStream` knows of each stream, and the checks of what `GridPoolStream.state_dict` returned."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Number
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import DTYPES
+
+StreamId = int | str
+
+VERSION = 2
+"""Number of the form of a state; others are refused."""
+
+STATE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+"""The dtypes of frames by the names that they have in a state."""
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """One stream: the number of frames it has seen, and which slots hold what it keeps of them.
+
+    groups: for every level, slots by places in the mosaic of the group that is open.
+    """
+
+    frames: int
+    groups: tuple[dict[int, int], ...]
+
+    def slots(self) -> list[int]:
+        """Each slot once, in the order of `EndlessNeeds.kept`."""
+        return list(dict.fromkeys(slot for group in self.groups for _, slot in sorted(group.items())))
+
+    def moved(self, slots: Mapping[int, int]) -> StreamState:
+        """The state after what each slot holds has moved to another slot."""
+        groups = ({place: slots[slot] for place, slot in group.items()} for group in self.groups)
+        return StreamState(self.frames, tuple(groups))
+
+
+States = dict[StreamId, StreamState]
+"""Streams by their names."""
+
+
+def held_slots(states: States) -> set[int]:
+    """The slots that hold something."""
+    return {slot for state in states.values() for slot in state.slots()}
+
+
+def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `grid_pool` as they stand in a state, with lists in place of tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+
+
+def plain_format(like: Tensor, backend: str) -> dict[str, Any]:
+    """The format of frames like those of a tensor (n, H, W, C) as it stands in a state."""
+    _, H, W, C = like.shape
+    dtype = str(like.dtype).removeprefix("torch.")
+    return {"height": H, "width": W, "channels": C, "dtype": dtype, "device": str(like.device), "backend": backend}
+
+
+def copied(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """A contiguous copy without a gradient, by default on the same device."""
+    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+
+
+def expect(right: bool, entry: str, allowed: object, got: object) -> None:
+    """Raises ValueError with what an entry of a state may be and what it is, unless it is right."""
+    if not right:
+        raise ValueError(f"{entry} must be {allowed}, got {reprlib.repr(got)}")
+
+
+def check_state(state: Any, arguments: Mapping[str, Any], backends: Sequence[str]) -> None:
+    """Raises ValueError, naming the entry, unless a state has the form of `VERSION` and these arguments.
+
+    Every tensor has the dtype of frames then, and the shape of a frame or of its miniature. Which of both, and how many
+    tensors there are, takes a plan and is left to the caller.
+    """
+    expect(isinstance(state, dict), "state", "what state_dict returned", state)
+    expect(_equals(state.get("version"), VERSION), "state['version']", VERSION, state.get("version"))
+    _check_keys(state, "state", ("version", "arguments", "format", "streams"))
+    _check_keys(state["arguments"], "state['arguments']", arguments)
+    for name, value in arguments.items():
+        got = state["arguments"][name]
+        expect(_equals(got, value), f"state['arguments'][{name!r}]", repr(value), got)
+    form, streams = state["format"], state["streams"]
+    if form is not None:
+        _check_format(form, backends)
+    _check_streams(streams, seen=form is not None)
+    if form is not None:
+        H, W, C = form["height"], form["width"], form["channels"]
+        check_kept(streams, form["dtype"], [(H, W, C), (-(-H // 2), -(-W // 2), C)])
+
+
+def _check_format(form: Any, backends: Sequence[str]) -> None:
+    _check_keys(form, "state['format']", ("height", "width", "channels", "dtype", "device", "backend"))
+    for name in ("height", "width", "channels"):
+        _check_count(form[name], f"state['format'][{name!r}]", 1)
+    for name, names in (("dtype", list(STATE_DTYPES)), ("backend", backends)):
+        right = any(_equals(form[name], known) for known in names)
+        expect(right, f"state['format'][{name!r}]", " or ".join(map(repr, names)), form[name])
+    expect(isinstance(form["device"], str), "state['format']['device']", "a string", form["device"])
+    shape = form["height"], form["width"], form["channels"]
+    expect(math.prod(shape) < 1 << 48, "state['format']", "of frames that fit into memory", shape)
+
+
+def _check_streams(streams: Any, seen: bool) -> None:
+    """seen: whether any stream has seen a frame."""
+    expect(isinstance(streams, list), "state['streams']", "a list", streams)
+    names: set[StreamId] = set()
+    for number, stream in enumerate(streams):
+        entry = f"state['streams'][{number}]"
+        _check_keys(stream, entry, ("stream", "frames", "kept"))
+        name, frames, kept = stream["stream"], stream["frames"], stream["kept"]
+        right = is_stream_id(name) and name not in names
+        expect(right, f"{entry}['stream']", "an integer or a string, each once", name)
+        names.add(name)
+        _check_count(frames, f"{entry}['frames']", 0)
+        expect(seen or frames == 0, f"{entry}['frames']", "0 as state['format'] is None", frames)
+        expect(isinstance(kept, list), f"{entry}['kept']", "a list", kept)
+
+
+def check_kept(streams: Iterable[Mapping[str, Any]], dtype: str, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raises ValueError, naming the entry, unless all that the streams of a state keep has that dtype and a shape."""
+    allowed = f"a dense tensor of {STATE_DTYPES[dtype]} and shape {' or '.join(map(str, shapes))}"
+    for number, stream in enumerate(streams):
+        for place, tensor in enumerate(stream["kept"]):
+            dense = type(tensor) is Tensor and not tensor.is_nested and tensor.layout == torch.strided
+            got = (tensor.dtype, tuple(tensor.shape)) if dense and not tensor.is_meta else type(tensor)
+            right = got in [(STATE_DTYPES[dtype], shape) for shape in shapes]
+            expect(right, f"state['streams'][{number}]['kept'][{place}]", allowed, got)
+
+
+def _check_keys(value: Any, entry: str, keys: Iterable[str]) -> None:
+    right = isinstance(value, dict) and value.keys() == set(keys)
+    expect(right, entry, f"a dict of {', '.join(keys)}", list(value) if isinstance(value, dict) else value)
+
+
+def _check_count(value: Any, entry: str, least: int) -> None:
+    expect(type(value) is int and value >= least, entry, f"an integer of at least {least}", value)
+
+
+def is_stream_id(name: Any) -> bool:
+    """Whether a stream can have that name: integers and strings are allowed, booleans are not."""
+    return isinstance(name, (int, str)) and not isinstance(name, bool)
+
+
+def _equals(value: Any, expected: Any) -> bool:
+    """Whether a value is a number, a string, None or a list of them, and equals another one."""
+    if isinstance(expected, list):
+        return isinstance(value, list) and len(value) == len(expected) and all(map(_equals, value, expected))
+    return isinstance(value, (Number, str, NoneType)) and bool(value == expected)
