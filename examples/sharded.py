@@ -20,7 +20,7 @@ import stgridpool_kernels as stgp
 def main() -> bool:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--frames", type=int, default=64, help="of every video")
+    parser.add_argument("--frames", type=int, default=64, help="of every video: a multiple of 32 for every process")
     args = parser.parse_args()
     if "WORLD_SIZE" not in os.environ:
         parser.error("start it with torchrun: torchrun --standalone --nproc-per-node 2 examples/sharded.py")

@@ -1,7 +1,6 @@
 """ST-GridPool (ICLR 2026) for video LLMs: `torch.ops.stgp.grid_pool(x)` on (T, H, W, C) visual tokens."""
 
 from .backends import available_backends, use_backend
-from .dtensor import support_dtensor
 from .functional import GridPool, grid_pool, norm_pool, temporal_grid, token_norm
 from .plan import GridPlan, grid_plan
 from .stream import GridPoolStream
@@ -20,5 +19,3 @@ __all__ = [
     "token_norm",
     "use_backend",
 ]
-
-support_dtensor()

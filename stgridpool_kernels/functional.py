@@ -16,6 +16,8 @@ from .plan import pair
 
 
 def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: Any) -> Tensor:
+    if type(x) is not Tensor or (out is not None and type(out) is not Tensor):
+        _support_dtensors(x, out)
     if backend != "auto" and torch.compiler.is_compiling():
         raise RuntimeError(f"the backend is chosen outside compiled functions, got backend={backend!r} inside one")
     if out is not None and not isinstance(out, Tensor):
@@ -27,6 +29,15 @@ def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: A
             return cast(Tensor, getattr(torch.ops.stgp, name)(x, **arguments))
         getattr(torch.ops.stgp, f"_{name}_out")(x, out=out, **arguments)
         return out
+
+
+def _support_dtensors(*tensors: object) -> None:
+    """Registers the ops on DTensors if a tensor is one. It never imports torch.distributed.tensor, which takes long."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        if any(isinstance(tensor, DTensor) for tensor in tensors):
+            from . import dtensor as sharding  # noqa: F401
 
 
 def grid_pool(

@@ -210,10 +210,20 @@ def check_call(name: str, x: Tensor, given: Arguments) -> tuple[tuple[int, ...],
     return _result(x, _symbolic_pooled_size(name, x, a))
 
 
+def gridding_plan(name: str, frame_counts: Sequence[int], given: Arguments) -> GridPlan:
+    """Returns the plan of a call's gridding alone, on frames of one token. An op without gridding gets no levels.
+
+    name: of a public op. given: the arguments of the call, which `check_call` has passed.
+    """
+    a = _NO_GRIDDING | _defaults[name] | given
+    return grid_plan(frame_counts, 1, 1, **{key: a[key] for key in _NO_GRIDDING}, **_NO_POOLING)
+
+
 # ---- registration ----
 
 
-def _ops(name: str) -> tuple[str, str, str, str]:
+def op_names(name: str) -> tuple[str, str, str, str]:
+    """Returns the names of a public op and of its private ones: _out, _recorded and _backward."""
     return name, f"_{name}_out", f"_{name}_recorded", f"_{name}_backward"
 
 
@@ -254,7 +264,7 @@ def _implement(name: str) -> None:
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
             return chosen.backward(name, grad, x, *_backend_arguments(plan, a)).contiguous()
 
-    for op, kernel in zip(_ops(name), (forward, forward_out, recorded, backward), strict=True):
+    for op, kernel in zip(op_names(name), (forward, forward_out, recorded, backward), strict=True):
         _library.impl(op, kernel, "CompositeExplicitAutograd")
 
 
@@ -277,12 +287,12 @@ def _fake(name: str) -> None:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     fakes: tuple[Callable[..., Any], ...] = (forward, forward_out, recorded, backward)
-    for op, fake in zip(_ops(name), fakes, strict=True):
+    for op, fake in zip(op_names(name), fakes, strict=True):
         torch.library.register_fake(f"stgp::{op}", fake, lib=_library)
 
 
 def _differentiate(name: str) -> None:
-    op, _, recorded_op, backward_op = (getattr(torch.ops.stgp, op).default for op in _ops(name))
+    op, _, recorded_op, backward_op = (getattr(torch.ops.stgp, op).default for op in op_names(name))
 
     def forward(keyset: Any, x: Tensor, **given: Any) -> Tensor:
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:

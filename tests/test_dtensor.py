@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ pytest.importorskip("torch.distributed.tensor", reason="a torch without torch.di
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What went wrong, by case, in every process."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(sharded_calls.run, (str(folder),), nprocs=sharded_calls.WORLD)
+    multiprocessing.set_forkserver_preload(["torch"])  # imported once for all processes
+    torch.multiprocessing.start_processes(
+        sharded_calls.run, (str(folder),), nprocs=sharded_calls.WORLD, start_method="forkserver"
+    )
     return [json.loads(Path(folder, f"outcomes-{rank}.json").read_text()) for rank in range(sharded_calls.WORLD)]
 
 

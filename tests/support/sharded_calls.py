@@ -1,7 +1,7 @@
 """What tests/test_dtensor.py runs in every one of four processes: the ops on DTensors and on plain tensors.
 
 The cases run one after the other in the same processes: what a call leaves behind, such as a cache, is there for the
-next.
+next. The first case is the one that finds nothing loaded yet.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import stgridpool_kernels as stgp  # before torch.distributed.tensor: the rules are registered when that is imported
+import stgridpool_kernels as stgp
 
 CASES: dict[str, Callable[[], None]] = {}
 WORLD = 4
+OPS = ("grid_pool", "temporal_grid", "norm_pool", "token_norm")
 
 
 def run(rank: int, folder: str) -> None:
@@ -43,7 +45,7 @@ def run(rank: int, folder: str) -> None:
         try:
             case()
             outcomes[name] = None
-        except Exception:
+        except (Exception, pytest.fail.Exception):  # the second is no Exception
             outcomes[name] = traceback.format_exc()
         dist.barrier()
     Path(folder, f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
@@ -71,62 +73,131 @@ def mesh(*shape: int) -> Any:
     return init_device_mesh("cpu", shape or (WORLD,))
 
 
-def shard(x: Tensor, on: Any, *dims: int | None) -> Any:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+def placements(dims: tuple[int | None, ...]) -> tuple[Any, ...]:
+    """Shard(dim) for every mesh dimension, Replicate() for None."""
+    from torch.distributed.tensor import Replicate, Shard
 
-    return distribute_tensor(x, on, [Replicate() if dim is None else Shard(dim) for dim in dims])
+    return tuple(Replicate() if dim is None else Shard(dim) for dim in dims)
+
+
+def shard(x: Tensor, on: Any, *dims: int | None) -> Any:
+    """Every process takes its shard of its own copy of x: nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, on, placements(dims), src_data_rank=None)
 
 
 @contextlib.contextmanager
-def communication(expected: bool) -> Iterator[None]:
+def no_communication() -> Iterator[None]:
     from torch.distributed.tensor.debug import CommDebugMode
 
     with CommDebugMode() as mode:
         yield
-    assert (mode.get_total_counts() > 0) == expected, (mode.get_total_counts(), dict(mode.get_comm_counts()))
+    assert mode.get_total_counts() == 0, mode.get_comm_counts()
 
 
 def same(sharded: Any, expected: Tensor) -> None:
-    assert sharded.shape == expected.shape
-    assert sharded.dtype == expected.dtype
-    whole = sharded.full_tensor()
-    assert torch.equal(whole, expected), (whole - expected).abs().max()
+    """`sharded` is a DTensor of `expected`, and this process holds the shard that belongs here, bit by bit."""
+    from torch.distributed.tensor import distribute_tensor
+
+    assert (sharded.shape, sharded.stride(), sharded.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    own = distribute_tensor(expected, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
+    assert torch.equal(sharded.to_local(), own)
 
 
-def compare(name: str, x: Tensor, on: Any, dims: tuple, *, communicates: bool, placed: tuple | None = None, **given):
-    """Forward and backward, through the op and the function, bitwise; with grad, without, in inference mode."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    op, function = getattr(torch.ops.stgp, name), getattr(stgp, name)
+def compare(name: str, x: Tensor, on: Any, dims: tuple[int | None, ...], **given: Any) -> None:
+    """A call without a gradient, one with, and its backward: bit by bit what one process gets, and nothing is sent."""
+    function = getattr(stgp, name)
     plain = x.clone().requires_grad_()
-    expected = op(plain, **given)
+    expected = function(plain, **given)
     grad = tokens(*expected.shape, seed=1, dtype=expected.dtype)
     expected.backward(grad)
-    wanted = tuple(Replicate() if dim is None else Shard(dim) for dim in (dims if placed is None else placed))
-    for call in (op, function):
-        sharded = shard(x, on, *dims)
-        before = sharded.to_local().clone()
-        for mode in (torch.no_grad, torch.inference_mode):
-            with mode(), communication(communicates):
-                out = call(sharded, **given)
-            assert tuple(out.placements) == wanted, out.placements
-            same(out, expected.detach())
-        leaf = sharded.detach().requires_grad_()
-        with communication(communicates):
-            out = call(leaf, **given)
-        assert tuple(out.placements) == wanted
-        same(out.detach(), expected.detach())
-        given_grad = shard(grad, on, *(dims if placed is None else placed))
-        with communication(communicates):
-            out.backward(given_grad)
-        assert leaf.grad.placements == leaf.placements
-        same(leaf.grad, plain.grad)
-        assert torch.equal(sharded.to_local(), before)
+    leaf = shard(x, on, *dims).requires_grad_()
+    before = leaf.to_local().clone()
+    with no_communication():
+        with torch.no_grad():
+            quiet = function(leaf, **given)
+        out = function(leaf, **given)
+        out.backward(shard(grad, on, *dims))
+    assert quiet.placements == out.placements == leaf.grad.placements == leaf.placements == placements(dims)
+    for result in (quiet, out.detach()):
+        same(result, expected.detach())
+    same(leaf.grad, plain.grad)
+    assert torch.equal(leaf.to_local(), before)
+
+
+def refused(
+    name: str, x: Tensor, on: Any, dims: tuple[int | None, ...], works: list[tuple[int | None, ...]], **given: Any
+) -> None:
+    """x is refused before anything is sent; what the message says would work does."""
+    function = getattr(stgp, name)
+    sharded = shard(x, on, *dims)
+    offered = [placements(choice) for choice in works]
+    with no_communication():
+        raises(
+            ValueError,
+            f"x has placements {placements(dims)}, at which {name} cannot be computed shard by shard; it can be at "
+            f"{' or '.join(map(str, offered))}: call x.redistribute(placements={offered[0]})",
+            lambda: function(sharded, **given),
+        )
+    for choice in offered:
+        same(function(sharded.redistribute(placements=choice), **given), function(x, **given))
+
+
+def raises(kind: type[Exception], message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        call()
 
 
 # ---- cases ----
 
-OPS = ("grid_pool", "temporal_grid", "norm_pool", "token_norm")
+
+@case
+def the_rules_are_imported_by_the_first_call_on_a_dtensor() -> None:
+    rules, slow = "stgridpool_kernels.dtensor", "torch.distributed.tensor"
+    x = tokens(8, 16, 4, 4, 8)
+    expected = stgp.grid_pool(torch.nn.Parameter(x), ceil_mode=True)
+    assert rules not in sys.modules
+    assert slow not in sys.modules
+    on = mesh()
+    sharded = shard(x, on, 0)
+    assert slow in sys.modules
+    assert torch.equal(stgp.grid_pool(x, ceil_mode=True), expected)
+    assert rules not in sys.modules
+    raises(NotImplementedError, "sharding strategy", lambda: torch.ops.stgp.grid_pool(sharded))  # docs: import them
+
+    def call(t: Tensor) -> Tensor:
+        return stgp.grid_pool(t, ceil_mode=True) * 2
+
+    plain, leaf = x.clone().requires_grad_(), sharded.detach().requires_grad_()
+    call(plain).sum().backward()
+    one_compiles = dist.get_rank() == 0  # since compiling takes seconds, and the calls send nothing
+    if one_compiles:
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    same(call(sharded), expected.detach() * 2)
+    assert rules in sys.modules
+    call(leaf).sum().backward()
+    same(leaf.grad, plain.grad)
+    if one_compiles:
+        pool = torch.compile(stgp.grid_pool, backend="aot_eager", fullgraph=True)
+        for frames in (128, 256):  # the second number of frames is a symbol, until the cut fixes it
+            y = tokens(frames, 4, 3, 8)
+            same(pool(shard(y, on, 0)), stgp.grid_pool(y))
+
+
+@case
+def torch_ops() -> None:
+    on = mesh()
+    for name in OPS:
+        x = tokens(5, 9, 5, 7, 16)
+        expected = getattr(stgp, name)(x)
+        op = getattr(torch.ops.stgp, name)
+        for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with mode(), no_communication():
+                out = op(shard(x, on, 0))
+            same(out, expected)
+        with mode(), no_communication():
+            assert op(shard(x, on, 0).requires_grad_()).requires_grad
 
 
 @case
@@ -134,36 +205,38 @@ def the_batch() -> None:
     on = mesh()
     for name in OPS:
         for batch in (8, 5, 2):  # even; pieces of 2, 2, 1 and 0; fewer than processes
-            compare(name, tokens(batch, 9, 5, 7, 16), on, (0,), communicates=False)
+            x = tokens(batch, 9, 5, 7, 16)
+            compare(name, x, on, (0,))
+            assert torch.equal(getattr(stgp, name)(shard(x, on, 0)).full_tensor(), getattr(stgp, name)(x))
+
+
+@case
+def replicated() -> None:
+    for name in OPS:
+        compare(name, tokens(9, 5, 7, 16), mesh(), (None,))
 
 
 @case
 def frames_at_segment_borders() -> None:
     on = mesh()
     for name in OPS:
-        compare(name, tokens(128, 4, 3, 16), on, (0,), communicates=False)
-        compare(name, tokens(2, 128, 4, 3, 16), on, (1,), communicates=False)
+        compare(name, tokens(128, 4, 3, 16), on, (0,))
+        compare(name, tokens(2, 128, 4, 3, 16), on, (1,))
     for sampling in ("first", "last"):
-        for frames in (104, 96, 40):  # the last piece is shorter, or there is none for the last processes
-            arguments = {"sampling": sampling, "frame_strides": (2, 4)}
-            if frames == 96:
-                arguments["frame_strides"] = (2,)
-            aligned = frames != 104  # pieces of 26 frames are not whole segments
-            placed = (0,) if aligned else (None,)
-            if frames == 40:  # pieces of 10 frames neither
-                aligned, placed = False, (None,)
-            compare(
-                "grid_pool", tokens(frames, 4, 3, 8), on, (0,), communicates=not aligned, placed=placed, **arguments
-            )
+        compare("grid_pool", tokens(96, 4, 3, 8), on, (0,), frame_strides=(2,), sampling=sampling)
+        for frames in (104, 40):  # pieces of 26 and of 10 frames are not whole segments
+            x = tokens(frames, 4, 3, 8)
+            refused("grid_pool", x, on, (0,), [(None,)], frame_strides=(2, 4), sampling=sampling)
+            refused("temporal_grid", x[None], on, (1,), [(None,)], frame_strides=(2, 4), sampling=sampling)
 
 
 @case
 def a_shorter_last_piece() -> None:
     # 4 processes, pieces of 16, 16, 16 and 8 frames: segments of 8, and of 16 whose last one is incomplete in both
-    compare("grid_pool", tokens(56, 4, 3, 8), mesh(), (0,), communicates=True, placed=(None,), frame_strides=(2, 4))
-    compare("grid_pool", tokens(61, 4, 3, 8), mesh(), (0,), communicates=False, frame_strides=(2, 4), sampling="first")
-    # and pieces of 16, 16, 16 and 16, of which strides that do not divide the whole take other frames
-    compare("grid_pool", tokens(63, 4, 3, 8), mesh(), (0,), communicates=True, placed=(None,), frame_strides=(2, 4))
+    refused("grid_pool", tokens(56, 4, 3, 8), mesh(), (0,), [(None,)], frame_strides=(2, 4))
+    compare("grid_pool", tokens(61, 4, 3, 8), mesh(), (0,), frame_strides=(2, 4), sampling="first")
+    # and pieces of 16, 16, 16 and 15, where strides that do not divide the whole take other frames
+    refused("grid_pool", tokens(63, 4, 3, 8), mesh(), (0,), [(None,)], frame_strides=(2, 4))
 
 
 @case
@@ -171,22 +244,24 @@ def frames_anywhere_without_gridding() -> None:
     on = mesh()
     for frames in (10, 3):
         for name in ("norm_pool", "token_norm"):
-            compare(name, tokens(frames, 5, 7, 8), on, (0,), communicates=False)
-            compare(name, tokens(2, frames, 5, 7, 8), on, (1,), communicates=False)
-        compare("grid_pool", tokens(frames, 5, 7, 8), on, (0,), communicates=False, frame_strides=())
+            compare(name, tokens(frames, 5, 7, 8), on, (0,))
+            compare(name, tokens(2, frames, 5, 7, 8), on, (1,))
+        compare("grid_pool", tokens(frames, 5, 7, 8), on, (0,), frame_strides=())
 
 
 @case
 def two_mesh_dimensions() -> None:
     on = mesh(2, 2)
     for name in OPS:
-        compare(name, tokens(3, 64, 4, 3, 8), on, (0, 1), communicates=False)
-        compare(name, tokens(3, 64, 4, 3, 8), on, (1, 0), communicates=False)
-        compare(name, tokens(128, 4, 3, 8), on, (0, 0), communicates=False)
-        compare(name, tokens(3, 64, 4, 3, 8), on, (None, 1), communicates=False)
+        compare(name, tokens(3, 64, 4, 3, 8), on, (0, 1))
+        compare(name, tokens(3, 64, 4, 3, 8), on, (1, 0))
+        compare(name, tokens(128, 4, 3, 8), on, (0, 0))
+        compare(name, tokens(3, 64, 4, 3, 8), on, (None, 1))
     # 96 = 48 + 48: not for both; the batch takes what the frames cannot
-    compare("grid_pool", tokens(4, 96, 4, 3, 8), on, (0, 1), communicates=True, placed=(0, 0))
-    compare("grid_pool", tokens(3, 96, 4, 3, 8), on, (0, 1), communicates=True, placed=(0, None))
+    refused("grid_pool", tokens(4, 96, 4, 3, 8), on, (0, 1), [(0, 0), (0, None), (None, None)])
+    refused("grid_pool", tokens(3, 96, 4, 3, 8), on, (0, 1), [(0, None), (None, None)])
+    # right over either, not over both: pieces of 16
+    refused("grid_pool", tokens(4, 64, 4, 3, 8), on, (1, 1), [(0, 0), (None, None)])
 
 
 @case
@@ -194,9 +269,9 @@ def packed_videos() -> None:
     on = mesh(2, 2)
     x = tokens(64, 4, 3, 8)
     for counts in ([32, 32], [16, 16, 0, 32], [10, 22, 32], [64]):
-        compare("grid_pool", x, on, (0, None), communicates=False, frame_counts=counts)
-        compare("temporal_grid", x, on, (None, None), communicates=False, frame_counts=counts)
-    compare("grid_pool", x, on, (0, None), communicates=True, placed=(None, None), frame_counts=[31, 33])
+        compare("grid_pool", x, on, (0, None), frame_counts=counts)
+        compare("temporal_grid", x, on, (None, None), frame_counts=counts)
+    refused("grid_pool", x, on, (0, None), [(None, None)], frame_counts=[31, 33])
 
 
 @case
@@ -207,48 +282,61 @@ def a_mesh_of_some_processes() -> None:
     for name in OPS:
         counts = {"frame_counts": [32, 32]} if name in ("grid_pool", "temporal_grid") else {}
         for x, arguments in ((tokens(64, 4, 3, 8), {}), (tokens(64, 4, 3, 8), counts), (tokens(3, 16, 4, 3, 8), {})):
-            plain = x.clone().requires_grad_()
-            expected = getattr(stgp, name)(plain, **arguments)
-            grad = tokens(*expected.shape, seed=1)
-            expected.backward(grad)
-            leaf, grad_sharded = shard(x, on, 0).requires_grad_(), shard(grad, on, 0)
-            with communication(False):
-                result = getattr(stgp, name)(leaf, **arguments)
-                result.backward(grad_sharded)
-            assert result.shape == expected.shape
+            compare(name, x, on, (0,), **arguments)
+            leaf = shard(x, on, 0).requires_grad_()
+            out = getattr(stgp, name)(leaf, **arguments)
+            out.backward(shard(torch.ones(out.shape), on, None))
+            assert leaf.grad.placements == leaf.placements
             if on.get_coordinate() is None:
-                assert result.to_local().numel() == leaf.grad.to_local().numel() == 0
-            else:
-                same(result.detach(), expected.detach())
-                same(leaf.grad, plain.grad)
+                assert out.to_local().numel() == leaf.grad.to_local().numel() == 0
+    raises(ValueError, "x has placements (Shard(dim=3),)", lambda: stgp.grid_pool(shard(tokens(8, 4, 4, 8), on, 3)))
 
 
 @case
-def rows_columns_and_channels_are_redistributed() -> None:
+def rows_columns_and_channels_are_refused() -> None:
     on = mesh()
     for name in OPS:
+        everywhere = [(0,), (None,)] if name in ("grid_pool", "temporal_grid") else [(0,), (1,), (None,)]
         for dim in (2, 3, 4):
-            compare(name, tokens(4, 16, 8, 4, 8), on, (dim,), communicates=True, placed=(0,))
-        compare(name, tokens(128, 8, 4, 8), on, (3,), communicates=True, placed=(0,))
-    compare("grid_pool", tokens(16, 8, 4, 8), on, (3,), communicates=True, placed=(None,))
+            refused(name, tokens(4, 16, 8, 4, 8), on, (dim,), everywhere)
+        refused(name, tokens(128, 8, 4, 8), on, (3,), [(0,), (None,)])
+    refused("grid_pool", tokens(2, 16, 8, 4, 8), on, (4,), [(None,)])
+    refused("grid_pool", tokens(64, 8, 4, 8), mesh(2, 2), (0, 3), [(0, None), (None, None)])
 
 
 @case
-def partial_sums_are_added_first() -> None:
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+def placements_of_other_kinds_are_refused() -> None:
+    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    parts = DTensor.from_local(tokens(9, 4, 3, 8), mesh(), [Partial()])
+    strided = DTensor.from_local(tokens(32, 4, 3, 8), mesh(2, 2), [_StridedShard(0, split_factor=2), Shard(0)])
+    for x, works in (
+        (parts, "(Shard(dim=0),) or (Replicate(),)"),
+        (strided, "(Shard(dim=0), Shard(dim=0)) or (Replicate(), Shard(dim=0)) or (Replicate(), Replicate())"),
+    ):
+        message = f"x has placements {x.placements}, at which norm_pool cannot be computed shard by shard; it can be at"
+        with no_communication():
+            raises(ValueError, f"{message} {works}: call x.redistribute(", lambda x=x: stgp.norm_pool(x))
+        cut = x.redistribute(placements=[Shard(0)] * len(x.placements))
+        same(stgp.norm_pool(cut), stgp.norm_pool(x.full_tensor()))
+
+
+@case
+def a_gradient_is_redistributed_to_the_placements_of_x() -> None:
+    from torch.distributed.tensor import DTensor, Partial
 
     on = mesh()
-    parts = [tokens(9, 4, 3, 8, seed=rank) for rank in range(WORLD)]
-    leaf = DTensor.from_local(parts[dist.get_rank()], on, [Partial()]).detach().requires_grad_()
-    whole = leaf.detach().full_tensor().requires_grad_()
-    expected = stgp.grid_pool(whole)
-    expected.sum().backward()
-    with communication(True):
-        out = stgp.grid_pool(leaf)
-    same(out.detach(), expected.detach())
-    out.backward(shard(torch.ones_like(expected), on, None))
-    assert leaf.grad.placements == (Replicate(),)
-    same(leaf.grad, whole.grad)
+    for name in OPS:
+        for dims in ((0,), (None,)):
+            plain, leaf = (tokens(5, 9, 4, 3, 8).requires_grad_() for _ in range(2))
+            leaf = shard(leaf.detach(), on, *dims).requires_grad_()
+            expected, out = (getattr(stgp, name)(x) for x in (plain, leaf))
+            grad = tokens(*expected.shape)
+            expected.backward(4 * grad)
+            out.backward(DTensor.from_local(grad, on, [Partial()]))
+            assert leaf.grad.placements == leaf.placements
+            same(leaf.grad, plain.grad)
 
 
 @case
@@ -273,25 +361,16 @@ def calls_that_differ_in_one_argument() -> None:
         {"frame_counts": [32, 96]},
     ]
     for arguments in [{}, *changes, {}, *reversed(changes)]:
-        compare("grid_pool", x, on, (0,), communicates=False, **arguments)
+        compare("grid_pool", x, on, (0,), **arguments)
     of_op = {"norm_pool": changes[:9], "temporal_grid": changes[9:], "token_norm": changes[7:9]}
     for name, its_changes in of_op.items():
         for arguments in [{}, *its_changes, {}]:
-            compare(name, x, on, (0,), communicates=False, **arguments)
-    # and one whose placement depends on a string: 63 frames
-    for sampling in ("last", "first", "last"):
-        first = sampling == "first"
-        placed = (0,) if first else (None,)
-        compare(
-            "grid_pool",
-            tokens(63, 4, 3, 8),
-            on,
-            (0,),
-            communicates=not first,
-            placed=placed,
-            frame_strides=[2],
-            sampling=sampling,
-        )
+            compare(name, x, on, (0,), **arguments)
+    # and a string on which it depends whether x is refused: 63 frames
+    x = tokens(63, 4, 3, 8)
+    for _ in range(2):
+        refused("grid_pool", x, on, (0,), [(None,)], frame_strides=[2], sampling="last")
+        compare("grid_pool", x, on, (0,), frame_strides=[2], sampling="first")
 
 
 @case
@@ -300,27 +379,38 @@ def out() -> None:
     x = tokens(8, 9, 4, 6, 8)
     result = shard(torch.zeros(8, 9, 2, 3, 8), on, 0)
     sharded = shard(x, on, 0)
-    with communication(False):
+    with no_communication():
         assert stgp.grid_pool(sharded, out=result) is result
     same(result, stgp.grid_pool(x))
-    for wrong, message in (
-        (torch.zeros(8, 9, 2, 3, 8), "out must be a DTensor"),
-        (shard(torch.zeros(8, 9, 2, 3, 8), on, 1), "out must be on the mesh of x with placements"),
-        (shard(torch.zeros(8, 9, 2, 2, 8), on, 0), "out must have shape"),
+    result = shard(torch.zeros(8, 9, 2, 3, 8), mesh(2, 2), 0, 0)
+    for wrong, kind, message in (
+        (torch.zeros(8, 9, 2, 3, 8), TypeError, "out must be a DTensor as x is, got Tensor"),
+        (shard(torch.zeros(8, 9, 2, 3, 8), on, 1), ValueError, "out must have the placements of x, (Shard(dim=0),)"),
+        (shard(torch.zeros(8, 9, 2, 2, 8), on, 0), ValueError, "out must have shape (8, 9, 2, 3, 8)"),
+        (result, ValueError, "out must be on the mesh of x"),
     ):
-        raises(
-            ValueError if wrong.__class__ is not Tensor else TypeError,
-            message,
-            lambda wrong=wrong: stgp.grid_pool(shard(x, on, 0), out=wrong),
-        )
-    raises(TypeError, "x must be a DTensor", lambda: stgp.grid_pool(x, out=result))
+        raises(kind, message, lambda wrong=wrong: stgp.grid_pool(sharded, out=wrong))
+    raises(TypeError, "x must be a DTensor as out is, got Tensor", lambda: stgp.grid_pool(x, out=result))
+    some = shard(torch.zeros(8, 9, 2, 2, 8), on, 2)
+    raises(ValueError, "x has placements (Shard(dim=2),)", lambda: stgp.grid_pool(shard(x, on, 2), out=some))
+
+
+@case
+def out_on_a_mesh_of_some_processes() -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    on = DeviceMesh("cpu", [0, 1])
+    x = tokens(3, 9, 4, 6, 8)
+    result = shard(torch.zeros(3, 9, 2, 3, 8), on, 0)
+    assert stgp.grid_pool(shard(x, on, 0), out=result) is result
+    same(result, stgp.grid_pool(x))
 
 
 @case
 def bad_input_is_refused_before_anything_is_sent() -> None:
     on = mesh()
     x, of_rank_3 = shard(tokens(64, 4, 3, 8), on, 3), shard(tokens(4, 3, 8), on, 0)
-    with communication(False):
+    with no_communication():
         raises(ValueError, "padding must be at most half", lambda: stgp.grid_pool(x, padding=2))
         raises(ValueError, "frame_counts must sum to T = 64", lambda: stgp.grid_pool(x, frame_counts=[3]))
         raises(ValueError, "sampling must be one of", lambda: stgp.grid_pool(x, sampling="middle"))
@@ -332,40 +422,31 @@ def uneven_local_tensors_are_refused() -> None:
     from torch.distributed.tensor import DTensor, Shard
 
     local = tokens((8, 40, 8, 8)[dist.get_rank()], 4, 3, 8)
-    x = DTensor.from_local(
-        local, mesh(), [Shard(0)], run_check=False, shape=torch.Size((64, 4, 3, 8)), stride=(96, 24, 8, 1)
+    x = DTensor.from_local(local, mesh(), [Shard(0)], shape=torch.Size((64, 4, 3, 8)), stride=(96, 24, 8, 1))
+    raises(
+        ValueError,
+        "x must be sharded evenly, as torch.chunk cuts: of 64 in dimension 0 this process should hold 16, got ",
+        lambda: stgp.norm_pool(x),
     )
-    raises(ValueError, "x must be sharded evenly, as torch.chunk cuts", lambda: stgp.grid_pool(x))
+
+
+@case
+def another_order_of_mesh_dimensions_is_refused() -> None:
+    from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
+
+    x = shard(tokens(64, 4, 3, 8), mesh(2, 2), 0, 0)
+    x._spec.shard_order = (ShardOrderEntry(0, (1, 0)),)
+    raises(ValueError, "x must be sharded over mesh dimensions in their order", lambda: stgp.norm_pool(x))
 
 
 @case
 def a_module_trains() -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    on = mesh()
     x, weight = tokens(8, 16, 4, 4, 8, dtype=torch.float64), tokens(8, 8, seed=2, dtype=torch.float64)
     gradients = []
     for sharded in (False, True):
-        w = distribute_tensor(weight, on, [Replicate()]) if sharded else weight.clone()
+        w = shard(weight, mesh(), None) if sharded else weight.clone()
         w.requires_grad_()
-        projected = (distribute_tensor(x, on, [Shard(0)]) if sharded else x) @ w
+        projected = (shard(x, mesh(), 0) if sharded else x) @ w
         stgp.GridPool(frame_strides=(2,))(projected).square().sum().backward()
         gradients.append(w.grad.full_tensor() if sharded else w.grad)
     torch.testing.assert_close(*gradients)  # a sum over processes: another order of additions
-
-
-@case
-def compiled() -> None:
-    on = mesh()
-    x = tokens(8, 16, 4, 4, 8)
-    call = torch.compile(lambda t: torch.ops.stgp.grid_pool(t, ceil_mode=True) * 2, backend="aot_eager", fullgraph=True)
-    same(call(shard(x, on, 0)), stgp.grid_pool(x, ceil_mode=True) * 2)
-    plain, leaf = x.clone().requires_grad_(), shard(x, on, 0).requires_grad_()
-    (stgp.grid_pool(plain, ceil_mode=True) * 2).sum().backward()
-    call(leaf).sum().backward()
-    same(leaf.grad, plain.grad)
-
-
-def raises(kind: type[Exception], message: str, call: Callable[[], object]) -> None:
-    with pytest.raises(kind, match=re.escape(message)):
-        call()
