@@ -20,7 +20,7 @@ import torch
 import stgridpool_kernels
 from benchmarks.results import Run
 from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.machine import cpu_name
+from stgridpool_kernels.cli.machine import cpu_name
 from stgridpool_kernels.version import __version__
 
 PACKAGE = Path(stgridpool_kernels.__file__).parent

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.provider import SEGMENT, Pool, Provider
 from benchmarks.workloads import Workload
-from stgridpool_kernels import ops
+from stgridpool_kernels import functional
 from stgridpool_kernels.backends import available_backends, backend_names
 from stgridpool_kernels.cli import baselines
 from stgridpool_kernels.plan import GridPlan
@@ -68,7 +68,7 @@ def backends(device: str) -> list[str]:
 
 def our_ops(workload: Workload, device: str) -> list[Provider]:
     w, wide = workload, 4 / workload.dtype.itemsize  # the reference copies to float32
-    calls = (partial(ops.norm_pool, **w.windows), partial(ops.grid_pool, **w.settings))
+    calls = (partial(functional.norm_pool, **w.windows), partial(functional.grid_pool, **w.settings))
     return [
         Provider(
             f"{op}:{backend}",
@@ -91,14 +91,14 @@ def by_reference(workload: Workload, op: str) -> Pool:
     """The definition of an op, which is the same object for every provider that it is the definition of."""
     own = {name: value for name, value in workload.settings.items() if name != "frame_counts"}
     settings = own if op == "grid_pool" else workload.windows
-    return in_segments(workload, partial(getattr(ops, op), **settings, backend="reference"))
+    return in_segments(workload, partial(getattr(functional, op), **settings, backend="reference"))
 
 
 def _random_gradient(
     op: str, settings: dict[str, Any], shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """A gradient of the result that tokens of this shape have."""
-    result = getattr(ops, op)(torch.empty(shape, dtype=dtype, device="meta"), **settings)
+    result = getattr(functional, op)(torch.empty(shape, dtype=dtype, device="meta"), **settings)
     generator = torch.Generator(device).manual_seed(len(shape))
     return torch.randn(result.shape, dtype=dtype, device=device, generator=generator)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.machine import output_of
-from stgridpool_kernels.machine import cpu_name
+from stgridpool_kernels.cli.machine import cpu_name
 
 SOURCE = Path(__file__).with_name("ceiling.cpp")
 LINE = 64

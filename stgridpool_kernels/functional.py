@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -37,7 +38,7 @@ def _support_dtensors(*tensors: object) -> None:
         from torch.distributed.tensor import DTensor
 
         if any(isinstance(tensor, DTensor) for tensor in tensors):
-            from . import dtensor as sharding  # noqa: F401
+            from . import dtensor  # noqa: F401
 
 
 def grid_pool(

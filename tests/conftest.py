@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from stgridpool_kernels.backends import BACKENDS
+from stgridpool_kernels.backends import BACKENDS, compiled
 from tests.support import cuda_emulation
+from tests.support.instructions import restored, usable
 from tests.support.interpreter import hasten_interpreter, repair_interpreter, use_interpreter
 from tests.support.triples import ABSENT, ALLOWED_REASONS, ARGUMENTS, LEFT_OUT, over_triples
 
@@ -113,3 +114,11 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         yield
+
+
+@pytest.fixture(scope="module", params=usable() or ["none"])
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every usable set of vector instructions of the CPU kernels, in use."""
+    with restored():
+        compiled.LIBRARY.use_cpu_capability(request.param)
+        yield request.param

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..backends import choose_backend
 from ..functional import grid_pool, norm_pool
-from ..machine import cpu_name
 from ..plan import grid_plan
 from ..version import __version__
 from .baselines import llava_avg_pool, naive_grid_pool
+from .machine import cpu_name
 
 SHAPE = "32x27x27x896"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

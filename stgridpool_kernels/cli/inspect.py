@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..inputs import load_input
+from ..io.inputs import load_input
 from .figure import save_figure
 from .inspection import Inspection, inspect_tokens
 from .picture import check_picture, require_matplotlib

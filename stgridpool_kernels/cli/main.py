@@ -31,17 +31,17 @@ from torch import Tensor
 
 from ..backends import backend_names, backend_reasons, compiled, requested_backend
 from ..functional import grid_pool
-from ..inputs import load_input, stream_input
 from ..io.encoder import TAPS
+from ..io.inputs import load_input, stream_input
 from ..io.token_files import SUFFIXES, check_dtype, check_streamable, write_chunks, write_tokens
 from ..io.video import VideoWarning
-from ..machine import cpu_name
 from ..io.writing import refuse_existing
 from ..ops import check_arguments
 from ..plan import RESIZES, SAMPLINGS
 from ..stream import GridPoolStream
 from ..version import __version__
 from .bench import SHAPE, bench_command
+from .machine import cpu_name
 
 OPTION_HELP = {
     "frame_strides": "sample every so many frames, one level of temporal gridding per entry; none turns it off",

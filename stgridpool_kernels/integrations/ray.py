@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from .. import grid_pool
-from ..inputs import check_count, check_reading, load_input
+from ..io.inputs import check_count, check_reading, load_input
 from ..io.token_files import write_tokens
 from ..io.video import VideoWarning
 from ..io.writing import remove_leftovers
 from .base import PoolOptions, require
-from .folders import outputs_in
 from .options import read_option
+from .ray_folders import outputs_in
 
 _TESTED = {"at_least": "2.60", "below": "2.61"}
 _READING = {"key": None, "num_frames": 32, "grid": (18, 32), "tap": "post_ln"}

@@ -15,7 +15,6 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ from stgridpool_kernels.plan import tables
 from stgridpool_kernels.plan.tables import plan_tables
 from tests.backends import test_backends
 from tests.support.cases import CALLS, LAYOUTS, laid_out, tokens
+from tests.support.instructions import known, restored
 from tests.support.tolerance import assert_same_bits, assert_within, ulp
-from tools import fuzz
 
 Arguments = dict[str, Any]
 PACKAGE = Path(stgp.__file__).parent
@@ -49,39 +48,6 @@ calls = pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS.k
 
 def run(op: str, x: Tensor, **arguments: Any) -> Tensor:
     return getattr(stgp, op)(x, backend="cpu", **arguments)
-
-
-def known() -> list[str]:
-    return [] if compiled.LIBRARY is None else compiled.LIBRARY.build_info()["cpu capabilities"].split(", ")
-
-
-@contextmanager
-def restored() -> Iterator[None]:
-    """Leaves the instructions in use, and the number of threads, as they were."""
-    before, threads = compiled.LIBRARY.cpu_capability(), torch.get_num_threads()
-    try:
-        yield
-    finally:
-        compiled.LIBRARY.use_cpu_capability(before)
-        torch.set_num_threads(threads)
-
-
-def usable() -> list[str]:
-    """The sets of instructions that the library holds and this CPU runs."""
-    found = []
-    for name in known():
-        with restored(), suppress(ValueError):
-            compiled.LIBRARY.use_cpu_capability(name)
-            found.append(name)
-    return found
-
-
-@pytest.fixture(scope="module", params=usable() or ["none"])
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every usable set of instructions, in use."""
-    with restored():
-        compiled.LIBRARY.use_cpu_capability(request.param)
-        yield request.param
 
 
 @pytest.fixture
@@ -154,48 +120,6 @@ def test_any_number_of_channels(dtype: torch.dtype, capability: str) -> None:
             largest = expected.abs().max().item()
             # a rounding of a summary and one of the result
             assert_within(result, expected.double(), 2e-6 * largest if dtype == torch.float32 else ulp(largest, dtype))
-
-
-def test_random_calls(capability: str) -> None:
-    with restored():
-        for seed in range(120):
-            call = fuzz.draw_call(seed, capability)
-            try:
-                call.check()
-            except AssertionError as error:
-                raise AssertionError(f"{call!r}.check()") from error
-
-
-LARGE_LOGITS: dict[str, dict[str, Any]] = {
-    "2000": {
-        "shape": (2, 6, 5, 12, 512),
-        "content": "usual",
-        "arguments": {"frame_strides": (1,), "output_size": (4, 4), "temperature": 1.7},
-    },
-    "6000": {
-        "shape": (64, 7, 6, 105),
-        "content": "outlier",
-        "arguments": {"frame_strides": (5, 4), "resize": "bilinear", "output_size": (9, 7), "temperature": 40.0},
-    },
-}
-
-
-@pytest.mark.parametrize("case", LARGE_LOGITS.values(), ids=LARGE_LOGITS.keys())
-def test_gradient_of_large_logits(case: dict[str, Any], capability: str) -> None:
-    """In float32 their last bits are worth something, and a lane that adds up many channels loses some."""
-    sums = {"norm_type": 1.0, "normalize_norm": False}
-    call = fuzz.Call(
-        **{"op": "grid_pool", "dtype": "float32", "spoilt": 0, "layout": "contiguous", "out_layout": "contiguous"},
-        **{"threads": 2, "capability": capability, "seed": 4},
-        **(case | {"arguments": case["arguments"] | sums}),
-    )
-    with restored():
-        call.check()
-
-
-def test_random_wrong_tables() -> None:
-    with restored():
-        assert sum(map(fuzz.wrong_tables, range(200))) > 100
 
 
 @HALVES

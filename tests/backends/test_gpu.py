@@ -21,7 +21,6 @@ from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import stgridpool_kernels as stgp
-from benchmarks.workloads import random_tokens
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.plan.dataflow import Schedule
 from tests.support.tolerance import assert_same_bits, assert_within, ulp
@@ -72,6 +71,13 @@ def tested(request: pytest.FixtureRequest) -> str:
 
 def run(op: str, x: Tensor, backend: str = "", **arguments: Any) -> Tensor:
     return getattr(stgp, op)(x, backend=backend or _tested, **arguments)
+
+
+def random_tokens(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> Tensor:
+    """Tokens of unequal norms, drawn where they are wanted: the main shapes take a CPU seconds."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+    return x.mul_(2 + 0.3 * torch.randn((*shape[:-1], 1), dtype=dtype, device=device, generator=generator))
 
 
 def on_gpu(*shape: int, seed: int = 0) -> Tensor:

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 import stgridpool_kernels
-from stgridpool_kernels import inputs
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.cli import demo
 from stgridpool_kernels.cli import inspect as inspect_command
 from stgridpool_kernels.cli import main as cli
 from stgridpool_kernels.cli.main import main
-from stgridpool_kernels.io import token_files
+from stgridpool_kernels.io import inputs, token_files
 from stgridpool_kernels.io.token_files import read_tokens, write_tokens
 
 SCHEMA = [argument for argument in torch.ops.stgp.grid_pool.default._schema.arguments if argument.kwarg_only]

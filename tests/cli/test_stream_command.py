@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stgridpool_kernels
-from stgridpool_kernels import inputs
 from stgridpool_kernels.cli.main import main
-from stgridpool_kernels.inputs import load_input
+from stgridpool_kernels.io import inputs
+from stgridpool_kernels.io.inputs import load_input
 from stgridpool_kernels.io.token_files import TokenFileError, read_tokens, stream_tokens, write_chunks
 
 PAGE = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text(encoding="utf-8")

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import stgridpool_kernels as stgp
-from stgridpool_kernels.inputs import load_input
 from stgridpool_kernels.integrations import ray as stgp_ray
-from stgridpool_kernels.integrations.folders import outputs_in
 from stgridpool_kernels.integrations.ray import PoolFiles, extract
+from stgridpool_kernels.integrations.ray_folders import outputs_in
 from stgridpool_kernels.io.encoder import find_sample_video
+from stgridpool_kernels.io.inputs import load_input
 from stgridpool_kernels.io.token_files import read_tokens, write_tokens
 from stgridpool_kernels.io.video import VideoWarning
 

@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stgridpool_kernels import inputs
-from stgridpool_kernels.inputs import load_input
-from stgridpool_kernels.io import writing
+from stgridpool_kernels.io import inputs, writing
+from stgridpool_kernels.io.inputs import load_input
 from stgridpool_kernels.io.token_files import (
     SUFFIXES,
     TokenFileError,

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .io.encoder import PATCH, TAPS, Encoder
-from .io.token_files import SUFFIXES, TokenFileError, check_file, read_tokens, stream_safetensors, stream_tokens
-from .io.video import VIDEO_SUFFIXES, VideoError, iter_frames, read_frames
+from .encoder import PATCH, TAPS, Encoder
+from .token_files import SUFFIXES, TokenFileError, check_file, read_tokens, stream_safetensors, stream_tokens
+from .video import VIDEO_SUFFIXES, VideoError, iter_frames, read_frames
 
 __all__ = ["check_count", "check_reading", "load_input", "stream_input"]
 

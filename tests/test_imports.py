@@ -1,0 +1,116 @@
+"""Imports run one way: from a higher floor of the package to a lower one, without circles, inside functions too."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "stgridpool_kernels"
+FLOORS = [
+    ("version", "plan", "io.writing"),
+    ("backends",),
+    ("ops",),
+    ("dtensor",),
+    ("functional",),
+    ("stream", "stream_state"),
+    ("",),
+    ("io",),
+    ("integrations",),
+    ("cli", "__main__"),
+]
+"""Parts of the package from the ground up, by their names in it; "" is the package itself, the public names."""
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file below the root."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in (ROOT / PACKAGE).rglob("*.py")}
+
+
+def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those that are there for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from nodes_that_run(node)
+
+
+def imported(path: Path) -> set[str]:
+    """The dotted names that a file imports: modules where they are modules of the package, else what they are in."""
+    name = module_name(path)
+    folder = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in nodes_that_run(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(folder.split(".")[: len(folder.split(".")) + 1 - node.level]) if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
+            members = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {member if member in MODULES else module for member in members}
+    return found
+
+
+def floor(module: str) -> int:
+    """The floor of the longest part that the module belongs to."""
+    inside = module.removeprefix(PACKAGE).removeprefix(".")
+    parts = [
+        (len(part), number)
+        for number, level in enumerate(FLOORS)
+        for part in level
+        if f"{inside}.".startswith(f"{part}.")
+    ]
+    return max(parts)[1] if parts else FLOORS.index(("",))
+
+
+def test_every_module_has_a_floor() -> None:
+    tops = {module.split(".")[1] for module in MODULES if module != PACKAGE}
+    assert tops == {part.split(".")[0] for level in FLOORS for part in level if part}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_goes_up(module: str) -> None:
+    wanted = {name for name in imported(MODULES[module]) if name.split(".")[0] == PACKAGE}
+    assert {name for name in wanted if floor(name) > floor(module)} == set()
+
+
+def test_no_circles() -> None:
+    graph = {module: (imported(path) & MODULES.keys()) - {module} for module, path in MODULES.items()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_files_are_read_by_the_command_line_and_one_integration() -> None:
+    readers = {
+        module
+        for module, path in MODULES.items()
+        if floor(module) == floor(f"{PACKAGE}.integrations") and any(".io" in name for name in imported(path))
+    }
+    assert readers <= {f"{PACKAGE}.integrations.{name}" for name in ("ray", "ray_folders")}
+
+
+def test_ops_that_a_backend_calls_are_declared_beside_it() -> None:
+    """A backend that called an op of ops.py would know at run time what is above it."""
+    for module, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        if floor(module) < floor(f"{PACKAGE}.ops"):
+            assert set(re.findall(r"torch\.ops\.stgp\.(\w+)", text)) <= set(re.findall(r'"(_\w+)\(Tensor', text))
+
+
+def test_tests_import_no_benchmarks_and_no_tools() -> None:
+    """Those of benchmarks and of tools do."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.relative_to(ROOT).parts[1] not in ("benchmarks", "tools"):
+            tops = {name.split(".")[0] for name in imported(path)}
+            assert not tops & {"benchmarks", "tools"}, path
