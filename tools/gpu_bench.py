@@ -22,7 +22,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.__main__ import main
 from benchmarks.devices import open_device
 from benchmarks.machine import new_run
 from benchmarks.measure import LOST, QUICK, measure
@@ -47,7 +46,7 @@ def results() -> Lines:
 
 def bench(*arguments: str) -> None:
     """`python -m benchmarks run`"""
-    sys.exit(main(["run", *arguments]))
+    sys.exit(importlib.import_module("benchmarks.__main__").main(["run", *arguments]))
 
 
 def tune(backend: str) -> None:
