@@ -251,7 +251,7 @@ def with_table(readme: str, files: Sequence[Path]) -> str:
 
 
 def texts() -> dict[Path, str]:
-    """What the page and the README should be."""
+    """The page and the README as the results have them."""
     files = machine_files()
     return {PAGE: page(files), README: with_table(README.read_text(encoding="utf-8"), files)}
 

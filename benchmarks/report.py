@@ -46,7 +46,7 @@ def title_of(provider: str) -> str:
 
 
 def is_ours(provider: str) -> bool:
-    """Whether a provider is one of the package's kernels. Its reference, in plain PyTorch, is not."""
+    """True if a provider is one of the package's kernels. Its reference, in plain PyTorch, is not."""
     name, *variants = provider.split(":")
     ours = ("grid_pool", "norm_pool", "grid_pool_backward", "norm_pool_backward", "push")
     return name in ours and "reference" not in variants
@@ -68,7 +68,7 @@ def _setting(value: Any) -> str:
 
 
 def machine_line(run: Run) -> str:
-    """Where, with what, when and at which commit a run measured: a number means little without it."""
+    """The device, versions, date and commit of a run, in one line: a number means little without them."""
     device, versions, source = run.device, run.versions, run.source
     commit = str(source.get("commit") or "")[:7]
     words = [
@@ -137,7 +137,7 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What a table has no room for: the reasons why times are missing, notes, and the use of the machine by others."""
+    """Lines below a table: the reasons why times are missing, notes, and the use of the machine by other processes."""
     texts = [(row, text) for row in rows for text in (row.check if row.check != "ok" else "", row.note) if text]
     found = [f"{title_of(row.provider)}: {printable(text)}" for row, text in texts]
     others = max((row.others_cores or 0.0 for row in rows), default=0.0)

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).with_name("results")
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how rows were measured.
+    """The conditions that rows were measured under.
 
     run: the name, which begins with the time in UTC. device: its type ("cpu" or "cuda"), name and properties. versions
     and source: what was measured. settings: the options that it was started with.
@@ -136,7 +136,7 @@ class Results:
         return found
 
     def has(self, part: str) -> bool:
-        """Whether there is a row of a workload of this name or group."""
+        """True if there is a row of a workload of this name or group."""
         return any(part in (row.workload, *row.groups) for row in self.rows)
 
     @property

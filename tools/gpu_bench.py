@@ -1,4 +1,4 @@
-"""What `tools.gpu_check` runs besides tests: `python -m tools.gpu_bench bench … | tune … | counters …`.
+"""Programs of `tools.gpu_check` besides tests: `python -m tools.gpu_bench bench … | tune … | counters …`.
 
 They append to the file that STGP_RESULTS names. As a plugin of pytest this has every test there, as lost before it
 begins and as it went, and passes over what the file has from byte STGP_SINCE on, where an earlier process has been.

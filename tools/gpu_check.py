@@ -28,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FAST_SECONDS, ALL_SECONDS, LEAST_SECONDS = 200.0, 560.0, 5.0
-"""With --fast, without it, and the least for which a process is started. Some 20 go by before the first stage."""
+"""Limits with --fast and without, and the least time to start a process for. About 20 s go by before a stage."""
 AXES = {"spread": [True], "mosaic_cells": [2, 3, 5, 7], "odd_registers": [80], "even_registers": [128], "stages": [1]}
 """The values that `tune triton` tries besides the configuration as it is; the most is expected of the first axis."""
 WARMED = [f"--calls grid_pool --config {axis}={value}" for axis, values in AXES.items() for value in values]
@@ -37,7 +37,7 @@ WARMED = ["--dtype bf16 fp16 --shape 8x9x7x64 8x8x6x64", "", *WARMED]
 TOOLS = ("/usr/local/cuda/bin", *map(str, Path("/opt/nvidia").glob("nsight-compute/*")))
 """These folders are searched after PATH: nvcc, ncu and compute-sanitizer are usually there."""
 TESTS: tuple[str, ...] = ()
-"""What stand-ins give to pytest in place of the tests of a stage."""
+"""Arguments that stand-ins give to pytest in place of the tests of a stage."""
 
 
 class Lines:
@@ -47,7 +47,7 @@ class Lines:
         self.path, self.since = path, path.stat().st_size if since is None else since
 
     def append(self, line: str) -> None:
-        """In one piece, since other processes may append too."""
+        """Writes a line in one piece, since other processes may append too."""
         with self.path.open("ab", buffering=0) as file:
             file.write(line.encode() + b"\n")
 
@@ -181,7 +181,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def all_stages(check: Check, arch: str) -> list[Stage]:
-    """In the order of their value, but those with CUDA kernels last where the library for them is still to be built."""
+    """The stages by their value. Those with CUDA kernels come last where their library is still to be built."""
     from benchmarks.goals import GOALS
 
     def of_gpu(selected: str, *given: str, files: tuple[str, ...] = ("tests/backends/test_gpu.py",)) -> tuple[str, ...]:

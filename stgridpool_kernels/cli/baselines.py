@@ -1,6 +1,6 @@
-"""What ST-GridPool is compared with, written as people write it: for measurements, not for use.
+"""Pooling that ST-GridPool is compared with, written as people write it: for measurements, not for use.
 
-All take tokens (T, H, W, C) and return (T, OH, OW, C) in x.dtype.
+Every function takes tokens (T, H, W, C) and returns (T, OH, OW, C) in x.dtype.
 """
 
 from __future__ import annotations

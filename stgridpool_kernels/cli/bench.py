@@ -29,7 +29,7 @@ from .machine import cpu_name
 SHAPE = "32x27x27x896"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ALLOWED_ULPS = {2: 8, 4: 64}
-"""By bytes of a value: how far from its definition a result may be, in units of the largest value's last place."""
+"""Allowed difference from the definition, by bytes of a value, in units of the largest value's last place."""
 
 Pool = Callable[[Tensor], Tensor]
 

@@ -20,7 +20,7 @@ SMALL = ["bench", "--device", "cpu", "--shape", "9x5x7x8"]
 
 @pytest.fixture(autouse=True)
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was timed. The first takes 1, 2 and 3 ms, the next 10 times as much, the third 100 times and so on."""
+    """The functions that were timed. The first takes 1, 2 and 3 ms, and each takes 10 times as long as the last."""
     calls = []
 
     class Timer:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import __main__ as command
 from benchmarks import machine, measure, page, run
@@ -34,7 +33,7 @@ FAST = ["--device", "cpu", "--shape", SHAPE, "--provider", "llava_avg_pool", "no
 
 @pytest.fixture(autouse=True)
 def _fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an empty folder, with nothing to warm up and quiet neighbours."""
+    """Commands run in an empty folder, do not warm up, and find that no other process disturbs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(run, "FOLDER", tmp_path / "kept")
@@ -59,7 +58,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, name: str, call: Any) -> None:
 
 
 def test_results_are_printed_and_appended(capsys: pytest.CaptureFixture[str]) -> None:
-    """To the file of the machine, or another one, or to none if they are quick ones."""
+    """They go to the file that is named, else to that of the machine; quick ones go to none."""
     assert main([*FAST, "-o", "new/results.jsonl"]) == 0
     printed = capsys.readouterr().out
     assert f"{SHAPE}: 4 × 5 × 5 × 64 bfloat16" in printed
@@ -128,17 +127,6 @@ def test_an_interrupted_run_is_continued(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(load(Path("r.jsonl"))[-1].rows) == len(first.rows)
 
 
-def test_rows_are_written_before_a_process_may_end_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ends(x: Tensor) -> Tensor:
-        raise SystemExit(3)
-
-    spoilt(monkeypatch, "llava_avg_pool", ends)
-    with pytest.raises(SystemExit):
-        main([*FAST, "--continue", "-o", "r.jsonl"])
-    found = {row.provider: (row.check, row.p50_us) for row in load(Path("r.jsonl"))[0].rows}
-    assert found == {"norm_pool:reference": ("ok", None), "llava_avg_pool": (LOST, None)}
-
-
 @pytest.mark.parametrize(
     ("call", "check"),
     [(lambda x: x[:, :2, :2] * 0, "wrong: off by "), (lambda x: x.no_such_method(), "failed: AttributeError: ")],
@@ -167,7 +155,7 @@ def test_what_disturbs_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_a_process_that_hangs_is_ended() -> None:
-    """And one that does not is let be."""
+    """A process that does not hang goes on."""
     code = (
         "import time\n"
         "from benchmarks.run import limited\n"
@@ -213,13 +201,6 @@ def test_mistakes_are_named(
     assert (printed.out, files()) == ("", ["time.png"])
 
 
-@pytest.mark.parametrize("arguments", ["--samples 0", "--threads x", "--limit -1", "--shape", "compare a"])
-def test_usage_errors(arguments: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments.split())
-    assert caught.value.code == 2
-
-
 def test_what_is_timed_without_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """All poolings, or the quick ones. The default baseline, and a provider that is skipped, may be missing."""
     asked: list[tuple[str, list[str]]] = []
@@ -247,9 +228,8 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     shown = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
     assert list(shown) == list(WORKLOADS)
     assert [name for name, line in shown.items() if "quick" in line] == [name for name in WORKLOADS if name in QUICK]
-    assert {"pooling on cpu:", "gradients on cpu:", "stream on cpu:", "prefill on cpu:"} <= {
-        line.partition(": ")[0] + ":" for line in printed.splitlines()
-    }
+    for kind in ("pooling", "gradients", "stream", "prefill"):
+        assert f"\n{kind} on cpu: " in printed
 
 
 # ---- results that are there ----

@@ -24,7 +24,7 @@ def reached(run: Run, found: Found) -> list[Goal]:
 
 
 def not_met(run: Run, found: Found, where: tuple[str, str], **values: Any) -> list[int]:
-    """Which goals are not met after a change, of results that meet all of them."""
+    """The numbers of the goals that are not met after a change to results that meet all."""
     of = reached(run, {**found, where: {**found[where], **values}})
     return [number for number, goal in enumerate(of) if goal.status == "not met"]
 

@@ -154,7 +154,7 @@ def test_results_that_go_wrong_while_timed_are_not_reported(cpu: Cpu) -> None:
 
 
 def test_a_part_is_timed_and_the_whole_is_checked(cpu: Cpu) -> None:
-    """As of a stream, whose samples are whole periods."""
+    """A push is a part of a stream, for example. Samples are whole periods."""
     part = pooling("part", lambda x: x, checked=stgp.grid_pool, period=3, state_bytes=lambda: 7)
     rows = rows_on(cpu, SMALL, [part, replace(part, name="wrong", checked=returns_nan)])
     assert (rows["part"].check, rows["part"].samples, rows["part"].state_bytes) == ("ok", 6, 7)
@@ -162,7 +162,7 @@ def test_a_part_is_timed_and_the_whole_is_checked(cpu: Cpu) -> None:
 
 
 def test_a_failure_does_not_stop_the_others(cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless the device is of no use any more."""
+    """An error that has made the device useless does."""
 
     def fails(x: Tensor) -> Tensor:
         raise NotImplementedError("no kernel\nfor this")
@@ -180,7 +180,7 @@ def test_a_failure_does_not_stop_the_others(cpu: Cpu, monkeypatch: pytest.Monkey
 
 
 def test_too_little_memory_is_a_reason(cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the tokens, or for one provider; a system that does not say how much there is has enough."""
+    """There may be too little for the tokens or for one provider. A system that does not say has enough."""
     free = 2 * needed_bytes(SMALL, cpu)
     monkeypatch.setattr(cpu, "free_bytes", lambda: free)
     many = pooling("many", lambda x: pytest.fail("it was called"), memory=free / SMALL.input_bytes)
@@ -197,7 +197,7 @@ def test_too_little_memory_is_a_reason(cpu: Cpu, monkeypatch: pytest.MonkeyPatch
 
 
 def test_rows_are_reported_as_they_are_found(cpu: Cpu) -> None:
-    """Before the first call, since it may end the process, when the result was checked, and when it was timed."""
+    """A row is reported before the first call, which may end the process, after the check, and after the times."""
     found: list[Row] = []
 
     def call(x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_slow_calls_have_fewer_turns() -> None:
 
 
 def test_probes_move_what_they_say(cpu: Cpu) -> None:
-    """With windows that the edge cuts, but not with parts of cache lines; the read probe alone for other windows."""
+    """They take windows that the edge cuts, but no parts of cache lines. Other windows have the read probe alone."""
     if cpu.probe is None:
         pytest.skip(str(cpu.why_no_probe))
     x = random_tokens((2, 5, 6, 32), torch.bfloat16, "cpu", 0)

@@ -107,7 +107,7 @@ def test_ratios(results: Results) -> None:
 
 @pytest.mark.parametrize("draw", plot.PICTURES.values(), ids=plot.PICTURES)
 def test_all_texts_are_within_the_picture(results: Results, draw: Any) -> None:
-    """Where and when it was measured among them."""
+    """The machine and the versions are among them."""
     figure = draw(results)
     assert any("torch 2.13.0" in text for text in texts(figure))
     figure.canvas.draw()

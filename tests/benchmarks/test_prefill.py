@@ -68,7 +68,7 @@ def test_parameters_are_those_that_transformers_makes(decoder: prefill.Decoder) 
 
 @needs_transformers
 def test_a_prefill_is_causal_and_ends_in_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a mask, which would keep kernels from being used that never hold all scores."""
+    """It has no mask, with which no attention kernel could be used that never holds all scores."""
     calls = []
     attend = F.scaled_dot_product_attention
 

@@ -82,7 +82,7 @@ def test_files_are_only_appended_to(tmp_path: Path, left: int) -> None:
 
 
 def test_rows_belong_to_their_runs(tmp_path: Path) -> None:
-    """Also where two runs wrote at a time. Lines without a run, of other kinds and with unknown fields do no harm."""
+    """Two runs may write at a time. Lines without a run, of other kinds and with unknown fields do no harm."""
     path = tmp_path / "results.jsonl"
     times = (("a", "copy", 1.0), ("b", "copy", 2.0), ("a", "avg_pool2d", 3.0), ("c", "copy", 4.0))
     rows = [make_row(provider, time, run=run) for run, provider, time in times]
@@ -134,7 +134,7 @@ def test_results_that_are_kept_are_whole(path: Path) -> None:
 
 
 def test_the_last_state_that_has_a_part(tmp_path: Path) -> None:
-    """Of its runs the later one counts where both timed the same. Quick ones and those without rows do not count."""
+    """The later of two runs counts where both timed the same. Quick runs and those without rows do not count."""
     path = tmp_path / "results.jsonl"
 
     def run(name: str, day: int, package: str, rows: list[Row], library: str | None = "l", **settings: Any) -> None:
@@ -218,7 +218,7 @@ def test_description_of_this_machine() -> None:
 
 
 def test_the_source_is_part_of_the_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By a digest of the package, and a commit in a checkout or where it is told."""
+    """It has a digest of the package, and a commit in a checkout or where STGP_COMMIT says it."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "a.py").write_text("a = 1\n")
     monkeypatch.setattr(machine, "PACKAGE", tmp_path / "package")

@@ -325,7 +325,7 @@ def test_patterns(wanted: list[str], unwanted: list[str], found: list[str]) -> N
 
 
 def test_slow_ones_are_timed_on_large_tokens_only_if_they_are_wanted() -> None:
-    """Or where goals are set; on a GPU none takes seconds."""
+    """Shapes that goals are set for are excepted, and so is a GPU, where none takes seconds."""
     slow = {"norm_pool:reference", "grid_pool:reference", "naive_norm_pool", "naive_grid_pool"}
     large, goal, small = WORKLOADS["long-512"], WORKLOADS[VIDEO], WORKLOADS["8x27x27x896"]
 

@@ -1,4 +1,4 @@
-"""What `tools.gpu_check --stand-ins tests.tools.gpu_stand_ins` has for a GPU, to rehearse it on a CPU.
+"""Stand-ins for a GPU, for a rehearsal on a CPU: `tools.gpu_check --stand-ins tests.tools.gpu_stand_ins`.
 
 Shapes are tiny. The Triton kernels run in Triton's interpreter, the CUDA kernels in their emulation. No time is taken:
 every sample says the same. The tools in tests/gpu_tools run what they are given and report as the real ones do. What

@@ -1,4 +1,4 @@
-"""What is run besides tests on a GPU, as far as none is needed: which configuration wins, how counters are read."""
+"""The programs beside the tests on a GPU, without one: which configuration wins, and how counters are read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What is timed, by shape and name. Gains of the two shapes are weighed against each other."""
+    """Everything that is timed, by shape and name. Gains of the two shapes are weighed against each other."""
     odd = {"": 100.0, "spread=True": 99.8, "mosaic_cells=3": 80.0, "mosaic_cells=5": 70.0, "cells=4": 90.0}
     odd |= {"mosaic_cells=3 odd_registers=80": 200.0, "mosaic_cells=3 stages=1": 60.0}
     even = {"": 50.0, "mosaic_cells=3": 50.0, "mosaic_cells=5": 65.0, "mosaic_cells=3 even_registers=128": 49.9}
@@ -56,7 +56,7 @@ def found(lines: Lines, kind: str) -> list[dict[str, Any]]:
 
 
 def test_tuning_keeps_the_best_of_each_axis(lines: Lines, asked: list[tuple[str, str]]) -> None:
-    """What is shown is a row of the table of configurations; what was found so far is there after each axis."""
+    """A row of the table of configurations is shown. The best so far is in the file after each axis."""
     gpu_bench.tune("triton")
     of_odd, of_even = ([name for shape, name in asked if shape == each] for each in TUNED)
     assert max(len(of_odd), len(of_even)) <= 12
@@ -92,7 +92,7 @@ def test_tuning_goes_on_without_what_was_wrong_or_ended_a_process(lines: Lines, 
 
 
 def test_counters_are_read(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a kernel is not there, or one of its counters."""
+    """A kernel, or one of its counters, may be missing."""
     rows = ["==PROF== Disconnected", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
     for number in (1, 2, 3):
         rows += [f'"{number}","kernel","{metric}","byte","{number},000,000"' for metric in COUNTERS.values()]

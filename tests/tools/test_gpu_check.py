@@ -61,7 +61,7 @@ def test_without_a_gpu() -> None:
 
 
 def test_lines_say_how_all_stands(tmp_path: Path) -> None:
-    """From a byte on, the last line of a name counts; lines of other kinds and cut ones are passed over."""
+    """The last line of a name counts, from a byte on. Lines of other kinds and cut ones are passed over."""
     path = tmp_path / "results.jsonl"
     path.write_text('{"kind": "test", "name": "before", "check": "passed"}\n')
     lines = Lines(path)
@@ -190,7 +190,7 @@ def test_after(): pass
 
 @pytest.mark.parametrize("name", ["smoke", "test_gpu, triton"])
 def test_a_faulty_test_costs_itself(name: str, check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one process, and in several, of which one dies and the others go on."""
+    """Tests run in one process, or in several, of which one dies and the others go on."""
     (tmp_path / "test_faulty.py").write_text(TESTS)
     monkeypatch.setattr(gpu_check, "TESTS", (str(tmp_path / "test_faulty.py"), "-c", os.devnull))
     monkeypatch.setattr(gpu_check.os, "cpu_count", lambda: 4)
