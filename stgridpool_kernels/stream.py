@@ -2,7 +2,7 @@
 
 When a frame arrives it is known whether a summary replaces it, and all frames of that summary have come before. So
 every pooled frame leaves with the call that brings its frame. Between calls, a stream keeps the sampled frames of open
-groups that a later result depends on: `EndlessNeeds` of schedule.py says which.
+groups that a later result depends on: `EndlessNeeds` of dataflow.py says which.
 
 A push first lists what becomes of its frames, as entries of tables (`_Work`). Where the backend's kernels are fused,
 they follow tables of these entries, and miniatures of the sampled frames are kept. Elsewhere the frames themselves are
