@@ -1,5 +1,5 @@
-// The private ops of stgridpool_kernels/backends/compiled.py on tensors, through torch's stable ABI: the library is built once and
-// loads under every later torch. Tensors are checked here; below, kernels know pointers only.
+// The private ops of stgridpool_kernels/backends/compiled.py on tensors, through torch's stable ABI: the library is
+// built once and loads under every later torch. Tensors are checked here; below, kernels know pointers only.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -5,8 +5,8 @@
 //   token_norm     out = (mean_c |x_c|^p)^(1/p): (B, T, H, W) in float32
 //
 // and the gradients of the first two in x: ..._backward, by tables with a gradient section (H_GRADIENT is not 0), which
-// `save_tables(plan, path, gradient=True)` writes. Summaries are made again for them, their gradients are float32, and only the
-// gradient of x is rounded. temporal_grid_backward does not read x.
+// `save_tables(plan, path, gradient=True)` writes. Summaries are made again for them, their gradients are float32, and
+// only the gradient of x is rounded. temporal_grid_backward does not read x.
 //
 // Nothing here knows a tensor library. Which frame goes where and what a window covers is in the plan's tables, an
 // array of int32 that `save_tables` of the Python package writes to a file. tables.h has its form; tables of a plan
