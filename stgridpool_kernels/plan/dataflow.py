@@ -135,9 +135,9 @@ def boxes_behind(plan: GridPlan, level: Level, tokens: Iterable[Box], tile: int)
 
 
 def cell_counts(plan: GridPlan, boxes: Iterable[Box]) -> tuple[int, ...]:
-    """How many cells of each row of its 2 × 2 miniature some boxes of a frame's tokens take part in.
+    """How many cells of each row of a miniature boxes of tokens of its frame are averaged in. Boxes end where cells do.
 
-    A cell averages the next two rows and columns, and in an odd frame their neighbours too; boxes end where cells do.
+    Cell i averages rows 2i and 2i + 1, and in a frame of an odd size one before them, except for the first.
     """
     found = list(boxes)
     return tuple(

@@ -128,6 +128,7 @@ ENDLESS: dict[str, dict[str, Any]] = {
     "first, mixed": {"frame_strides": (2, 1, 3), "grid_shape": (2, 1, 3, 2, 1, 1), "sampling": "first"},
     "overwritten": {"frame_strides": (1, 2), "grid_shape": (2, 2, 1, 1), "sampling": "first"},
     "bilinear": {"frame_strides": (1, 2), "resize": "bilinear", "grid_shape": (3, 2)},
+    "frame 3 as given and as a summary": {"frame_strides": (4, 1, 2), "grid_shape": (1, 2, 1, 2, 2, 2)},
     "off": {"frame_strides": ()},
 }
 endless = pytest.mark.parametrize("arguments", ENDLESS.values(), ids=ENDLESS.keys())
@@ -210,7 +211,7 @@ def test_frames_that_are_needed(H: int, W: int, arguments: dict[str, Any]) -> No
 def test_what_is_kept_is_what_is_needed_later(arguments: dict[str, Any]) -> None:
     """After any number of frames, without following them: the contents that chunk_entries gives a slot and not to a
     summary yet."""
-    needs = EndlessNeeds(grid_plan((), 4, 3, ceil_mode=True, **arguments))
+    needs = EndlessNeeds(grid_plan((), 6, 8, ceil_mode=True, **arguments))
     groups: list[dict[int, int]] = [{} for _ in needs.segments]
     free = itertools.count()
     for frames in range(2 * needs.period + 1):
