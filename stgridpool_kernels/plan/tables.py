@@ -103,7 +103,7 @@ class ChunkEntry:
 
     target: the frame of the result that it is pooled into, or −1. slot, needed: where its miniature is stored, and how
     many cells of each row; −1 and () where none is. sources: slots of four miniatures, −1 where none is needed. Where
-    frames are kept in place of miniatures, so are these slots, one for each place of the mosaic.
+    slots hold frames in place of miniatures, there is a source for each place of the mosaic.
     """
 
     content: int
