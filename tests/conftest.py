@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; `pytest -m gpu` runs only these")
     config.addinivalue_line("markers", "slow: part of `make test-all` only; `pytest --slow` runs it")
     config.addinivalue_line("markers", "slow_interpreted: slow where Triton's interpreter runs the kernels")
-    config.addinivalue_line("markers", "needs(what): left out without 'library', 'compiler', 'triton' or 'interpreter'")
+    config.addinivalue_line("markers", "needs(what): left out where `ABSENT` of support/triples.py has a reason")
     config.stash[left_out] = list(LEFT_OUT)
     if "gpu" in ABSENT and "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr:
         raise pytest.UsageError(f"-m {config.option.markexpr!r}: {ABSENT['gpu']}: torch.cuda.is_available() is False")

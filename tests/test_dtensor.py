@@ -11,8 +11,6 @@ import torch
 
 from tests.support import sharded_calls
 
-pytest.importorskip("torch.distributed.tensor", reason="a torch without torch.distributed")
-
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:

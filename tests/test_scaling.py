@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 import stgridpool_kernels as stgp
@@ -41,7 +40,6 @@ def test_every_snippet_is_run() -> None:
 
 
 def test_dtensor(tmp_path: Path) -> None:
-    pytest.importorskip("torch.distributed.tensor")
     start = "import torch.distributed as dist; dist.init_process_group('gloo', init_method='file://'"
     start += " + __import__('os').path.abspath('store'), rank=0, world_size=1)\n"
     end = "\nassert y.shape == (4, 64, 6, 6, 64) and y.placements == x.placements"
@@ -51,7 +49,6 @@ def test_dtensor(tmp_path: Path) -> None:
 
 
 def test_ray(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     (tmp_path / "tokens").mkdir()
     (tmp_path / "pooled").mkdir()
     x = torch.randn(9, 4, 4, 8)
@@ -67,7 +64,6 @@ def test_ray(tmp_path: Path) -> None:
 
 
 def test_example(tmp_path: Path) -> None:
-    pytest.importorskip("torch.distributed.tensor")
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     printed = python(tmp_path, *run, str(ROOT / "examples" / "sharded.py"))
     for line, name in zip(printed.splitlines(), ("videos", "frames"), strict=True):

@@ -249,7 +249,6 @@ def kept(tmp_path: Path) -> Path:
 
 
 def test_results_are_shown_compared_and_drawn(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     assert main(["show", f"{kept}@a"]) == 0
     assert "99.0–102" in capsys.readouterr().out
     assert main(["compare", f"{kept}@a", str(kept)]) == 0

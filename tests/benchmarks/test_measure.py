@@ -20,7 +20,6 @@ from benchmarks.provider import Provider
 from benchmarks.providers import chosen, providers
 from benchmarks.results import Row
 from benchmarks.workloads import WORKLOADS, Workload, random_tokens
-from stgridpool_kernels.backends import compiled
 
 TINY = Workload("tiny", (64,), (5, 5), 96)
 SMALL = Workload("small", (9,), (5, 5), 8)
@@ -61,7 +60,7 @@ def assert_no_times(row: Row) -> None:
 # ---- rows ----
 
 
-@pytest.mark.skipif(compiled.LIBRARY is None, reason="the compiled library was not built")
+@pytest.mark.needs("library")
 def test_rows_are_complete(cpu: Cpu) -> None:
     timed = providers(TINY, "cpu")
     rows = rows_on(cpu, TINY, timed)
@@ -234,10 +233,10 @@ def test_slow_calls_have_fewer_turns() -> None:
 # ---- a CPU ----
 
 
+@pytest.mark.needs("compiler")
 def test_probes_move_what_they_say(cpu: Cpu) -> None:
     """They take windows that the edge cuts, but no parts of cache lines. Other windows have the read probe alone."""
-    if cpu.probe is None:
-        pytest.skip(str(cpu.why_no_probe))
+    assert cpu.probe is not None
     x = random_tokens((2, 5, 6, 32), torch.bfloat16, "cpu", 0)
     found = {name: (moved.read_bytes, moved.write_bytes) for name, (_, moved) in cpu.limits(x, (3, 3)).items()}
     assert found == {"read": (2 * 30 * 64, 0), "ceiling": (2 * 30 * 64, 2 * 9 * 64)}

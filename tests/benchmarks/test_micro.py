@@ -8,11 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from benchmarks.workloads import WORKLOADS
-
-pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
 ROOT = Path(__file__).parents[2]
 

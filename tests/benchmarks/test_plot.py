@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("matplotlib")
 import matplotlib.text
+import pytest
 from PIL import Image
 
 from benchmarks import plot

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import replace
 
@@ -19,9 +18,6 @@ from benchmarks.providers import providers
 from benchmarks.workloads import WORKLOADS, Workload, random_tokens
 
 TINY = Workload("tiny", (2,), channels=64, kind="prefill", groups=("prefill",))
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +54,6 @@ def test_sizes_of_the_published_decoders() -> None:
     assert 20 < DECODERS[3584].needed_bytes(prompt, 2) / 2**30 < 30
 
 
-@needs_transformers
 @pytest.mark.parametrize("decoder", DECODERS.values(), ids=lambda decoder: decoder.name)
 def test_parameters_are_those_that_transformers_makes(decoder: prefill.Decoder) -> None:
     model = build(decoder, torch.bfloat16, "meta")
@@ -66,7 +61,6 @@ def test_parameters_are_those_that_transformers_makes(decoder: prefill.Decoder) 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-@needs_transformers
 def test_a_prefill_is_causal_and_ends_in_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no mask, with which no attention kernel could be used that never holds all scores."""
     calls = []
@@ -85,7 +79,6 @@ def test_a_prefill_is_causal_and_ends_in_one_position(monkeypatch: pytest.Monkey
     assert all(call["is_causal"] and call["attn_mask"] is None and call["length"] == length for call in calls)
 
 
-@needs_transformers
 def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(take_turns, "__defaults__", (0.0,))
     from benchmarks.devices import Cpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from benchmarks import probe
 from benchmarks.probe import Probe, cache_folder
 
 pytestmark = pytest.mark.usefixtures("caches")
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+needs_compiler = pytest.mark.needs("compiler")
 
 
 def words(*shape: int) -> Tensor:

@@ -343,13 +343,13 @@ def test_a_backend_that_cannot_run_says_why(
     assert "stgp pool: STGP_BACKEND must be one of 'auto', " in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
+@pytest.mark.needs("no gpu")
 def test_a_device_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pool", "a.npy", "-o", "out.npy", "--device", "cuda"]) == 1
     assert capsys.readouterr().err.startswith("stgp pool: --device must be one that can be used here, got 'cuda': ")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_pool_on_a_gpu() -> None:
     assert main(["pool", "a.npy", "-o", "out.npy", "--device", "cuda"]) == 0
     expected = stgridpool_kernels.grid_pool(tokens(16, 6, 7, 8).cuda()).cpu()
@@ -370,15 +370,10 @@ def test_names_with_markup_or_escapes_are_shown_as_they_are(capsys: pytest.Captu
 
 
 def test_a_video_is_pooled_with_the_options_for_videos() -> None:
-    pytest.importorskip("av")
-    pytest.importorskip("onnxruntime")
     from stgridpool_kernels.io.encoder import find_model, find_sample_video
 
-    try:
-        video = find_sample_video("carphone_pristine.mp4")
-        find_model()
-    except ImportError as error:
-        pytest.skip(str(error))
+    video = find_sample_video("carphone_pristine.mp4")
+    find_model()
     arguments = ["--num-frames", "4", "--grid", "4x6", "--tap", "l11", "--frame-strides", "none"]
     assert main(["pool", str(video), "-o", "out", *arguments]) == 0
     x, _ = inputs.load_input(video, key=None, num_frames=4, grid=(4, 6), tap="l11")
@@ -519,7 +514,7 @@ def test_info_says_that_there_is_no_compiled_library(
     assert rows["cpu"] == "cannot run: the compiled library was not built (pip install -v says why)"
 
 
-@pytest.mark.skipif(compiled.LIBRARY is None, reason="the compiled library was not built")
+@pytest.mark.needs("library")
 def test_info_and_the_compiled_library_agree(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,6 @@ def wide() -> dict[str, str]:
 
 
 def test_demo_on_packaged_tokens(tmp_path, wide):
-    pytest.importorskip("matplotlib")
     done = run("--offline-tokens", "-o", "fig.png", cwd=tmp_path, env=wide)
     assert done.returncode == 0, done.stderr
     assert row(done.stdout, "tokens before") == "16 × 9 × 16 × 384 = 2,304"
@@ -69,13 +68,8 @@ def test_demo_without_extra_packages(tmp_path, wide):
 
 
 def test_demo_on_the_real_video(tmp_path, wide):
-    for module in ("av", "onnx", "onnxruntime", "matplotlib"):
-        pytest.importorskip(module)
-    try:
-        encoder.find_sample_video()
-        encoder.find_model()
-    except ImportError as error:
-        pytest.skip(str(error))
+    encoder.find_sample_video()
+    encoder.find_model()
     done = run("-o", "fig.png", cwd=tmp_path, env=wide)
     assert done.returncode == 0, done.stderr
     assert row(done.stdout, "tokens before") == "32 × 18 × 32 × 384 = 18,432"

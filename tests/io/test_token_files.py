@@ -514,16 +514,11 @@ def test_token_files_have_no_frames(tmp_path: Path) -> None:
 
 
 def test_a_video_becomes_tokens_of_its_frames() -> None:
-    pytest.importorskip("av")
-    pytest.importorskip("onnxruntime")
     from stgridpool_kernels.io.encoder import Encoder, find_sample_video
     from stgridpool_kernels.io.video import read_frames
 
-    try:
-        video = find_sample_video("carphone_pristine.mp4")
-        encoder = Encoder("l11")
-    except ImportError as error:
-        pytest.skip(str(error))
+    video = find_sample_video("carphone_pristine.mp4")
+    encoder = Encoder("l11")
     seen: list[tuple[str, int, int]] = []
     found, frames = load_input(
         video, key=None, num_frames=5, grid=(2, 3), tap="l11", progress=lambda *step: seen.append(step)
@@ -537,7 +532,6 @@ def test_a_video_becomes_tokens_of_its_frames() -> None:
 
 
 def test_what_is_no_video_either_hears_of_token_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("av")
     monkeypatch.setattr(inputs, "_encoder", lambda tap: None)
     for name, hint in (("x.pth", True), ("x.mp4", False)):
         (tmp_path / name).write_bytes(b"nothing that is a video")

@@ -57,9 +57,11 @@ class Triple:
 
 
 def absent() -> dict[str, str]:
-    """What this machine lacks of "gpu", "library", "compiler", "triton" and "interpreter": the reason by name."""
+    """What this machine lacks of what a test may need (`needs` in conftest.py): the reason by name."""
     found = {}
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        found["no gpu"] = "there is a GPU"
+    else:
         found["gpu"] = NO_GPU
     if cuda_emulation.find_compiler() is None:
         found["compiler"] = NO_COMPILER

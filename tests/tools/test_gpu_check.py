@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from tests.benchmarks.rows import make_row
 
@@ -51,7 +50,7 @@ def append(name: str, check: str = "passed") -> str:
     return f"import os; open(os.environ['STGP_RESULTS'], 'a').write({line + chr(10)!r});"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.needs("no gpu")
 def test_without_a_gpu() -> None:
     before = set(FOLDER.glob("*"))
     done = subprocess.run([sys.executable, "-m", "tools.gpu_check"], cwd=ROOT, capture_output=True, text=True)
