@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import setuptools
 import torch
+from setuptools.config import pyprojecttoml
 
 import stgridpool_kernels
 from stgridpool_kernels.backends import compiled
@@ -201,6 +202,13 @@ def test_a_build_that_fails_stops_and_says_how_to_do_without(build: setuptools.C
 
 
 @pytest.mark.needs("library")
+def test_every_folder_of_the_package_is_installed() -> None:
+    """A list of packages in pyproject.toml can leave out a folder, which a checkout does not show and a wheel does."""
+    found = pyprojecttoml.read_configuration(ROOT / "pyproject.toml")["tool"]["setuptools"]["packages"]
+    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "stgridpool_kernels").rglob("*.py")}
+    assert set(found) == {".".join(folder.parts) for folder in folders}
+
+
 def test_build_info() -> None:
     info = compiled.LIBRARY.build_info()
     assert info["version"] == stgridpool_kernels.__version__

@@ -201,7 +201,7 @@ int main() {
 """
 
 FUNCTIONS = """
-#include "../../csrc/grid_pool.h"
+#include "../../../csrc/grid_pool.h"
 namespace stgp::cuda {
 int64_t scratch_bytes(Op, const int32_t*, const Call&) { return 0; }
 int grid_pool(const int32_t*, const int32_t*, const Call&, void*) { return 0; }
@@ -234,7 +234,7 @@ int token_norm(int64_t, int64_t, int64_t, const Call&, void*) { return 0; }
     ],
 )
 def test_threads_that_do_not_meet(tmp_path, body, message):
-    headers = tmp_path / "tests" / "cuda_emulation"
+    headers = tmp_path / cuda_emulation.HEADERS.relative_to(cuda_emulation.ROOT)
     shutil.copytree(cuda_emulation.HEADERS, headers)
     (tmp_path / "csrc").mkdir()
     shutil.copy(cuda_emulation.ROOT / "csrc" / "grid_pool.h", tmp_path / "csrc")

@@ -270,15 +270,26 @@ def test_a_size_that_fits_passes() -> None:
 # ---- versions ----
 
 
+@pytest.fixture
+def installed_toy_engine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The toy engine under the name that an adapter imports it by."""
+    monkeypatch.setitem(sys.modules, "toy_engine", toy_engine)
+    return toy_engine
+
+
 @pytest.mark.parametrize("version", ["1.2", "1.2.0.dev0", "1.2+cpu", "1.10.3", "1.99"])
-def test_a_tested_version_is_imported(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(toy_engine, "__version__", version)
-    assert require("toy_engine", at_least="1.2.0", below="2") is toy_engine
+def test_a_tested_version_is_imported(
+    monkeypatch: pytest.MonkeyPatch, installed_toy_engine: ModuleType, version: str
+) -> None:
+    monkeypatch.setattr(installed_toy_engine, "__version__", version)
+    assert require("toy_engine", at_least="1.2.0", below="2") is installed_toy_engine
 
 
 @pytest.mark.parametrize("version", ["1.1.9", "2.0", "2", "10.0", "unknown", "0.9"])
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(toy_engine, "__version__", version)
+def test_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, installed_toy_engine: ModuleType, version: str
+) -> None:
+    monkeypatch.setattr(installed_toy_engine, "__version__", version)
     with pytest.raises(RuntimeError, match=f"toy_engine {version} is installed; .* from 1.2 to before 2"):
         require("toy_engine", at_least="1.2", below="2")
 
@@ -313,7 +324,7 @@ def example() -> str:
 
 
 @pytest.fixture
-def adapter() -> ModuleType:
+def adapter(installed_toy_engine: ModuleType) -> ModuleType:
     module = ModuleType("adapter")
     exec(compile(example(), "the example of integrations/base.py", "exec"), module.__dict__)
     return module

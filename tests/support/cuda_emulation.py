@@ -1,8 +1,8 @@
 """The CUDA kernels on a CPU: csrc/cuda, compiled by a C++ compiler, with the threads of a block as fibers.
 
-What runs is the source that nvcc compiles, against small headers in tests/cuda_emulation. These end the process where
-threads of a block wait for others that never come, and fill shared memory with NaN before every block. Time, caches and
-the order in which a GPU runs warps are not emulated.
+What runs is the source that nvcc compiles, against small headers in tests/support/cuda_headers. These end the process
+where threads of a block wait for others that never come, and fill shared memory with NaN before every block. Time,
+caches and the order in which a GPU runs warps are not emulated.
 
 `backend()` is a `Backend` named "cuda" for tensors on the CPU.
 """

@@ -205,16 +205,17 @@ def test_a_faulty_test_costs_itself(name: str, check: Check, tmp_path: Path, mon
 
 def test_a_library_that_does_not_load_is_renamed(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "stgridpool_kernels"
-    package.mkdir()
+    (package / "backends").mkdir(parents=True)
     (package / "__init__.py").touch()
+    (package / "backends" / "__init__.py").touch()
     (package / "_C.cpython-312.so").touch()
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    (package / "compiled.py").write_text("raise ImportError('undefined symbol')")
+    (package / "backends" / "compiled.py").write_text("raise ImportError('undefined symbol')")
     check.probe_library()
     assert check.why_no_cuda == "the compiled library does not load, exit code 1"
     assert [path.name for path in package.glob("_C*")] == ["_C.cpython-312.so.does-not-load"]
     for library, reason in (("None", "there is no compiled library with CUDA kernels"), ("Library", None)):
-        (package / "compiled.py").write_text(
+        (package / "backends" / "compiled.py").write_text(
             f"class Library:\n    build_info = lambda: {{'cuda': '13.0'}}\nLIBRARY = {library}"
         )
         check.probe_library()
