@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.devices import Call, Device, Sampler, overhead_us
 from benchmarks.lower_bound import Traffic
 from benchmarks.provider import SEGMENT, Pool, Provider, mismatch
-from benchmarks.results import Row, add_rates
+from benchmarks.results import BenchRow, add_rates
 from benchmarks.workloads import Workload
 
 LOST = "failed: the process ended in it"
@@ -32,7 +32,7 @@ LATE = "skipped: its time was over"
 
 
 @dataclass(frozen=True)
-class Effort:
+class SampleBudget:
     """The number of samples: `most` of quick calls, of slow ones as many as take `seconds`, and at least `least`."""
 
     most: int = 25
@@ -43,10 +43,10 @@ class Effort:
         return max(self.least, min(self.most, int(self.seconds * 1e6 / max(sample_us, 1e-3))))
 
 
-QUICK = Effort(most=15, least=3, seconds=0.6)
+QUICK = SampleBudget(most=15, least=3, seconds=0.6)
 
 
-class Wrong(Exception):
+class Mismatch(Exception):
     """A result that is not what the provider's definition says."""
 
 
@@ -61,10 +61,10 @@ def measure(
     run: str,
     *,
     baseline: str,
-    effort: Effort,
-    report: Callable[[Row], None] = lambda row: None,
+    effort: SampleBudget,
+    report: Callable[[BenchRow], None] = lambda row: None,
     extras: bool = True,
-) -> list[Row]:
+) -> list[BenchRow]:
     """The rows of a workload: the copy, the probes of a CPU, and every provider of `timed`.
 
     report: is given each row of a provider before its first call, when its result has been checked, and when it has
@@ -132,12 +132,12 @@ def needed_bytes(workload: Workload, device: Device) -> int:
 
 def time_limits(
     workload: Workload, device: Device, run: str, xs: Sequence[Tensor]
-) -> tuple[dict[str, Row], dict[str, Sampler]]:
+) -> tuple[dict[str, BenchRow], dict[str, Sampler]]:
     """Rows and samplers of a copy that moves as many bytes as grid_pool must, and of the device's probes."""
     bound = workload.bound("grid_pool")
     limits = {"copy": (copies(bound.total_bytes, len(xs), device.torch_device), bound)}
     limits |= device.limits(xs[0], workload.plan("norm_pool").pooled_size)
-    rows, samplers = dict[str, Row](), dict[str, Sampler]()
+    rows, samplers = dict[str, BenchRow](), dict[str, Sampler]()
     for name, (calls, moved) in limits.items():
         for call in calls:
             call()
@@ -152,8 +152,8 @@ def copies(total_bytes: int, sets: int, device: str) -> list[Call]:
     return [partial(torch.ones_like(source).copy_, source) for source in sources]
 
 
-def new_row(run: str, workload: Workload, name: str, moved: Traffic) -> Row:
-    return Row(
+def new_row(run: str, workload: Workload, name: str, moved: Traffic) -> BenchRow:
+    return BenchRow(
         run=run,
         workload=workload.name,
         provider=name,
@@ -168,7 +168,7 @@ def new_row(run: str, workload: Workload, name: str, moved: Traffic) -> Row:
     )
 
 
-def provider_row(run: str, workload: Workload, provider: Provider) -> Row:
+def provider_row(run: str, workload: Workload, provider: Provider) -> BenchRow:
     row = new_row(run, workload, provider.name, provider.moved or workload.bound(provider.op))
     return replace(row, op=provider.op, settings=row.settings | provider.settings, note=provider.note)
 
@@ -221,8 +221,8 @@ class Contender:
         self.provider.call(self.xs[i], out=self.results[i])
         return self.results[i]
 
-    def prepare(self, device: Device, row: Row) -> None:
-        """Checks the result of every input, and counts the memory of a call. Raises Wrong where a result is wrong."""
+    def prepare(self, device: Device, row: BenchRow) -> None:
+        """Checks every result and counts the memory of a call. Raises Mismatch if a result is wrong."""
         if self.provider.compiles or device.type == "cuda":
             self.provider.call(self.xs[0])  # which compiles and starts what a first call does
         result_bytes = 0 if self.into_out else self.expected(self.provider)[0].nbytes
@@ -239,7 +239,7 @@ class Contender:
         row.check = "ok"
 
     def check_last(self) -> None:
-        """Raises Wrong if a result that the last timed call left is wrong."""
+        """Raises Mismatch if a result that the last timed call left is wrong."""
         if self.keeps and self.provider.checked is None:
             for result, expected in zip(self.results, self.expected(self.provider), strict=True):
                 self.refuse_wrong(result, expected)
@@ -247,7 +247,7 @@ class Contender:
     def refuse_wrong(self, result: Tensor, expected: Tensor) -> None:
         reason = mismatch(result, expected, self.provider.ulps)
         if reason is not None:
-            raise Wrong(reason)
+            raise Mismatch(reason)
 
 
 def refuse_without_memory(provider: Provider, x: Tensor, device: Device) -> None:
@@ -257,7 +257,7 @@ def refuse_without_memory(provider: Provider, x: Tensor, device: Device) -> None
 
 
 @contextmanager
-def reporting(row: Row, device: Device, report: Callable[[Row], None] = lambda row: None) -> Iterator[None]:
+def reporting(row: BenchRow, device: Device, report: Callable[[BenchRow], None] = lambda row: None) -> Iterator[None]:
     """Puts an error into the row in place of times, and goes on unless it has made the device unusable.
 
     The row is reported before as one that the process may have ended in, and then as it is.
@@ -265,7 +265,7 @@ def reporting(row: Row, device: Device, report: Callable[[Row], None] = lambda r
     report(replace(row, check=LOST))
     try:
         yield
-    except Wrong as error:
+    except Mismatch as error:
         row.check = f"wrong: {error}"
     except Skipped as error:
         row.check = f"skipped: {error}"
@@ -285,7 +285,7 @@ def reporting(row: Row, device: Device, report: Callable[[Row], None] = lambda r
 def take_turns(
     samplers: dict[str, Sampler],
     turns: dict[str, tuple[int, int]],
-    effort: Effort,
+    effort: SampleBudget,
     warm_up_s: float = 0.3,
 ) -> dict[str, list[float]]:
     """Times in µs per call of every sampler, which are sampled in turns; slow ones in fewer turns, spread evenly.
@@ -309,6 +309,6 @@ def take_turns(
     return times
 
 
-def set_times(row: Row, samples_us: Sequence[float], sets: int, others_cores: float | None) -> None:
+def set_times(row: BenchRow, samples_us: Sequence[float], sets: int, others_cores: float | None) -> None:
     row.p20_us, row.p50_us, row.p80_us = (round(float(np.quantile(samples_us, q)), 3) for q in (0.2, 0.5, 0.8))
     row.samples, row.rotating_sets, row.others_cores = len(samples_us), sets, others_cores

@@ -22,7 +22,7 @@ from benchmarks.report import (
     title_of,
     workload_title,
 )
-from benchmarks.results import Results, Row, file_name, last_state, machine_files
+from benchmarks.results import BenchRow, Results, file_name, last_state, machine_files
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
@@ -182,7 +182,7 @@ def sweep(results: Results, group: str, title: str) -> list[str]:
     return [f"### {title}\n", "\n".join(lines), f"\n*{machine_line(results.run)}.*\n"]
 
 
-def size_of(row: Row) -> tuple[int, int]:
+def size_of(row: BenchRow) -> tuple[int, int]:
     return row.frames, row.shape[-1]
 
 
@@ -204,7 +204,7 @@ def prefill_table(results: Results) -> str:
     return "\n".join(parts)
 
 
-def prefill_cells(row: Row, pooling: Row | None, unpooled: Row) -> list[str]:
+def prefill_cells(row: BenchRow, pooling: BenchRow | None, unpooled: BenchRow) -> list[str]:
     rows, cols = row.settings["grid"]
     share = rows * cols / (row.shape[-3] * row.shape[-2])
     cells = [f"`{row.settings['pooled_by']}`", f"{rows} × {cols}", f"{row.settings['visual_tokens']:,}"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from benchmarks.report import PROBES, is_ours, machine_line, show_number, show_time, title_of, workload_title
-from benchmarks.results import Results, Row
+from benchmarks.results import BenchRow, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,8 +112,8 @@ def draw_times(results: Results) -> Figure | None:
     return figure
 
 
-def _draw_sweep(axes: Axes, rows: Sequence[Row]) -> None:
-    lines: dict[str, list[Row]] = {}
+def _draw_sweep(axes: Axes, rows: Sequence[BenchRow]) -> None:
+    lines: dict[str, list[BenchRow]] = {}
     for row in sorted(rows, key=lambda row: row.frames):
         lines.setdefault(row.provider, []).append(row)
     for provider, found in lines.items():
@@ -144,7 +144,7 @@ def _draw_sweep(axes: Axes, rows: Sequence[Row]) -> None:
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=SMALL, frameon=False)
 
 
-def _lower_bound_us(probe: Row, rows: Sequence[Row]) -> float:
+def _lower_bound_us(probe: BenchRow, rows: Sequence[BenchRow]) -> float:
     """The time in µs of grid_pool's fewest bytes, or norm_pool's where there is no other op, at a probe's rate."""
     ops = {row.op: row for row in rows if row.frames == probe.frames and row.op}
     op = ops.get("grid_pool") or next(iter(ops.values()), probe)
@@ -156,7 +156,7 @@ def _lower_bound_us(probe: Row, rows: Sequence[Row]) -> float:
 
 def draw_ratios(results: Results) -> Figure | None:
     """A panel for every main workload, or for every one if none is a main one; None without a time to compare with."""
-    panels: list[tuple[list[Row], dict[str, float], str]] = []
+    panels: list[tuple[list[BenchRow], dict[str, float], str]] = []
     for rows in (results.of("main") or results.of("pooling")).values():
         times = {row.provider: row.us for row in rows if row.is_timed and row.provider != "read"}
         ours = {provider: time for provider, time in times.items() if is_ours(provider)}
@@ -191,7 +191,7 @@ def draw_ratios(results: Results) -> Figure | None:
     return figure
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Row], ratios: dict[str, float], providers: Sequence[str]) -> None:
+def _draw_panel(axes: Axes, rows: Sequence[BenchRow], ratios: dict[str, float], providers: Sequence[str]) -> None:
     noted = {row.provider for row in rows if row.note}
     for place, provider in enumerate(providers):
         if is_ours(provider):

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.results import Change, Row, Run
+from benchmarks.results import BenchRow, Change, Run
 
 PROBES = ("copy", "ceiling", "read")
 """Providers that move bytes and pool nothing."""
@@ -52,7 +52,7 @@ def is_ours(provider: str) -> bool:
     return name in ours and "reference" not in variants
 
 
-def workload_title(row: Row) -> str:
+def workload_title(row: BenchRow) -> str:
     """Shape, dtype and settings of a row's workload, as in "64 × 27 × 27 × 3584 bfloat16, ceil_mode=True"."""
     settings = [f"{key}={_setting(row.settings[key])}" for key in row.settings if key in _ARGUMENTS]
     return ", ".join([f"{' × '.join(map(str, row.shape))} {row.dtype}", *settings])
@@ -109,18 +109,18 @@ def show_time(us: float) -> str:
 # ---- tables ----
 
 
-def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def table_of(rows: Sequence[BenchRow]) -> tuple[list[str], list[list[str]]]:
     """The titles of a workload's table, and a line of cells for each row.
 
     Columns without a value are left out. All times are in one unit.
     """
     unit, scale = ("ms", 1e-3) if min((row.us for row in rows if row.is_timed), default=0.0) >= 1e3 else ("µs", 1.0)
 
-    def value(name: str, factor: float = 1.0) -> Callable[[Row], str]:
+    def value(name: str, factor: float = 1.0) -> Callable[[BenchRow], str]:
         return lambda row: "" if getattr(row, name) is None else show_number(getattr(row, name) * factor)
 
     low, median, high = (value(name, scale) for name in ("p20_us", "p50_us", "p80_us"))
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: dict[str, Callable[[BenchRow], str]] = {
         f"p50 {unit}": lambda row: median(row) if row.check == "ok" else row.outcome,
         f"p20–p80 {unit}": lambda row: f"{low(row)}–{high(row)}".strip("–"),
         "GB/s": value("gb_per_s"),
@@ -136,7 +136,7 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return list(shown), [[show(row) for show in shown.values()] for row in rows]
 
 
-def remarks(rows: Sequence[Row]) -> list[str]:
+def remarks(rows: Sequence[BenchRow]) -> list[str]:
     """Lines below a table: the reasons why times are missing, notes, and the use of the machine by other processes."""
     texts = [(row, text) for row in rows for text in (row.check if row.check != "ok" else "", row.note) if text]
     found = [f"{title_of(row.provider)}: {printable(text)}" for row, text in texts]
@@ -149,7 +149,7 @@ def printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def workload_table(rows: Sequence[Row]) -> Table:
+def workload_table(rows: Sequence[BenchRow]) -> Table:
     """Everything that was found on one workload, for a terminal."""
     notes = ["GB/s: the fewest bytes that the op must move, over p50. × a provider: its time over this one's."]
     table = Table(
@@ -172,7 +172,7 @@ def workload_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def markdown_table(rows: Sequence[BenchRow]) -> str:
     """Everything that was found on one workload, in Markdown."""
     titles, cells = table_of(rows)
     lines = [["", *titles], ["---", *("---:" for _ in titles)]]

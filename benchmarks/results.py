@@ -1,7 +1,7 @@
 """Results: JSON lines, which are only ever appended to, and what is computed from them.
 
 A run writes one line that says where and how it measured (`Run`), then one line for every provider on every workload
-(`Row`) as soon as it is known. Rows name their run, so a file may hold many runs. A machine has one file.
+(`BenchRow`) as soon as it is known. Rows name their run, so a file may hold many runs. A machine has one file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Run:
 
 
 @dataclass(eq=False)
-class Row:
+class BenchRow:
     """The result of one provider on one workload; None where a value was not measured or has no meaning.
 
     provider: "copy", "ceiling", "read", or the name of a provider of the workload. op: what it computes; "" for the
@@ -120,16 +120,16 @@ class Results:
     """One run and its rows."""
 
     run: Run
-    rows: list[Row]
+    rows: list[BenchRow]
 
-    def find(self, workload: str, provider: str) -> Row | None:
+    def find(self, workload: str, provider: str) -> BenchRow | None:
         """The row of a provider on a workload, if the result was right."""
         found = (r for r in self.rows if (r.workload, r.provider) == (workload, provider) and r.check == "ok")
         return next(found, None)
 
-    def of(self, group: str) -> dict[str, list[Row]]:
+    def of(self, group: str) -> dict[str, list[BenchRow]]:
         """The rows of a group by workload, in the order in which they were measured."""
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[BenchRow]] = {}
         for row in self.rows:
             if group in row.groups:
                 found.setdefault(row.workload, []).append(row)
@@ -183,7 +183,7 @@ def load(path: Path) -> list[Results]:
         ValueError: it holds no run.
     """
     runs: dict[str, Run] = {}
-    rows: dict[tuple[str, str, str], Row] = {}
+    rows: dict[tuple[str, str, str], BenchRow] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             found = json.loads(line)
@@ -194,13 +194,13 @@ def load(path: Path) -> list[Results]:
             runs[found["run"]] = _decode(Run, found)
         elif kind == "row" and found["run"] in runs:
             found["shape"], found["groups"] = tuple(found["shape"]), tuple(found["groups"])
-            rows[found["run"], found["workload"], found["provider"]] = _decode(Row, found)
+            rows[found["run"], found["workload"], found["provider"]] = _decode(BenchRow, found)
     if not runs:
         raise ValueError(f"{path}: holds no results of benchmarks")
     return [Results(run, [row for row in rows.values() if row.run == name]) for name, run in runs.items()]
 
 
-Line = TypeVar("Line", Run, Row)
+Line = TypeVar("Line", Run, BenchRow)
 
 
 def _decode(kind: type[Line], found: dict[str, Any]) -> Line:
@@ -251,7 +251,7 @@ def file_name(device: dict[str, Any]) -> str:
 # ---- what follows from times ----
 
 
-def add_rates(rows: Sequence[Row], baseline: str) -> None:
+def add_rates(rows: Sequence[BenchRow], baseline: str) -> None:
     """Sets bandwidths, shares of the copy's and the probe's, and ratios to the baseline, in the rows of a workload."""
     timed = {row.provider: row for row in rows if row.is_timed}
     rates = {name: (row.read_bytes + row.write_bytes) / row.us / 1e3 for name, row in timed.items()}
@@ -275,8 +275,8 @@ class Change:
 
     workload: str
     provider: str
-    before: Row
-    after: Row
+    before: BenchRow
+    after: BenchRow
 
     @property
     def ratio(self) -> float:

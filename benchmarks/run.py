@@ -17,11 +17,11 @@ from rich.table import Table
 
 from benchmarks.devices import Cpu, Device, open_device
 from benchmarks.machine import new_run
-from benchmarks.measure import LATE, LOST, QUICK, Effort, measure
+from benchmarks.measure import LATE, LOST, QUICK, SampleBudget, measure
 from benchmarks.plot import refuse_existing, save_plots
 from benchmarks.providers import BASELINE, chosen, providers, select
 from benchmarks.report import QUIET_CORES, machine_line, workload_table
-from benchmarks.results import FOLDER, Results, Row, Run, Writer, encode, file_name, load
+from benchmarks.results import FOLDER, BenchRow, Results, Run, Writer, encode, file_name, load
 from benchmarks.workloads import QUICK as QUICK_NAMES
 from benchmarks.workloads import WORKLOADS, Workload, parse_workload
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     show_machine(results.run, device, shown)
     with closing(Writer(path)) as writer:
 
-        def write(line: Run | Row) -> None:
+        def write(line: Run | BenchRow) -> None:
             writer.write(line)
             if options.json:
                 print(encode(line), flush=True)
@@ -98,11 +98,11 @@ def measure_all(
     device: Device,
     run: Run,
     console: Console,
-    known: Mapping[tuple[str, str], Row],
-    early: Callable[[Row], None],
-) -> Iterator[list[Row]]:
+    known: Mapping[tuple[str, str], BenchRow],
+    early: Callable[[BenchRow], None],
+) -> Iterator[list[BenchRow]]:
     """The rows of one workload after another. `early` gets a row as soon as anything of it is known."""
-    effort = QUICK if options.quick else Effort()
+    effort = QUICK if options.quick else SampleBudget()
     if options.samples is not None:
         effort = replace(effort, most=options.samples, least=options.samples)
     for number, workload in enumerate(workloads, 1):
@@ -132,7 +132,7 @@ def limited(seconds: int | None) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def known_rows(path: Path, run: Run) -> dict[tuple[str, str], Row]:
+def known_rows(path: Path, run: Run) -> dict[tuple[str, str], BenchRow]:
     """The rows that a file has of the code, versions and device of a run, quick ones if the run is quick."""
 
     def identity(run: Run) -> list[Any]:
@@ -145,7 +145,7 @@ def known_rows(path: Path, run: Run) -> dict[tuple[str, str], Row]:
     return {}
 
 
-def is_known(workload: str, provider: str, known: Mapping[tuple[str, str], Row]) -> bool:
+def is_known(workload: str, provider: str, known: Mapping[tuple[str, str], BenchRow]) -> bool:
     """True if a provider was timed or found wrong on a workload, or has ended a process on any workload."""
     if any(row.check == LOST and row.provider == provider for row in known.values()):
         return True

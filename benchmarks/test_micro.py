@@ -81,7 +81,7 @@ def test_before_the_launches(benchmark: BenchmarkFixture, monkeypatch: pytest.Mo
     On a CPU it needs TRITON_INTERPRET=1.
     """
     x = torch.zeros(64, 9, 9, 16, dtype=torch.bfloat16, device=KIND)
-    if reason := triton_backend.why_not(x, None):
+    if reason := triton_backend.unsupported_reason(x, None):
         pytest.skip(reason)
     from stgridpool_kernels.backends.triton_kernels import launch
 

@@ -89,7 +89,7 @@ const int32_t* tables_of(const Tensor& tables, const Tensor& x, const Tensor& ou
   return t;
 }
 
-void weigh(Call& call, double temperature, double norm_type, bool normalize_norm) {
+void set_weighting(Call& call, double temperature, double norm_type, bool normalize_norm) {
   call.temperature = static_cast<float>(temperature);
   call.norm_type = norm_type;
   call.normalize_norm = normalize_norm;
@@ -163,30 +163,30 @@ cpu::Threads torch_threads() {
 void grid_pool_on_cpu(const Tensor& x, const Tensor& tables, const std::optional<Tensor>&, double temperature,
                       double norm_type, bool normalize_norm, const Tensor& out, int64_t /* cells: of CUDA blocks */) {
   Call call = call_of(x, out, true);
-  weigh(call, temperature, norm_type, normalize_norm);
+  set_weighting(call, temperature, norm_type, normalize_norm);
   const int32_t* t = tables_of(tables, x, out, true);
   const cpu::Threads threads = torch_threads();
   const Scratch scratch(call, cpu::scratch_bytes(Op::grid_pool, t, call, threads));
   cpu::grid_pool(t, call, threads);
 }
 
-// Where a chunk of streams keeps its miniatures: (slots, h, w, C), at least as many slots as the tables name.
-void keep(Call& call, const Tensor& miniatures, const int32_t* t, const Tensor& x) {
-  STD_TORCH_CHECK(miniatures.dim() == 4 && miniatures.is_contiguous() && miniatures.scalar_type() == x.scalar_type() &&
-                      miniatures.get_device_index() == x.get_device_index() && miniatures.sizes()[0] >= t[H_SLOTS] &&
-                      miniatures.sizes()[1] == (t[H_HEIGHT] + 1) / 2 && miniatures.sizes()[2] == (t[H_WIDTH] + 1) / 2 &&
-                      miniatures.sizes()[3] == call.C,
-                  "the tables are of other miniatures");
-  STD_TORCH_CHECK(t[H_NUM_STEPS] > 0, "the tables have no fused form");
-  call.miniatures = miniatures.mutable_data_ptr();
+// Where a chunk of streams keeps its thumbnails: (slots, h, w, C), at least as many slots as the tables name.
+void attach_thumbnails(Call& call, const Tensor& thumbnails, const int32_t* t, const Tensor& x) {
+  STD_TORCH_CHECK(thumbnails.dim() == 4 && thumbnails.is_contiguous() && thumbnails.scalar_type() == x.scalar_type() &&
+                      thumbnails.get_device_index() == x.get_device_index() && thumbnails.sizes()[0] >= t[H_SLOTS] &&
+                      thumbnails.sizes()[1] == (t[H_HEIGHT] + 1) / 2 && thumbnails.sizes()[2] == (t[H_WIDTH] + 1) / 2 &&
+                      thumbnails.sizes()[3] == call.C,
+                  "the tables are of other thumbnails");
+  STD_TORCH_CHECK(t[H_NUM_STAGES] > 0, "the tables have no fused form");
+  call.thumbnails = thumbnails.mutable_data_ptr();
 }
 
 void pool_chunk_on_cpu(const Tensor& x, const Tensor& tables, const std::optional<Tensor>&, double temperature,
-                       double norm_type, bool normalize_norm, const Tensor& miniatures, const Tensor& out) {
+                       double norm_type, bool normalize_norm, const Tensor& thumbnails, const Tensor& out) {
   Call call = call_of(x, out, true);
-  weigh(call, temperature, norm_type, normalize_norm);
+  set_weighting(call, temperature, norm_type, normalize_norm);
   const int32_t* t = tables_of(tables, x, out, true);
-  keep(call, miniatures, t, x);
+  attach_thumbnails(call, thumbnails, t, x);
   const cpu::Threads threads = torch_threads();
   const Scratch scratch(call, cpu::scratch_bytes(Op::grid_pool, t, call, threads));
   cpu::grid_pool(t, call, threads);
@@ -226,7 +226,7 @@ const int32_t* gradient_tables_of(const Tensor& tables, const Tensor& grad, cons
 void grid_pool_backward_on_cpu(const Tensor& grad, const Tensor& x, const Tensor& tables, const std::optional<Tensor>&,
                                double temperature, double norm_type, bool normalize_norm, const Tensor& out) {
   Call call = call_of_gradient(grad, x, out);
-  weigh(call, temperature, norm_type, normalize_norm);
+  set_weighting(call, temperature, norm_type, normalize_norm);
   const int32_t* t = gradient_tables_of(tables, grad, x, out, true);
   const cpu::Threads threads = torch_threads();
   const Scratch scratch(call, cpu::scratch_bytes(Op::grid_pool_backward, t, call, threads));
@@ -246,7 +246,7 @@ int64_t frames_of(const Tensor& x) { return x.dim() == 5 ? x.sizes()[0] * x.size
 
 void token_norm_on_cpu(const Tensor& x, double norm_type, bool normalize_norm, const Tensor& out) {
   Call call = call_of(x, out, false);
-  weigh(call, 1, norm_type, normalize_norm);
+  set_weighting(call, 1, norm_type, normalize_norm);
   const int64_t rank = x.dim(), H = x.sizes()[rank - 3], W = x.sizes()[rank - 2];
   STD_TORCH_CHECK(out.sizes()[rank - 3] == H && out.sizes()[rank - 2] == W, "out must have one norm per token");
   const cpu::Threads threads = torch_threads();
@@ -287,7 +287,7 @@ void grid_pool_on_cuda(const Tensor& x, const Tensor& tables, const std::optiona
                        double temperature, double norm_type, bool normalize_norm, const Tensor& out, int64_t cells) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = call_of(x, out, true);
-  weigh(call, temperature, norm_type, normalize_norm);
+  set_weighting(call, temperature, norm_type, normalize_norm);
   STD_TORCH_CHECK(cells >= 0 && cells < (1 << 24), "cells must be from 0 to 2^24 - 1, got ", cells);
   call.cells = static_cast<int32_t>(cells);
   const int32_t* t = tables_of(tables, x, out, true);
@@ -296,13 +296,13 @@ void grid_pool_on_cuda(const Tensor& x, const Tensor& tables, const std::optiona
 }
 
 void pool_chunk_on_cuda(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
-                        double temperature, double norm_type, bool normalize_norm, const Tensor& miniatures,
+                        double temperature, double norm_type, bool normalize_norm, const Tensor& thumbnails,
                         const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = call_of(x, out, true);
-  weigh(call, temperature, norm_type, normalize_norm);
+  set_weighting(call, temperature, norm_type, normalize_norm);
   const int32_t* t = tables_of(tables, x, out, true);
-  keep(call, miniatures, t, x);
+  attach_thumbnails(call, thumbnails, t, x);
   check_launch(cuda::grid_pool(t, on_device(device_tables, tables, x), call, current_stream(x)));
 }
 
@@ -320,7 +320,7 @@ void grid_pool_backward_on_cuda(const Tensor& grad, const Tensor& x, const Tenso
                                 bool normalize_norm, const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = call_of_gradient(grad, x, out);
-  weigh(call, temperature, norm_type, normalize_norm);
+  set_weighting(call, temperature, norm_type, normalize_norm);
   const int32_t* t = gradient_tables_of(tables, grad, x, out, true);
   const Tensor scratch = scratch_for(call, x, cuda::scratch_bytes(Op::grid_pool_backward, t, call));
   check_launch(cuda::grid_pool_backward(t, on_device(device_tables, tables, x), call, current_stream(x)));
@@ -338,7 +338,7 @@ void temporal_grid_backward_on_cuda(const Tensor& grad, const Tensor& tables,
 void token_norm_on_cuda(const Tensor& x, double norm_type, bool normalize_norm, const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = call_of(x, out, false);
-  weigh(call, 1, norm_type, normalize_norm);
+  set_weighting(call, 1, norm_type, normalize_norm);
   const int64_t rank = x.dim(), H = x.sizes()[rank - 3], W = x.sizes()[rank - 2];
   STD_TORCH_CHECK(out.sizes()[rank - 3] == H && out.sizes()[rank - 2] == W, "out must have one norm per token");
   check_launch(cuda::token_norm(frames_of(x), H, W, call, current_stream(x)));

@@ -50,14 +50,14 @@ struct Call {
   Strides x_strides{};
   void* out = nullptr;  // must not overlap x
   Strides out_strides{};
-  void* scratch = nullptr;  // scratch_bytes(...) bytes at a multiple of 64, with any content; nullptr if 0
+  void* scratch = nullptr;  // scratch_bytes(...) bytes at a multiple of 64, with any values; nullptr if 0
   // how tokens are weighed: softmax over a window of temperature * norm
   float temperature = 1.0f;
   double norm_type = 2.0;      // p > 0; infinity takes the largest magnitude
   bool normalize_norm = true;  // mean over channels inside the norm, or else the sum
-  // For tables of a chunk of streams: their slots, which hold miniatures of earlier chunks and keep those of this one.
+  // For tables of a chunk of streams: their slots, which hold thumbnails of earlier chunks and keep those of this one.
   // Then grid_pool takes the fused form; where it does not take these channels or this norm, it fails.
-  void* miniatures = nullptr;
+  void* thumbnails = nullptr;
   // For gradients: `grad` is that of the result, in its shape. out is the gradient of x then: (B, T, H, W, C) as well,
   // with a channel stride of 1.
   const void* grad = nullptr;

@@ -51,11 +51,11 @@ const char* check_levels(const int32_t* t, int64_t words) {
 bool has_tiles(const int32_t* t, const int32_t* entry, int64_t h, int64_t w) {
   const int64_t H = t[H_HEIGHT], W = t[H_WIDTH];
   for (int64_t i = 0; i < h; ++i) {
-    const int64_t needed = entry[E_SLOT] >= 0 ? t[entry[E_NEEDED] + i] : 0;
+    const int64_t live = entry[E_SLOT] >= 0 ? t[entry[E_LIVE] + i] : 0;
     const int64_t pooled = entry[E_TARGET] >= 0 && i < t[H_OUT_ROWS] ? t[H_OUT_COLS] : 0;
-    if (needed == 0 && pooled == 0) continue;
-    const int64_t top = needed > 0 && H % 2 == 1 && i > 0 ? 2 * i - 1 : 2 * i;
-    const int64_t bottom = std::min(2 * i + 2, H), right = std::min(2 * std::max(needed, pooled), W);
+    if (live == 0 && pooled == 0) continue;
+    const int64_t top = live > 0 && H % 2 == 1 && i > 0 ? 2 * i - 1 : 2 * i;
+    const int64_t bottom = std::min(2 * i + 2, H), right = std::min(2 * std::max(live, pooled), W);
     for (int64_t row = top / h; row <= (bottom - 1) / h; ++row) {
       for (int64_t col = 0; col <= (right - 1) / w; ++col) {
         if (entry[E_SOURCES + 2 * row + col] < 0) return false;
@@ -65,23 +65,23 @@ bool has_tiles(const int32_t* t, const int32_t* entry, int64_t h, int64_t w) {
   return true;
 }
 
-const char* check_steps(const int32_t* t, int64_t words) {
+const char* check_stages(const int32_t* t, int64_t words) {
   const int64_t h = (t[H_HEIGHT] + 1) / 2, w = (t[H_WIDTH] + 1) / 2;
-  for (int s = 0; s < t[H_NUM_STEPS]; ++s) {
-    const int32_t* step = t + t[H_STEPS] + s * STEP_WORDS;
-    const int64_t count = step[S_COUNT], walked = step[S_WALKED];
-    if (count < 1 || walked < 0 || walked > count || step[S_AFTER] < 0 || step[S_AFTER] > s ||
-        !inside(step[S_ENTRIES], count * ENTRY_WORDS, words)) {
-      return "a step's entries are out of range";
+  for (int s = 0; s < t[H_NUM_STAGES]; ++s) {
+    const int32_t* stage = t + t[H_STAGES] + s * STAGE_WORDS;
+    const int64_t count = stage[S_COUNT], walked = stage[S_SHRUNK];
+    if (count < 1 || walked < 0 || walked > count || stage[S_AFTER] < 0 || stage[S_AFTER] > s ||
+        !inside(stage[S_ENTRIES], count * ENTRY_WORDS, words)) {
+      return "a stage's entries are out of range";
     }
     for (int64_t e = 0; e < count; ++e) {
-      const int32_t* entry = t + step[S_ENTRIES] + e * ENTRY_WORDS;
-      const bool mosaic = step[S_MOSAIC] != 0;
-      if (!all_between(entry + E_CONTENT, 1, mosaic ? -words : 0, mosaic ? 0 : t[H_FRAMES]) ||
+      const int32_t* entry = t + stage[S_ENTRIES] + e * ENTRY_WORDS;
+      const bool mosaic = stage[S_MOSAIC] != 0;
+      if (!all_between(entry + E_NODE, 1, mosaic ? -words : 0, mosaic ? 0 : t[H_FRAMES]) ||
           !all_between(entry + E_TARGET, 1, -1, t[H_FRAMES]) ||
           !all_between(entry + E_SLOT, 1, e < walked ? 0 : -1, e < walked ? t[H_SLOTS] : 0) ||
-          !all_between(entry + E_SOURCES, 4, -1, t[H_SLOTS]) || !inside(entry[E_NEEDED], h, words) ||
-          !all_between(t + entry[E_NEEDED], h, 0, w + 1)) {
+          !all_between(entry + E_SOURCES, 4, -1, t[H_SLOTS]) || !inside(entry[E_LIVE], h, words) ||
+          !all_between(t + entry[E_LIVE], h, 0, w + 1)) {
         return "an entry is out of range";
       }
       if (mosaic && !has_tiles(t, entry, h, w)) return "a mosaic lacks a tile";
@@ -91,7 +91,7 @@ const char* check_steps(const int32_t* t, int64_t words) {
 }
 
 // Starts and counts of what covers each of `size` positions: consecutive ones out of `count`, or none.
-bool covers_fit(const int32_t* t, int64_t words, int64_t offset, int64_t size, int64_t count) {
+bool inverse_runs_fit(const int32_t* t, int64_t words, int64_t offset, int64_t size, int64_t count) {
   if (!inside(offset, 2 * size, words)) return false;
   for (int64_t p = 0; p < size; ++p) {
     const int64_t start = t[offset + p], length = t[offset + size + p];
@@ -102,42 +102,42 @@ bool covers_fit(const int32_t* t, int64_t words, int64_t offset, int64_t size, i
 
 const char* check_gradient(const int32_t* t, int64_t words) {
   if (t[H_GRADIENT] == 0) return nullptr;
-  const int64_t H = t[H_HEIGHT], W = t[H_WIDTH], contents = int64_t{t[H_FRAMES]} + t[H_SUMMARIES];
+  const int64_t H = t[H_HEIGHT], W = t[H_WIDTH], nodes = int64_t{t[H_FRAMES]} + t[H_SUMMARIES];
   if (!inside(t[H_GRADIENT], G_LEVELS + 2 * int64_t{t[H_NUM_LEVELS]}, words)) return "the gradient is out of range";
   const int32_t* gradient = t + t[H_GRADIENT];
-  if (!inside(gradient[G_FEEDS], contents + 1, words)) return "the feeds are out of range";
-  const int32_t* starts = t + gradient[G_FEEDS];
-  for (int64_t c = 0; c < contents; ++c) {
+  if (!inside(gradient[G_CONSUMERS], nodes + 1, words)) return "the consumers are out of range";
+  const int32_t* starts = t + gradient[G_CONSUMERS];
+  for (int64_t c = 0; c < nodes; ++c) {
     const int64_t length = int64_t{starts[c + 1]} - starts[c];
-    if (length % FEED_WORDS != 0 || !inside(starts[c], length, words)) return "the feeds are out of range";
-    for (const int32_t* feed = t + starts[c]; feed < t + starts[c + 1]; feed += FEED_WORDS) {
-      if (feed[F_LEVEL] < 0 || feed[F_LEVEL] >= t[H_NUM_LEVELS]) return "a feed is out of range";
-      const int32_t* level = t + t[H_LEVELS] + feed[F_LEVEL] * LEVEL_WORDS;
-      const int64_t s = feed[F_SUMMARY] - int64_t{level[L_FIRST]};
-      const int64_t after = c - t[H_FRAMES];  // the summary that feeds, if it is one: it comes before
-      if (s < 0 || s >= level[L_COUNT] || feed[F_TILE] < 0 || feed[F_TILE] >= int64_t{level[L_ROWS]} * level[L_COLS] ||
-          after >= level[L_FIRST]) {
-        return "a feed is out of range";
+    if (length % CONSUMER_WORDS != 0 || !inside(starts[c], length, words)) return "the consumers are out of range";
+    for (const int32_t* consumer = t + starts[c]; consumer < t + starts[c + 1]; consumer += CONSUMER_WORDS) {
+      if (consumer[C_LEVEL] < 0 || consumer[C_LEVEL] >= t[H_NUM_LEVELS]) return "a consumer is out of range";
+      const int32_t* level = t + t[H_LEVELS] + consumer[C_LEVEL] * LEVEL_WORDS;
+      const int64_t s = consumer[C_SUMMARY] - int64_t{level[L_FIRST]};
+      const int64_t after = c - t[H_FRAMES];  // the summary that reads it, if it is one: it comes before
+      if (s < 0 || s >= level[L_COUNT] || consumer[C_TILE] < 0 ||
+          consumer[C_TILE] >= int64_t{level[L_ROWS]} * level[L_COLS] || after >= level[L_FIRST]) {
+        return "a consumer is out of range";
       }
     }
   }
-  for (int s = 0; s < t[H_NUM_STEPS]; ++s) {
-    const int32_t* step = t + t[H_STEPS] + s * STEP_WORDS;
-    for (int64_t e = 0; e < step[S_COUNT]; ++e) {
-      const int32_t content = t[step[S_ENTRIES] + e * ENTRY_WORDS + E_CONTENT];
-      if (content < -int64_t{t[H_SUMMARIES]}) return "an entry is of no summary";
+  for (int s = 0; s < t[H_NUM_STAGES]; ++s) {
+    const int32_t* stage = t + t[H_STAGES] + s * STAGE_WORDS;
+    for (int64_t e = 0; e < stage[S_COUNT]; ++e) {
+      const int32_t node = t[stage[S_ENTRIES] + e * ENTRY_WORDS + E_NODE];
+      if (node < -int64_t{t[H_SUMMARIES]}) return "an entry is of no summary";
     }
   }
   for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
     const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
-    if (!covers_fit(t, words, gradient[G_LEVELS + 2 * l], level[L_ROWS] * H, H) ||
-        !covers_fit(t, words, gradient[G_LEVELS + 2 * l + 1], level[L_COLS] * W, W)) {
-      return "the covers of a level are out of range";
+    if (!inverse_runs_fit(t, words, gradient[G_LEVELS + 2 * l], level[L_ROWS] * H, H) ||
+        !inverse_runs_fit(t, words, gradient[G_LEVELS + 2 * l + 1], level[L_COLS] * W, W)) {
+      return "the inverse runs of a level are out of range";
     }
   }
-  if (!covers_fit(t, words, gradient[G_WINDOW_ROWS], H, t[H_OUT_ROWS]) ||
-      !covers_fit(t, words, gradient[G_WINDOW_COLS], W, t[H_OUT_COLS])) {
-    return "the covers of the windows are out of range";
+  if (!inverse_runs_fit(t, words, gradient[G_WINDOW_ROWS], H, t[H_OUT_ROWS]) ||
+      !inverse_runs_fit(t, words, gradient[G_WINDOW_COLS], W, t[H_OUT_COLS])) {
+    return "the inverse runs of the windows are out of range";
   }
   return nullptr;
 }
@@ -151,12 +151,12 @@ const char* check_tables(const int32_t* t, int64_t words) {
   constexpr int64_t MOST = 1 << 24;  // rows or columns: products of two fit into 64 bits many times over
   if (!all_between(t + H_HEIGHT, 4, 1, MOST) || !all_between(t + H_FRAMES, 1, 0, words) ||
       !all_between(t + H_SUMMARIES, 1, 0, words) || !all_between(t + H_NUM_LEVELS, 1, 0, words) ||
-      !all_between(t + H_NUM_STEPS, 1, 0, words) || !all_between(t + H_SLOTS, 1, 0, MOST)) {
+      !all_between(t + H_NUM_STAGES, 1, 0, words) || !all_between(t + H_SLOTS, 1, 0, MOST)) {
     return "a size in the tables is out of range";
   }
-  if (!inside(t[H_FINAL], t[H_FRAMES], words) ||
-      !all_between(t + t[H_FINAL], t[H_FRAMES], -int64_t{t[H_SUMMARIES]}, t[H_FRAMES])) {
-    return "the final contents are out of range";
+  if (!inside(t[H_OUTPUTS], t[H_FRAMES], words) ||
+      !all_between(t + t[H_OUTPUTS], t[H_FRAMES], -int64_t{t[H_SUMMARIES]}, t[H_FRAMES])) {
+    return "the output nodes are out of range";
   }
   const int64_t H = t[H_HEIGHT], W = t[H_WIDTH], OH = t[H_OUT_ROWS], OW = t[H_OUT_COLS];
   if (!runs_fit(t, words, t[H_WINDOW_ROWS], OH, -MOST, 2 * MOST) ||
@@ -168,9 +168,9 @@ const char* check_tables(const int32_t* t, int64_t words) {
   if (largest != t[H_LARGEST_WINDOW]) return "the largest window has another size";
   if (!inside(t[H_LEVELS], int64_t{t[H_NUM_LEVELS]} * LEVEL_WORDS, words)) return "the levels are out of range";
   if (const char* wrong = check_levels(t, words)) return wrong;
-  if (!inside(t[H_STEPS], int64_t{t[H_NUM_STEPS]} * STEP_WORDS, words)) return "the steps are out of range";
-  if (t[H_NUM_STEPS] > 0 && (OH > (H + 1) / 2 || OW > (W + 1) / 2)) return "there are more windows than pairs";
-  if (const char* wrong = check_steps(t, words)) return wrong;
+  if (!inside(t[H_STAGES], int64_t{t[H_NUM_STAGES]} * STAGE_WORDS, words)) return "the stages are out of range";
+  if (t[H_NUM_STAGES] > 0 && (OH > (H + 1) / 2 || OW > (W + 1) / 2)) return "there are more windows than pairs";
+  if (const char* wrong = check_stages(t, words)) return wrong;
   return check_gradient(t, words);
 }
 

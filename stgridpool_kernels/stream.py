@@ -2,10 +2,10 @@
 
 When a frame arrives it is known whether a summary replaces it, and all frames of that summary have come before. So
 every pooled frame leaves with the call that brings its frame. Between calls, a stream keeps the sampled frames of open
-groups that a later result depends on: `EndlessNeeds` of dataflow.py says which.
+groups that a later result depends on: `EndlessLiveness` of dataflow.py says which.
 
 A push first lists what becomes of its frames, as entries of tables (`_Work`). Where the backend's kernels are fused,
-they follow tables of these entries, and miniatures of the sampled frames are kept. Elsewhere the frames themselves are
+they follow tables of these entries, and thumbnails of the sampled frames are kept. Elsewhere the frames themselves are
 kept, and when a group is complete, temporal_grid makes its summary. In both cases, the frames of a chunk from where all
 levels begin again to where they do so once more are a video of their own for grid_pool.
 """
@@ -27,7 +27,7 @@ from .backends import BACKENDS, Backend, backend_names, check_backend, choose_ba
 from .functional import GridPool
 from .ops import check_tokens
 from .plan import GridPlan, grid_plan
-from .plan.dataflow import EndlessNeeds
+from .plan.dataflow import EndlessLiveness
 from .plan.plan import level_shapes
 from .plan.tables import ChunkEntry, chunk_entries, chunk_tables
 from .stream_state import (
@@ -50,10 +50,10 @@ EXACT_FRAMES = 1 << 24
 """Largest number of frames for which float32 holds every frame number that sampling="last" computes."""
 
 SLOTS_PER_LEVEL = 6
-"""Number of miniatures for which a stream has room per level: 4 of the open group, 2 of the frame that comes next."""
+"""Number of thumbnails for which a stream has room per level: 4 of the open group, 2 of the frame that comes next."""
 
 Slots = Tensor | dict[int, Tensor]
-"""What all streams keep, by slot: miniatures (slots, ⌈H/2⌉, ⌈W/2⌉, C) in one tensor, or frames (H, W, C) one by one."""
+"""What all streams keep, by slot: thumbnails (slots, ⌈H/2⌉, ⌈W/2⌉, C) in one tensor, or frames (H, W, C) one by one."""
 
 _PLANNED = set(inspect.signature(grid_plan).parameters)
 
@@ -63,12 +63,12 @@ class _Format:
     """What all frames have in common as long as any stream has seen one.
 
     like: an empty tensor (0, H, W, C) of their dtype, on their device. plan: of no frames. backend: "auto" until one is
-    chosen. fused: whether its kernels follow tables of chunks, and so miniatures are kept.
+    chosen. fused: whether its kernels follow tables of chunks, and so thumbnails are kept.
     """
 
     like: Tensor
     plan: GridPlan
-    needs: EndlessNeeds
+    liveness: EndlessLiveness
     backend: str
     fused: bool = False
 
@@ -80,7 +80,7 @@ class _Format:
 
     def on(self, backend: Backend, norm_type: float) -> _Format:
         """The format where that backend is chosen."""
-        fused = backend.keeps_miniatures(self.plan, self.like.shape[-1], norm_type)
+        fused = backend.keeps_thumbnails(self.plan, self.like.shape[-1], norm_type)
         return replace(self, backend=backend.name, fused=fused)
 
 
@@ -89,12 +89,12 @@ class _Work:
     """What a push has to compute.
 
     states: of the streams that get frames, after the push. whole: rows of x that are whole periods of one stream.
-    steps: entries of the other rows of x, then of the summaries of each level. slots: one more than the highest.
+    stages: entries of the other rows of x, then of the summaries of each level. slots: one more than the highest.
     """
 
     states: States
     whole: list[slice]
-    steps: list[list[ChunkEntry]]
+    stages: list[list[ChunkEntry]]
     slots: int
 
 
@@ -251,7 +251,7 @@ class GridPoolStream:
         with use_backend(form.backend) if form.backend != "auto" else nullcontext():
             backend = choose_backend(x, form.plan)
         form = form.on(backend, self.arguments["norm_type"])
-        work = self._work(pieces, form.needs)
+        work = self._work(pieces, form.liveness)
         pool = self._pool_fused if form.fused else self._pool_frames
         # what is kept by a call in inference mode can only be written to in that mode
         with torch.inference_mode(), torch.autocast(x.device.type, enabled=False):
@@ -292,41 +292,41 @@ class GridPoolStream:
         firsts = [sum(counts[:number]) for number in range(len(counts))]
         return dict(zip(names, zip(firsts, counts, strict=True), strict=True))
 
-    def _work(self, pieces: dict[StreamId, tuple[int, int]], needs: EndlessNeeds) -> _Work:
+    def _work(self, pieces: dict[StreamId, tuple[int, int]], liveness: EndlessLiveness) -> _Work:
         """What becomes of the frames of a push, (first row of x, number of rows) for each stream."""
         held = held_slots(self._states)
         free = (slot for slot in itertools.count() if slot not in held)
-        steps: list[list[ChunkEntry]] = [[] for _ in range(1 + self._levels)]
+        stages: list[list[ChunkEntry]] = [[] for _ in range(1 + self._levels)]
         states: States = {}
         whole: list[slice] = []
         for stream, (first, count) in pieces.items():
             state = self._states[stream]
-            before = min(-state.frames % needs.period, count)
-            after = before + (count - before) // needs.period * needs.period
+            before = min(-state.frames % liveness.period, count)
+            after = before + (count - before) // liveness.period * liveness.period
             if before < after:
                 whole.append(slice(first + before, first + after))
             groups = [dict(group) for group in state.groups]
             for number in (*range(before), *range(after, count)):
-                for level, entry in chunk_entries(needs, state.frames + number, first + number, groups, free):
-                    steps[1 + level].append(entry)
+                for level, entry in chunk_entries(liveness, state.frames + number, first + number, groups, free):
+                    stages[1 + level].append(entry)
             states[stream] = StreamState(state.frames + count, tuple(groups))
-        used = held.union(entry.slot for step in steps for entry in step)
-        return _Work(states, whole, steps, 1 + max(used, default=-1))
+        used = held.union(entry.slot for stage in stages for entry in stage)
+        return _Work(states, whole, stages, 1 + max(used, default=-1))
 
     def _pool(self, x: Tensor, videos: Sequence[int], backend: Backend, out: Tensor) -> None:
         """grid_pool of videos of so many frames each. Plans are cached by these: callers ask for few kinds."""
         backend.grid_pool(x, grid_plan(videos, *x.shape[1:3], **self._planned), *self._settings, out)
 
     def _pool_fused(self, x: Tensor, work: _Work, form: _Format, backend: Backend, out: Tensor) -> Slots:
-        """Pools and shrinks all rows of `work.steps` in one pass, and returns the slots; none that is held changes."""
+        """Pools and shrinks all rows of `work.stages` in one pass, and returns the slots; none that is held changes."""
         slots = self._room(work.slots, form)
-        if any(work.steps):
+        if any(work.stages):
             assert backend.pool_chunk is not None
-            backend.pool_chunk(x, chunk_tables(form.plan, len(x), work.steps, work.slots), *self._settings, slots, out)
+            backend.pool_chunk(x, chunk_tables(form.plan, len(x), work.stages, work.slots), *self._settings, slots, out)
         return slots
 
     def _pool_frames(self, x: Tensor, work: _Work, form: _Format, backend: Backend, out: Tensor) -> Slots:
-        """Pools all rows of `work.steps`, or the summaries that replace them, and returns the frames in all slots."""
+        """Pools all rows of `work.stages`, or the summaries that replace them, and returns the frames in all slots."""
         frames, replaced = self._summaries(x, work, form, backend)
         edges = (0, *(edge for rows in work.whole for edge in (rows.start, rows.stop)), len(x))
         for first, stop in zip(edges[::2], edges[1::2], strict=True):
@@ -341,16 +341,16 @@ class GridPoolStream:
     def _summaries(
         self, x: Tensor, work: _Work, form: _Format, backend: Backend
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The frames in all slots after the steps, and the summaries that replace rows of x, by row."""
+        """The frames in all slots after the stages, and the summaries that replace rows of x, by row."""
         frames = {slot: self._slots[slot] for slot in held_slots(self._states)}
         kept = held_slots(work.states)
-        for entry in work.steps[0]:
+        for entry in work.stages[0]:
             if entry.slot >= 0:
-                frame = x[entry.content]
+                frame = x[entry.node]
                 frames[entry.slot] = frame.clone() if entry.slot in kept else frame
         replaced: dict[int, Tensor] = {}
-        for level, step in enumerate(work.steps[1:]):
-            for entry in step:
+        for level, stage in enumerate(work.stages[1:]):
+            for entry in stage:
                 summary = self._summary(level, [frames.get(slot) for slot in entry.sources], form, backend)
                 if entry.slot >= 0:
                     frames[entry.slot] = summary
@@ -362,7 +362,7 @@ class GridPoolStream:
         """The summary (H, W, C) of one group of frames (H, W, C), None for those that no token of it depends on."""
         some = next(source for source in sources if source is not None)
         frames = torch.stack([some if source is None else source for source in sources])
-        segment = form.needs.segments[level]
+        segment = form.liveness.segments[level]
         alone = {"frame_strides": (1,), "grid_shape": (segment.rows, segment.cols), "sampling": "last"}
         plan = grid_plan((len(frames),), *frames.shape[1:3], **self._planned | alone)
         made = torch.empty_like(frames)
@@ -381,7 +381,7 @@ class GridPoolStream:
         return room
 
     def _compacted(self, states: States, slots: Slots) -> tuple[States, Slots]:
-        """Without the memory of slots that hold nothing, except the room of each stream for miniatures."""
+        """Without the memory of slots that hold nothing, except the room of each stream for thumbnails."""
         held = sorted(held_slots(states))
         if isinstance(slots, dict):
             return states, {slot: slots[slot] for slot in held}
@@ -406,7 +406,7 @@ class GridPoolStream:
 
     def _new_format(self, like: Tensor, backend: str) -> _Format:
         plan = grid_plan((), *like.shape[1:3], **self._planned)
-        return _Format(like, plan, EndlessNeeds(plan), backend)
+        return _Format(like, plan, EndlessLiveness(plan), backend)
 
     def _new_state(self) -> StreamState:
         return StreamState(0, ({},) * self._levels)
@@ -464,11 +464,11 @@ class GridPoolStream:
         states: States = {}
         kept: list[Tensor] = []
         for number, stream in enumerate(state["streams"]):
-            contents = [] if form is None else form.needs.kept(stream["frames"])
+            nodes = [] if form is None else form.liveness.kept(stream["frames"])
             found, entry = len(stream["kept"]), f"len(state['streams'][{number}]['kept'])"
-            expect(found == len(contents), entry, len(contents), found)
+            expect(found == len(nodes), entry, len(nodes), found)
             groups: list[dict[int, int]] = [{} for _ in range(self._levels)]
-            for slot, places in enumerate(contents, start=len(kept)):
+            for slot, places in enumerate(nodes, start=len(kept)):
                 for level, place in places:
                     groups[level][place] = slot
             kept += stream["kept"]
@@ -486,7 +486,7 @@ class GridPoolStream:
             cause = str(error).splitlines()[0]
             raise ValueError(f"{entry} must be one that can be used here, got {str(where)!r}: {cause}") from error
         backend = next(known for known in BACKENDS if known.name == given["backend"])
-        reason = backend.why_not(None, None)
+        reason = backend.unsupported_reason(None, None)
         if reason is not None:
             raise ValueError(f"state['format']['backend'] must be able to run here, got {backend.name!r}: {reason}")
         return self._new_format(like, backend.name).on(backend, self.arguments["norm_type"])

@@ -35,7 +35,7 @@ class StreamState:
     groups: tuple[dict[int, int], ...]
 
     def slots(self) -> list[int]:
-        """Each slot once, in the order of `EndlessNeeds.kept`."""
+        """Each slot once, in the order of `EndlessLiveness.kept`."""
         return list(dict.fromkeys(slot for group in self.groups for _, slot in sorted(group.items())))
 
     def moved(self, slots: Mapping[int, int]) -> StreamState:
@@ -79,7 +79,7 @@ def expect(right: bool, entry: str, allowed: object, got: object) -> None:
 def check_state(state: Any, arguments: Mapping[str, Any], backends: Sequence[str]) -> None:
     """Raises ValueError, naming the entry, unless a state has the form of `VERSION` and these arguments.
 
-    Every tensor has the dtype of frames then, and the shape of a frame or of its miniature. Which of both, and how many
+    Every tensor has the dtype of frames then, and the shape of a frame or of its thumbnail. Which of both, and how many
     tensors there are, takes a plan and is left to the caller.
     """
     expect(isinstance(state, dict), "state", "what state_dict returned", state)

@@ -342,7 +342,7 @@ def test_auto_takes_the_first_that_can_run_and_logs_why(recorder, caplog):
     caplog.set_level(logging.DEBUG, "stgridpool_kernels")
     stgp.grid_pool(tokens(8, 4, 4, 2))
     assert recorder == ["grid_pool"]
-    backends.BACKENDS[0] = dataclasses.replace(first, why_not=lambda x, plan: "no such device")
+    backends.BACKENDS[0] = dataclasses.replace(first, unsupported_reason=lambda x, plan: "no such device")
     stgp.grid_pool(tokens(8, 4, 4, 2))
     assert recorder == ["grid_pool"]
     assert caplog.messages == ["recorder runs", "recorder passed over: no such device", "reference runs"]

@@ -229,11 +229,11 @@ def test_state_is_bounded(arguments: Arguments, backend: str, device: torch.devi
     stream = GridPoolStream(backend=backend, **arguments)
     levels = grid_plan((), H, W, **{key: value for key, value in arguments.items() if key in stream._planned}).levels
     frames = sum(level.rows * level.cols - (arguments.get("sampling") != "first") for level in levels)
-    miniatures = SLOTS_PER_LEVEL * len(levels) * -(-H // 2) * -(-W // 2)
+    thumbnails = SLOTS_PER_LEVEL * len(levels) * -(-H // 2) * -(-W // 2)
     for part in (*x.split(3), x):
         stream.push(part)
         fused = isinstance(stream._slots, Tensor)
-        assert stream.state_bytes <= (miniatures if fused else frames * H * W) * 4 * 4
+        assert stream.state_bytes <= (thumbnails if fused else frames * H * W) * 4 * 4
         kept = [stream._slots] if isinstance(stream._slots, Tensor) else stream._slots.values()
         assert not any(x.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for tensor in kept)
 
@@ -418,7 +418,7 @@ def test_state_of_a_backend_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch
     source = GridPoolStream(backend="reference")
     source.push(tokens(3, 5, 7, 8))
     number = next(n for n, known in enumerate(BACKENDS) if known.name == "reference")
-    monkeypatch.setitem(BACKENDS[number].__dict__, "why_not", lambda x, plan: "no such machine")
+    monkeypatch.setitem(BACKENDS[number].__dict__, "unsupported_reason", lambda x, plan: "no such machine")
     with pytest.raises(ValueError, match=r"\['backend'\] must be able to run here, got 'reference': no such machine"):
         GridPoolStream().load_state_dict(source.state_dict())
 
@@ -715,7 +715,7 @@ def test_tables_of_a_chunk_are_checked() -> None:
     chunk = chunk_tables(plan, 2, [[ChunkEntry(0, 0, 3, (2, 2)), ChunkEntry(1, 1, -1, ())]], 4)
     x, out = torch.ones(2, 4, 4, 3), torch.empty(2, 2, 2, 3)
     for slots in (torch.empty(3, 2, 2, 3), torch.empty(4, 2, 2, 4), torch.empty(4, 2, 2, 3).half()):
-        with pytest.raises(RuntimeError, match="of other miniatures"):
+        with pytest.raises(RuntimeError, match="of other thumbnails"):
             compiled.pool_chunk(x, chunk, 1.0, 2.0, True, slots, out)
     compiled.pool_chunk(x, chunk, 1.0, 2.0, True, torch.empty(4, 2, 2, 3), out)
     assert torch.equal(out, torch.ones_like(out))

@@ -158,7 +158,7 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelUsage:
     """One kernel for one architecture. launches: numbers of the launches that are this kernel, by call. enough_warps:
     how many are to fit on a multiprocessor, 0 for a general kernel.
 
@@ -182,9 +182,9 @@ class Row:
     warps_by_shared: int
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> Row:
+    def from_json(found: Mapping[str, Any]) -> KernelUsage:
         """The row whose `asdict` was written to JSON."""
-        return Row(**{**found, "shape": tuple(found["shape"]), "code": Code(**found["code"])})
+        return KernelUsage(**{**found, "shape": tuple(found["shape"]), "code": Code(**found["code"])})
 
     @property
     def published(self) -> bool:
@@ -202,7 +202,7 @@ class Row:
         return f"{self.kernel}.{launch}.{show_shape(self.shape)}.{self.dtype}.sm_{self.arch}.cubin"
 
 
-def limits_missed(row: Row) -> list[str]:
+def limits_missed(row: KernelUsage) -> list[str]:
     """In what a kernel is not as it should be where C is a multiple of 16; empty if it is.
 
     No kernel may spill. Those of the published settings must move all tokens 16 bytes at a time, without atomic
@@ -288,7 +288,7 @@ def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
 
 def compile_rows(
     cases: Iterable[Case], shape: Shape, dtype: str, arch: int, cubins: Path | None = None
-) -> Iterable[Row]:
+) -> Iterable[KernelUsage]:
     """A row for every kernel that the calls launch, where what compiles to the same code is one: a size that is a
     multiple of 16 makes Triton compile again, often without a difference. `cubins`: the folder for the code."""
     kernels: dict[bytes, Any] = {}
@@ -309,7 +309,7 @@ def compile_rows(
         static = max(usage["SHARED"] - (RESERVED if arch >= 90 else 0), 0)
         shared = kernel.metadata.shared + static
         num_warps = kernel.metadata.num_warps
-        row = Row(
+        row = KernelUsage(
             launches[cubin],
             enough[cubin],
             kernel.name,
@@ -426,7 +426,7 @@ def show_widths(widths: Widths) -> str:
     return ", ".join(f"{widths[bits]}×{bits}" for bits in sorted(widths, key=int))
 
 
-def draw(rows: Sequence[Row]) -> Table:
+def draw(rows: Sequence[KernelUsage]) -> Table:
     """Rows of one shape and dtype."""
     table = Table(title=f"{show_shape(rows[0].shape)} {rows[0].dtype}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("calls, and which of their launches", min_width=36)
@@ -524,10 +524,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(f"triton {triton.__version__}. {LEGEND}\n", highlight=False)
-    every: list[Row] = []
+    every: list[KernelUsage] = []
     for shape in given.shape:
         for dtype in given.dtype:
-            rows: list[Row] = []
+            rows: list[KernelUsage] = []
             for arch in given.arch:
                 with Console(stderr=True).status(f"compiling {show_shape(shape)} {dtype} for sm_{arch}"):
                     try:

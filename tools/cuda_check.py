@@ -42,7 +42,7 @@ BUILD = ROOT / "build" / "cuda_check"
 FLAGS = ("-std=c++17", "-O3", "-cubin")
 
 TABLE_LOADS = {"grid_pool_kernel": 10, "grid_pool_backward_kernel": 24}
-"""Loads of 32 bits that a kernel of the published settings may have. The backward's reads feeds in several places."""
+"""Maximum number of 32-bit loads in a kernel of the published settings. The backward reads consumers several times."""
 
 CHANNELS = (1152, 3584, 4096)
 """Of SigLIP, of LLaVA-Video, and of a 24 × 24 tower: for their blocks, warps are counted."""
@@ -55,7 +55,7 @@ FUSED = re.compile(
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelUsage:
     """One kernel for one architecture. stack, local: bytes a thread. shared: static bytes a block."""
 
     kernel: str
@@ -91,7 +91,7 @@ def block_threads(C: int, value_bytes: int) -> int:
     return 32 * warps
 
 
-def limits_missed(row: Row) -> list[str]:
+def limits_missed(row: KernelUsage) -> list[str]:
     """In what a kernel is not as it should be; empty if it is."""
     code, missed = row.code, []
     if row.stack or row.local or code.spills:
@@ -141,7 +141,7 @@ def compile_file(source: Path, arch: int) -> Path:
     return cubin
 
 
-def read_rows(cubin: Path, arch: int) -> list[Row]:
+def read_rows(cubin: Path, arch: int) -> list[KernelUsage]:
     """A row for every kernel in a cubin."""
     usage = _output(find_tool("cuobjdump"), "--dump-resource-usage", cubin)
     listing = _output(find_tool("nvdisasm"), "-c", "-ndf", cubin)
@@ -154,7 +154,7 @@ def read_rows(cubin: Path, arch: int) -> list[Row]:
         shared = max(found["SHARED"] - (RESERVED if arch >= 90 else 0), 0)
         kernel = _output(find_tool("c++filt"), name).strip().removeprefix("void ").split(">(")[0] + ">"
         kernel = re.sub(r"stgp::cuda::\(anonymous namespace\)::", "", kernel)
-        rows.append(Row(kernel, arch, found["REG"], found["STACK"], found["LOCAL"], shared, codes[name]))
+        rows.append(KernelUsage(kernel, arch, found["REG"], found["STACK"], found["LOCAL"], shared, codes[name]))
     return rows
 
 
@@ -165,7 +165,7 @@ def _output(*command: str | Path) -> str:
     return done.stdout
 
 
-def check(sources: Iterable[Path], architectures: Iterable[int], jobs: int = 2) -> list[Row]:
+def check(sources: Iterable[Path], architectures: Iterable[int], jobs: int = 2) -> list[KernelUsage]:
     """Rows of all kernels in all files."""
     architectures = list(architectures)
     work = [(source, arch) for source in sources for arch in architectures]
@@ -174,7 +174,7 @@ def check(sources: Iterable[Path], architectures: Iterable[int], jobs: int = 2) 
         return [row for rows in found for row in rows]
 
 
-def draw(rows: Sequence[Row]) -> Table:
+def draw(rows: Sequence[KernelUsage]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("kernel", min_width=36)
     for name in ("sm", "registers", "stack", "local", "spills", "shared"):

@@ -70,7 +70,7 @@ def capabilities() -> list[str]:
 
 
 @dataclass
-class Call:
+class RandomCall:
     """One call; its repr, with `from math import inf`, makes it again. `spoilt` tokens hold a NaN or an infinity."""
 
     op: str
@@ -193,7 +193,7 @@ def draw_windows(draw: random.Random, height: int, width: int) -> dict[str, Any]
     return arguments | ({"stride": (draw.randint(1, 4), draw.randint(1, 4))} if draw.random() < 0.5 else {})
 
 
-def draw_call(seed: int, capability: str | None = None) -> Call:
+def draw_call(seed: int, capability: str | None = None) -> RandomCall:
     """The call of a seed, with these vector instructions or drawn ones."""
     draw = random.Random(seed)
     op = draw.choice(OPS)
@@ -214,7 +214,7 @@ def draw_call(seed: int, capability: str | None = None) -> Call:
     if op != "temporal_grid":
         arguments["norm_type"] = draw.choice([2.0, 2.0, 1.0, 0.5, 3.0, 2.5, math.inf])
         arguments["normalize_norm"] = draw.random() < 0.7
-    return Call(
+    return RandomCall(
         op,
         (*lead, T, H, W, C),
         draw.choice(["bfloat16", "float16", "float32"]),
@@ -236,8 +236,8 @@ def wrong_tables(seed: int) -> bool:
     T = draw.choice([1, 9, 16, 33])
     plan = grid_plan([T], H, W, **draw_gridding(draw), **draw_windows(draw, H, W))
     gradient = draw.random() < 0.5
-    frames_per_step = None if gradient else draw.choice([None, 1, 4, 14])
-    words = torch.tensor(plan_tables(plan, frames_per_step=frames_per_step, gradient=gradient), dtype=torch.int32)
+    frames_per_stage = None if gradient else draw.choice([None, 1, 4, 14])
+    words = torch.tensor(plan_tables(plan, frames_per_stage=frames_per_stage, gradient=gradient), dtype=torch.int32)
     for _ in range(draw.choice([1, 1, 1, 2, 4])):
         place = draw.randrange(len(words)) if draw.random() < 0.7 else draw.randrange(HEADER_WORDS)
         near = int(words[place]) % (1 << 30) + draw.choice([-2, -1, 1, 2])
@@ -276,7 +276,7 @@ def main() -> int:
     parser.add_argument("--no-file", action="store_true", help="write no outcome")
     given = parser.parse_args()
     if compiled.LIBRARY is None:
-        print(f"cpu: {compiled.why_not_on_cpu(None, None)}")
+        print(f"cpu: {compiled.unsupported_on_cpu(None, None)}")
         return 2
     faulthandler.enable()
     first = int(time.time()) * 1000 if given.first is None else given.first

@@ -31,7 +31,7 @@ from benchmarks.results import encode
 from benchmarks.workloads import WORKLOADS, Workload, random_tokens
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.backends.triton_kernels import config, launch, prepare
-from stgridpool_kernels.plan.dataflow import Schedule
+from stgridpool_kernels.plan.dataflow import Dataflow
 from tools.compile_report import configured
 from tools.gpu_check import AXES, Lines
 
@@ -84,7 +84,7 @@ def variant(workload: Workload, backend: str, choice: dict[str, Any]) -> Provide
         out = x.new_empty((len(x), *plan.pooled_size, x.shape[-1])) if out is None else out
         if backend == "cuda":
             op, cells = torch.ops.stgp._grid_pool_by_tables.default, choice.get("cells", 0)
-            compiled._run(op, (x,), plan, Schedule.of, 1.0, 2.0, True, out, cells)
+            compiled._run(op, (x,), plan, Dataflow.of, 1.0, 2.0, True, out, cells)
         else:
             with configured(choice):
                 launch.run((name, workload.name), lambda: prepare("grid_pool", x, plan, (1.0, 2.0, True), out), x, out)
@@ -134,7 +134,7 @@ def counted(backend: str) -> None:
         provider.call(xs[0], out=outs[0])
         device.finish()
         torch.cuda.profiler.stop()
-        bound, levels = workload.bound(provider.op), Schedule.of(workload.plan(provider.op)).by_level()
+        bound, levels = workload.bound(provider.op), Dataflow.of(workload.plan(provider.op)).by_level()
         found = {"kind": "counted", "workload": workload.name, "provider": provider.name, "launches": 1 + len(levels)}
         lines.append(json.dumps(found | {"bound_read": bound.read_bytes, "bound_write": bound.write_bytes}))
 

@@ -201,7 +201,7 @@ def thread() -> list[dict[str, Any]]:
     program = str(folder / "grid_pool_test")
     outcomes.append(run("thread: checks", [program], logs / "thread-checks.log"))
     for number, (counts, height, width, arguments, channels, dtype, weights) in enumerate(THREADED):
-        for saved in ({}, {"frames_per_step": 4}, {"gradient": True}):
+        for saved in ({}, {"frames_per_stage": 4}, {"gradient": True}):
             tables = BUILD / f"tables-{number}"
             save_tables(grid_plan(counts, height, width, **arguments), tables, **saved)
             command = [program, str(tables), "-", str(BUILD / "out"), dtype, "1", str(channels), "4", *weights]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.workloads import WORKLOADS, Workload
 from stgridpool_kernels.plan import GridPlan
-from stgridpool_kernels.plan.dataflow import Schedule, needed_cells
+from stgridpool_kernels.plan.dataflow import Dataflow, live_cells
 from tests.support.interpreter import hasten_interpreter, repair_interpreter
 
 Addresses = NDArray[np.int64]
@@ -37,7 +37,7 @@ TABLE_BYTES = 4
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of x and out, cells of miniatures, and entries of tables that one launch, or several, ask for.
+    """Tokens of x and out, cells of thumbnails, and entries of tables that one launch, or several, ask for.
 
     x_again, cells_again, sums_again: of the loads, those of what the same launch has asked for before. In a gradient,
     `out` is that of x, grad_loads are tokens of the result's, and sums are those of summaries, in float32.
@@ -176,20 +176,20 @@ def loads_without_carrying(plan: GridPlan) -> int:
 
     For the plans that `count_launches` takes: 2 × 2 windows, and 2 × 2 grids shrunk by area.
     """
-    steps = Schedule.of(plan)
-    needed = needed_cells(plan, steps)
+    graph = Dataflow.of(plan)
+    live = live_cells(plan, graph)
     windows = np.multiply.outer(plan.window_rows.count, plan.window_cols.count)  # (OH, OW) tokens
     h, w = -(-plan.height // 2), -(-plan.width // 2)
     cells = np.zeros((h, w), np.int64)
-    if needed:  # the first tile of a mosaic is the miniature of a frame
-        level = plan.levels[steps.summaries[0].level]
+    if live:  # the first tile of a mosaic is the thumbnail of a frame
+        level = plan.levels[graph.summaries[0].level]
         cells = np.multiply.outer(level.row_runs.count[:h], level.col_runs.count[:w])
     loads = 0
-    for frame, content in enumerate(steps.final):
+    for frame, node in enumerate(graph.outputs):
         tokens = np.zeros((h, w), np.int64)
-        if content == frame:
+        if node == frame:
             tokens[: len(windows), : len(windows[0])] = windows
-        for i, count in enumerate(needed.get(frame, ())):
+        for i, count in enumerate(live.get(frame, ())):
             tokens[i, :count] = cells[i, :count]
         loads += int(tokens.sum())
     return loads
@@ -200,17 +200,17 @@ def loads_without_carrying(plan: GridPlan) -> int:
 COLUMNS = {
     "x loaded": "x_loads",
     "of it again": "x_again",
-    "miniatures loaded": "cell_loads",
+    "thumbnails loaded": "cell_loads",
     "of them again": "cells_again",
     "out stored": "out_stores",
-    "miniatures stored": "cell_stores",
+    "thumbnails stored": "cell_stores",
 }
 GRADIENT_COLUMNS = {
     "x loaded": "x_loads",
     "of it again": "x_again",
-    "miniatures loaded": "cell_loads",
+    "thumbnails loaded": "cell_loads",
     "of them again": "cells_again",
-    "miniatures stored": "cell_stores",
+    "thumbnails stored": "cell_stores",
     "gradient of out loaded": "grad_loads",
     "of summaries loaded": "sum_loads",
     "of these again": "sums_again",
@@ -235,10 +235,10 @@ def launch_table(counts: Sequence[Counts], channels: int, itemsize: int, names: 
 
 
 def launch_names(plan: GridPlan, counts: Sequence[Counts]) -> list[str]:
-    """Of a gradient: miniatures again, then back through the levels."""
-    levels = len(Schedule.of(plan).by_level())
+    """Of a gradient: thumbnails again, then back through the levels."""
+    levels = len(Dataflow.of(plan).by_level())
     shrunk = len(counts) - levels - 1
-    names = [f"miniatures, {'frames of x' if number == 0 else f'summaries, {number}'}" for number in range(shrunk)]
+    names = [f"thumbnails, {'frames of x' if number == 0 else f'summaries, {number}'}" for number in range(shrunk)]
     return [*names, *(f"summaries, {number}" for number in range(levels, 0, -1)), "frames of x"]
 
 
@@ -268,8 +268,8 @@ def total_table(counts: Sequence[Counts], workload: Workload) -> Table:
         "lower bound: tokens that the result depends on, and out, once": bound.total_bytes,
         "all of x, and out, once": everything,
         "requests: all of the table above": once + halo + written + found.cell_loads * token_bytes,
-        "estimate 1: L2 keeps the miniatures and the halo": once,
-        "estimate 2: as 1, and miniatures are written to memory": once + written,
+        "estimate 1: L2 keeps the thumbnails and the halo": once,
+        "estimate 2: as 1, and thumbnails are written to memory": once + written,
         "estimate 3: as 2, and every launch reads them from there": once + written + read,
         "estimate 4: as 3, and L2 keeps no halo either": once + halo + written + read,
     }

@@ -63,7 +63,7 @@ int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-int64_t miniature_bytes(const int32_t* t, const Call& call) {
+int64_t thumbnail_bytes(const int32_t* t, const Call& call) {
   const int64_t cells = ((int64_t{t[H_HEIGHT]} + 1) / 2) * ((int64_t{t[H_WIDTH]} + 1) / 2);
   return aligned(t[H_SLOTS] * cells * call.C * element_size(call.dtype));
 }
@@ -73,7 +73,7 @@ int64_t summary_bytes(const int32_t* t, const Call& call) {
 }
 
 bool is_fused(Op op, const int32_t* t) {
-  return (op == Op::grid_pool || op == Op::grid_pool_backward) && t[H_NUM_STEPS] > 0;
+  return (op == Op::grid_pool || op == Op::grid_pool_backward) && t[H_NUM_STAGES] > 0;
 }
 
 bool is_backward(Op op) { return op == Op::grid_pool_backward || op == Op::temporal_grid_backward; }
@@ -91,7 +91,7 @@ int64_t window_bytes(Op op, const int32_t* t) {
 }
 
 // What one thread needs, by the most tokens that are looked at together.
-struct Room {
+struct WorkspaceSizes {
   int64_t gathered = 0;  // bytes of tokens that are copied because their channels are not neighbours
   int64_t carried = 0;   // bytes of a column of sums
   int64_t taps = 0;      // tokens; 0 where no list of them is kept
@@ -121,12 +121,12 @@ struct Room {
   }
 };
 
-Room room(Op op, const int32_t* t, const Call& call) {
-  Room room;
+WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
+  WorkspaceSizes sizes;
   int64_t tokens = 1;
   if (is_fused(op, t)) {
     tokens = 9;
-    if (t[H_SLOTS] > 0 && t[H_WIDTH] % 2 == 1) room.carried = (call.C + WIDEST_BLOCK) * sizeof(float);
+    if (t[H_SLOTS] > 0 && t[H_WIDTH] % 2 == 1) sizes.carried = (call.C + WIDEST_BLOCK) * sizeof(float);
   } else if (op != Op::token_norm) {
     for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
       const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
@@ -139,28 +139,28 @@ Room room(Op op, const int32_t* t, const Call& call) {
       const int64_t window = std::min<int64_t>(t[H_LARGEST_WINDOW], frame);  // padding is never looked at
       tokens = std::max(tokens, window);
       if (op == Op::grid_pool) {
-        room.norms = frame;
+        sizes.norms = frame;
       } else {
-        room.window = window;
+        sizes.window = window;
       }
     }
-    room.taps = tokens;
+    sizes.taps = tokens;
   }
-  if (is_backward(op)) room.carried = 4 * whole_blocks(call.C) * sizeof(float);
+  if (is_backward(op)) sizes.carried = 4 * whole_blocks(call.C) * sizeof(float);
   if (call.x_strides.channel != 1 || (is_backward(op) && call.grad_strides.channel != 1)) {
-    room.gathered = (1 + tokens) * call.C * element_size(call.dtype);
+    sizes.gathered = (1 + tokens) * call.C * element_size(call.dtype);
   } else if (call.out_strides.channel != 1) {
-    room.gathered = call.C * element_size(call.dtype);
+    sizes.gathered = call.C * element_size(call.dtype);
   }
-  return room;
+  return sizes;
 }
 
 int64_t stored_bytes(Op op, const int32_t* t, const Call& call) {
-  if (op == Op::token_norm || call.miniatures != nullptr) return 0;
-  const int64_t contents = op == Op::temporal_grid_backward ? 0
-                           : is_fused(op, t)                ? miniature_bytes(t, call)
-                                                            : summary_bytes(t, call);
-  return contents + (is_backward(op) ? gradient_bytes(t, call) + window_bytes(op, t) : 0);
+  if (op == Op::token_norm || call.thumbnails != nullptr) return 0;
+  const int64_t nodes = op == Op::temporal_grid_backward ? 0
+                        : is_fused(op, t)                ? thumbnail_bytes(t, call)
+                                                         : summary_bytes(t, call);
+  return nodes + (is_backward(op) ? gradient_bytes(t, call) + window_bytes(op, t) : 0);
 }
 
 Gradients gradients_in(Op op, const int32_t* t, const Call& call) {
@@ -169,44 +169,44 @@ Gradients gradients_in(Op op, const int32_t* t, const Call& call) {
   return {windows - gradient_bytes(t, call), reinterpret_cast<double*>(windows)};
 }
 
-// Rows of `count` frames or summaries, each `height` rows, that wait for the first `after` stages of the call.
-struct Stage {
+// Rows of `count` frames or summaries, each `height` rows, that wait for the first `after` phases of the call.
+struct Phase {
   int64_t count, height, row_bytes;
   int64_t after;
 
   int64_t band = 0, pieces = 0;         // rows of a piece of work, and how many pieces there are
   std::atomic<int64_t> unfinished = 0;  // pieces
 
-  Stage(int64_t count, int64_t height, int64_t row_bytes, int64_t after)
+  Phase(int64_t count, int64_t height, int64_t row_bytes, int64_t after)
       : count(count), height(height), row_bytes(row_bytes), after(after) {}
 
   int64_t bands() const { return (height + band - 1) / band; }
 };
 
-using Stages = std::deque<Stage>;  // atomics cannot move
+using Phases = std::deque<Phase>;  // atomics cannot move
 
-// Runs `work(stage, n, first, last, workspace)` for rows [first, last) of every n in [0, count) of every stage. Pieces
+// Runs `work(phase, n, first, last, workspace)` for rows [first, last) of every n in [0, count) of every phase. Pieces
 // are begun in order, each by the next thread that is free: they differ in time, and so do threads. A piece waits for
-// stages before it only, whose pieces have been begun: so whoever waits, somebody works.
+// phases before it only, whose pieces have been begun: so whoever waits, somebody works.
 template <typename F>
 class Runner {
  public:
-  Runner(Stages& stages, const Room& room, void* memory, const F& work)
-      : stages(stages), room(room), memory(static_cast<char*>(memory)), work(work) {}
+  Runner(Phases& phases, const WorkspaceSizes& sizes, void* memory, const F& work)
+      : phases(phases), sizes(sizes), memory(static_cast<char*>(memory)), work(work) {}
 
   void run(const Threads& threads) {
     int64_t bytes = 0, most = 0;
-    for (const Stage& stage : stages) {
-      bytes += stage.count * stage.height * stage.row_bytes;
-      most = std::max(most, stage.count * stage.height);
+    for (const Phase& phase : phases) {
+      bytes += phase.count * phase.height * phase.row_bytes;
+      most = std::max(most, phase.count * phase.height);
     }
     const int64_t useful = (bytes + BYTES_PER_THREAD - 1) / BYTES_PER_THREAD;
     const int64_t workers = std::min<int64_t>({threads.run == nullptr ? 1 : threads.count, useful, most});
-    for (Stage& stage : stages) {
+    for (Phase& phase : phases) {
       // four pieces a thread even out their times; not smaller, since a piece may read a row that another has read
-      stage.band = workers <= 1 ? stage.height
-                                : std::clamp<int64_t>(stage.count * stage.height / (4 * workers), 1, stage.height);
-      stage.pieces = stage.unfinished = stage.count * stage.bands();
+      phase.band = workers <= 1 ? phase.height
+                                : std::clamp<int64_t>(phase.count * phase.height / (4 * workers), 1, phase.height);
+      phase.pieces = phase.unfinished = phase.count * phase.bands();
     }
     if (workers <= 1) {
       task(0, this);
@@ -219,26 +219,26 @@ class Runner {
   static void task(int thread, void* runner) { static_cast<Runner*>(runner)->take_pieces(thread); }
 
   void take_pieces(int thread) {
-    const Workspace workspace = room.at(memory + thread * room.bytes());
+    const Workspace workspace = sizes.at(memory + thread * sizes.bytes());
     int64_t first_piece = 0, s = 0;
     for (;;) {
       const int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
-      while (s < static_cast<int64_t>(stages.size()) && piece >= first_piece + stages[s].pieces) {
-        first_piece += stages[s++].pieces;
+      while (s < static_cast<int64_t>(phases.size()) && piece >= first_piece + phases[s].pieces) {
+        first_piece += phases[s++].pieces;
       }
-      if (s == static_cast<int64_t>(stages.size())) return;
-      Stage& stage = stages[s];
-      wait_for(stage.after);
-      const int64_t bands = stage.bands(), n = (piece - first_piece) / bands;
-      const int64_t first = (piece - first_piece) % bands * stage.band;
-      work(s, n, first, std::min(first + stage.band, stage.height), workspace);
-      stage.unfinished.fetch_sub(1, std::memory_order_release);
+      if (s == static_cast<int64_t>(phases.size())) return;
+      Phase& phase = phases[s];
+      wait_for(phase.after);
+      const int64_t bands = phase.bands(), n = (piece - first_piece) / bands;
+      const int64_t first = (piece - first_piece) % bands * phase.band;
+      work(s, n, first, std::min(first + phase.band, phase.height), workspace);
+      phase.unfinished.fetch_sub(1, std::memory_order_release);
     }
   }
 
   void wait_for(int64_t count) {
     for (int64_t s = finished.load(std::memory_order_acquire); s < count; ++s) {
-      for (int spins = 0; stages[s].unfinished.load(std::memory_order_acquire) > 0; ++spins) {
+      for (int spins = 0; phases[s].unfinished.load(std::memory_order_acquire) > 0; ++spins) {
         if (spins > SPINS) std::this_thread::yield();
       }
       finished.store(s + 1, std::memory_order_release);
@@ -247,8 +247,8 @@ class Runner {
 
   static constexpr int SPINS = 2000;  // microseconds: a piece takes some tens of them
 
-  Stages& stages;
-  const Room room;
+  Phases& phases;
+  const WorkspaceSizes sizes;
   char* const memory;
   const F& work;
   std::atomic<int64_t> next = 0, finished = 0;
@@ -256,28 +256,28 @@ class Runner {
 
 // Room for threads is behind what a call stores.
 template <typename F>
-void run_stages(Op op, const int32_t* tables, const Call& call, const Threads& threads, Stages& stages, const F& work) {
+void run_phases(Op op, const int32_t* tables, const Call& call, const Threads& threads, Phases& phases, const F& work) {
   char* const memory = static_cast<char*>(call.scratch) + stored_bytes(op, tables, call);
-  Runner<F>(stages, room(op, tables, call), memory, work).run(threads);
+  Runner<F>(phases, workspace_sizes(op, tables, call), memory, work).run(threads);
 }
 
-void add_summaries(const int32_t* t, int64_t row_bytes, Stages& stages) {
+void add_summaries(const int32_t* t, int64_t row_bytes, Phases& phases) {
   for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
     const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
-    stages.emplace_back(level[L_COUNT], t[H_HEIGHT], row_bytes * level[L_ROWS] * level[L_COLS], l);
+    phases.emplace_back(level[L_COUNT], t[H_HEIGHT], row_bytes * level[L_ROWS] * level[L_COLS], l);
   }
 }
 
 // Gradients in the general form: of the summaries of each level, from the last, then of the frames.
-void add_gradients(const int32_t* t, int64_t row_bytes, Stages& stages) {
+void add_gradients(const int32_t* t, int64_t row_bytes, Phases& phases) {
   for (int l = t[H_NUM_LEVELS] - 1; l >= 0; --l) {
-    stages.emplace_back(t[t[H_LEVELS] + l * LEVEL_WORDS + L_COUNT], t[H_HEIGHT], 4 * row_bytes, stages.size());
+    phases.emplace_back(t[t[H_LEVELS] + l * LEVEL_WORDS + L_COUNT], t[H_HEIGHT], 4 * row_bytes, phases.size());
   }
-  stages.emplace_back(t[H_FRAMES], t[H_HEIGHT], 4 * row_bytes, stages.size());
+  phases.emplace_back(t[H_FRAMES], t[H_HEIGHT], 4 * row_bytes, phases.size());
 }
 
-// Number n of stage s of these.
-int64_t content_of(const int32_t* t, int64_t s, int64_t n) {
+// Number n of phase s of these.
+int64_t node_of(const int32_t* t, int64_t s, int64_t n) {
   const int64_t level = t[H_NUM_LEVELS] - 1 - s;
   return level < 0 ? n : -1 - (t[t[H_LEVELS] + level * LEVEL_WORDS + L_FIRST] + n);
 }
@@ -297,7 +297,7 @@ bool use_capability(const char* name) {
 }
 
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call, const Threads& threads) {
-  return stored_bytes(op, tables, call) + std::max(threads.count, 1) * room(op, tables, call).bytes();
+  return stored_bytes(op, tables, call) + std::max(threads.count, 1) * workspace_sizes(op, tables, call).bytes();
 }
 
 void grid_pool(const int32_t* t, const Call& call, const Threads& threads) {
@@ -305,24 +305,24 @@ void grid_pool(const int32_t* t, const Call& call, const Threads& threads) {
   const int64_t H = t[H_HEIGHT], OH = t[H_OUT_ROWS], OW = t[H_OUT_COLS], frames = t[H_FRAMES], levels = t[H_NUM_LEVELS];
   const int64_t token_bytes = call.C * element_size(call.dtype), row_bytes = t[H_WIDTH] * token_bytes;
   const bool stream = frames * OH * OW * token_bytes >= STREAM_BYTES;
-  Stages stages;
-  if (t[H_NUM_STEPS] > 0) {
-    const int32_t* steps = t + t[H_STEPS];
-    for (int s = 0; s < t[H_NUM_STEPS]; ++s) {
-      const int32_t* step = steps + s * STEP_WORDS;
-      stages.emplace_back(step[S_COUNT], (H + 1) / 2, 2 * row_bytes, step[S_AFTER]);
+  Phases phases;
+  if (t[H_NUM_STAGES] > 0) {
+    const int32_t* stages = t + t[H_STAGES];
+    for (int s = 0; s < t[H_NUM_STAGES]; ++s) {
+      const int32_t* stage = stages + s * STAGE_WORDS;
+      phases.emplace_back(stage[S_COUNT], (H + 1) / 2, 2 * row_bytes, stage[S_AFTER]);
     }
-    run_stages(Op::grid_pool, t, call, threads, stages,
+    run_phases(Op::grid_pool, t, call, threads, phases,
                [&](int64_t s, int64_t e, int64_t first, int64_t last, const Workspace& workspace) {
-                 const int32_t* step = steps + s * STEP_WORDS;
-                 const int32_t* entry = t + step[S_ENTRIES] + e * ENTRY_WORDS;
-                 kernels.fused_rows(t, call, entry, step[S_MOSAIC] != 0, first, last, stream, workspace);
+                 const int32_t* stage = stages + s * STAGE_WORDS;
+                 const int32_t* entry = t + stage[S_ENTRIES] + e * ENTRY_WORDS;
+                 kernels.fused_rows(t, call, entry, stage[S_MOSAIC] != 0, first, last, stream, workspace);
                });
     return;
   }
-  add_summaries(t, row_bytes, stages);
-  stages.emplace_back(frames, OH, H * row_bytes / OH, levels);
-  run_stages(Op::grid_pool, t, call, threads, stages,
+  add_summaries(t, row_bytes, phases);
+  phases.emplace_back(frames, OH, H * row_bytes / OH, levels);
+  run_phases(Op::grid_pool, t, call, threads, phases,
              [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
                if (s < levels) {
                  kernels.summary_rows(t, call, t + t[H_LEVELS] + s * LEVEL_WORDS, n, first, last, workspace);
@@ -336,10 +336,10 @@ void temporal_grid(const int32_t* t, const Call& call, const Threads& threads) {
   const Kernels& kernels = *provider()(call.dtype);
   const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype), levels = t[H_NUM_LEVELS];
   const bool stream = int64_t{t[H_FRAMES]} * t[H_HEIGHT] * row_bytes >= STREAM_BYTES;
-  Stages stages;
-  add_summaries(t, row_bytes, stages);
-  stages.emplace_back(t[H_FRAMES], t[H_HEIGHT], row_bytes, levels);
-  run_stages(Op::temporal_grid, t, call, threads, stages,
+  Phases phases;
+  add_summaries(t, row_bytes, phases);
+  phases.emplace_back(t[H_FRAMES], t[H_HEIGHT], row_bytes, levels);
+  run_phases(Op::temporal_grid, t, call, threads, phases,
              [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
                if (s < levels) {
                  kernels.summary_rows(t, call, t + t[H_LEVELS] + s * LEVEL_WORDS, n, first, last, workspace);
@@ -355,24 +355,24 @@ void grid_pool_backward(const int32_t* t, const Call& call, const Threads& threa
   const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype);
   const bool stream = frames * H * row_bytes >= STREAM_BYTES;
   const Gradients gradients = gradients_in(Op::grid_pool_backward, t, call);
-  Stages stages;
-  if (t[H_NUM_STEPS] > 0) {
-    // the miniatures, step by step, then gradients, from the last step to the first
-    const int64_t num_steps = t[H_NUM_STEPS], shrinking = t[H_SUMMARIES] > 0 ? num_steps : 0;
-    const int32_t* steps = t + t[H_STEPS];
+  Phases phases;
+  if (t[H_NUM_STAGES] > 0) {
+    // the thumbnails, stage by stage, then gradients, from the last stage to the first
+    const int64_t num_stages = t[H_NUM_STAGES], shrinking = t[H_SUMMARIES] > 0 ? num_stages : 0;
+    const int32_t* stages = t + t[H_STAGES];
     for (int64_t s = 0; s < shrinking; ++s) {
-      const int32_t* step = steps + s * STEP_WORDS;
-      stages.emplace_back(step[S_WALKED], (H + 1) / 2, 2 * row_bytes, step[S_AFTER]);
+      const int32_t* stage = stages + s * STAGE_WORDS;
+      phases.emplace_back(stage[S_SHRUNK], (H + 1) / 2, 2 * row_bytes, stage[S_AFTER]);
     }
-    for (int64_t s = num_steps - 1; s >= 0; --s) {
-      stages.emplace_back(steps[s * STEP_WORDS + S_COUNT], (H + 1) / 2, 4 * row_bytes, stages.size());
+    for (int64_t s = num_stages - 1; s >= 0; --s) {
+      phases.emplace_back(stages[s * STAGE_WORDS + S_COUNT], (H + 1) / 2, 4 * row_bytes, phases.size());
     }
-    run_stages(Op::grid_pool_backward, t, call, threads, stages,
+    run_phases(Op::grid_pool_backward, t, call, threads, phases,
                [&](int64_t s, int64_t e, int64_t first, int64_t last, const Workspace& workspace) {
                  const bool shrinks = s < shrinking;
-                 const int32_t* step = steps + (shrinks ? s : num_steps - 1 - (s - shrinking)) * STEP_WORDS;
-                 const int32_t* entry = t + step[S_ENTRIES] + e * ENTRY_WORDS;
-                 const bool mosaic = step[S_MOSAIC] != 0;
+                 const int32_t* stage = stages + (shrinks ? s : num_stages - 1 - (s - shrinking)) * STAGE_WORDS;
+                 const int32_t* entry = t + stage[S_ENTRIES] + e * ENTRY_WORDS;
+                 const bool mosaic = stage[S_MOSAIC] != 0;
                  if (shrinks) {
                    kernels.fused_rows(t, call, entry, mosaic, first, last, false, workspace);
                  } else {
@@ -381,18 +381,18 @@ void grid_pool_backward(const int32_t* t, const Call& call, const Threads& threa
                });
     return;
   }
-  add_summaries(t, row_bytes, stages);
-  stages.emplace_back(frames, OH, H * row_bytes / OH, levels);
-  add_gradients(t, row_bytes, stages);
-  run_stages(Op::grid_pool_backward, t, call, threads, stages,
+  add_summaries(t, row_bytes, phases);
+  phases.emplace_back(frames, OH, H * row_bytes / OH, levels);
+  add_gradients(t, row_bytes, phases);
+  run_phases(Op::grid_pool_backward, t, call, threads, phases,
              [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
                if (s < levels) {
                  kernels.summary_rows(t, call, t + t[H_LEVELS] + s * LEVEL_WORDS, n, first, last, workspace);
                } else if (s == levels) {
                  kernels.window_rows(t, call, n, first, last, gradients, workspace);
                } else {
-                 const int64_t content = content_of(t, s - levels - 1, n);
-                 kernels.gradient_rows(t, call, true, content, first, last, stream, gradients, workspace);
+                 const int64_t node = node_of(t, s - levels - 1, n);
+                 kernels.gradient_rows(t, call, true, node, first, last, stream, gradients, workspace);
                }
              });
 }
@@ -402,21 +402,21 @@ void temporal_grid_backward(const int32_t* t, const Call& call, const Threads& t
   const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype);
   const bool stream = int64_t{t[H_FRAMES]} * t[H_HEIGHT] * row_bytes >= STREAM_BYTES;
   const Gradients gradients = gradients_in(Op::temporal_grid_backward, t, call);
-  Stages stages;
-  add_gradients(t, row_bytes, stages);
-  run_stages(Op::temporal_grid_backward, t, call, threads, stages,
+  Phases phases;
+  add_gradients(t, row_bytes, phases);
+  run_phases(Op::temporal_grid_backward, t, call, threads, phases,
              [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
-               const int64_t content = content_of(t, s, n);
-               kernels.gradient_rows(t, call, false, content, first, last, stream, gradients, workspace);
+               const int64_t node = node_of(t, s, n);
+               kernels.gradient_rows(t, call, false, node, first, last, stream, gradients, workspace);
              });
 }
 
 void token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, const Threads& threads) {
   if (H == 0) return;
   const Kernels& kernels = *provider()(call.dtype);
-  Stages stages;
-  stages.emplace_back(frames, H, W * call.C * element_size(call.dtype), 0);
-  run_stages(Op::token_norm, nullptr, call, threads, stages,
+  Phases phases;
+  phases.emplace_back(frames, H, W * call.C * element_size(call.dtype), 0);
+  run_phases(Op::token_norm, nullptr, call, threads, phases,
              [&](int64_t, int64_t frame, int64_t first, int64_t last, const Workspace& workspace) {
                kernels.norm_rows(call, W, frame, first, last, workspace);
              });

@@ -112,10 +112,10 @@ struct Step {
   float weights[4];
   T* pooled;
   bool stream;
-  // SHRINK: cell = share * the sum of the window, of the two tokens `above` it (or nullptr), and of the column to the
+  // SHRINK: cell = inv_count * the sum of the window, of the two tokens `above` it (or nullptr), and of the column to
   // left, which is `carried` from the step before as a sum (or nullptr). The right column is carried to the next.
   T* cell;
-  float share;
+  float inv_count;
   const T* above[2];
   Block* carried;
   // The next window.
@@ -146,7 +146,7 @@ void take_step(const Step<T>& s, int64_t C) {
         left.a += column.a, left.b += column.b;
         column = right;
       }
-      store_at(s.cell + c, Block{(left.a + right.a) * s.share, (left.b + right.b) * s.share}, false);
+      store_at(s.cell + c, Block{(left.a + right.a) * s.inv_count, (left.b + right.b) * s.inv_count}, false);
     }
   };
   int64_t c = 0;
@@ -179,9 +179,9 @@ Frame<T> frame_of_x(const Call& call, int64_t frame) {
   return {data, s.row, s.col, s.channel};
 }
 
-// A content of the general form: summaries are stored in full.
+// A node of the general form: summaries are stored in full.
 template <typename T>
-Frame<T> content(const int32_t* tables, const Call& call, int64_t number) {
+Frame<T> node(const int32_t* tables, const Call& call, int64_t number) {
   if (number >= 0) return frame_of_x<T>(call, number);
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
   return {static_cast<const T*>(call.scratch) + (-1 - number) * H * W * call.C, W * call.C, call.C, 1};
@@ -198,12 +198,12 @@ inline const T* gather(const T* token, int64_t channel_stride, int64_t C, const 
 
 // Where a token of out is written: in place, or first beside it where its channels are not neighbours.
 template <typename T>
-struct Target {
+struct OutToken {
   T* token;
   T* buffer;
   int64_t channel_stride;
 
-  Target(const Call& call, int64_t frame, int64_t row, int64_t col, const Workspace& w) {
+  OutToken(const Call& call, int64_t frame, int64_t row, int64_t col, const Workspace& w) {
     const Strides& s = call.out_strides;
     token = static_cast<T*>(call.out) + frame / call.T * s.video + frame % call.T * s.frame + row * s.row + col * s.col;
     channel_stride = s.channel;
@@ -216,7 +216,7 @@ struct Target {
   }
 };
 
-// The first token of the workspace belongs to Target.
+// The first token of the workspace belongs to OutToken.
 constexpr int64_t FIRST_TAP = 1;
 
 // ---- weights ----
@@ -260,7 +260,7 @@ void softmax(float* weights, int64_t n, int64_t zeros, float temperature) {
 
 // ---- fused form ----
 
-// The mosaic of four miniatures, or a frame, which is a single tile then.
+// The mosaic of four thumbnails, or a frame, which is a single tile then.
 template <typename T>
 struct Mosaic {
   const T* tiles[4];
@@ -279,16 +279,16 @@ void fused_rows(const int32_t* tables, const Call& call, const int32_t* entry, b
   static constexpr float ONES[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1};
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], h = (H + 1) / 2, w = (W + 1) / 2, C = call.C;
   const int64_t OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS];
-  T* const miniatures = static_cast<T*>(call.miniatures != nullptr ? call.miniatures : call.scratch);
-  const auto slot = [=](int64_t number) { return number < 0 ? nullptr : miniatures + number * h * w * C; };
-  T* const miniature = slot(entry[E_SLOT]);
+  T* const thumbnails = static_cast<T*>(call.thumbnails != nullptr ? call.thumbnails : call.scratch);
+  const auto slot = [=](int64_t number) { return number < 0 ? nullptr : thumbnails + number * h * w * C; };
+  T* const thumbnail = slot(entry[E_SLOT]);
   Mosaic<T> image;
   int64_t channel = 1;
   if (mosaic) {
     for (int k = 0; k < 4; ++k) image.tiles[k] = slot(entry[E_SOURCES + k]);
     image.h = h, image.w = w, image.row = w * C, image.col = C;
   } else {
-    const Frame<T> frame = frame_of_x<T>(call, entry[E_CONTENT]);
+    const Frame<T> frame = frame_of_x<T>(call, entry[E_NODE]);
     image = {{frame.data}, H, W, frame.row, frame.col};
     channel = frame.channel;
   }
@@ -299,19 +299,19 @@ void fused_rows(const int32_t* tables, const Call& call, const int32_t* entry, b
   Block* const carried = W % 2 == 1 ? static_cast<Block*>(workspace.carried) : nullptr;
 
   for (int64_t i = first; i < last; ++i) {
-    const int64_t needed = entry[E_SLOT] >= 0 ? tables[entry[E_NEEDED] + i] : 0;
+    const int64_t live = entry[E_SLOT] >= 0 ? tables[entry[E_LIVE] + i] : 0;
     const int64_t pooled = entry[E_TARGET] >= 0 && i < OH && call.grad == nullptr ? OW : 0;  // else shrunk alone
     const bool halo = H % 2 == 1 && i > 0;                                                   // a row above
     const int64_t bottom = 2 * i + 2 < H ? 2 * i + 2 : H;
-    if (carried != nullptr && needed > 0) __builtin_memset(carried, 0, (C + BLOCK - 1) / BLOCK * sizeof(Block));
-    for (int64_t j = 0; j < (needed > pooled ? needed : pooled); ++j) {
+    if (carried != nullptr && live > 0) __builtin_memset(carried, 0, (C + BLOCK - 1) / BLOCK * sizeof(Block));
+    for (int64_t j = 0; j < (live > pooled ? live : pooled); ++j) {
       const int64_t right = 2 * j + 2 < W ? 2 * j + 2 : W;
       const T* taps[9];
       int64_t n = 0;
       for (int64_t r = 2 * i; r < bottom; ++r) {
         for (int64_t c = 2 * j; c < right; ++c, ++n) taps[n] = token(r, c, n);
       }
-      const bool pool = j < pooled, shrink = j < needed, whole = n == 4,
+      const bool pool = j < pooled, shrink = j < live, whole = n == 4,
                  another = whole && channel == 1 && 2 * j + 4 <= W;
       Step<T> step;
       for (int k = 0; k < n; ++k) {
@@ -322,17 +322,17 @@ void fused_rows(const int32_t* tables, const Call& call, const int32_t* entry, b
         for (int k = 0; k < n; ++k) step.weights[k] = token_norm(taps[k], k < 2 ? step.next[k] : taps[k], call);
         softmax(step.weights, n, 0, call.temperature);
       }
-      const Target<T> target(call, pool ? entry[E_TARGET] : 0, pool ? i : 0, pool ? j : 0, workspace);
+      const OutToken<T> target(call, pool ? entry[E_TARGET] : 0, pool ? i : 0, pool ? j : 0, workspace);
       if (whole) {
         step.pooled = target.buffer;
         step.stream = stream;
-        step.share = 1.0f / static_cast<float>((2 + halo) * (2 + (carried != nullptr && j > 0)));
+        step.inv_count = 1.0f / static_cast<float>((2 + halo) * (2 + (carried != nullptr && j > 0)));
         for (int k = 0; k < 2; ++k) {
           step.above[k] = halo && shrink ? token(2 * i - 1, 2 * j + k, 4 + k) : nullptr;
         }
         step.carried = carried;
         if (shrink) {
-          step.cell = miniature + (i * w + j) * C;
+          step.cell = thumbnail + (i * w + j) * C;
           pool ? take_step<true, true>(step, C) : take_step<false, true>(step, C);
         } else {
           take_step<true, false>(step, C);
@@ -349,7 +349,7 @@ void fused_rows(const int32_t* tables, const Call& call, const int32_t* entry, b
         for (int64_t r = halo ? 2 * i - 1 : 2 * i; r < bottom; ++r) {
           for (int64_t c = left; c < (r < 2 * i ? right : 2 * j); ++c, ++n) taps[n] = token(r, c, n);
         }
-        weighted_sum(taps, ONES, n, 1.0f / static_cast<float>(n), C, miniature + (i * w + j) * C, false);
+        weighted_sum(taps, ONES, n, 1.0f / static_cast<float>(n), C, thumbnail + (i * w + j) * C, false);
       }
     }
   }
@@ -372,13 +372,13 @@ void summary_rows(const int32_t* tables, const Call& call, const int32_t* level,
       int64_t n = 0;
       for (int64_t r = row_runs[i]; r < row_runs[i] + row_runs[H + i]; ++r) {
         for (int64_t c = col_runs[j]; c < col_runs[j] + col_runs[W + j]; ++c, ++n) {
-          const Frame<T> frame = content<T>(tables, call, sources[r / H * cols + c / W]);
+          const Frame<T> frame = node<T>(tables, call, sources[r / H * cols + c / W]);
           taps[n] = gather(frame.at(r % H, c % W), frame.channel, C, workspace, FIRST_TAP + n);
           workspace.weights[n] = 1;
         }
       }
-      const float share = 1.0f / static_cast<float>(n);
-      weighted_sum(taps, workspace.weights, n, share, C, summary + (i * W + j) * C, false);
+      const float inv_count = 1.0f / static_cast<float>(n);
+      weighted_sum(taps, workspace.weights, n, inv_count, C, summary + (i * W + j) * C, false);
     }
   }
 }
@@ -388,7 +388,7 @@ void pooled_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t
                  const Workspace& workspace) {
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], C = call.C;
   const int32_t *row_runs = tables + tables[H_WINDOW_ROWS], *col_runs = tables + tables[H_WINDOW_COLS];
-  const Frame<T> image = content<T>(tables, call, tables[tables[H_FINAL] + frame]);
+  const Frame<T> image = node<T>(tables, call, tables[tables[H_OUTPUTS] + frame]);
   const T** taps = reinterpret_cast<const T**>(workspace.taps);
   int64_t known = 0;  // rows from here on have places for norms that are below 0
   for (int64_t i = first; i < last; ++i) {
@@ -411,7 +411,7 @@ void pooled_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t
         }
       }
       softmax(workspace.weights, n, int64_t{row_runs[OH + i]} * col_runs[OW + j] - n, call.temperature);
-      const Target<T> target(call, frame, i, j, workspace);
+      const OutToken<T> target(call, frame, i, j, workspace);
       weighted_sum(taps, workspace.weights, n, 1.0f, C, target.buffer, stream);
       target.finish(C);
     }
@@ -423,12 +423,12 @@ template <typename T>
 void final_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t first, int64_t last, bool stream,
                 const Workspace& workspace) {
   const int64_t W = tables[H_WIDTH], C = call.C;
-  const Frame<T> image = content<T>(tables, call, tables[tables[H_FINAL] + frame]);
+  const Frame<T> image = node<T>(tables, call, tables[tables[H_OUTPUTS] + frame]);
   constexpr int64_t PIECE = STGP_VECTOR_BYTES / sizeof(T);
   for (int64_t i = first; i < last; ++i) {
     for (int64_t j = 0; j < W; ++j) {
       const T* token = gather(image.at(i, j), image.channel, C, workspace, FIRST_TAP);
-      const Target<T> target(call, frame, i, j, workspace);
+      const OutToken<T> target(call, frame, i, j, workspace);
       int64_t c = 0;
       for (; c + PIECE <= C; c += PIECE) store_bytes(target.buffer + c, load_bytes<Words>(token + c), stream);
       __builtin_memcpy(target.buffer + c, token + c, (C - c) * sizeof(T));
@@ -609,12 +609,12 @@ Frame<T> frame_of_grad(const Call& call, int64_t frame) {
   return {data, s.row, s.col, s.channel};
 }
 
-struct Feeds {
+struct Consumers {
   const int32_t *first, *last;
 
-  Feeds(const int32_t* tables, int64_t content) {
-    const int64_t number = content >= 0 ? content : tables[H_FRAMES] + (-1 - content);
-    const int32_t* starts = tables + tables[tables[H_GRADIENT] + G_FEEDS];
+  Consumers(const int32_t* tables, int64_t node) {
+    const int64_t number = node >= 0 ? node : tables[H_FRAMES] + (-1 - node);
+    const int32_t* starts = tables + tables[tables[H_GRADIENT] + G_CONSUMERS];
     first = tables + starts[number], last = tables + starts[number + 1];
   }
 };
@@ -637,24 +637,24 @@ inline void add_scaled(Block* sum, const Block* values, float scale, int64_t blo
   for (int64_t b = 0; b < blocks; ++b) sum[b].a += scale * values[b].a, sum[b].b += scale * values[b].b;
 }
 
-// What comes to tokens through the cells of a column of miniatures: to those of the upper row of windows, `upper`, and
+// What comes to tokens through the cells of a column of thumbnails: to those of the upper row of windows, `upper`, and
 // of the lower one, `lower`, which a second row of cells covers too where H is odd.
 struct Column {
   Block *upper, *lower;
 };
 
-void fill_column(const Column& column, const SummaryGradients& g, const Feeds& feeds, int64_t i, int64_t j) {
+void fill_column(const Column& column, const SummaryGradients& g, const Consumers& consumers, int64_t i, int64_t j) {
   const int64_t h = (g.H + 1) / 2, w = (g.W + 1) / 2;
   const auto tokens = [](int64_t cell, int64_t size) {  // rows or columns of a cell
     return (size % 2 == 1 && cell > 0) + (2 * cell + 2 <= size ? 2 : 1);
   };
   __builtin_memset(column.upper, 0, g.blocks * sizeof(Block));
   for (int64_t row = i; row < i + 1 + g.H % 2 && row < h; ++row) {
-    const float share = 1.0f / static_cast<float>(tokens(row, g.H) * tokens(j, g.W));
+    const float inv_count = 1.0f / static_cast<float>(tokens(row, g.H) * tokens(j, g.W));
     Block* const sum = row == i ? column.upper : column.lower;
-    for (const int32_t* feed = feeds.first; feed < feeds.last; feed += FEED_WORDS) {
-      const int64_t r = feed[F_TILE] / 2 * h + row, c = feed[F_TILE] % 2 * w + j;
-      if (r < g.H && c < g.W) add_scaled(sum, g.at(feed[F_SUMMARY], r, c), share, g.blocks);
+    for (const int32_t* consumer = consumers.first; consumer < consumers.last; consumer += CONSUMER_WORDS) {
+      const int64_t r = consumer[C_TILE] / 2 * h + row, c = consumer[C_TILE] % 2 * w + j;
+      if (r < g.H && c < g.W) add_scaled(sum, g.at(consumer[C_SUMMARY], r, c), inv_count, g.blocks);
     }
     if (row == i) __builtin_memcpy(column.lower, column.upper, g.blocks * sizeof(Block));
   }
@@ -666,19 +666,19 @@ void fused_gradient_rows(const int32_t* tables, const Call& call, const int32_t*
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], h = (H + 1) / 2, w = (W + 1) / 2, C = call.C;
   const int64_t OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], target = entry[E_TARGET];
   const SummaryGradients summaries(tables, call, gradients);
-  const Feeds feeds(tables, entry[E_CONTENT]);
-  const bool fed = feeds.first < feeds.last;
-  const T* const miniatures = static_cast<const T*>(call.scratch);
+  const Consumers consumers(tables, entry[E_NODE]);
+  const bool is_read = consumers.first < consumers.last;
+  const T* const thumbnails = static_cast<const T*>(call.scratch);
   Mosaic<T> image;
   int64_t channel = 1;
   if (mosaic) {
     for (int k = 0; k < 4; ++k) {
       const int64_t slot = entry[E_SOURCES + k];
-      image.tiles[k] = slot < 0 ? nullptr : miniatures + slot * h * w * C;
+      image.tiles[k] = slot < 0 ? nullptr : thumbnails + slot * h * w * C;
     }
     image.h = h, image.w = w, image.row = w * C, image.col = C;
   } else {
-    const Frame<T> frame = frame_of_x<T>(call, entry[E_CONTENT]);
+    const Frame<T> frame = frame_of_x<T>(call, entry[E_NODE]);
     image = {{frame.data}, H, W, frame.row, frame.col};
     channel = frame.channel;
   }
@@ -688,11 +688,11 @@ void fused_gradient_rows(const int32_t* tables, const Call& call, const int32_t*
 
   for (int64_t i = first; i < last; ++i) {
     const int64_t bottom = 2 * i + 2 < H ? 2 * i + 2 : H;
-    if (fed) fill_column(here, summaries, feeds, i, 0);
+    if (is_read) fill_column(here, summaries, consumers, i, 0);
     for (int64_t j = 0; j < w; ++j) {
       const int64_t right = 2 * j + 2 < W ? 2 * j + 2 : W;
       const bool overlaps = W % 2 == 1 && j + 1 < w;  // with the cell to the right
-      if (fed && j + 1 < w) fill_column(beside, summaries, feeds, i, j + 1);
+      if (is_read && j + 1 < w) fill_column(beside, summaries, consumers, i, j + 1);
       const bool pooled = target >= 0 && i < OH && j < OW;
       const T *taps[4] = {}, *grad = nullptr;
       double norms[4], dots[4], weights[4], largest = -HUGE_VAL, total = 0, mean = 0;
@@ -718,8 +718,8 @@ void fused_gradient_rows(const int32_t* tables, const Call& call, const int32_t*
         for (int64_t c = 2 * j; c < right; ++c, ++n) {
           const bool lower = r > 2 * i;
           const Block* const more[2] = {
-              fed ? (lower ? here.lower : here.upper) : nullptr,
-              fed && overlaps && c > 2 * j ? (lower ? beside.lower : beside.upper) : nullptr,
+              is_read ? (lower ? here.lower : here.upper) : nullptr,
+              is_read && overlaps && c > 2 * j ? (lower ? beside.lower : beside.upper) : nullptr,
           };
           Slope slope;
           float weight = 0;
@@ -729,9 +729,9 @@ void fused_gradient_rows(const int32_t* tables, const Call& call, const int32_t*
             slope = Slope::of(static_cast<float>(gamma), taps[n], static_cast<float>(norms[n]), call);
           }
           if (mosaic) {
-            write_gradient(summaries.at(-1 - entry[E_CONTENT], r, c), grad, weight, taps[n], slope, more, C, false);
+            write_gradient(summaries.at(-1 - entry[E_NODE], r, c), grad, weight, taps[n], slope, more, C, false);
           } else {
-            T* const to = gradient_of_x<T>(call, entry[E_CONTENT], r, c);
+            T* const to = gradient_of_x<T>(call, entry[E_NODE], r, c);
             write_gradient(to, grad, weight, taps[n], slope, more, C, stream);
           }
         }
@@ -748,7 +748,7 @@ void window_rows(const int32_t* tables, const Call& call, int64_t frame, int64_t
                  const Gradients& gradients, const Workspace& workspace) {
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], C = call.C;
   const int32_t *row_runs = tables + tables[H_WINDOW_ROWS], *col_runs = tables + tables[H_WINDOW_COLS];
-  const Frame<T> image = content<T>(tables, call, tables[tables[H_FINAL] + frame]),
+  const Frame<T> image = node<T>(tables, call, tables[tables[H_OUTPUTS] + frame]),
                  of_result = frame_of_grad<T>(call, frame);
   const auto within = [](int64_t position, int64_t size) {
     return position < 0 ? 0 : position < size ? position : size;
@@ -786,11 +786,11 @@ template <typename T>
 void gradient_rows(const int32_t* tables, const Call& call, bool windows, int64_t number, int64_t first, int64_t last,
                    bool stream, const Gradients& gradients, const Workspace& workspace) {
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], C = call.C;
-  const int32_t *section = tables + tables[H_GRADIENT], *final = tables + tables[H_FINAL];
-  const int32_t *row_covers = tables + section[G_WINDOW_ROWS], *col_covers = tables + section[G_WINDOW_COLS];
+  const int32_t *section = tables + tables[H_GRADIENT], *final = tables + tables[H_OUTPUTS];
+  const int32_t *row_inverse = tables + section[G_WINDOW_ROWS], *col_inverse = tables + section[G_WINDOW_COLS];
   const SummaryGradients summaries(tables, call, gradients);
-  const Feeds feeds(tables, number);
-  int64_t target = number;  // the frame that ends with this content, or -1
+  const Consumers consumers(tables, number);
+  int64_t target = number;  // the frame that ends with this node, or -1
   if (number < 0) {
     for (target = tables[H_FRAMES] - 1; target >= 0 && final[target] != number;) --target;
   } else if (final[number] != number) {
@@ -803,17 +803,17 @@ void gradient_rows(const int32_t* tables, const Call& call, bool windows, int64_
   for (int64_t r = first; r < last; ++r) {
     for (int64_t c = 0; c < W; ++c) {
       __builtin_memset(sum, 0, summaries.blocks * sizeof(Block));
-      for (const int32_t* feed = feeds.first; feed < feeds.last; feed += FEED_WORDS) {
-        const int32_t *level = tables + tables[H_LEVELS] + feed[F_LEVEL] * LEVEL_WORDS,
-                      *covers = section + G_LEVELS + 2 * feed[F_LEVEL];
+      for (const int32_t* consumer = consumers.first; consumer < consumers.last; consumer += CONSUMER_WORDS) {
+        const int32_t *level = tables + tables[H_LEVELS] + consumer[C_LEVEL] * LEVEL_WORDS,
+                      *inverse = section + G_LEVELS + 2 * consumer[C_LEVEL];
         const int64_t rows = level[L_ROWS], cols = level[L_COLS];
-        const int64_t row = feed[F_TILE] / cols * H + r, col = feed[F_TILE] % cols * W + c;
-        const int32_t *by_row = tables + covers[0], *by_col = tables + covers[1];
+        const int64_t row = consumer[C_TILE] / cols * H + r, col = consumer[C_TILE] % cols * W + c;
+        const int32_t *by_row = tables + inverse[0], *by_col = tables + inverse[1];
         const int32_t *heights = tables + level[L_ROW_RUNS] + H, *widths = tables + level[L_COL_RUNS] + W;
         for (int64_t i = by_row[row]; i < by_row[row] + by_row[rows * H + row]; ++i) {
           for (int64_t j = by_col[col]; j < by_col[col] + by_col[cols * W + col]; ++j) {
-            const float share = 1.0f / (static_cast<float>(heights[i]) * static_cast<float>(widths[j]));
-            add_scaled(sum, summaries.at(feed[F_SUMMARY], i, j), share, summaries.blocks);
+            const float inv_count = 1.0f / (static_cast<float>(heights[i]) * static_cast<float>(widths[j]));
+            add_scaled(sum, summaries.at(consumer[C_SUMMARY], i, j), inv_count, summaries.blocks);
           }
         }
       }
@@ -825,13 +825,13 @@ void gradient_rows(const int32_t* tables, const Call& call, bool windows, int64_
         grad = gather(of_result.at(r, c), of_result.channel, C, workspace, 0);
         weight = 1;
       } else if (target >= 0) {
-        const int64_t rows = row_covers[H + r], cols = col_covers[W + c];
+        const int64_t rows = row_inverse[H + r], cols = col_inverse[W + c];
         if (rows > 0 && cols > 0) {
-          const Frame<T> image = content<T>(tables, call, number);
+          const Frame<T> image = node<T>(tables, call, number);
           token = gather(image.at(r, c), image.channel, C, workspace, FIRST_TAP);
         }
         for (int64_t w = 0; w < rows * cols; ++w) {
-          const int64_t i = row_covers[r] + w / cols, j = col_covers[c] + w % cols;
+          const int64_t i = row_inverse[r] + w / cols, j = col_inverse[c] + w % cols;
           if (w > 0) {  // the one before
             const Block* const more[2] = {sum, nullptr};
             write_gradient(sum, grad, weight, token, Slope{}, more, C, false);

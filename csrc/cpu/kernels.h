@@ -20,7 +20,7 @@ struct Workspace {
   double* dots;
 };
 
-// What a gradient keeps beside miniatures or summaries. Channels of `summaries` are in whole blocks, in the order in
+// What a gradient keeps beside thumbnails or summaries. Channels of `summaries` are in whole blocks, in the order in
 // which kernels hold them.
 struct Gradients {
   void* summaries;  // (S, H, W, C rounded up to WIDEST_BLOCK) float
@@ -33,7 +33,7 @@ constexpr int64_t WIDEST_BLOCK = 32;
 struct Kernels {
   const char* name;
 
-  // Fused form, rows [first, last) of an entry: windows are pooled into out, cells stored in the entry's miniature.
+  // Fused form, rows [first, last) of an entry: windows are pooled into out, cells stored in the entry's thumbnail.
   void (*fused_rows)(const int32_t* tables, const Call&, const int32_t* entry, bool mosaic, int64_t first, int64_t last,
                      bool stream, const Workspace&);
   // General form: rows of summary s of a level; rows of windows of an output frame; rows of a frame as it ends.
@@ -44,12 +44,12 @@ struct Kernels {
   void (*final_rows)(const int32_t* tables, const Call&, int64_t frame, int64_t first, int64_t last, bool stream,
                      const Workspace&);
   // Gradients, whose Call has `grad`. Fused form: rows of cells of an entry. General form: rows of windows of a frame,
-  // then rows of tokens of a content; by windows, or else `grad` is that of every token.
+  // then rows of tokens of a node; by windows, or else `grad` is that of every token.
   void (*fused_gradient_rows)(const int32_t* tables, const Call&, const int32_t* entry, bool mosaic, int64_t first,
                               int64_t last, bool stream, const Gradients&, const Workspace&);
   void (*window_rows)(const int32_t* tables, const Call&, int64_t frame, int64_t first, int64_t last, const Gradients&,
                       const Workspace&);
-  void (*gradient_rows)(const int32_t* tables, const Call&, bool windows, int64_t content, int64_t first, int64_t last,
+  void (*gradient_rows)(const int32_t* tables, const Call&, bool windows, int64_t node, int64_t first, int64_t last,
                         bool stream, const Gradients&, const Workspace&);
   void (*norm_rows)(const Call&, int64_t W, int64_t frame, int64_t first, int64_t last, const Workspace&);
 };

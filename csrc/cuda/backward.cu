@@ -1,6 +1,6 @@
 // Gradients of grid_pool, norm_pool and temporal_grid in x.
 //
-// The gradient of a content, a frame of x or a summary, is its own from the pooling (of temporal_grid: that of the
+// The gradient of a node, a frame of x or a summary, is its own from the pooling (of temporal_grid: that of the
 // frame which ends with it) and its share of the gradients of summaries that are made of it. Every token gathers them:
 // the summaries level by level from the last, in float32, then the frames of x. Sums have one order.
 //
@@ -22,7 +22,7 @@ struct Sum {
   __device__ __forceinline__ float operator()(float left, float right) const { return left + right; }
 };
 
-constexpr int QUAD = PER_PIECE<float>;  // channels of a summary's gradient that are moved at a time
+constexpr int QUAD = PER_VEC<float>;  // channels of a summary's gradient that are moved at a time
 
 // sign(value) * magnitude, 0 for 0
 __device__ __forceinline__ float with_sign_of(float value, float magnitude) {
@@ -30,10 +30,10 @@ __device__ __forceinline__ float with_sign_of(float value, float magnitude) {
 }
 
 // What of dn/dt_c does not depend on c, times `factor`; `largest` elements have the magnitude n.
-__device__ __forceinline__ float slope_of_token(Norm norm, float factor, float n, float share, float largest) {
+__device__ __forceinline__ float slope_of_token(Norm norm, float factor, float n, float inv_count, float largest) {
   if (n == 0.0f) return 0.0f;
-  if (norm == Norm::l2) return __fdiv_rn(factor * share, n);
-  return norm == Norm::max ? __fdiv_rn(factor, largest) : factor * share;
+  if (norm == Norm::l2) return __fdiv_rn(factor * inv_count, n);
+  return norm == Norm::max ? __fdiv_rn(factor, largest) : factor * inv_count;
 }
 
 // And what depends on it.
@@ -49,19 +49,19 @@ __device__ __forceinline__ float slope(Norm norm, float of_token, float value, f
 }
 
 template <class T>
-__device__ __forceinline__ void unpack_all(const Piece& piece, float (&values)[PER_PIECE<T>]) {
+__device__ __forceinline__ void unpack_all(const Vec& vec, float (&values)[PER_VEC<T>]) {
 #pragma unroll
   for (int w = 0; w < WORDS; ++w) {
     float some[PER_WORD<T>];
-    unpack<T>(piece.word[w], some);
+    unpack<T>(vec.word[w], some);
 #pragma unroll
     for (int e = 0; e < PER_WORD<T>; ++e) values[w * PER_WORD<T> + e] = some[e];
   }
 }
 
-// The part of sum_c g_c t_c in a piece, added to a sum.
+// The part of sum_c g_c t_c in a vec, added to a sum.
 template <class T>
-__device__ __forceinline__ float add_dot(float total, const Piece& left, const Piece& right) {
+__device__ __forceinline__ float add_dot(float total, const Vec& left, const Vec& right) {
 #pragma unroll
   for (int w = 0; w < WORDS; ++w) {
     float a[PER_WORD<T>], b[PER_WORD<T>];
@@ -75,9 +75,9 @@ __device__ __forceinline__ float add_dot(float total, const Piece& left, const P
 
 // How many values have the magnitude n, added to a count.
 template <class T>
-__device__ __forceinline__ float add_largest(float count, const Piece& piece, float n) {
-  float values[PER_PIECE<T>];
-  unpack_all<T>(piece, values);
+__device__ __forceinline__ float add_largest(float count, const Vec& vec, float n) {
+  float values[PER_VEC<T>];
+  unpack_all<T>(vec, values);
 #pragma unroll
   for (float value : values) count += fabsf(value) == n ? 1.0f : 0.0f;
   return count;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(MAX_THREADS) ends_kernel(const __grid_constant
 
 template <class T>
 struct Gradients {
-  Contents<T> contents;
+  Nodes<T> nodes;
   Frames<const T> grad;
   Frames<T> out;
   float* summaries;  // gradients of summaries: (summaries, H, W, C)
@@ -121,18 +121,18 @@ struct Gradients {
   int32_t first;    // frame of this launch, or summary
   bool of_summary;  // what the launch is about
   Norm norm;
-  float share, temperature, p;
+  float inv_count, temperature, p;
 };
 
 // statistics[t, i, j] = of window (i, j): the largest logit l, the sum of exp(logit - l), and sum of a_k d_k. A block
 // takes one window.
 template <class T, Access A>
 __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __grid_constant__ Gradients<T> p) {
-  const int32_t H = p.contents.H, W = p.contents.W, C = p.contents.C;
+  const int32_t H = p.nodes.H, W = p.nodes.W, C = p.nodes.C;
   const int32_t block = blockIdx.x, j = block % p.OW, i = block / p.OW % p.OH, frame = p.first + block / p.OW / p.OH;
   const int32_t top = p.rows[i], left = p.cols[j], height = p.rows[p.OH + i], width = p.cols[p.OW + j];
   const int64_t size = static_cast<int64_t>(height) * width;
-  const int32_t content = p.final[frame];
+  const int32_t node = p.final[frame];
   const float* norms = p.norms + static_cast<int64_t>(frame) * H * W;
 
   const auto logit_of = [&](int32_t row, int32_t col) {
@@ -162,14 +162,14 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __
       powers[q] = expf(logit_of(row, col) - highest[0]);
       total += powers[q];
       if (row < 0 || row >= H || col < 0 || col >= W) continue;
-      tokens[q] = p.contents.token(content, row, col, &stride);
+      tokens[q] = p.nodes.token(node, row, col, &stride);
     }
-    for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
-      const Piece of_grad = load_piece<A, Use::again>(grad, channel, C, p.grad.strides.channel);
+    for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+      const Vec of_grad = load_vec<A, CacheHint::keep>(grad, channel, C, p.grad.strides.channel);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         if (tokens[q] == nullptr) continue;
-        found[q] = add_dot<T>(found[q], of_grad, load_piece<A, Use::again>(tokens[q], channel, C, stride));
+        found[q] = add_dot<T>(found[q], of_grad, load_vec<A, CacheHint::keep>(tokens[q], channel, C, stride));
       }
     }
     join_block(Sum{}, found, buffer);
@@ -185,15 +185,15 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __
   statistics[2] = static_cast<float>(mean / total);
 }
 
-// The gradient of a token of a content. A block takes one token.
+// The gradient of a token of a node. A block takes one token.
 //
 // Products have the bits that window_statistics_kernel found: where one token has all the weight, their difference is
 // 0.
 template <class T, Access A, bool POOLED, bool POWER>
 __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __grid_constant__ Gradients<T> p) {
-  const int32_t H = p.contents.H, W = p.contents.W, C = p.contents.C;
+  const int32_t H = p.nodes.H, W = p.nodes.W, C = p.nodes.C;
   const int32_t block = blockIdx.x, col = block % W, row = block / W % H, number = p.first + block / W / H;
-  const int32_t content = p.of_summary ? ~number : number;
+  const int32_t node = p.of_summary ? ~number : number;
   const int32_t frame = p.of_summary ? p.ends[number] : p.final[number] == number ? number : -1;
 
   // the windows that cover it, or its place in the frame
@@ -218,14 +218,15 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
     return __fdividef(expf(logit(p.temperature, norm) - of_window[0]), of_window[1]);
   };
   // sum of a_w g_w
-  const auto add_grads = [&](int32_t channel, float (&sum)[PER_PIECE<T>]) {
+  const auto add_grads = [&](int32_t channel, float (&sum)[PER_VEC<T>]) {
     for (int32_t i = top; i < top + height; ++i) {
       for (int32_t j = left; j < left + width; ++j) {
         const float weight = POOLED ? weight_of(i, j) : 1.0f;
-        float values[PER_PIECE<T>];
-        unpack_all<T>(load_piece<A, Use::again>(p.grad.token(grad, i, j), channel, C, p.grad.strides.channel), values);
+        float values[PER_VEC<T>];
+        unpack_all<T>(load_vec<A, CacheHint::keep>(p.grad.token(grad, i, j), channel, C, p.grad.strides.channel),
+                      values);
 #pragma unroll
-        for (int e = 0; e < PER_PIECE<T>; ++e) sum[e] = fmaf(weight, values[e], sum[e]);
+        for (int e = 0; e < PER_VEC<T>; ++e) sum[e] = fmaf(weight, values[e], sum[e]);
       }
     }
   };
@@ -235,7 +236,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
   float of_token = 0.0f;
   if constexpr (POOLED) {
     if (owns) {
-      token = p.contents.token(content, row, col, &stride);
+      token = p.nodes.token(node, row, col, &stride);
       float factor = 0.0f;
       int32_t buffer = 0;
       const int64_t size = static_cast<int64_t>(height) * width;
@@ -243,14 +244,14 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
         const auto row_of = [&](int q) { return top + static_cast<int32_t>((n + q) / width); };
         const auto col_of = [&](int q) { return left + static_cast<int32_t>((n + q) % width); };
         float dots[4] = {};
-        for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
-          const Piece piece = load_piece<A, Use::again>(token, channel, C, stride);
+        for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+          const Vec vec = load_vec<A, CacheHint::keep>(token, channel, C, stride);
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
             if (n + q >= size) continue;
             const T* of_window = p.grad.token(grad, row_of(q), col_of(q));
             dots[q] =
-                add_dot<T>(dots[q], load_piece<A, Use::again>(of_window, channel, C, p.grad.strides.channel), piece);
+                add_dot<T>(dots[q], load_vec<A, CacheHint::keep>(of_window, channel, C, p.grad.strides.channel), vec);
           }
         }
         join_block(Sum{}, dots, buffer);
@@ -263,81 +264,82 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
       }
       float largest[1] = {};
       if (p.norm == Norm::max) {
-        for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
-          largest[0] = add_largest<T>(largest[0], load_piece<A, Use::again>(token, channel, C, stride), norm);
+        for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+          largest[0] = add_largest<T>(largest[0], load_vec<A, CacheHint::keep>(token, channel, C, stride), norm);
         }
         join_block(Sum{}, largest, buffer);
       }
-      of_token = slope_of_token(p.norm, p.temperature * factor, norm, p.share, largest[0]);
+      of_token = slope_of_token(p.norm, p.temperature * factor, norm, p.inv_count, largest[0]);
     }
   }
 
-  const int32_t* feeds = p.tables + p.gradient[G_FEEDS] + (p.of_summary ? p.frames + number : number);
+  const int32_t* consumers = p.tables + p.gradient[G_CONSUMERS] + (p.of_summary ? p.frames + number : number);
   T* out = p.of_summary ? p.out.base : p.out.token(p.out.frame(number), row, col);
   float* summary = p.summaries + ((static_cast<int64_t>(number) * H + row) * W + col) * C;
-  for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
-    float sum[PER_PIECE<T>] = {};
+  for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+    float sum[PER_VEC<T>] = {};
     if (owns) {
       add_grads(channel, sum);
       if constexpr (POOLED) {
-        float values[PER_PIECE<T>];
-        unpack_all<T>(load_piece<A, Use::again>(token, channel, C, stride), values);
+        float values[PER_VEC<T>];
+        unpack_all<T>(load_vec<A, CacheHint::keep>(token, channel, C, stride), values);
 #pragma unroll
-        for (int e = 0; e < PER_PIECE<T>; ++e) sum[e] += slope<POWER>(p.norm, of_token, values[e], norm, p.p);
+        for (int e = 0; e < PER_VEC<T>; ++e) sum[e] += slope<POWER>(p.norm, of_token, values[e], norm, p.p);
       }
     }
-    for (int32_t at = feeds[0]; at < feeds[1]; at += FEED_WORDS) {
-      const int32_t* feed = p.tables + at;
-      const int32_t* level = p.levels + feed[F_LEVEL] * LEVEL_WORDS;
-      const int32_t rows = level[L_ROWS], cols = level[L_COLS], tile = feed[F_TILE];
-      const int32_t* row_covers = p.tables + p.gradient[G_LEVELS + 2 * feed[F_LEVEL]] + (tile / cols * H + row);
-      const int32_t* col_covers = p.tables + p.gradient[G_LEVELS + 2 * feed[F_LEVEL] + 1] + (tile % cols * W + col);
+    for (int32_t at = consumers[0]; at < consumers[1]; at += CONSUMER_WORDS) {
+      const int32_t* consumer = p.tables + at;
+      const int32_t* level = p.levels + consumer[C_LEVEL] * LEVEL_WORDS;
+      const int32_t rows = level[L_ROWS], cols = level[L_COLS], tile = consumer[C_TILE];
+      const int32_t* row_inverse = p.tables + p.gradient[G_LEVELS + 2 * consumer[C_LEVEL]] + (tile / cols * H + row);
+      const int32_t* col_inverse =
+          p.tables + p.gradient[G_LEVELS + 2 * consumer[C_LEVEL] + 1] + (tile % cols * W + col);
       const int32_t* heights = p.tables + level[L_ROW_RUNS] + H;
       const int32_t* widths = p.tables + level[L_COL_RUNS] + W;
-      const int32_t bottom = row_covers[0] + row_covers[rows * H], right = col_covers[0] + col_covers[cols * W];
-      for (int32_t i = row_covers[0]; i < bottom; ++i) {
-        for (int32_t j = col_covers[0]; j < right; ++j) {
-          const float share =
+      const int32_t bottom = row_inverse[0] + row_inverse[rows * H], right = col_inverse[0] + col_inverse[cols * W];
+      for (int32_t i = row_inverse[0]; i < bottom; ++i) {
+        for (int32_t j = col_inverse[0]; j < right; ++j) {
+          const float inv_count =
               __fdiv_rn(1.0f, static_cast<float>(heights[i])) * __fdiv_rn(1.0f, static_cast<float>(widths[j]));
-          const float* from = p.summaries + ((static_cast<int64_t>(feed[F_SUMMARY]) * H + i) * W + j) * C;
+          const float* from = p.summaries + ((static_cast<int64_t>(consumer[C_SUMMARY]) * H + i) * W + j) * C;
 #pragma unroll
-          for (int quad = 0; quad < PER_PIECE<T>; quad += QUAD) {
+          for (int quad = 0; quad < PER_VEC<T>; quad += QUAD) {
             float values[QUAD];
-            unpack_all<float>(load_piece<A, Use::again>(from, channel + quad, C, 1), values);
+            unpack_all<float>(load_vec<A, CacheHint::keep>(from, channel + quad, C, 1), values);
 #pragma unroll
-            for (int e = 0; e < QUAD; ++e) sum[quad + e] = fmaf(share, values[e], sum[quad + e]);
+            for (int e = 0; e < QUAD; ++e) sum[quad + e] = fmaf(inv_count, values[e], sum[quad + e]);
           }
         }
       }
     }
     if (p.of_summary) {
 #pragma unroll
-      for (int quad = 0; quad < PER_PIECE<T>; quad += QUAD) {
-        Piece piece;
+      for (int quad = 0; quad < PER_VEC<T>; quad += QUAD) {
+        Vec vec;
 #pragma unroll
-        for (int e = 0; e < QUAD; ++e) piece.word[e] = __float_as_uint(sum[quad + e]);
-        store_piece<A, Use::again>(summary, channel + quad, C, 1, piece);
+        for (int e = 0; e < QUAD; ++e) vec.word[e] = __float_as_uint(sum[quad + e]);
+        store_vec<A, CacheHint::keep>(summary, channel + quad, C, 1, vec);
       }
     } else {
-      Piece piece;
+      Vec vec;
 #pragma unroll
       for (int w = 0; w < WORDS; ++w) {
         float values[PER_WORD<T>];
 #pragma unroll
         for (int e = 0; e < PER_WORD<T>; ++e) values[e] = sum[w * PER_WORD<T> + e];
-        piece.word[w] = pack<T>(values);
+        vec.word[w] = pack<T>(values);
       }
-      store_piece<A, Use::once>(out, channel, C, p.out.strides.channel, piece);
+      store_vec<A, CacheHint::stream>(out, channel, C, p.out.strides.channel, vec);
     }
   }
 }
 
-// Whether x, grad and out can all be moved in pieces.
-inline bool all_in_pieces(const int32_t* tables, const Call& call, bool pooled) {
-  return in_pieces(tables, call, tables[H_HEIGHT], tables[H_WIDTH]) &&
-         in_pieces(call.grad, call.grad_strides, tables[H_FRAMES] / call.T, call.T,
-                   tables[pooled ? H_OUT_ROWS : H_HEIGHT], tables[pooled ? H_OUT_COLS : H_WIDTH], call.C,
-                   value_bytes(call.dtype));
+// Whether x, grad and out can all be moved in vecs of 128 bits.
+inline bool all_vectorized(const int32_t* tables, const Call& call, bool pooled) {
+  return is_vectorized(tables, call, tables[H_HEIGHT], tables[H_WIDTH]) &&
+         is_vectorized(call.grad, call.grad_strides, tables[H_FRAMES] / call.T, call.T,
+                       tables[pooled ? H_OUT_ROWS : H_HEIGHT], tables[pooled ? H_OUT_COLS : H_WIDTH], call.C,
+                       value_bytes(call.dtype));
 }
 
 template <class T, Access A>
@@ -350,13 +352,13 @@ template <class T>
 cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, const Call& call,
                         const GradientScratch& scratch, bool pooled, cudaStream_t stream) {
   Gradients<T> p{};
-  p.contents = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), tables[H_HEIGHT], tables[H_WIDTH],
-                static_cast<int32_t>(call.C)};
+  p.nodes = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), tables[H_HEIGHT], tables[H_WIDTH],
+             static_cast<int32_t>(call.C)};
   p.grad = {static_cast<const T*>(call.grad), call.grad_strides, static_cast<int32_t>(call.T)};
   p.out = frames_of_out<T>(call);
   p.summaries = scratch.summaries;
   p.tables = device_tables;
-  p.final = device_tables + tables[H_FINAL];
+  p.final = device_tables + tables[H_OUTPUTS];
   p.ends = scratch.ends;
   p.rows = device_tables + tables[H_WINDOW_ROWS];
   p.cols = device_tables + tables[H_WINDOW_COLS];
@@ -368,12 +370,12 @@ cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, con
   p.OW = tables[H_OUT_COLS];
   p.frames = tables[H_FRAMES];
   p.norm = norm_kind(call.norm_type);
-  p.share = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.inv_count = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
   p.temperature = call.temperature;
   p.p = static_cast<float>(call.norm_type);
 
   const int32_t threads = block_threads(call.C, sizeof(T));
-  const bool pieces = all_in_pieces(tables, call, pooled);
+  const bool is_vector = all_vectorized(tables, call, pooled);
   cudaError_t error = cudaSuccess;
   if (tables[H_SUMMARIES] > 0) {
     const Ends ends{p.final, scratch.ends, p.frames, tables[H_SUMMARIES]};
@@ -382,7 +384,7 @@ cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, con
   }
   if (pooled) {
     const auto kernel =
-        pieces ? window_statistics_kernel<T, Access::pieces> : window_statistics_kernel<T, Access::elements>;
+        is_vector ? window_statistics_kernel<T, Access::vector> : window_statistics_kernel<T, Access::scalar>;
     const int64_t windows = static_cast<int64_t>(p.OH) * p.OW;
     error = launch_in_ranges(p.frames, windows, [&](int32_t first, int32_t range) {
       p.first = first;
@@ -390,8 +392,8 @@ cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, con
     });
     if (error != cudaSuccess) return error;
   }
-  const auto kernel = pieces ? choose_token_kernel<T, Access::pieces>(pooled, p.norm)
-                             : choose_token_kernel<T, Access::elements>(pooled, p.norm);
+  const auto kernel = is_vector ? choose_token_kernel<T, Access::vector>(pooled, p.norm)
+                                : choose_token_kernel<T, Access::scalar>(pooled, p.norm);
   const int64_t tokens = static_cast<int64_t>(tables[H_HEIGHT]) * tables[H_WIDTH];
   const auto run = [&](int32_t start, int32_t count) {
     return launch_in_ranges(count, tokens, [&](int32_t first, int32_t range) {
@@ -419,38 +421,38 @@ struct FusedGradients {
   Frames<const T> x;
   Frames<const T> grad;
   Frames<T> out;
-  const T* scratch;        // miniatures: (slots, h, w, C)
+  const T* scratch;        // thumbnails: (slots, h, w, C)
   float* summaries;        // gradients of summaries: (summaries, H, W, C)
-  const int32_t* tables;   // the offsets of feeds count from here
+  const int32_t* tables;   // the offsets of consumers count from here
   const int32_t* entries;  // of this launch
-  const int32_t* feeds;
+  const int32_t* consumers;
   int32_t H, W, h, w, OH, OW, C, frames;
   Norm norm;
-  float share, temperature;
+  float inv_count, temperature;
 };
 
-// The gradients of the tokens of window (i, j) of an entry, which is cell (i, j) of its miniature as well.
+// The gradients of the tokens of window (i, j) of an entry, which is cell (i, j) of its thumbnail as well.
 //
 // A block takes one window, with its tokens packed in registers. MOSAIC: the entries are summaries, whose gradients are
 // float32. HALO: H or W is odd, so that the second row and column are in the next cells as well.
 template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
 __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __grid_constant__ FusedGradients<T> p) {
   // Or else tokens are loaded at each use: these would take too many registers.
-  constexpr bool KEEPS = A == Access::pieces && (sizeof(T) == 2 || !MOSAIC || L2_NORM);
+  constexpr bool KEEPS = A == Access::vector && (sizeof(T) == 2 || !MOSAIC || L2_NORM);
   constexpr bool KEEPS_GRAD = KEEPS && sizeof(T) == 2;
-  constexpr int HELD = KEEPS ? PIECES<T> : 1, GRADS = KEEPS_GRAD ? PIECES<T> : 1, CELLS = HALO ? 4 : 1;
-  constexpr Use USE = MOSAIC || !KEEPS ? Use::again : Use::once;
+  constexpr int HELD = KEEPS ? VECS<T> : 1, GRADS = KEEPS_GRAD ? VECS<T> : 1, CELLS = HALO ? 4 : 1;
+  constexpr CacheHint HINT = MOSAIC || !KEEPS ? CacheHint::keep : CacheHint::stream;
   const Norm norm = L2_NORM ? Norm::l2 : p.norm;
 
   const int32_t block = blockIdx.x, j = block % p.w, i = block / p.w % p.h;
   const int32_t* entry = p.entries + block / p.w / p.h * ENTRY_WORDS;
-  const int32_t content = entry[E_CONTENT], target = entry[E_TARGET];
+  const int32_t node = entry[E_NODE], target = entry[E_TARGET];
   const bool pools = target >= 0 && i < p.OH && j < p.OW;
 
-  const auto channel = [&](int k) { return static_cast<int32_t>((k * blockDim.x + threadIdx.x) * PER_PIECE<T>); };
+  const auto channel = [&](int k) { return static_cast<int32_t>((k * blockDim.x + threadIdx.x) * PER_VEC<T>); };
   const auto taken = [&](int q) { return 2 * i + q / 2 < p.H && 2 * j + q % 2 < p.W; };
 
-  Piece tile[4][HELD] = {}, grad[GRADS] = {};
+  Vec tile[4][HELD] = {}, grad[GRADS] = {};
   float weights[4] = {}, slopes[4] = {}, norms[4] = {};
   const Image<T, MOSAIC, FusedGradients<T>> image(p, entry);
   const int64_t x_channel = MOSAIC ? 1 : p.x.strides.channel;
@@ -458,38 +460,38 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
   const auto load = [&](int k) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      tile[q][k % HELD] = Piece{};
+      tile[q][k % HELD] = Vec{};
       if (taken(q)) {
         const T* token = image.token(2 * i + q / 2, 2 * j + q % 2);
-        tile[q][k % HELD] = load_piece<A, USE>(token, channel(k), p.C, x_channel);
+        tile[q][k % HELD] = load_vec<A, HINT>(token, channel(k), p.C, x_channel);
       }
     }
   };
   const auto load_grad = [&](int k) {
-    grad[k % GRADS] = load_piece<A, Use::again>(of_window, channel(k), p.C, p.grad.strides.channel);
+    grad[k % GRADS] = load_vec<A, CacheHint::keep>(of_window, channel(k), p.C, p.grad.strides.channel);
   };
   if (pools) {
     float dots[4] = {};
 #pragma unroll
     for (int k = 0; k < HELD && KEEPS; ++k) load(k);
 #pragma unroll HELD
-    for (int k = 0; k < PIECES<T>; ++k) {
+    for (int k = 0; k < VECS<T>; ++k) {
       if constexpr (!KEEPS) load(k);
       load_grad(k);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        norms[q] = add_piece<T>(norm, norms[q], tile[q][k % HELD]);
+        norms[q] = add_vec<T>(norm, norms[q], tile[q][k % HELD]);
         dots[q] = add_dot<T>(dots[q], tile[q][k % HELD], grad[k % GRADS]);
       }
     }
     join_block(Join{norm}, norms, 0);
     join_block(Sum{}, dots, 1);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) norms[q] = finish_norm(norm, norms[q], p.share);
+    for (int q = 0; q < 4; ++q) norms[q] = finish_norm(norm, norms[q], p.inv_count);
     float largest[4] = {};
     if (norm == Norm::max) {
 #pragma unroll HELD
-      for (int k = 0; k < PIECES<T>; ++k) {
+      for (int k = 0; k < VECS<T>; ++k) {
         if constexpr (!KEEPS) load(k);
 #pragma unroll
         for (int q = 0; q < 4; ++q) largest[q] = add_largest<T>(largest[q], tile[q][k % HELD], norms[q]);
@@ -504,7 +506,7 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const float factor = p.temperature * weights[q] * (dots[q] - mean);
-      slopes[q] = slope_of_token(norm, factor, norms[q], p.share, largest[q]);
+      slopes[q] = slope_of_token(norm, factor, norms[q], p.inv_count, largest[q]);
     }
     if constexpr (KEEPS) {
 #pragma unroll
@@ -517,7 +519,7 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
   }
 
   // 1 / n of the tokens of cells (i, j), (i, j + 1), (i + 1, j), (i + 1, j + 1), 0 where these tokens are not in it
-  float shares[CELLS];
+  float inv_counts[CELLS];
   const bool odd_H = p.H % 2 == 1, odd_W = p.W % 2 == 1;
 #pragma unroll
   for (int n = 0; n < CELLS; ++n) {
@@ -525,37 +527,37 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
     const int32_t height = min(2 * a + 2, p.H) - (odd_H ? max(2 * a - 1, 0) : 2 * a);
     const int32_t width = min(2 * b + 2, p.W) - (odd_W ? max(2 * b - 1, 0) : 2 * b);
     const bool reaches = (n / 2 == 0 || (odd_H && a < p.h)) && (n % 2 == 0 || (odd_W && b < p.w));
-    shares[n] = reaches ? share_of(height) * share_of(width) : 0.0f;
+    inv_counts[n] = reaches ? inverse(height) * inverse(width) : 0.0f;
   }
-  const int32_t* feeds = p.feeds + (MOSAIC ? p.frames + ~content : content);
-  const int32_t first_feed = feeds[0], last_feed = feeds[1];
+  const int32_t* consumers = p.consumers + (MOSAIC ? p.frames + ~node : node);
+  const int32_t first_consumer = consumers[0], last_consumer = consumers[1];
 
 #pragma unroll HELD
-  for (int k = 0; k < PIECES<T>; ++k) {
+  for (int k = 0; k < VECS<T>; ++k) {
     if (pools) {
       if constexpr (!KEEPS) load(k);
       if constexpr (!KEEPS_GRAD) load_grad(k);
     }
 #pragma unroll
-    for (int quad = 0; quad < PER_PIECE<T>; quad += QUAD) {
+    for (int quad = 0; quad < PER_VEC<T>; quad += QUAD) {
       float cells[CELLS][QUAD] = {};
 #pragma unroll 1
-      for (int32_t at = first_feed; at < last_feed; at += FEED_WORDS) {
-        const int32_t tile_number = p.tables[at + F_TILE];
+      for (int32_t at = first_consumer; at < last_consumer; at += CONSUMER_WORDS) {
+        const int32_t tile_number = p.tables[at + C_TILE];
         const int32_t row = tile_number / 2 * p.h + i, col = tile_number % 2 * p.w + j;
-        const float* summary = p.summaries + static_cast<int64_t>(p.tables[at + F_SUMMARY]) * p.H * p.W * p.C;
+        const float* summary = p.summaries + static_cast<int64_t>(p.tables[at + C_SUMMARY]) * p.H * p.W * p.C;
 #pragma unroll
         for (int n = 0; n < CELLS; ++n) {
-          if (shares[n] == 0.0f || row + n / 2 >= p.H || col + n % 2 >= p.W) continue;
+          if (inv_counts[n] == 0.0f || row + n / 2 >= p.H || col + n % 2 >= p.W) continue;
           const float* from = summary + (static_cast<int64_t>(row + n / 2) * p.W + col + n % 2) * p.C;
-          const Piece piece = load_piece<A, Use::again>(from, channel(k) + quad, p.C, 1);
+          const Vec vec = load_vec<A, CacheHint::keep>(from, channel(k) + quad, p.C, 1);
 #pragma unroll
-          for (int e = 0; e < QUAD; ++e) cells[n][e] = fmaf(shares[n], __uint_as_float(piece.word[e]), cells[n][e]);
+          for (int e = 0; e < QUAD; ++e) cells[n][e] = fmaf(inv_counts[n], __uint_as_float(vec.word[e]), cells[n][e]);
         }
       }
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        Piece wide;
+        Vec wide;
 #pragma unroll
         for (int v = 0; v < QUAD / PER_WORD<T>; ++v) {
           uint32_t& word = tile[q][k % HELD].word[quad / PER_WORD<T> + v];
@@ -579,20 +581,20 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
         }
         if constexpr (MOSAIC) {
           if (taken(q)) {
-            const int64_t row = static_cast<int64_t>(~content) * p.H + 2 * i + q / 2;
+            const int64_t row = static_cast<int64_t>(~node) * p.H + 2 * i + q / 2;
             float* to = p.summaries + (row * p.W + 2 * j + q % 2) * p.C;
-            store_piece<A, Use::again>(to, channel(k) + quad, p.C, 1, wide);
+            store_vec<A, CacheHint::keep>(to, channel(k) + quad, p.C, 1, wide);
           }
         }
       }
     }
     if constexpr (!MOSAIC) {
-      T* out = p.out.frame(content);
+      T* out = p.out.frame(node);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         if (!taken(q)) continue;
         T* to = p.out.token(out, 2 * i + q / 2, 2 * j + q % 2);
-        store_piece<A, Use::once>(to, channel(k), p.C, p.out.strides.channel, tile[q][k % HELD]);
+        store_vec<A, CacheHint::stream>(to, channel(k), p.C, p.out.strides.channel, tile[q][k % HELD]);
       }
     }
   }
@@ -600,7 +602,7 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
 
 template <class T, Access A, bool MOSAIC>
 auto choose_fused_kernel(bool halo, Norm norm) -> void (*)(FusedGradients<T>) {
-  if constexpr (A == Access::pieces) {
+  if constexpr (A == Access::vector) {
     if (norm == Norm::l2) {
       return halo ? grid_pool_backward_kernel<T, A, true, MOSAIC, true>
                   : grid_pool_backward_kernel<T, A, true, MOSAIC, false>;
@@ -619,7 +621,7 @@ cudaError_t run_fused(const int32_t* tables, const int32_t* device_tables, const
   p.scratch = static_cast<const T*>(call.scratch);
   p.summaries = scratch.summaries;
   p.tables = device_tables;
-  p.feeds = device_tables + tables[tables[H_GRADIENT] + G_FEEDS];
+  p.consumers = device_tables + tables[tables[H_GRADIENT] + G_CONSUMERS];
   p.H = tables[H_HEIGHT];
   p.W = tables[H_WIDTH];
   p.h = (p.H + 1) / 2;
@@ -629,18 +631,18 @@ cudaError_t run_fused(const int32_t* tables, const int32_t* device_tables, const
   p.C = static_cast<int32_t>(call.C);
   p.frames = tables[H_FRAMES];
   p.norm = norm_kind(call.norm_type);
-  p.share = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.inv_count = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
   p.temperature = call.temperature;
 
-  const bool halo = p.H % 2 == 1 || p.W % 2 == 1, pieces = all_in_pieces(tables, call, true);
+  const bool halo = p.H % 2 == 1 || p.W % 2 == 1, is_vector = all_vectorized(tables, call, true);
   const int32_t threads = block_threads(p.C, sizeof(float));
   const int64_t windows = static_cast<int64_t>(p.h) * p.w;
-  for (int32_t step = tables[H_NUM_STEPS] - 1; step >= 0; --step) {
-    const int32_t* s = tables + tables[H_STEPS] + step * STEP_WORDS;
-    const auto kernel = s[S_MOSAIC] != 0 ? (pieces ? choose_fused_kernel<T, Access::pieces, true>(halo, p.norm)
-                                                   : choose_fused_kernel<T, Access::elements, true>(halo, p.norm))
-                                         : (pieces ? choose_fused_kernel<T, Access::pieces, false>(halo, p.norm)
-                                                   : choose_fused_kernel<T, Access::elements, false>(halo, p.norm));
+  for (int32_t stage = tables[H_NUM_STAGES] - 1; stage >= 0; --stage) {
+    const int32_t* s = tables + tables[H_STAGES] + stage * STAGE_WORDS;
+    const auto kernel = s[S_MOSAIC] != 0 ? (is_vector ? choose_fused_kernel<T, Access::vector, true>(halo, p.norm)
+                                                      : choose_fused_kernel<T, Access::scalar, true>(halo, p.norm))
+                                         : (is_vector ? choose_fused_kernel<T, Access::vector, false>(halo, p.norm)
+                                                      : choose_fused_kernel<T, Access::scalar, false>(halo, p.norm));
     const cudaError_t error = launch_in_ranges(s[S_COUNT], windows, [&](int32_t first, int32_t range) {
       p.entries = device_tables + s[S_ENTRIES] + first * ENTRY_WORDS;
       return launch(kernel, range * windows, threads, stream, p);
@@ -652,14 +654,14 @@ cudaError_t run_fused(const int32_t* tables, const int32_t* device_tables, const
 
 }  // namespace
 
-cudaError_t unpool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call,
-                         const GradientScratch& scratch, cudaStream_t stream) {
+cudaError_t grid_pool_backward_fused(const int32_t* tables, const int32_t* device_tables, const Call& call,
+                                     const GradientScratch& scratch, cudaStream_t stream) {
   return with_type(
       call.dtype, [&](auto value) { return run_fused<decltype(value)>(tables, device_tables, call, scratch, stream); });
 }
 
-cudaError_t unpool(const int32_t* tables, const int32_t* device_tables, const Call& call,
-                   const GradientScratch& scratch, bool pooled, cudaStream_t stream) {
+cudaError_t grid_pool_backward(const int32_t* tables, const int32_t* device_tables, const Call& call,
+                               const GradientScratch& scratch, bool pooled, cudaStream_t stream) {
   return with_type(call.dtype, [&](auto value) {
     return run_general<decltype(value)>(tables, device_tables, call, scratch, pooled, stream);
   });

@@ -1,10 +1,10 @@
 // grid_pool where windows are 2 x 2 at stride 2 and grids 2 x 2 shrunk by area. Tokens are read once, but for halos.
 //
-// Summaries are tiled from miniatures: D(content) is the content average-pooled to h x w = ceil(H / 2) x ceil(W / 2)
+// Summaries are tiled from thumbnails: D(node) is the node average-pooled to h x w = ceil(H / 2) x ceil(W / 2)
 // cells, the same for every level. Cell (i, j) averages rows 2i, 2i + 1 and columns 2j, 2j + 1, which are window (i,
 // j); where H is odd also row 2i - 1, and where W is odd also column 2j - 1.
 //
-// A launch per step of the tables: the frames of x, then the summaries of each level, read as mosaics of miniatures.
+// A launch per stage of the tables: the frames of x, then the summaries of each level, read as mosaics of thumbnails.
 
 #include "fused.cuh"
 
@@ -17,26 +17,26 @@ constexpr int32_t CELLS = 4;
 
 // Of a thread. A multiprocessor has room for 24 warps at 80, and for 16 at 128.
 template <class T, Access A>
-constexpr int REGISTERS = sizeof(T) == 2 && A == Access::pieces ? 80 : 128;
+constexpr int REGISTERS = sizeof(T) == 2 && A == Access::vector ? 80 : 128;
 
 template <class T>
 struct Fused {
   Frames<const T> x;
   Frames<T> out;
-  T* scratch;                     // miniatures: (slots, h, w, C)
+  T* scratch;                     // thumbnails: (slots, h, w, C)
   const int32_t* tables;          // the offsets in entries count from here
   const int32_t* entries;         // of this launch
-  int32_t walked;                 // how many of them have a miniature; these come first
-  int32_t cells, spans;           // of a row, for those that have a miniature: cells of a block, and blocks
+  int32_t walked;                 // how many of them have a thumbnail; these come first
+  int32_t cells, spans;           // of a row, for those that have a thumbnail: cells of a block, and blocks
   int32_t windows, window_spans;  // the same of the others
   int32_t H, W, h, w, OH, OW, C;
-  bool pools;  // or else only miniatures are made
+  bool pools;  // or else only thumbnails are made
   Norm norm;
-  float share, temperature;
+  float inv_count, temperature;
 };
 
 // Whether blocks take more than a cell or a window each.
-__host__ __device__ constexpr bool walks(Access access, bool mosaic) { return access == Access::pieces && !mosaic; }
+__host__ __device__ constexpr bool walks(Access access, bool mosaic) { return access == Access::vector && !mosaic; }
 
 template <class T>
 __device__ __forceinline__ void add_word(float (&sums)[PER_WORD<T>], uint32_t word) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void add_word(float (&sums)[PER_WORD<T>], uint32_t wo
 // MOSAIC: the entries are summaries. HALO: H or W is odd, so that cells reach one row up and one column to the left.
 //
 // A block walks: it takes neighbouring cells of one row of one entry from left to right. As soon as the registers of a
-// piece are free, that of the next cell is on its way to them. Where W is odd, the sum of a cell's last column is
+// vec are free, that of the next cell is on its way to them. Where W is odd, the sum of a cell's last column is
 // carried to the next cell, and a walk is the whole row, so that no column is read twice, unless the call cuts it. Of
 // mosaics and of element accesses a block takes one cell.
 template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
@@ -60,10 +60,10 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
   constexpr bool WALKS = walks(A, MOSAIC), CARRIES = HALO && WALKS;
   // Or else tokens are loaded at each use. Elements would take too many registers, and so would 32-bit mosaics, which
   // are in L2.
-  constexpr bool KEEPS = A == Access::pieces && (sizeof(T) == 2 || !MOSAIC);
-  constexpr int HELD = KEEPS ? PIECES<T> : 1;
+  constexpr bool KEEPS = A == Access::vector && (sizeof(T) == 2 || !MOSAIC);
+  constexpr int HELD = KEEPS ? VECS<T> : 1;
   constexpr int ABOVE = HALO ? 2 : 0, BESIDE = HALO && !WALKS ? 3 : 0;  // tokens of the halo
-  constexpr Use USE = MOSAIC ? Use::again : Use::once;
+  constexpr CacheHint HINT = MOSAIC ? CacheHint::keep : CacheHint::stream;
   const Norm norm = L2_NORM ? Norm::l2 : p.norm;
 
   int32_t block = blockIdx.x;
@@ -73,9 +73,9 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
   const int32_t cells = walked ? p.cells : p.windows;
   const int32_t i = block / spans % rows, first = block % spans * cells;
   const int32_t* entry = p.entries + (block / (spans * rows) + (walked ? 0 : p.walked)) * ENTRY_WORDS;
-  const int32_t target = p.pools ? entry[E_TARGET] : -1, needed = p.tables[entry[E_NEEDED] + i];
+  const int32_t target = p.pools ? entry[E_TARGET] : -1, live = p.tables[entry[E_LIVE] + i];
   const bool pooled = target >= 0 && i < p.OH;
-  const int32_t stop = min(max(needed, pooled ? p.OW : 0), first + cells);
+  const int32_t stop = min(max(live, pooled ? p.OW : 0), first + cells);
   if (first >= stop) return;
 
   const Image<T, MOSAIC, Fused<T>> image(p, entry);
@@ -83,18 +83,18 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
   const bool odd_W = p.W % 2 == 1, over = HALO && p.H % 2 == 1 && i > 0;
   const int32_t top = over ? 2 * i - 1 : 2 * i, bottom = min(2 * i + 2, p.H);
 
-  const auto channel = [&](int k) { return static_cast<int32_t>((k * blockDim.x + threadIdx.x) * PER_PIECE<T>); };
+  const auto channel = [&](int k) { return static_cast<int32_t>((k * blockDim.x + threadIdx.x) * PER_VEC<T>); };
   const auto taken = [&](int32_t j, int q) { return 2 * i + q / 2 < p.H && 2 * j + q % 2 < p.W; };
   const auto load = [&](int32_t row, int32_t col, bool wanted, int k) {
-    return wanted ? load_piece<A, USE>(image.token(row, col), channel(k), p.C, x_channel) : Piece{};
+    return wanted ? load_vec<A, HINT>(image.token(row, col), channel(k), p.C, x_channel) : Vec{};
   };
 
-  Piece tile[4][HELD];      // the tokens of a window row by row
+  Vec tile[4][HELD];        // the tokens of a window row by row
   const T* walk = nullptr;  // the first of them, if this is a walk: a step is less work than a place
   if constexpr (WALKS) walk = image.token(2 * i, 2 * first);
   const auto load_beside = [&](int row, int col, bool wanted, int k) {
     const T* token = walk + row * p.x.strides.row + col * p.x.strides.col;
-    return wanted ? load_piece<A, USE>(token, channel(k), p.C, 1) : Piece{};
+    return wanted ? load_vec<A, HINT>(token, channel(k), p.C, 1) : Vec{};
   };
   const auto load_tile = [&](int32_t j, int k) {
 #pragma unroll
@@ -110,22 +110,22 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
   // a sum of four channels that this thread carries, of as many as it has; in registers they would leave no room
   const auto carried = [&](int four) -> float4& { return dynamic_shared_memory[four * blockDim.x + threadIdx.x]; };
   if constexpr (CARRIES) {
-    const bool beside = odd_W && first > 0 && first < needed;  // what a walk from the left would have carried to here
-    for (int k = 0; k < PIECES<T>; ++k) {
-      float sums[PER_PIECE<T>] = {};
+    const bool beside = odd_W && first > 0 && first < live;  // what a walk from the left would have carried to here
+    for (int k = 0; k < VECS<T>; ++k) {
+      float sums[PER_VEC<T>] = {};
       for (int32_t row = top; beside && row < bottom; ++row) {
-        const Piece piece = load(row, 2 * first - 1, true, k);
+        const Vec vec = load(row, 2 * first - 1, true, k);
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
           float values[PER_WORD<T>];
-          unpack<T>(piece.word[w], values);
+          unpack<T>(vec.word[w], values);
 #pragma unroll
           for (int e = 0; e < PER_WORD<T>; ++e) sums[w * PER_WORD<T> + e] += values[e];
         }
       }
 #pragma unroll
-      for (int n = 0; n < PER_PIECE<T>; n += 4) {
-        carried((k * PER_PIECE<T> + n) / 4) = float4{sums[n], sums[n + 1], sums[n + 2], sums[n + 3]};
+      for (int n = 0; n < PER_VEC<T>; n += 4) {
+        carried((k * PER_VEC<T> + n) / 4) = float4{sums[n], sums[n + 1], sums[n + 2], sums[n + 3]};
       }
     }
   }
@@ -133,21 +133,21 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
 
   T* pooled_token = pooled ? p.out.token(p.out.frame(target), i, first) : p.out.base;
   T* cell = p.scratch;  // nullptr where nothing is stored
-  if (MOSAIC || needed > 0) cell += ((static_cast<int64_t>(entry[E_SLOT]) * p.h + i) * p.w + first) * p.C;
+  if (MOSAIC || live > 0) cell += ((static_cast<int64_t>(entry[E_SLOT]) * p.h + i) * p.w + first) * p.C;
   for (int32_t j = first; j < stop; ++j) {
-    const bool pools = pooled && j < p.OW, shrinks = j < needed;
+    const bool pools = pooled && j < p.OW, shrinks = j < live;
     float weights[4] = {};
     if (pools) {
       float norms[4] = {};
 #pragma unroll HELD
-      for (int k = 0; k < PIECES<T>; ++k) {
+      for (int k = 0; k < VECS<T>; ++k) {
         if constexpr (!KEEPS) load_tile(j, k);
 #pragma unroll
-        for (int q = 0; q < 4; ++q) norms[q] = add_piece<T>(norm, norms[q], tile[q][k % HELD]);
+        for (int q = 0; q < 4; ++q) norms[q] = add_vec<T>(norm, norms[q], tile[q][k % HELD]);
       }
       join_block(Join{norm}, norms, j % 2);
 #pragma unroll
-      for (int q = 0; q < 4; ++q) norms[q] = finish_norm(norm, norms[q], p.share);
+      for (int q = 0; q < 4; ++q) norms[q] = finish_norm(norm, norms[q], p.inv_count);
       const bool window[4] = {taken(j, 0), taken(j, 1), taken(j, 2), taken(j, 3)};
       weigh(norms, window, p.temperature, weights);
       if constexpr (KEEPS) {
@@ -160,12 +160,12 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
     }
 
     const int32_t width = min(2 * j + 2, p.W) - (odd_W ? max(2 * j - 1, 0) : 2 * j);
-    const float share = share_of(bottom - top) * share_of(width);
+    const float inv_count = inverse(bottom - top) * inverse(width);
 #pragma unroll HELD
-    for (int k = 0; k < PIECES<T>; ++k) {
+    for (int k = 0; k < VECS<T>; ++k) {
       if constexpr (!KEEPS) load_tile(j, k);
       if (pools) {
-        Piece result;
+        Vec result;
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
           float sum[PER_WORD<T>] = {};
@@ -178,10 +178,10 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
           }
           result.word[w] = pack<T>(sum);
         }
-        store_piece<A, Use::once>(pooled_token, channel(k), p.C, p.out.strides.channel, result);
+        store_vec<A, CacheHint::stream>(pooled_token, channel(k), p.C, p.out.strides.channel, result);
       }
       if (shrinks) {
-        [[maybe_unused]] Piece above[2], beside[3];
+        [[maybe_unused]] Vec above[2], beside[3];
 #pragma unroll
         for (int n = 0; n < ABOVE; ++n) {
           const bool wanted = over && 2 * j + n < p.W;
@@ -192,8 +192,8 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
           const int32_t row = 2 * i - 1 + n;
           beside[n] = load(row, 2 * j - 1, odd_W && j > 0 && row >= top && row < bottom, k);
         }
-        Piece result;
-        float lasts[PER_PIECE<T>];  // sums of the last column
+        Vec result;
+        float lasts[PER_VEC<T>];  // sums of the last column
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
           float left[PER_WORD<T>] = {}, right[PER_WORD<T>] = {}, before[PER_WORD<T>] = {};
@@ -212,21 +212,21 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
           for (int e = 0; e < PER_WORD<T>; ++e) {
             const int n = w * PER_WORD<T> + e;
             if constexpr (CARRIES)
-              before[e] = reinterpret_cast<const float*>(&carried((k * PER_PIECE<T> + n) / 4))[n % 4];
+              before[e] = reinterpret_cast<const float*>(&carried((k * PER_VEC<T> + n) / 4))[n % 4];
             lasts[n] = right[e];
-            mean[e] = ((before[e] + left[e]) + right[e]) * share;
+            mean[e] = ((before[e] + left[e]) + right[e]) * inv_count;
           }
           result.word[w] = pack<T>(mean);
         }
         if constexpr (CARRIES) {
           if (odd_W) {
 #pragma unroll
-            for (int n = 0; n < PER_PIECE<T>; n += 4) {
-              carried((k * PER_PIECE<T> + n) / 4) = float4{lasts[n], lasts[n + 1], lasts[n + 2], lasts[n + 3]};
+            for (int n = 0; n < PER_VEC<T>; n += 4) {
+              carried((k * PER_VEC<T> + n) / 4) = float4{lasts[n], lasts[n + 1], lasts[n + 2], lasts[n + 3]};
             }
           }
         }
-        store_piece<A, Use::again>(cell, channel(k), p.C, 1, result);
+        store_vec<A, CacheHint::keep>(cell, channel(k), p.C, 1, result);
       }
       if constexpr (WALKS) {
         walk += 2 * p.x.strides.col;
@@ -244,7 +244,7 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
 
 template <class T, Access A, bool MOSAIC>
 auto choose_kernel(bool halo, Norm norm) -> void (*)(Fused<T>) {
-  if constexpr (A == Access::pieces) {
+  if constexpr (A == Access::vector) {
     if (norm == Norm::l2) {
       return halo ? grid_pool_kernel<T, A, true, MOSAIC, true> : grid_pool_kernel<T, A, true, MOSAIC, false>;
     }
@@ -258,7 +258,7 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   Fused<T> p{};
   p.x = frames_of_x<T>(call);
   p.out = frames_of_out<T>(call);
-  p.scratch = static_cast<T*>(call.miniatures != nullptr ? call.miniatures : call.scratch);
+  p.scratch = static_cast<T*>(call.thumbnails != nullptr ? call.thumbnails : call.scratch);
   p.tables = device_tables;
   p.H = tables[H_HEIGHT];
   p.W = tables[H_WIDTH];
@@ -269,26 +269,26 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   p.C = static_cast<int32_t>(call.C);
   p.pools = pools;
   p.norm = norm_kind(call.norm_type);
-  p.share = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.inv_count = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
   p.temperature = call.temperature;
 
-  const bool halo = p.H % 2 == 1 || p.W % 2 == 1, pieces = in_pieces(tables, call, p.OH, p.OW);
+  const bool halo = p.H % 2 == 1 || p.W % 2 == 1, is_vector = is_vectorized(tables, call, p.OH, p.OW);
   const int32_t threads = block_threads(p.C, sizeof(T));
-  for (int32_t step = 0; step < tables[H_NUM_STEPS]; ++step) {
-    const int32_t* s = tables + tables[H_STEPS] + step * STEP_WORDS;
+  for (int32_t stage = 0; stage < tables[H_NUM_STAGES]; ++stage) {
+    const int32_t* s = tables + tables[H_STAGES] + stage * STAGE_WORDS;
     const bool mosaic = s[S_MOSAIC] != 0;
-    const bool walks_rows = walks(pieces ? Access::pieces : Access::elements, mosaic);
+    const bool walks_rows = walks(is_vector ? Access::vector : Access::scalar, mosaic);
     p.windows = !walks_rows ? 1 : call.cells > 0 ? call.cells : CELLS;
     p.cells = walks_rows && call.cells <= 0 && p.W % 2 == 1 ? p.w : p.windows;
     p.spans = (p.w + p.cells - 1) / p.cells;
     p.window_spans = (p.OW + p.windows - 1) / p.windows;
     const int64_t walk = static_cast<int64_t>(p.h) * p.spans, pool = static_cast<int64_t>(p.OH) * p.window_spans;
-    const auto kernel = mosaic ? (pieces ? choose_kernel<T, Access::pieces, true>(halo, p.norm)
-                                         : choose_kernel<T, Access::elements, true>(halo, p.norm))
-                               : (pieces ? choose_kernel<T, Access::pieces, false>(halo, p.norm)
-                                         : choose_kernel<T, Access::elements, false>(halo, p.norm));
+    const auto kernel = mosaic ? (is_vector ? choose_kernel<T, Access::vector, true>(halo, p.norm)
+                                            : choose_kernel<T, Access::scalar, true>(halo, p.norm))
+                               : (is_vector ? choose_kernel<T, Access::vector, false>(halo, p.norm)
+                                            : choose_kernel<T, Access::scalar, false>(halo, p.norm));
     const int64_t shared = halo && walks_rows ? threads * THREAD_CHANNELS * sizeof(float) : 0;
-    const int32_t count = s[S_COUNT], all_walked = s[S_WALKED];
+    const int32_t count = s[S_COUNT], all_walked = s[S_SHRUNK];
     const cudaError_t error = launch_in_ranges(count, std::max(walk, pool), [&](int32_t first, int32_t range) {
       p.entries = device_tables + s[S_ENTRIES] + first * ENTRY_WORDS;
       p.walked = std::clamp(all_walked - first, 0, range);

@@ -7,10 +7,10 @@
 namespace stgp::cuda {
 
 // 1 / n of the 1, 2 or 3 rows or columns of a cell: rounded once, exact for 1 and 2, and no division.
-__device__ __forceinline__ float share_of(int32_t n) { return n == 3 ? 1.0f / 3.0f : n == 2 ? 0.5f : 1.0f; }
+__device__ __forceinline__ float inverse(int32_t n) { return n == 3 ? 1.0f / 3.0f : n == 2 ? 0.5f : 1.0f; }
 
-// Where the tokens of an entry are: in a frame of x, or in the four miniatures that a summary is tiled from. Of the
-// parameters P it takes x, the miniatures in scratch, and h, w, C.
+// Where the tokens of an entry are: in a frame of x, or in the four thumbnails that a summary is tiled from. Of the
+// parameters P it takes x, the thumbnails in scratch, and h, w, C.
 template <class T, bool MOSAIC, class P>
 struct Image {
   const P& p;
@@ -22,7 +22,7 @@ struct Image {
 #pragma unroll
       for (int n = 0; n < 4; ++n) slots[n] = entry[E_SOURCES + n];
     } else {
-      frame = p.x.frame(entry[E_CONTENT]);
+      frame = p.x.frame(entry[E_NODE]);
     }
   }
 

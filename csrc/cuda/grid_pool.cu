@@ -20,7 +20,7 @@ int64_t summary_bytes(const int32_t* tables, const Call& call) {
   return rounded_up(tokens * call.C * value_bytes(call.dtype));
 }
 
-int64_t miniature_bytes(const int32_t* tables, const Call& call) {
+int64_t thumbnail_bytes(const int32_t* tables, const Call& call) {
   const int64_t h = (tables[H_HEIGHT] + 1) / 2, w = (tables[H_WIDTH] + 1) / 2;
   return rounded_up(tables[H_SLOTS] * h * w * call.C * value_bytes(call.dtype));
 }
@@ -31,7 +31,7 @@ GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool p
   const int64_t tokens = static_cast<int64_t>(tables[H_HEIGHT]) * tables[H_WIDTH];
   const int64_t windows = static_cast<int64_t>(tables[H_OUT_ROWS]) * tables[H_OUT_COLS];
   const bool fused = pooled && takes_fused(tables, call);
-  *bytes = fused ? miniature_bytes(tables, call) : pooled ? summary_bytes(tables, call) : 0;
+  *bytes = fused ? thumbnail_bytes(tables, call) : pooled ? summary_bytes(tables, call) : 0;
   const auto take = [&](int64_t words) {
     const int64_t start = *bytes;
     *bytes += rounded_up(words * 4);
@@ -47,7 +47,7 @@ GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool p
   return scratch;
 }
 
-// Kernels count channels in int32, a block's pieces beyond the last included.
+// Kernels count channels in int32, those of a block's vecs beyond the last channel included.
 bool too_many_channels(const Call& call) { return call.C > std::numeric_limits<int32_t>::max() - 2 * MAX_CHANNELS; }
 
 }  // namespace
@@ -61,11 +61,11 @@ Norm norm_kind(double norm_type) {
 int64_t value_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 bool takes_fused(const int32_t* tables, const Call& call) {
-  return tables[H_NUM_STEPS] > 0 && call.C <= MAX_CHANNELS && norm_kind(call.norm_type) != Norm::power;
+  return tables[H_NUM_STAGES] > 0 && call.C <= MAX_CHANNELS && norm_kind(call.norm_type) != Norm::power;
 }
 
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call) {
-  if (op == Op::token_norm || call.miniatures != nullptr) return 0;
+  if (op == Op::token_norm || call.thumbnails != nullptr) return 0;
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
   if (op == Op::grid_pool_backward || op == Op::temporal_grid_backward) {
     int64_t bytes = 0;
@@ -73,7 +73,7 @@ int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call) {
     return bytes;
   }
   if (op == Op::temporal_grid) return summary_bytes(tables, call);
-  if (takes_fused(tables, call)) return miniature_bytes(tables, call);
+  if (takes_fused(tables, call)) return thumbnail_bytes(tables, call);
   return summary_bytes(tables, call) + tables[H_FRAMES] * H * W * static_cast<int64_t>(sizeof(float));
 }
 
@@ -82,7 +82,7 @@ int grid_pool(const int32_t* tables, const int32_t* device_tables, const Call& c
   if (too_many_channels(call)) return cudaErrorInvalidValue;
   const auto queue = static_cast<cudaStream_t>(stream);
   if (takes_fused(tables, call)) return pool_fused(tables, device_tables, call, true, queue);
-  if (call.miniatures != nullptr) return cudaErrorInvalidValue;
+  if (call.thumbnails != nullptr) return cudaErrorInvalidValue;
   const cudaError_t error = make_summaries(tables, device_tables, call, queue);
   if (error != cudaSuccess) return error;
   auto* norms = reinterpret_cast<float*>(static_cast<char*>(call.scratch) + summary_bytes(tables, call));
@@ -105,16 +105,16 @@ int grid_pool_backward(const int32_t* tables, const int32_t* device_tables, cons
   const GradientScratch scratch = gradient_scratch(tables, call, true, &bytes);
   if (takes_fused(tables, call)) {
     const cudaError_t error = pool_fused(tables, device_tables, call, false, queue);
-    return error != cudaSuccess ? error : unpool_fused(tables, device_tables, call, scratch, queue);
+    return error != cudaSuccess ? error : grid_pool_backward_fused(tables, device_tables, call, scratch, queue);
   }
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
   const Strides strides{call.T * H * W, H * W, W, 1, 1};
   cudaError_t error = make_summaries(tables, device_tables, call, queue);
   if (error == cudaSuccess) {
-    error = find_norms(tables[H_FRAMES], tables[H_HEIGHT], tables[H_WIDTH], call, device_tables + tables[H_FINAL],
+    error = find_norms(tables[H_FRAMES], tables[H_HEIGHT], tables[H_WIDTH], call, device_tables + tables[H_OUTPUTS],
                        scratch.norms, strides, false, queue);
   }
-  return error != cudaSuccess ? error : unpool(tables, device_tables, call, scratch, true, queue);
+  return error != cudaSuccess ? error : grid_pool_backward(tables, device_tables, call, scratch, true, queue);
 }
 
 int temporal_grid_backward(const int32_t* tables, const int32_t* device_tables, const Call& call, void* stream) {
@@ -122,7 +122,7 @@ int temporal_grid_backward(const int32_t* tables, const int32_t* device_tables, 
   if (too_many_channels(call) || tables[H_GRADIENT] == 0) return cudaErrorInvalidValue;
   int64_t bytes = 0;
   const GradientScratch scratch = gradient_scratch(tables, call, false, &bytes);
-  return unpool(tables, device_tables, call, scratch, false, static_cast<cudaStream_t>(stream));
+  return grid_pool_backward(tables, device_tables, call, scratch, false, static_cast<cudaStream_t>(stream));
 }
 
 int token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, void* stream) {

@@ -20,7 +20,7 @@ bool takes_fused(const int32_t* tables, const Call& call);
 
 int64_t value_bytes(DType dtype);
 
-// The fused form: out from x, miniatures in scratch. Without `pools` the miniatures alone.
+// The fused form: out from x, thumbnails in scratch. Without `pools` the thumbnails alone.
 cudaError_t pool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call, bool pools,
                        cudaStream_t stream);
 
@@ -34,7 +34,7 @@ cudaError_t copy_final(const int32_t* tables, const int32_t* device_tables, cons
 cudaError_t pool_windows(const int32_t* tables, const int32_t* device_tables, const Call& call, float* norms,
                          cudaStream_t stream);
 
-// Norms of frames 0, ..., frames - 1, or of the contents that `final` on the device names. exact: division and root
+// Norms of frames 0, ..., frames - 1, or of the nodes that `final` on the device names. exact: division and root
 // round correctly; norms that only become weights do without.
 cudaError_t find_norms(int32_t frames, int32_t H, int32_t W, const Call& call, const int32_t* final, float* norms,
                        const Strides& norm_strides, bool exact, cudaStream_t stream);
@@ -47,13 +47,13 @@ struct GradientScratch {
   int32_t* ends;      // (summaries)
 };
 
-// Gradients in x, the fused form: miniatures are in scratch.
-cudaError_t unpool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call,
-                         const GradientScratch& scratch, cudaStream_t stream);
+// Gradients in x, the fused form: thumbnails are in scratch.
+cudaError_t grid_pool_backward_fused(const int32_t* tables, const int32_t* device_tables, const Call& call,
+                                     const GradientScratch& scratch, cudaStream_t stream);
 
 // The same in the general form: summaries and norms are in scratch. Without `pooled` it is that of temporal_grid, which
 // needs neither.
-cudaError_t unpool(const int32_t* tables, const int32_t* device_tables, const Call& call,
-                   const GradientScratch& scratch, bool pooled, cudaStream_t stream);
+cudaError_t grid_pool_backward(const int32_t* tables, const int32_t* device_tables, const Call& call,
+                               const GradientScratch& scratch, bool pooled, cudaStream_t stream);
 
 }  // namespace stgp::cuda

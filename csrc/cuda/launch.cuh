@@ -27,19 +27,19 @@ inline int32_t block_threads(int64_t C, int64_t bytes) {
 }
 
 // Whether tokens at these strides can be moved 16 bytes at a time. A stride along a size of 1 is never used.
-inline bool in_pieces(const void* base, const Strides& strides, int64_t videos, int64_t T, int64_t rows, int64_t cols,
-                      int64_t C, int64_t bytes) {
-  const int64_t values = PIECE_BYTES / bytes;
+inline bool is_vectorized(const void* base, const Strides& strides, int64_t videos, int64_t T, int64_t rows,
+                          int64_t cols, int64_t C, int64_t bytes) {
+  const int64_t values = VEC_BYTES / bytes;
   const auto fits = [&](int64_t size, int64_t stride) { return size <= 1 || stride % values == 0; };
-  return reinterpret_cast<uintptr_t>(base) % PIECE_BYTES == 0 && C % values == 0 && strides.channel == 1 &&
+  return reinterpret_cast<uintptr_t>(base) % VEC_BYTES == 0 && C % values == 0 && strides.channel == 1 &&
          fits(videos, strides.video) && fits(T, strides.frame) && fits(rows, strides.row) && fits(cols, strides.col);
 }
 
 // x and out, where out has `rows` x `cols` tokens a frame.
-inline bool in_pieces(const int32_t* tables, const Call& call, int64_t rows, int64_t cols) {
+inline bool is_vectorized(const int32_t* tables, const Call& call, int64_t rows, int64_t cols) {
   const int64_t videos = tables[H_FRAMES] / call.T, bytes = value_bytes(call.dtype);
-  return in_pieces(call.x, call.x_strides, videos, call.T, tables[H_HEIGHT], tables[H_WIDTH], call.C, bytes) &&
-         in_pieces(call.out, call.out_strides, videos, call.T, rows, cols, call.C, bytes);
+  return is_vectorized(call.x, call.x_strides, videos, call.T, tables[H_HEIGHT], tables[H_WIDTH], call.C, bytes) &&
+         is_vectorized(call.out, call.out_strides, videos, call.T, rows, cols, call.C, bytes);
 }
 
 template <class T>

@@ -6,14 +6,14 @@
 
 namespace stgp::cuda {
 
-// Adds |v|^p of the values of a piece to a thread's sum; or takes the largest |v| so far. Without their sign, floats
+// Adds |v|^p of the values of a vec to a thread's sum; or takes the largest |v| so far. Without their sign, floats
 // are in the order of their bits, and NaN is above infinity: no maximum of bits loses it, as one of floats would.
 template <class T>
-__device__ __forceinline__ float add_piece(Norm norm, float total, const Piece& piece) {
+__device__ __forceinline__ float add_vec(Norm norm, float total, const Vec& vec) {
 #pragma unroll
   for (int w = 0; w < WORDS; ++w) {
     float values[PER_WORD<T>];
-    unpack<T>(piece.word[w], values);
+    unpack<T>(vec.word[w], values);
 #pragma unroll
     for (float value : values) {
       if (norm == Norm::l2) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ float add_piece(Norm norm, float total, const Piece& 
   return total;
 }
 
-// What `add_piece` made of all the channels of two.
+// What `add_vec` made of all the channels of two.
 struct Join {
   Norm norm;
 
@@ -91,10 +91,10 @@ __device__ __forceinline__ void join_block(Join join, float (&values)[N], int32_
   }
 }
 
-// (total * share)^(1/p) for p = 1, 2 and infinity, from what `join_block` made of a token. share is 1 / C, or 1.
-__device__ __forceinline__ float finish_norm(Norm norm, float total, float share) {
+// (total * inv_count)^(1/p) for p = 1, 2 and infinity; `total` comes from `join_block`, inv_count is 1 / C, or 1.
+__device__ __forceinline__ float finish_norm(Norm norm, float total, float inv_count) {
   if (norm == Norm::max) return total;
-  const float mean = __fmul_rn(total, share);
+  const float mean = __fmul_rn(total, inv_count);
   return norm == Norm::l2 ? sqrtf(mean) : mean;
 }
 

@@ -16,7 +16,7 @@ __device__ __forceinline__ Weights& shared_weights() {
 
 template <class T>
 struct Windows {
-  Contents<T> contents;
+  Nodes<T> nodes;
   Frames<T> out;
   const int32_t* final;
   const int32_t* rows;  // OH starts of windows, OH counts
@@ -35,14 +35,14 @@ struct Windows {
 template <class T, Access A>
 __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_constant__ Windows<T> p) {
   Weights& weights = shared_weights();
-  const int32_t H = p.contents.H, W = p.contents.W, C = p.contents.C;
+  const int32_t H = p.nodes.H, W = p.nodes.W, C = p.nodes.C;
   int32_t block = blockIdx.x;
   const int32_t chunk = block % p.chunks;
   block /= p.chunks;
   const int32_t j = block % p.OW, i = block / p.OW % p.OH, frame = p.first + block / p.OW / p.OH;
   const int32_t top = p.rows[i], left = p.cols[j], width = p.cols[p.OW + j];
   const int64_t size = static_cast<int64_t>(p.rows[p.OH + i]) * width;
-  const int32_t content = p.final[frame];
+  const int32_t node = p.final[frame];
   const float* norms = p.norms + static_cast<int64_t>(frame) * H * W;
 
   const auto in_frame = [&](int32_t row, int32_t col) { return row >= 0 && row < H && col >= 0 && col < W; };
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
   for (int64_t n = threadIdx.x; n < size; n += blockDim.x) total[0] += expf(logit_of(n) - highest[0]);
   join_block([](float left, float right) { return left + right; }, total, 1);
 
-  float sum[PIECES<T>][PER_PIECE<T>] = {};
+  float sum[VECS<T>][PER_VEC<T>] = {};
   for (int64_t from = 0; from < size; from += WEIGHTS) {
     const int32_t count = static_cast<int32_t>(min(size - from, static_cast<int64_t>(WEIGHTS)));
     __syncthreads();
@@ -71,15 +71,15 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
       const int32_t col = left + static_cast<int32_t>((from + n) % width);
       if (!in_frame(row, col)) continue;  // nothing to add
       int64_t stride;
-      const T* token = p.contents.token(content, row, col, &stride);
+      const T* token = p.nodes.token(node, row, col, &stride);
 #pragma unroll
-      for (int k = 0; k < PIECES<T>; ++k) {
-        const int32_t channel = ((chunk * PIECES<T> + k) * blockDim.x + threadIdx.x) * PER_PIECE<T>;
-        const Piece piece = load_piece<A, Use::again>(token, channel, C, stride);
+      for (int k = 0; k < VECS<T>; ++k) {
+        const int32_t channel = ((chunk * VECS<T> + k) * blockDim.x + threadIdx.x) * PER_VEC<T>;
+        const Vec vec = load_vec<A, CacheHint::keep>(token, channel, C, stride);
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
           float values[PER_WORD<T>];
-          unpack<T>(piece.word[w], values);
+          unpack<T>(vec.word[w], values);
 #pragma unroll
           for (int e = 0; e < PER_WORD<T>; ++e) {
             float& of_channel = sum[k][w * PER_WORD<T> + e];
@@ -92,9 +92,9 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
 
   T* to = p.out.token(p.out.frame(frame), i, j);
 #pragma unroll
-  for (int k = 0; k < PIECES<T>; ++k) {
-    const int32_t channel = ((chunk * PIECES<T> + k) * blockDim.x + threadIdx.x) * PER_PIECE<T>;
-    Piece result;
+  for (int k = 0; k < VECS<T>; ++k) {
+    const int32_t channel = ((chunk * VECS<T> + k) * blockDim.x + threadIdx.x) * PER_VEC<T>;
+    Vec result;
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
       float values[PER_WORD<T>];
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
       for (int e = 0; e < PER_WORD<T>; ++e) values[e] = sum[k][w * PER_WORD<T> + e];
       result.word[w] = pack<T>(values);
     }
-    store_piece<A, Use::once>(to, channel, C, p.out.strides.channel, result);
+    store_vec<A, CacheHint::stream>(to, channel, C, p.out.strides.channel, result);
   }
 }
 
@@ -110,10 +110,10 @@ template <class T>
 cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call& call, const float* norms,
                  cudaStream_t stream) {
   Windows<T> p{};
-  p.contents = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), tables[H_HEIGHT], tables[H_WIDTH],
-                static_cast<int32_t>(call.C)};
+  p.nodes = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), tables[H_HEIGHT], tables[H_WIDTH],
+             static_cast<int32_t>(call.C)};
   p.out = frames_of_out<T>(call);
-  p.final = device_tables + tables[H_FINAL];
+  p.final = device_tables + tables[H_OUTPUTS];
   p.rows = device_tables + tables[H_WINDOW_ROWS];
   p.cols = device_tables + tables[H_WINDOW_COLS];
   p.norms = norms;
@@ -123,8 +123,8 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
 
   const int32_t threads = block_threads(call.C, sizeof(T));
   p.chunks = static_cast<int32_t>((call.C + threads * THREAD_CHANNELS - 1) / (threads * THREAD_CHANNELS));
-  const auto kernel =
-      in_pieces(tables, call, p.OH, p.OW) ? norm_pool_kernel<T, Access::pieces> : norm_pool_kernel<T, Access::elements>;
+  const auto kernel = is_vectorized(tables, call, p.OH, p.OW) ? norm_pool_kernel<T, Access::vector>
+                                                              : norm_pool_kernel<T, Access::scalar>;
   const int64_t blocks = static_cast<int64_t>(p.OH) * p.OW * p.chunks;
   return launch_in_ranges(tables[H_FRAMES], blocks, [&](int32_t first, int32_t range) {
     p.first = first;
@@ -139,7 +139,7 @@ cudaError_t pool_windows(const int32_t* tables, const int32_t* device_tables, co
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
   const Strides strides{call.T * H * W, H * W, W, 1, 1};
   const cudaError_t error = find_norms(tables[H_FRAMES], tables[H_HEIGHT], tables[H_WIDTH], call,
-                                       device_tables + tables[H_FINAL], norms, strides, false, stream);
+                                       device_tables + tables[H_OUTPUTS], norms, strides, false, stream);
   if (error != cudaSuccess) return error;
   return with_type(call.dtype,
                    [&](auto value) { return pool<decltype(value)>(tables, device_tables, call, norms, stream); });

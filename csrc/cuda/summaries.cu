@@ -8,15 +8,15 @@ namespace {
 constexpr int32_t THREADS = 128;  // channels have nothing to do with each other here
 
 inline int32_t threads_for(int64_t C, int64_t bytes) {
-  const int64_t pieces = (C * bytes + PIECE_BYTES - 1) / PIECE_BYTES;
-  return static_cast<int32_t>(std::min<int64_t>((pieces + WARP - 1) / WARP * WARP, THREADS));
+  const int64_t is_vector = (C * bytes + VEC_BYTES - 1) / VEC_BYTES;
+  return static_cast<int32_t>(std::min<int64_t>((is_vector + WARP - 1) / WARP * WARP, THREADS));
 }
 
 template <class T>
 struct Summaries {
-  Contents<T> contents;
+  Nodes<T> nodes;
   T* summaries;
-  const int32_t* sources;  // rows x cols contents of every summary of the level
+  const int32_t* sources;  // rows x cols nodes of every summary of the level
   const int32_t* row_runs;
   const int32_t* col_runs;
   int32_t first;  // summary of this launch, and of the level
@@ -29,47 +29,47 @@ struct Summaries {
 // Rows are added first, column by column, then columns: the order of fused.cu, where both give the same bits.
 template <class T, Access A>
 __global__ void __launch_bounds__(THREADS) summary_kernel(const __grid_constant__ Summaries<T> p) {
-  const int32_t H = p.contents.H, W = p.contents.W, C = p.contents.C;
+  const int32_t H = p.nodes.H, W = p.nodes.W, C = p.nodes.C;
   const int32_t block = blockIdx.x, c = block % W, r = block / W % H, s = p.first + block / W / H;
   const int32_t top = p.row_runs[r], height = p.row_runs[H + r], left = p.col_runs[c], width = p.col_runs[W + c];
   const int32_t* sources = p.sources + static_cast<int64_t>(s - p.first_of_level) * p.rows * p.cols;
-  const float share = __fdiv_rn(1.0f, static_cast<float>(height)) * __fdiv_rn(1.0f, static_cast<float>(width));
+  const float inv_count = __fdiv_rn(1.0f, static_cast<float>(height)) * __fdiv_rn(1.0f, static_cast<float>(width));
   T* summary = p.summaries + ((static_cast<int64_t>(s) * H + r) * W + c) * C;
 
-  for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
-    float total[PER_PIECE<T>] = {};
+  for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+    float total[PER_VEC<T>] = {};
     for (int32_t col = left; col < left + width; ++col) {
-      float column[PER_PIECE<T>] = {};
+      float column[PER_VEC<T>] = {};
       for (int32_t row = top; row < top + height; ++row) {
         int64_t stride;
-        const T* token = p.contents.token(sources[row / H * p.cols + col / W], row % H, col % W, &stride);
-        const Piece piece = load_piece<A, Use::again>(token, channel, C, stride);
+        const T* token = p.nodes.token(sources[row / H * p.cols + col / W], row % H, col % W, &stride);
+        const Vec vec = load_vec<A, CacheHint::keep>(token, channel, C, stride);
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
           float values[PER_WORD<T>];
-          unpack<T>(piece.word[w], values);
+          unpack<T>(vec.word[w], values);
 #pragma unroll
           for (int e = 0; e < PER_WORD<T>; ++e) column[w * PER_WORD<T> + e] += values[e];
         }
       }
 #pragma unroll
-      for (int e = 0; e < PER_PIECE<T>; ++e) total[e] += column[e];
+      for (int e = 0; e < PER_VEC<T>; ++e) total[e] += column[e];
     }
-    Piece mean;
+    Vec mean;
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
       float values[PER_WORD<T>];
 #pragma unroll
-      for (int e = 0; e < PER_WORD<T>; ++e) values[e] = total[w * PER_WORD<T> + e] * share;
+      for (int e = 0; e < PER_WORD<T>; ++e) values[e] = total[w * PER_WORD<T> + e] * inv_count;
       mean.word[w] = pack<T>(values);
     }
-    store_piece<A, Use::again>(summary, channel, C, 1, mean);
+    store_vec<A, CacheHint::keep>(summary, channel, C, 1, mean);
   }
 }
 
 template <class T>
 struct Final {
-  Contents<T> contents;
+  Nodes<T> nodes;
   Frames<T> out;
   const int32_t* final;
   int32_t first;  // frame of this launch
@@ -78,19 +78,19 @@ struct Final {
 // out[t, r, c] = the token of what frame t ends with: itself, or a summary. A block takes one token.
 template <class T, Access A>
 __global__ void __launch_bounds__(THREADS) final_frames_kernel(const __grid_constant__ Final<T> p) {
-  const int32_t H = p.contents.H, W = p.contents.W, C = p.contents.C;
+  const int32_t H = p.nodes.H, W = p.nodes.W, C = p.nodes.C;
   const int32_t block = blockIdx.x, col = block % W, row = block / W % H, frame = p.first + block / W / H;
   int64_t stride;
-  const T* from = p.contents.token(p.final[frame], row, col, &stride);
+  const T* from = p.nodes.token(p.final[frame], row, col, &stride);
   T* to = p.out.token(p.out.frame(frame), row, col);
-  for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
-    store_piece<A, Use::once>(to, channel, C, p.out.strides.channel,
-                              load_piece<A, Use::once>(from, channel, C, stride));
+  for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+    store_vec<A, CacheHint::stream>(to, channel, C, p.out.strides.channel,
+                                    load_vec<A, CacheHint::stream>(from, channel, C, stride));
   }
 }
 
 template <class T>
-Contents<T> contents_of(const int32_t* tables, const Call& call) {
+Nodes<T> nodes_of(const int32_t* tables, const Call& call) {
   return {frames_of_x<T>(call), static_cast<const T*>(call.scratch), tables[H_HEIGHT], tables[H_WIDTH],
           static_cast<int32_t>(call.C)};
 }
@@ -98,11 +98,12 @@ Contents<T> contents_of(const int32_t* tables, const Call& call) {
 template <class T>
 cudaError_t summarize(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream) {
   Summaries<T> p{};
-  p.contents = contents_of<T>(tables, call);
+  p.nodes = nodes_of<T>(tables, call);
   p.summaries = static_cast<T*>(call.scratch);
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
-  const bool pieces = in_pieces(call.x, call.x_strides, tables[H_FRAMES] / call.T, call.T, H, W, call.C, sizeof(T));
-  const auto kernel = pieces ? summary_kernel<T, Access::pieces> : summary_kernel<T, Access::elements>;
+  const bool is_vector =
+      is_vectorized(call.x, call.x_strides, tables[H_FRAMES] / call.T, call.T, H, W, call.C, sizeof(T));
+  const auto kernel = is_vector ? summary_kernel<T, Access::vector> : summary_kernel<T, Access::scalar>;
   for (int32_t number = 0; number < tables[H_NUM_LEVELS]; ++number) {
     const int32_t* level = tables + tables[H_LEVELS] + number * LEVEL_WORDS;
     p.sources = device_tables + level[L_SOURCES];
@@ -123,12 +124,12 @@ cudaError_t summarize(const int32_t* tables, const int32_t* device_tables, const
 template <class T>
 cudaError_t copy(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream) {
   Final<T> p{};
-  p.contents = contents_of<T>(tables, call);
+  p.nodes = nodes_of<T>(tables, call);
   p.out = frames_of_out<T>(call);
-  p.final = device_tables + tables[H_FINAL];
+  p.final = device_tables + tables[H_OUTPUTS];
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
-  const auto kernel =
-      in_pieces(tables, call, H, W) ? final_frames_kernel<T, Access::pieces> : final_frames_kernel<T, Access::elements>;
+  const auto kernel = is_vectorized(tables, call, H, W) ? final_frames_kernel<T, Access::vector>
+                                                        : final_frames_kernel<T, Access::scalar>;
   return launch_in_ranges(tables[H_FRAMES], H * W, [&](int32_t first, int32_t range) {
     p.first = first;
     return launch(kernel, range * H * W, threads_for(call.C, sizeof(T)), stream, p);

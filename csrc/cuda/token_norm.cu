@@ -9,37 +9,37 @@ namespace {
 
 template <class T>
 struct Norms {
-  Contents<T> contents;
-  const int32_t* final;  // the content of every frame, or nullptr: frames are as given
+  Nodes<T> nodes;
+  const int32_t* final;  // the node of every frame, or nullptr: frames are as given
   Frames<float> norms;   // (videos, T, H, W)
   int32_t first;         // frame of this launch
   Norm norm;
   bool mean, exact;
-  float share;  // 1 / C, or 1
+  float inv_count;  // 1 / C, or 1
   double p;
 };
 
 // norm[t, r, c] = (mean_k |x[t, r, c, k]|^p)^(1/p), or the sum in place of the mean. A block takes one token.
 template <class T, Access A, bool POWER>
 __global__ void __launch_bounds__(MAX_THREADS) token_norm_kernel(const __grid_constant__ Norms<T> p) {
-  const int32_t W = p.contents.W, H = p.contents.H, C = p.contents.C;
+  const int32_t W = p.nodes.W, H = p.nodes.H, C = p.nodes.C;
   const int32_t block = blockIdx.x, col = block % W, row = block / W % H, frame = p.first + block / W / H;
   int64_t stride;
-  const T* token = p.contents.token(p.final == nullptr ? frame : p.final[frame], row, col, &stride);
+  const T* token = p.nodes.token(p.final == nullptr ? frame : p.final[frame], row, col, &stride);
 
   float total[1] = {};
   if constexpr (POWER) {
-    // What log2 and exp2 lose where |t|^p is far from 1 would be seen in float32. Channels go to threads as pieces do.
-    for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
+    // What log2 and exp2 lose where |t|^p is far from 1 would be seen in float32. Channels go to threads as vecs do.
+    for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
 #pragma unroll 1
-      for (int32_t k = channel; k < min(channel + PER_PIECE<T>, C); ++k) {
+      for (int32_t k = channel; k < min(channel + PER_VEC<T>, C); ++k) {
         const double magnitude = fabsf(static_cast<float>(token[k * stride]));
         total[0] += static_cast<float>(exp2(p.p * log2(magnitude)));
       }
     }
   } else {
-    for (int32_t channel = threadIdx.x * PER_PIECE<T>; channel < C; channel += blockDim.x * PER_PIECE<T>) {
-      total[0] = add_piece<T>(p.norm, total[0], load_piece<A, Use::again>(token, channel, C, stride));
+    for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+      total[0] = add_vec<T>(p.norm, total[0], load_vec<A, CacheHint::keep>(token, channel, C, stride));
     }
   }
   join_block(Join{p.norm}, total, 0);
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(MAX_THREADS) token_norm_kernel(const __grid_co
       norm = __fsqrt_rn(norm);
     }
   } else {
-    norm = finish_norm(p.norm, norm, p.share);
+    norm = finish_norm(p.norm, norm, p.inv_count);
   }
   *p.norms.token(p.norms.frame(frame), row, col) = norm;
 }
@@ -63,19 +63,19 @@ template <class T>
 cudaError_t find(int32_t frames, int32_t H, int32_t W, const Call& call, const int32_t* final, float* norms,
                  const Strides& norm_strides, bool exact, cudaStream_t stream) {
   Norms<T> p{};
-  p.contents = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), H, W, static_cast<int32_t>(call.C)};
+  p.nodes = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), H, W, static_cast<int32_t>(call.C)};
   p.final = final;
   p.norms = {norms, norm_strides, static_cast<int32_t>(call.T)};
   p.norm = norm_kind(call.norm_type);
   p.mean = call.normalize_norm;
   p.exact = exact;
-  p.share = p.mean ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.inv_count = p.mean ? 1.0f / static_cast<float>(call.C) : 1.0f;
   p.p = call.norm_type;
 
-  const bool pieces = in_pieces(call.x, call.x_strides, frames / call.T, call.T, H, W, call.C, sizeof(T));
-  const auto kernel = p.norm == Norm::power ? token_norm_kernel<T, Access::elements, true>
-                      : pieces              ? token_norm_kernel<T, Access::pieces, false>
-                                            : token_norm_kernel<T, Access::elements, false>;
+  const bool is_vector = is_vectorized(call.x, call.x_strides, frames / call.T, call.T, H, W, call.C, sizeof(T));
+  const auto kernel = p.norm == Norm::power ? token_norm_kernel<T, Access::scalar, true>
+                      : is_vector           ? token_norm_kernel<T, Access::vector, false>
+                                            : token_norm_kernel<T, Access::scalar, false>;
   const int64_t blocks = static_cast<int64_t>(H) * W;
   return launch_in_ranges(frames, blocks, [&](int32_t first, int32_t range) {
     p.first = first;

@@ -1,5 +1,5 @@
 // Tokens in memory and in registers. Every kernel spreads the channels of a token over a block alike, so that sums over
-// channels have one order: piece k of thread t starts at channel (k * threads + t) * 8, or * 4 for float32.
+// channels have one order: vec k of thread t starts at channel (k * threads + t) * 8, or * 4 for float32.
 
 #pragma once
 
@@ -14,22 +14,22 @@
 
 namespace stgp::cuda {
 
-constexpr int PIECE_BYTES = 16;
-constexpr int WORDS = PIECE_BYTES / 4;
+constexpr int VEC_BYTES = 16;
+constexpr int WORDS = VEC_BYTES / 4;
 constexpr int THREAD_CHANNELS = 16;
 
 // Neighbouring channels in 128 bits. They stay packed until they are used: unpacked, they would take twice the
 // registers.
-struct alignas(PIECE_BYTES) Piece {
+struct alignas(VEC_BYTES) Vec {
   uint32_t word[WORDS];
 };
 
 template <class T>
 constexpr int PER_WORD = 4 / static_cast<int>(sizeof(T));
 template <class T>
-constexpr int PER_PIECE = PIECE_BYTES / static_cast<int>(sizeof(T));
+constexpr int PER_VEC = VEC_BYTES / static_cast<int>(sizeof(T));
 template <class T>
-constexpr int PIECES = THREAD_CHANNELS / PER_PIECE<T>;
+constexpr int VECS = THREAD_CHANNELS / PER_VEC<T>;
 
 template <class To, class From>
 __device__ __forceinline__ To same_bits(const From& from) {
@@ -72,66 +72,68 @@ __device__ __forceinline__ uint32_t pack(const float (&values)[PER_WORD<T>]) {
   return pack(values, T{});
 }
 
-// pieces: every token starts at a multiple of 16 bytes, and so do its pieces. elements: any strides, any alignment.
-enum class Access { pieces, elements };
+// How channels of a token are loaded and stored. vector: every token starts at a multiple of 16 bytes, and 128 bits are
+// moved at a time. scalar: any strides, any alignment.
+enum class Access { vector, scalar };
 
 // Whether memory is read or written once, so that it should not displace what is read again soon.
-enum class Use { once, again };
+enum class CacheHint { stream, keep };
 
 // Channels `channel`, ... of a token as far as they are below C, 0 from there on.
-template <Access A, Use U, class T>
-__device__ __forceinline__ Piece load_piece(const T* token, int32_t channel, int32_t C, int64_t stride) {
-  Piece piece{};
-  if constexpr (A == Access::pieces) {
+template <Access A, CacheHint U, class T>
+__device__ __forceinline__ Vec load_vec(const T* token, int32_t channel, int32_t C, int64_t stride) {
+  Vec vec{};
+  if constexpr (A == Access::vector) {
     if (channel < C) {
       const auto* from = reinterpret_cast<const uint4*>(token + channel);
-      piece = same_bits<Piece>(U == Use::once ? __ldcs(from) : *from);
+      vec = same_bits<Vec>(U == CacheHint::stream ? __ldcs(from) : *from);
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < PER_PIECE<T>; ++e) {
+    for (int e = 0; e < PER_VEC<T>; ++e) {
       if (channel + e < C) {
         const T value = token[(channel + e) * stride];
         if constexpr (sizeof(T) == 4) {
-          piece.word[e] = same_bits<uint32_t>(value);
+          vec.word[e] = same_bits<uint32_t>(value);
         } else {
-          piece.word[e / 2] |= static_cast<uint32_t>(same_bits<uint16_t>(value)) << (e % 2 * 16);
+          vec.word[e / 2] |= static_cast<uint32_t>(same_bits<uint16_t>(value)) << (e % 2 * 16);
         }
       }
     }
   }
-  return piece;
+  return vec;
 }
 
-template <Access A, Use U, class T>
-__device__ __forceinline__ void store_piece(T* token, int32_t channel, int32_t C, int64_t stride, const Piece& piece) {
-  if constexpr (A == Access::pieces) {
+template <Access A, CacheHint U, class T>
+__device__ __forceinline__ void store_vec(T* token, int32_t channel, int32_t C, int64_t stride, const Vec& vec) {
+  if constexpr (A == Access::vector) {
     if (channel < C) {
       auto* to = reinterpret_cast<uint4*>(token + channel);
-      if constexpr (U == Use::once) {
-        __stcs(to, same_bits<uint4>(piece));
+      if constexpr (U == CacheHint::stream) {
+        __stcs(to, same_bits<uint4>(vec));
       } else {
-        *to = same_bits<uint4>(piece);
+        *to = same_bits<uint4>(vec);
       }
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < PER_PIECE<T>; ++e) {
+    for (int e = 0; e < PER_VEC<T>; ++e) {
       if (channel + e < C) {
         if constexpr (sizeof(T) == 4) {
-          token[(channel + e) * stride] = same_bits<T>(piece.word[e]);
+          token[(channel + e) * stride] = same_bits<T>(vec.word[e]);
         } else {
-          token[(channel + e) * stride] = same_bits<T>(static_cast<uint16_t>(piece.word[e / 2] >> (e % 2 * 16)));
+          token[(channel + e) * stride] = same_bits<T>(static_cast<uint16_t>(vec.word[e / 2] >> (e % 2 * 16)));
         }
       }
     }
   }
 }
 
-// Has the compiler unpack a piece again where it is used next, in place of keeping what it unpacked before.
-__device__ __forceinline__ void keep_packed(Piece& piece) {
+// Optimisation barrier: forces the compiler to unpack a vec again at its next use instead of keeping the unpacked
+// registers alive.
+__device__ __forceinline__ void keep_packed(Vec& vec) {
 #pragma unroll
-  for (uint32_t& word : piece.word) asm volatile("" : "+r"(word));
+  for (uint32_t& word : vec.word) asm volatile("" : "+r"(word));
 }
 
 // (videos, T, rows, columns, C) of any strides; T is const for x.
@@ -150,20 +152,20 @@ struct Frames {
   }
 };
 
-// A token of a content: a frame of x, or a summary in scratch, which is (summaries, H, W, C).
+// A token of a node: a frame of x, or a summary in scratch, which is (summaries, H, W, C).
 template <class T>
-struct Contents {
+struct Nodes {
   Frames<const T> x;
   const T* summaries;
   int32_t H, W, C;
 
-  __device__ __forceinline__ const T* token(int32_t content, int32_t row, int32_t col, int64_t* channel_stride) const {
-    if (content >= 0) {
+  __device__ __forceinline__ const T* token(int32_t node, int32_t row, int32_t col, int64_t* channel_stride) const {
+    if (node >= 0) {
       *channel_stride = x.strides.channel;
-      return x.token(x.frame(content), row, col);
+      return x.token(x.frame(node), row, col);
     }
     *channel_stride = 1;
-    return summaries + ((static_cast<int64_t>(~content) * H + row) * W + col) * C;
+    return summaries + ((static_cast<int64_t>(~node) * H + row) * W + col) * C;
   }
 };
 

@@ -24,25 +24,28 @@ logger = logging.getLogger("stgridpool_kernels")
 class Backend:
     """One implementation of the ops.
 
-    why_not(x, plan) is None where the backend can run the call, else the reason in a few words; x is None when the
-    question is about the machine alone, and plan is None for token_norm.
-    The four ops write their result into `out`, a tensor of the right shape, dtype and device that does not overlap x.
-    backward(op, grad, x, …) is the gradient of op(x, …) in x; a backend without one of its own takes the reference's.
-    only_by_name() is a reason for which `auto` passes over the backend although it could run, or None.
-    keeps_miniatures(plan, channels, norm_type): whether grid_pool tiles summaries from miniatures, whose bits
-    temporal_grid may not give. A stream then has pool_chunk(x, chunk, …, slots, out) pool and shrink in one go, with
-    the miniatures of (slots, ⌈H/2⌉, ⌈W/2⌉, C) kept in between.
+    unsupported_reason(x, plan): None where the backend can run the call, else the reason in a few words. x is None when
+        the question is about the machine alone, plan is None for token_norm.
+    grid_pool, temporal_grid, norm_pool, token_norm: write their result into `out`, a tensor of the right shape, dtype
+        and device that does not overlap x.
+    backward(op, grad, x, …): the gradient of op(x, …) with respect to x; without its own, a backend uses the
+        reference's.
+    opt_in_reason(): why `auto` skips this backend even though it can run, or None.
+    keeps_thumbnails(plan, channels, norm_type): whether grid_pool tiles summaries from thumbnails. Their bits may
+        differ from those of temporal_grid, so streams then use pool_chunk.
+    pool_chunk(x, chunk, …, slots, out): pools and shrinks a chunk of streams in one pass. Thumbnails of shape
+        (slots, ⌈H/2⌉, ⌈W/2⌉, C) are kept between calls.
     """
 
     name: str
-    why_not: Callable[[Tensor | None, GridPlan | None], str | None]
+    unsupported_reason: Callable[[Tensor | None, GridPlan | None], str | None]
     grid_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
     temporal_grid: Callable[[Tensor, GridPlan, Tensor], None]
     norm_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
     token_norm: Callable[[Tensor, float, bool, Tensor], None]
     backward: Callable[..., Tensor]
-    only_by_name: Callable[[], str | None] = lambda: None
-    keeps_miniatures: Callable[[GridPlan, int, float], bool] = lambda plan, channels, norm_type: False
+    opt_in_reason: Callable[[], str | None] = lambda: None
+    keeps_thumbnails: Callable[[GridPlan, int, float], bool] = lambda plan, channels, norm_type: False
     pool_chunk: Callable[[Tensor, Chunk, float, float, bool, Tensor, Tensor], None] | None = None
 
 
@@ -70,7 +73,7 @@ def with_kernels(kernels: Callable[..., None]) -> Callable[..., Tensor]:
 
 REFERENCE = Backend(
     name="reference",
-    why_not=lambda x, plan: None,
+    unsupported_reason=lambda x, plan: None,
     grid_pool=_into_out(reference.grid_pool),
     temporal_grid=_into_out(reference.temporal_grid),
     norm_pool=_into_out(reference.norm_pool),
@@ -80,32 +83,32 @@ REFERENCE = Backend(
 
 TRITON = Backend(
     name="triton",
-    why_not=triton_backend.why_not,
+    unsupported_reason=triton_backend.unsupported_reason,
     grid_pool=triton_backend.grid_pool,
     temporal_grid=triton_backend.temporal_grid,
     norm_pool=triton_backend.norm_pool,
     token_norm=triton_backend.token_norm,
     backward=with_kernels(triton_backend.backward),
-    only_by_name=triton_backend.only_by_name,
-    keeps_miniatures=triton_backend.keeps_miniatures,
+    opt_in_reason=triton_backend.opt_in_reason,
+    keeps_thumbnails=triton_backend.keeps_thumbnails,
     pool_chunk=triton_backend.pool_chunk,
 )
 
 CUDA, CPU = (
     Backend(
         name=name,
-        why_not=why_not,
+        unsupported_reason=unsupported_reason,
         grid_pool=compiled.grid_pool,
         temporal_grid=compiled.temporal_grid,
         norm_pool=compiled.norm_pool,
         token_norm=compiled.token_norm,
         backward=with_kernels(compiled.backward),
-        keeps_miniatures=keeps_miniatures,
+        keeps_thumbnails=keeps_thumbnails,
         pool_chunk=compiled.pool_chunk,
     )
-    for name, why_not, keeps_miniatures in (
-        ("cuda", compiled.why_not_on_cuda, compiled.keeps_miniatures_on_cuda),
-        ("cpu", compiled.why_not_on_cpu, compiled.keeps_miniatures_on_cpu),
+    for name, unsupported_reason, keeps_thumbnails in (
+        ("cuda", compiled.unsupported_on_cuda, compiled.keeps_thumbnails_on_cuda),
+        ("cpu", compiled.unsupported_on_cpu, compiled.keeps_thumbnails_on_cpu),
     )
 )
 
@@ -172,9 +175,9 @@ def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Bac
     for backend in BACKENDS:
         if requested not in ("auto", backend.name):
             continue
-        reason = backend.why_not(x, plan)
+        reason = backend.unsupported_reason(x, plan)
         if requested == "auto":
-            reason = reason or backend.only_by_name()
+            reason = reason or backend.opt_in_reason()
         if reason is None:
             logger.debug("%s runs", backend.name)
             return backend
@@ -186,7 +189,7 @@ def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Bac
 
 def backend_reasons() -> dict[str, str | None]:
     """Every backend in the order `auto` tries them, with None if it can run on this machine or the reason why not."""
-    return {backend.name: backend.why_not(None, None) for backend in BACKENDS}
+    return {backend.name: backend.unsupported_reason(None, None) for backend in BACKENDS}
 
 
 def available_backends() -> list[str]:

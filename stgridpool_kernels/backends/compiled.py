@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..plan import GridPlan
-from ..plan.dataflow import Schedule, Scheduling, pools_pairs, shrinks_by_halves
+from ..plan.dataflow import Dataflow, MakeDataflow, is_2x2_area, is_2x2_pooling
 from ..plan.tables import VERSION, Chunk, plan_tables
 from .device_tables import Tables, tables_on
 
@@ -33,9 +33,9 @@ _library.define(
     f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
     "Tensor(a!) out, int cells=0) -> ()"  # cells: that a block of the fused CUDA kernel walks; 0 is its own choice
 )
-_library.define(  # of a chunk of streams, whose miniatures are kept in between
+_library.define(  # of a chunk of streams, whose thumbnails are kept in between
     f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
-    "Tensor(a!) miniatures, Tensor(b!) out) -> ()"
+    "Tensor(a!) thumbnails, Tensor(b!) out) -> ()"
 )
 # tables of their gradients have a section for them; out is the gradient of x
 _library.define(
@@ -73,7 +73,7 @@ LIBRARY = _load()
 """The compiled library, or None."""
 
 
-def why_not_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
+def unsupported_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
     """None where the CPU kernels can run the call, else the reason; x is None for the question about the machine."""
     if LIBRARY is None:
         return "the compiled library was not built (pip install -v says why)"
@@ -81,23 +81,23 @@ def why_not_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
         return None
     if x.device.type != "cpu":
         return f"x is on {x.device}"
-    return _why_not_call(x, plan)
+    return _unsupported_call(x, plan)
 
 
-def why_not_on_cuda(x: Tensor | None, plan: GridPlan | None) -> str | None:
+def unsupported_on_cuda(x: Tensor | None, plan: GridPlan | None) -> str | None:
     """The same of the CUDA kernels."""
-    reason = _why_not_cuda_here()
+    reason = _missing_cuda_here()
     if reason is not None or x is None:
         return reason
     if not x.is_cuda:
         return f"x is on {x.device}"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
-    return _why_not_call(x, plan)
+    return _unsupported_call(x, plan)
 
 
 @cache
-def _why_not_cuda_here() -> str | None:
+def _missing_cuda_here() -> str | None:
     if LIBRARY is None:
         return "the compiled library was not built (pip install -v says why)"
     if not LIBRARY.build_info()["cuda"]:
@@ -105,7 +105,7 @@ def _why_not_cuda_here() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def _why_not_call(x: Tensor, plan: GridPlan | None) -> str | None:
+def _unsupported_call(x: Tensor, plan: GridPlan | None) -> str | None:
     if x.dtype not in DTYPES:
         return f"{str(x.dtype).removeprefix('torch.')} runs on the reference only"
     if plan is not None:
@@ -119,13 +119,13 @@ def _why_not_call(x: Tensor, plan: GridPlan | None) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _tables(plan: GridPlan, schedule: Scheduling, frames_per_step: int | None, gradient: bool) -> Tensor:
-    return torch.frombuffer(plan_tables(plan, schedule, frames_per_step, gradient), dtype=torch.int32)
+def _tables(plan: GridPlan, dataflow: MakeDataflow, frames_per_stage: int | None, gradient: bool) -> Tensor:
+    return torch.frombuffer(plan_tables(plan, dataflow, frames_per_stage, gradient), dtype=torch.int32)
 
 
 @lru_cache(maxsize=256)
-def _device_tables(plan: GridPlan, schedule: Scheduling, gradient: bool, device: torch.device) -> Tables:
-    return _upload(plan_tables(plan, schedule, None, gradient), device)
+def _device_tables(plan: GridPlan, dataflow: MakeDataflow, gradient: bool, device: torch.device) -> Tables:
+    return _upload(plan_tables(plan, dataflow, None, gradient), device)
 
 
 def _upload(words: Sequence[int], device: torch.device) -> Tables:
@@ -144,36 +144,36 @@ def _run(
     op: Callable[..., None],
     tensors: Sequence[Tensor],
     plan: GridPlan,
-    schedule: Scheduling,
+    dataflow: MakeDataflow,
     *rest: object,
     gradient: bool = False,
 ) -> None:
     device = tensors[0].device
     if device.type != "cuda":
-        # few frames at a time keep their miniatures in the cache, but every thread should find work
-        frames_per_step = None if gradient else 2 * torch.get_num_threads()
-        op(*tensors, _tables(plan, schedule, frames_per_step, gradient), None, *rest)
+        # few frames at a time keep their thumbnails in the cache, but every thread should find work
+        frames_per_stage = None if gradient else 2 * torch.get_num_threads()
+        op(*tensors, _tables(plan, dataflow, frames_per_stage, gradient), None, *rest)
         return
     with torch.cuda.device(device):
-        device_tables = _device_tables(plan, schedule, gradient, device).use_now()
-        op(*tensors, _tables(plan, schedule, None, gradient), device_tables, *rest)
+        device_tables = _device_tables(plan, dataflow, gradient, device).use_now()
+        op(*tensors, _tables(plan, dataflow, None, gradient), device_tables, *rest)
 
 
 def grid_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
     op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, (x,), plan, Schedule.of, temperature, norm_type, normalize_norm, out)
+    _run(op, (x,), plan, Dataflow.of, temperature, norm_type, normalize_norm, out)
 
 
-def keeps_miniatures_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
+def keeps_thumbnails_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
     """Whether grid_pool takes the fused form, by the settings alone."""
-    return pools_pairs(plan) and shrinks_by_halves(plan)
+    return is_2x2_pooling(plan) and is_2x2_area(plan)
 
 
-def keeps_miniatures_on_cuda(plan: GridPlan, channels: int, norm_type: float) -> bool:
+def keeps_thumbnails_on_cuda(plan: GridPlan, channels: int, norm_type: float) -> bool:
     """The same of the CUDA kernels: `takes_fused` of csrc/cuda/grid_pool.cu."""
-    return keeps_miniatures_on_cpu(plan, channels, norm_type) and channels <= 8192 and norm_type in (1.0, 2.0, math.inf)
+    return keeps_thumbnails_on_cpu(plan, channels, norm_type) and channels <= 8192 and norm_type in (1.0, 2.0, math.inf)
 
 
 @lru_cache(maxsize=256)
@@ -193,14 +193,14 @@ def pool_chunk(
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Schedule.of, out)
+    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Dataflow.of, out)
 
 
 def norm_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
     op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, (x,), plan, Schedule.none, temperature, norm_type, normalize_norm, out)
+    _run(op, (x,), plan, Dataflow.none, temperature, norm_type, normalize_norm, out)
 
 
 def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
@@ -211,8 +211,8 @@ def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out
     """Gradient of grid_pool, norm_pool or temporal_grid of x by the plan, written into the last argument."""
     if op == "temporal_grid":
         kernel = torch.ops.stgp._temporal_grid_backward_by_tables.default
-        _run(kernel, (grad,), plan, Schedule.of, *settings_and_out, gradient=True)
+        _run(kernel, (grad,), plan, Dataflow.of, *settings_and_out, gradient=True)
     else:
         kernel = torch.ops.stgp._grid_pool_backward_by_tables.default
-        schedule = Schedule.of if op == "grid_pool" else Schedule.none
+        schedule = Dataflow.of if op == "grid_pool" else Dataflow.none
         _run(kernel, (grad, x), plan, schedule, *settings_and_out, gradient=True)

@@ -22,7 +22,7 @@ def grid_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, n
 
 
 def temporal_grid(x: Tensor, plan: GridPlan) -> Tensor:
-    """Pyramid temporal gridding: the target of every group becomes a miniature of its frames. Same shape as x."""
+    """Pyramid temporal gridding: the target of every group becomes a thumbnail of its frames. Same shape as x."""
     return _grid(x, plan).to(x.dtype).view(x.shape)
 
 

@@ -23,12 +23,12 @@ LARGEST_WINDOW = 1 << 16
 """Tokens of a window: their weights are held in registers."""
 
 
-def why_not(x: Tensor | None, plan: GridPlan | None) -> str | None:
+def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:
     """None where the kernels can run the call, else the reason; x is None when the question is about the machine."""
-    reason = _why_not_here(os.environ.get("TRITON_INTERPRET") == "1")
+    reason = _missing_here(os.environ.get("TRITON_INTERPRET") == "1")
     if reason is not None or x is None:
         return reason
-    device = "cpu" if only_by_name() else "cuda"
+    device = "cpu" if opt_in_reason() else "cuda"
     if x.device.type != device:
         return f"x is on {x.device}, the kernels run on {device} tensors" + " (TRITON_INTERPRET=1)" * (device == "cpu")
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -48,7 +48,7 @@ def why_not(x: Tensor | None, plan: GridPlan | None) -> str | None:
 
 
 @cache
-def _why_not_here(interpret: bool) -> str | None:
+def _missing_here(interpret: bool) -> str | None:
     if torch.version.hip is not None:
         return "untested on ROCm"
     if not (interpret or torch.cuda.is_available()):
@@ -62,7 +62,7 @@ def _why_not_here(interpret: bool) -> str | None:
     return None
 
 
-def only_by_name() -> str | None:
+def opt_in_reason() -> str | None:
     """Why `auto` passes over the backend where it can run: triton's interpreter is for tests."""
     return "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly" if _kernels().INTERPRETED else None
 
@@ -80,7 +80,7 @@ def grid_pool(
     _kernels().execute("grid_pool", x, plan, (temperature, norm_type, normalize_norm), out)
 
 
-def keeps_miniatures(plan: GridPlan, channels: int, norm_type: float) -> bool:
+def keeps_thumbnails(plan: GridPlan, channels: int, norm_type: float) -> bool:
     """Whether grid_pool takes the fused kernel, by the settings alone."""
     return bool(_kernels().takes_fused(plan, channels))
 

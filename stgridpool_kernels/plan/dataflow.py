@@ -1,7 +1,8 @@
-"""What a plan leaves to compute: the summaries that a result depends on, and the cells of miniatures these depend on.
+"""Dead-code elimination on a plan: which summaries, and which cells of thumbnails, the result depends on.
 
-A *content* is what a frame holds at some time, as one integer: t ≥ 0 is frame t as given, ~s is summary s. `Schedule`
-and `needed_cells` are about the frames of a plan, `EndlessNeeds` is about a video that has no end.
+A *node* is a value that a frame holds at some time, as one integer: t ≥ 0 is frame t as given, ~s is summary s. A
+*thumbnail* is a frame average-pooled to ⌈H/2⌉ × ⌈W/2⌉ cells. `Dataflow` and `live_cells` describe the frames of a plan,
+`EndlessLiveness` describes a video that has no end.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from itertools import groupby
 
 from .plan import GridPlan, Level, Runs, grid_plan
 
-Box = tuple[int, int]
-"""(rows, cols): the tokens of a frame in its first `rows` rows and first `cols` columns."""
+Extent = tuple[int, int]
+"""(rows, cols) of a region anchored at the top-left corner of a frame, in tokens."""
 
-MOST_NEEDS = 4096
-"""Largest number of contents whose needs an `EndlessNeeds` remembers."""
+MAX_CACHED_NODES = 4096
+"""Maximum number of nodes whose `Liveness` an `EndlessLiveness` caches."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The mosaic of the contents `sources`, row-major, that level number `level` puts in frame `target`."""
+    """The mosaic of the nodes `sources`, row-major, that level number `level` puts in frame `target`."""
 
     level: int
     target: int
@@ -31,13 +32,15 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """summaries: in the order they can be computed, without those that are overwritten before anything reads them.
-    final: the content that every frame ends with.
+class Dataflow:
+    """The summaries that a result depends on, and the node that every frame ends with.
+
+    summaries: in an order in which they can be computed, without those that are overwritten before anything reads them.
+    outputs: a node for every frame.
     """
 
     summaries: tuple[Summary, ...]
-    final: tuple[int, ...]
+    outputs: tuple[int, ...]
 
     def by_level(self) -> list[list[int]]:
         """Numbers of the summaries of each level that has any."""
@@ -45,41 +48,41 @@ class Schedule:
         return [list(group) for _, group in groupby(numbers, key=lambda s: self.summaries[s].level)]
 
     @staticmethod
-    def none(plan: GridPlan) -> Schedule:
-        """Without temporal gridding."""
-        return Schedule((), tuple(range(sum(plan.frame_counts))))
+    def none(plan: GridPlan) -> Dataflow:
+        """The dataflow of spatial pooling alone: every frame ends as it is given."""
+        return Dataflow((), tuple(range(sum(plan.frame_counts))))
 
     @staticmethod
-    def of(plan: GridPlan) -> Schedule:
-        """Of temporal gridding by `plan`."""
-        contents = list(range(sum(plan.frame_counts)))
+    def of(plan: GridPlan) -> Dataflow:
+        """The dataflow of temporal gridding by `plan`."""
+        nodes = list(range(sum(plan.frame_counts)))
         summaries: list[Summary] = []
         for number, level in enumerate(plan.levels):
-            groups = [tuple(contents[frame] for frame in sources) for sources in level.sources]
+            groups = [tuple(nodes[frame] for frame in sources) for sources in level.sources]
             for target, sources in zip(level.targets, groups, strict=True):
-                contents[target] = ~len(summaries)
+                nodes[target] = ~len(summaries)
                 summaries.append(Summary(number, target, sources))
 
-        live = {content for content in contents if content < 0}
+        live = {node for node in nodes if node < 0}
         for s in reversed(range(len(summaries))):
             if ~s in live:
                 live.update(summaries[s].sources)
         kept = [s for s in range(len(summaries)) if ~s in live]
         renamed = {~s: ~new for new, s in enumerate(kept)}
-        return Schedule(
+        return Dataflow(
             tuple(
                 Summary(summaries[s].level, summaries[s].target, tuple(renamed.get(c, c) for c in summaries[s].sources))
                 for s in kept
             ),
-            tuple(renamed.get(content, content) for content in contents),
+            tuple(renamed.get(node, node) for node in nodes),
         )
 
 
-Scheduling = Callable[[GridPlan], Schedule]
-"""`Schedule.of` or `Schedule.none`."""
+MakeDataflow = Callable[[GridPlan], Dataflow]
+"""`Dataflow.of` or `Dataflow.none`."""
 
 
-def pools_pairs(plan: GridPlan) -> bool:
+def is_2x2_pooling(plan: GridPlan) -> bool:
     """Whether the windows are 2 × 2 at stride 2, the last ones possibly cut by the frame's edge."""
     return all(
         runs.start == tuple(range(0, 2 * len(runs), 2)) and runs.count == tuple(min(2, size - s) for s in runs.start)
@@ -87,59 +90,59 @@ def pools_pairs(plan: GridPlan) -> bool:
     )
 
 
-def shrinks_by_halves(plan: GridPlan) -> bool:
-    """Whether every summary is tiled 2 × 2 from area-shrunk miniatures, of which a content has only one then.
+def is_2x2_area(plan: GridPlan) -> bool:
+    """Whether every summary is tiled 2 × 2 from area-shrunk thumbnails, so that one thumbnail per node is enough.
 
-    It follows from the settings, whether or not these videos are long enough for every level: kernels sum in another
+    It depends on the settings alone, not on whether the videos are long enough for every level: kernels sum in another
     order where it does not hold, and a video must give the same bits alone and packed with a longer one.
     """
     return plan.resize == "area" and all((level.rows, level.cols) == (2, 2) for level in plan.levels)
 
 
-def needed_cells(plan: GridPlan, steps: Schedule) -> dict[int, tuple[int, ...]]:
-    """For every content that is shrunk: how many cells of each row of its miniature a pooled token depends on.
+def live_cells(plan: GridPlan, graph: Dataflow) -> dict[int, tuple[int, ...]]:
+    """The number of live cells in each row of every thumbnail, by node. A cell is live if a pooled token depends on it.
 
-    A miniature has ⌈H/2⌉ × ⌈W/2⌉ cells. The mosaic is cropped, windows may leave out the last row and column, and a
-    summary may be sampled itself, so that not every cell is needed. Needs start at the first row and column always.
+    Not every cell is live: a mosaic is cropped, windows may leave out the last row and column, and a summary may be
+    sampled itself. Live cells start at the first row and column, so that a number per row describes them.
     """
-    pooled = pooled_box(plan)
-    tokens: dict[int, set[Box]] = {content: {pooled} for content in steps.final}
-    sampled: dict[int, set[Box]] = {}
-    for s in reversed(range(len(steps.summaries))):
-        level = plan.levels[steps.summaries[s].level]
-        for tile, source in enumerate(steps.summaries[s].sources):
-            behind = boxes_behind(plan, level, tokens.get(~s, ()), tile)
+    pooled = pooled_extent(plan)
+    tokens: dict[int, set[Extent]] = {node: {pooled} for node in graph.outputs}
+    sampled: dict[int, set[Extent]] = {}
+    for s in reversed(range(len(graph.summaries))):
+        level = plan.levels[graph.summaries[s].level]
+        for tile, source in enumerate(graph.summaries[s].sources):
+            behind = extents_behind(plan, level, tokens.get(~s, ()), tile)
             if behind:
                 sampled.setdefault(source, set()).update(behind)
                 tokens.setdefault(source, set()).update(behind)
-    counts = {boxes: cell_counts(plan, boxes) for boxes in map(frozenset, sampled.values())}
-    return {content: counts[frozenset(boxes)] for content, boxes in sampled.items()}
+    counts = {extents: row_counts(plan, extents) for extents in map(frozenset, sampled.values())}
+    return {node: counts[frozenset(extents)] for node, extents in sampled.items()}
 
 
-def pooled_box(plan: GridPlan) -> Box:
-    """The tokens of a frame that the windows reach."""
+def pooled_extent(plan: GridPlan) -> Extent:
+    """The extent of the tokens of a frame that the windows reach."""
     return min(_reach(plan.window_rows), plan.height), min(_reach(plan.window_cols), plan.width)
 
 
-def boxes_behind(plan: GridPlan, level: Level, tokens: Iterable[Box], tile: int) -> set[Box]:
-    """The boxes of tokens, in the frame in place `tile` of a mosaic, that boxes of tokens of its summary depend on.
+def extents_behind(plan: GridPlan, level: Level, tokens: Iterable[Extent], tile: int) -> set[Extent]:
+    """The extents, in the frame at place `tile` of a mosaic, that the extents `tokens` of its summary depend on.
 
-    Empty where the crop removes that tile.
+    The set is empty if the crop removes the whole tile.
     """
     row, col = divmod(tile, level.cols)
-    boxes = {
-        (_extent(level.row_runs, plan.height, row, rows), _extent(level.col_runs, plan.width, col, cols))
+    extents = {
+        (_rows_behind(level.row_runs, plan.height, row, rows), _rows_behind(level.col_runs, plan.width, col, cols))
         for rows, cols in _widest(tokens)
     }
-    return {box for box in boxes if min(box) > 0}
+    return {extent for extent in extents if min(extent) > 0}
 
 
-def cell_counts(plan: GridPlan, boxes: Iterable[Box]) -> tuple[int, ...]:
-    """How many cells of each row of a miniature boxes of tokens of its frame are averaged in. Boxes end where cells do.
+def row_counts(plan: GridPlan, extents: Iterable[Extent]) -> tuple[int, ...]:
+    """Per row of a thumbnail, the number of cells that average some token of a union of extents of its frame.
 
-    Cell i averages rows 2i and 2i + 1, and in a frame of an odd size one before them, except for the first.
+    Cell i averages rows 2i and 2i + 1; in a frame of an odd size, every cell but the first averages row 2i − 1 too.
     """
-    found = list(boxes)
+    found = list(extents)
     return tuple(
         max((-(-cols // 2) for rows, cols in found if rows > 2 * i), default=0) for i in range(-(-plan.height // 2))
     )
@@ -147,9 +150,10 @@ def cell_counts(plan: GridPlan, boxes: Iterable[Box]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Segment:
-    """One level of a video without end: every `length` frames are one group, whose summary replaces frame `target`.
+    """One level of a video without end: every `length` frames are a group, whose summary replaces its frame `target`.
 
-    Frames are counted from the first of the segment. Of every `stride` of them, number `sampled` is sampled.
+    `sampled` is the number of the frame that is sampled in each stride. Both numbers count from the first frame: of the
+    group, and of the stride.
     """
 
     stride: int
@@ -181,65 +185,66 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Need:
-    """What depends on a content of a video without end.
+class Liveness:
+    """Which parts of a node of a video without end are live, and where they are read.
 
-    tokens: boxes of its tokens. cells: how many cells of each row of its miniature, () for none; they mean something
-    only where `shrinks_by_halves`. places: the mosaics that it becomes part of, as (level, place). final: whether its
-    frame ends with it, so that it is pooled.
+    tokens: extents of its live tokens. cells: the number of live cells in each row of its thumbnail, () if there are
+        none; they are meaningful only where `is_2x2_area` holds.
+    places: the mosaics that read the node, as (level, place). is_output: whether its frame ends with it, and pooling
+        reads it.
     """
 
-    tokens: frozenset[Box]
+    tokens: frozenset[Extent]
     cells: tuple[int, ...]
     places: tuple[tuple[int, int], ...]
-    final: bool
+    is_output: bool
 
 
-class EndlessNeeds:
-    """What the contents of a video without end are needed for, where every group is completed in time.
+class EndlessLiveness:
+    """Liveness of the nodes of a video without end, assuming that all groups are completed.
 
-    plan: of any frames; its settings count. period: number of frames after which all levels begin again at once, and
-    needs repeat themselves.
+    plan: its settings are used, its frames are not. period: the number of frames after which all levels begin a group
+        at once, and liveness repeats itself.
     """
 
     def __init__(self, plan: GridPlan) -> None:
         self.plan = plan
         self.segments = tuple(Segment.of(level, plan.sampling) for level in plan.levels)
         self.period = math.lcm(*(segment.length for segment in self.segments))
-        self._found: dict[tuple[int, int], Need] = {}
+        self._found: dict[tuple[int, int], Liveness] = {}
 
-    def of(self, level: int, frame: int) -> Need:
-        """The need of what frame number `frame` holds after level number `level`; after level −1 it is as given."""
+    def of(self, level: int, frame: int) -> Liveness:
+        """Liveness of the node that `frame` holds after level `level`; after level −1 that is the frame itself."""
         key = (level, frame % self.period)
         found = self._found.get(key)
         if found is None:
             found = self._of(level, frame)
-            if len(self._found) >= MOST_NEEDS:
+            if len(self._found) >= MAX_CACHED_NODES:
                 self._found.clear()
             self._found[key] = found
         return found
 
-    def _of(self, level: int, frame: int) -> Need:
-        sampled: set[Box] = set()
+    def _of(self, level: int, frame: int) -> Liveness:
+        sampled: set[Extent] = set()
         places = []
-        final = True
+        is_output = True
         for number in range(level + 1, len(self.segments)):
             place, target = self.segments[number].place(frame), self.segments[number].target_of(frame)
             if place is not None and (behind := self._behind(number, target, place)):
                 places.append((number, place))
                 sampled |= behind
             if frame == target:
-                final = False
+                is_output = False
                 break
-        tokens = sampled | {pooled_box(self.plan)} if final else sampled
-        return Need(frozenset(tokens), cell_counts(self.plan, sampled) if sampled else (), tuple(places), final)
+        tokens = sampled | {pooled_extent(self.plan)} if is_output else sampled
+        return Liveness(frozenset(tokens), row_counts(self.plan, sampled) if sampled else (), tuple(places), is_output)
 
-    def _behind(self, level: int, target: int, place: int) -> set[Box]:
-        """The tokens of the frame in one place of a mosaic that its summary, in frame `target`, needs."""
-        return boxes_behind(self.plan, self.plan.levels[level], self.of(level, target).tokens, place)
+    def _behind(self, level: int, target: int, place: int) -> set[Extent]:
+        """The extents, in the frame at one place of a mosaic, that are live through its summary in frame `target`."""
+        return extents_behind(self.plan, self.plan.levels[level], self.of(level, target).tokens, place)
 
     def kept(self, frames: int) -> list[list[tuple[int, int]]]:
-        """The contents of the first so many frames that later ones depend on, each as its (level, place) in mosaics."""
+        """The nodes that frames after the first `frames` depend on, each as the (level, place) of its mosaics."""
         found: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for level, segment in enumerate(self.segments):
             first, target = frames - frames % segment.length, segment.target_of(frames)
@@ -251,19 +256,19 @@ class EndlessNeeds:
         return list(found.values())
 
 
-def feeds(steps: Schedule) -> dict[int, list[tuple[int, int]]]:
-    """Where every content that is sampled goes: (summary, tile) of each mosaic, in the order these are computed."""
+def consumers(graph: Dataflow) -> dict[int, list[tuple[int, int]]]:
+    """The consumers of every node that is sampled: (summary, tile) of each mosaic, in the order of computation."""
     found: dict[int, list[tuple[int, int]]] = {}
-    for s, summary in enumerate(steps.summaries):
+    for s, summary in enumerate(graph.summaries):
         for tile, source in enumerate(summary.sources):
             found.setdefault(source, []).append((s, tile))
     return found
 
 
-def covers(runs: Runs, size: int) -> Runs:
-    """Which of the runs cover each of `size` positions, the converse of `runs`: consecutive ones, or none.
+def inverse_runs(runs: Runs, size: int) -> Runs:
+    """The inverse of `runs`: for each of `size` positions, the consecutive runs that contain it, possibly none.
 
-    They are consecutive since no run of a plan starts or ends before the one before it does.
+    They are consecutive since no run of a plan starts or ends before its predecessor does.
     """
     stops = [start + count for start, count in zip(runs.start, runs.count, strict=True)]
     starts = tuple(bisect_right(stops, position) for position in range(size))
@@ -271,9 +276,11 @@ def covers(runs: Runs, size: int) -> Runs:
     return Runs(starts, tuple(max(0, count) for count in counts))
 
 
-def _extent(runs: Runs, size: int, tile: int, first: int) -> int:
-    """How many rows of a tile the first `first` rows of a summary depend on. Columns are alike."""
-    last = min(first, bisect_left(runs.start, (tile + 1) * size)) - 1  # of these, the last that starts before its end
+def _rows_behind(runs: Runs, size: int, tile: int, first: int) -> int:
+    """The number of rows of a tile that the first `first` rows of a summary depend on. Columns work the same way."""
+    last = (
+        min(first, bisect_left(runs.start, (tile + 1) * size)) - 1
+    )  # the last of them that starts before the tile's end
     return 0 if last < 0 else min(max(runs.start[last] + runs.count[last] - tile * size, 0), size)
 
 
@@ -281,10 +288,10 @@ def _reach(runs: Runs) -> int:
     return max(start + count for start, count in zip(runs.start, runs.count, strict=True))
 
 
-def _widest(boxes: Iterable[Box]) -> list[Box]:
-    """The boxes that no other box covers."""
-    kept: list[Box] = []
-    for box in sorted(boxes, reverse=True):
-        if not kept or box[1] > kept[-1][1]:
-            kept.append(box)
+def _widest(extents: Iterable[Extent]) -> list[Extent]:
+    """The extents that lie inside no other extent."""
+    kept: list[Extent] = []
+    for extent in sorted(extents, reverse=True):
+        if not kept or extent[1] > kept[-1][1]:
+            kept.append(extent)
     return kept

@@ -97,7 +97,7 @@ def test_checks_in_cpp(program: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "saved", [{}, {"frames_per_step": 4}, {"gradient": True}], ids=["for a GPU", "for a CPU", "for gradients"]
+    "saved", [{}, {"frames_per_stage": 4}, {"gradient": True}], ids=["for a GPU", "for a CPU", "for gradients"]
 )
 @pytest.mark.parametrize(("counts", "H", "W", "C", "dtype", "arguments"), CALLS.values(), ids=CALLS.keys())
 def test_saved_plan(

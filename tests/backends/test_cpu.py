@@ -240,8 +240,8 @@ def test_frames_per_step_change_no_bit(
     general = grid_plan([40], *size, frame_strides=strides, grid_shape=(1, 2), ceil_mode=True)
     for plan_ in (plan, general):
         expected = None
-        for frames_per_step in (None, 1, 4, 14, 32, 100):
-            words = torch.tensor(plan_tables(plan_, frames_per_step=frames_per_step), dtype=torch.int32)
+        for frames_per_stage in (None, 1, 4, 14, 32, 100):
+            words = torch.tensor(plan_tables(plan_, frames_per_stage=frames_per_stage), dtype=torch.int32)
             for count in (1, 2):
                 threads(count)
                 out = x.new_full((40, *plan_.pooled_size, x.shape[-1]), math.nan)
@@ -383,7 +383,9 @@ def test_norms_of_no_tokens(shape: tuple[int, ...]) -> None:
 REASONS = re.findall(r'"(.+)";', (CSRC / "tables.cpp").read_text())
 REASONS += ["the tables are of another x", "the tables are of another out", "no memory for"]
 REASONS += ["the tables have nothing for gradients"]
-GRADIENTS = set(re.findall(r'"(.*(?:gradient|feed|cover|no summary).*)";', (CSRC / "tables.cpp").read_text()))
+GRADIENTS = set(
+    re.findall(r'"(.*(?:gradient|consumer|inverse runs|no summary).*)";', (CSRC / "tables.cpp").read_text())
+)
 
 
 @pytest.mark.parametrize("value", [-(1 << 31), -7, -1, 0, 1, 3, 1000, (1 << 31) - 1])
@@ -393,7 +395,7 @@ def test_corrupted_tables(value: int) -> None:
     reasons = set()
     for arguments in ({"frame_strides": (1, 2)}, {"frame_strides": (1, 2), "grid_shape": (1, 2), "kernel_size": 3}):
         plan = grid_plan([9], 3, 5, **arguments)
-        words = torch.tensor(plan_tables(plan, frames_per_step=2), dtype=torch.int32)
+        words = torch.tensor(plan_tables(plan, frames_per_stage=2), dtype=torch.int32)
         out = x.new_empty(9, *plan.pooled_size, 8)
         for place in range(len(words)):
             changed = words.clone()
@@ -435,7 +437,7 @@ def test_corrupted_tables_of_gradients(value: int | str) -> None:
                 except RuntimeError as refusal:
                     reasons.add(next((reason for reason in REASONS if reason in str(refusal)), str(refusal)))
     assert reasons <= set(REASONS), reasons - set(REASONS)
-    if value == -7:  # contents that are in range otherwise
+    if value == -7:  # values that are in range otherwise
         assert "an entry is of no summary" in reasons
     if isinstance(value, int) and abs(value) >= 1000:
         assert GRADIENTS - {"an entry is of no summary"} <= reasons, GRADIENTS - reasons
@@ -516,10 +518,10 @@ except RuntimeError as refusal:
 def test_sizes_that_tables_cannot_hold_are_refused() -> None:
     x = torch.empty(1, 1 << 24, 1, 1, dtype=torch.bfloat16)
     pairs = grid_plan([1], 1 << 24, 1, frame_strides=(), kernel_size=(1 << 20, 1))
-    assert "fewer than 2²⁴" in str(compiled.why_not_on_cpu(x, pairs))
+    assert "fewer than 2²⁴" in str(compiled.unsupported_on_cpu(x, pairs))
     assert (
-        compiled.why_not_on_cpu(x[:, 1:], grid_plan([1], (1 << 24) - 1, 1, frame_strides=(), kernel_size=(2, 1)))
+        compiled.unsupported_on_cpu(x[:, 1:], grid_plan([1], (1 << 24) - 1, 1, frame_strides=(), kernel_size=(2, 1)))
         is None
     )
     wide = grid_plan([1], 1 << 16, 1 << 15, frame_strides=(), output_size=1)
-    assert "fewer than 2³¹" in str(compiled.why_not_on_cpu(torch.empty(1, 1, 1, 1), wide))
+    assert "fewer than 2³¹" in str(compiled.unsupported_on_cpu(torch.empty(1, 1, 1, 1), wide))

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.plan.dataflow import Schedule
+from stgridpool_kernels.plan.dataflow import Dataflow
 from tests.support.tolerance import assert_same_bits, assert_within, ulp
 from tests.support.triples import TRIPLES
 
@@ -231,7 +231,7 @@ def test_configurations_change_no_bit(
         op = torch.ops.stgp._grid_pool_by_tables.default
         for cells in (1, 2, 4, 5, 7, 99):
             out = torch.full_like(expected[0], math.nan)
-            compiled._run(op, (x,), plan, Schedule.of, 0.7, 2.0, True, out, cells)
+            compiled._run(op, (x,), plan, Dataflow.of, 0.7, 2.0, True, out, cells)
             assert_same_bits(out, expected[0])
         return
     from stgridpool_kernels.backends.triton_kernels import fused, launch
@@ -306,7 +306,7 @@ def test_graph_outlives_the_caches() -> None:
 
 
 def test_one_graph_of_several_calls() -> None:
-    """Two plans and a norm, one after the other in one graph: they share no scratch that is still needed."""
+    """Two plans and a norm, one after the other in one graph: they share no scratch that is still live."""
     x = on_gpu(32, 9, 7, 200)
 
     def pools() -> list[Tensor]:

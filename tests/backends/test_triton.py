@@ -151,7 +151,7 @@ def test_cuts_change_no_bit(size: tuple[int, int], monkeypatch: pytest.MonkeyPat
         launch._calls.clear()
         monkeypatch.setattr(fused, "fused_config", lambda *args, cut=cut: dataclasses.replace(chosen(*args), **cut))
         assert_same_bits(run("grid_pool", x, **arguments), pooled)
-        if cut.get("frame_cells", 2) == 2:  # a gradient makes the same miniatures, and takes twice as long
+        if cut.get("frame_cells", 2) == 2:  # a gradient makes the same thumbnails, and takes twice as long
             assert_same_bits(gradient("triton", "grid_pool", x, grad, **arguments), unpooled)
 
 
@@ -225,9 +225,9 @@ def test_results_beyond_32_bits(axis: int, op: str) -> None:
     assert_same_bits(run(name, x, out=out, **arguments), expected)
 
 
-@pytest.mark.parametrize("kernel_size", [2, 3], ids=["miniatures", "summaries"])
+@pytest.mark.parametrize("kernel_size", [2, 3], ids=["thumbnails", "summaries"])
 def test_scratch_beyond_32_bits(kernel_size: int) -> None:
-    """Slots of miniatures, or numbers of summaries, so high that their places pass 2³¹."""
+    """Slots of thumbnails, or numbers of summaries, so high that their places pass 2³¹."""
     x = tokens(16, 5, 5, 3, dtype=torch.bfloat16)
     expected = run("grid_pool", x, kernel_size=kernel_size)
     launch._calls.clear()
@@ -342,8 +342,8 @@ def test_gradients_of_summaries_beyond_32_bits() -> None:
             for entry in tables[first:].split(9)[: one.grid[0] // (2 * 3)]:
                 if entry[0] < 0:
                     entry[0] -= far
-                feeds = tables[entry[2] : entry[2] + 2 * entry[3]]
-                feeds[::2] += far
+                consumers = tables[entry[2] : entry[2] + 2 * entry[3]]
+                consumers[::2] += far
                 moved += int(entry[3])
     assert moved > 0
     call(x, found, 0, capturing=False, grad=grad)
@@ -428,7 +428,7 @@ def test_scratch_is_at_most_a_fifth_of_the_input(shape: tuple[int, ...], argumen
 
 
 def test_scratch_formulas() -> None:
-    """As docs/kernels.md has them: a miniature per shrunk content, or a frame per summary."""
+    """As docs/kernels.md has them: a thumbnail per shrunk node, or a frame per summary."""
     h, w, C = 14, 14, 896
     # raw: 32 sampled frames; summaries that are sampled: 8 of level 1, 4 of level 2
     assert scratch_bytes("grid_pool", (64, 27, 27, C)) == (32 + 8 + 4) * h * w * C * 2
@@ -451,7 +451,7 @@ def test_launches_depend_on_nothing_that_packing_changes() -> None:
         "entries",
         "walked",
         "row_starts",
-        "contents",
+        "nodes",
         "windows",
         "of_windows",
         "T",
@@ -698,7 +698,7 @@ def test_auto_leaves_the_interpreter_alone(caplog: pytest.LogCaptureFixture) -> 
 )
 def test_refusals_name_the_reason(x: Tensor, arguments: Arguments, reason: str) -> None:
     plan = grid_plan(x.shape[:1], *x.shape[1:3], frame_strides=(), **arguments)
-    assert reason in triton_backend.why_not(x, plan)
+    assert reason in triton_backend.unsupported_reason(x, plan)
 
 
 def test_refused_call_raises() -> None:
@@ -725,10 +725,10 @@ def test_versions_of_triton(version: str | None, reason: str | None, monkeypatch
         return version
 
     monkeypatch.setattr(triton_backend.importlib.metadata, "version", found)
-    said = triton_backend._why_not_here.__wrapped__(True)
+    said = triton_backend._missing_here.__wrapped__(True)
     assert said == reason or (reason is not None and reason in said)
 
 
 def test_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert triton_backend._why_not_here.__wrapped__(False) == "no CUDA device"
+    assert triton_backend._missing_here.__wrapped__(False) == "no CUDA device"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.results import Row, Run
+from benchmarks.results import BenchRow, Run
 
 RUN = Run(
     run="20261122T183000Z",
@@ -16,7 +16,7 @@ RUN = Run(
 )
 
 
-def make_row(provider: str, p50_us: float | None = None, **values: Any) -> Row:
+def make_row(provider: str, p50_us: float | None = None, **values: Any) -> BenchRow:
     """A row on llava-video-7b that took `p50_us`, 1 % less at p20 and 2 % more at p80."""
     facts: dict[str, Any] = {
         "run": RUN.run,
@@ -34,4 +34,4 @@ def make_row(provider: str, p50_us: float | None = None, **values: Any) -> Row:
     if p50_us is not None:
         facts |= {"check": "ok", "p20_us": 0.99 * p50_us, "p50_us": p50_us, "p80_us": 1.02 * p50_us}
         facts["gb_per_s"] = 383_100_000 / p50_us / 1e3
-    return Row(**facts | values)
+    return BenchRow(**facts | values)

@@ -15,15 +15,15 @@ from torch import Tensor
 import stgridpool_kernels as stgp
 from benchmarks import devices, machine, measure
 from benchmarks.devices import Call, Cpu, Gpu, Sampler, open_device
-from benchmarks.measure import LOST, Effort, copies, needed_bytes, take_turns
+from benchmarks.measure import LOST, SampleBudget, copies, needed_bytes, take_turns
 from benchmarks.provider import Provider
 from benchmarks.providers import chosen, providers
-from benchmarks.results import Row
+from benchmarks.results import BenchRow
 from benchmarks.workloads import WORKLOADS, Workload, random_tokens
 
 TINY = Workload("tiny", (64,), (5, 5), 96)
 SMALL = Workload("small", (9,), (5, 5), 8)
-TWO = Effort(most=2, least=2)
+TWO = SampleBudget(most=2, least=2)
 
 pytestmark = pytest.mark.usefixtures("caches")
 
@@ -37,7 +37,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Cpu:
     return device
 
 
-def rows_on(device: Any, workload: Workload, timed: Sequence[Provider], **given: Any) -> dict[str, Row]:
+def rows_on(device: Any, workload: Workload, timed: Sequence[Provider], **given: Any) -> dict[str, BenchRow]:
     options = {"baseline": "llava_avg_pool", "effort": TWO, **given}
     rows = measure.measure(workload, timed, device, "some run", **options)
     found = {row.provider: row for row in rows}
@@ -53,7 +53,7 @@ def pooling(name: str, call: Callable[..., Tensor] = stgp.grid_pool, **given: An
 TIMES = ("p20_us", "p50_us", "p80_us", "samples", "overhead_us", "gb_per_s", "percent_of_copy", "times_baseline")
 
 
-def assert_no_times(row: Row) -> None:
+def assert_no_times(row: BenchRow) -> None:
     assert {name: getattr(row, name) for name in TIMES} == dict.fromkeys(TIMES)
 
 
@@ -120,7 +120,7 @@ def test_wrong_results_are_not_timed(cpu: Cpu, call: Callable[..., Tensor]) -> N
         calls += 1
         return call(x)
 
-    effort = Effort(most=50, least=50)
+    effort = SampleBudget(most=50, least=50)
     rows = rows_on(cpu, SMALL, [pooling("bad", counted), pooling("good")], baseline="bad", effort=effort)
     assert rows["bad"].check.startswith("wrong: ")
     assert_no_times(rows["bad"])
@@ -146,7 +146,7 @@ def test_results_that_go_wrong_while_timed_are_not_reported(cpu: Cpu) -> None:
         pooled = stgp.grid_pool(x) if calls < 30 else torch.zeros_like(stgp.grid_pool(x))
         return pooled if out is None else out.copy_(pooled)
 
-    rows = rows_on(cpu, SMALL, [pooling("bad", breaks, takes_out=True)], effort=Effort(60, 60), baseline="copy")
+    rows = rows_on(cpu, SMALL, [pooling("bad", breaks, takes_out=True)], effort=SampleBudget(60, 60), baseline="copy")
     assert calls > 60
     assert rows["bad:out"].check.startswith("wrong: off by")
     assert_no_times(rows["bad:out"])
@@ -197,7 +197,7 @@ def test_too_little_memory_is_a_reason(cpu: Cpu, monkeypatch: pytest.MonkeyPatch
 
 def test_rows_are_reported_as_they_are_found(cpu: Cpu) -> None:
     """A row is reported before the first call, which may end the process, after the check, and after the times."""
-    found: list[Row] = []
+    found: list[BenchRow] = []
 
     def call(x: Tensor) -> Tensor:
         assert [(row.provider, row.check) for row in found[:1]] == [("good", LOST)]
@@ -216,7 +216,7 @@ def test_rows_are_reported_as_they_are_found(cpu: Cpu) -> None:
 
 
 def test_slow_calls_have_fewer_turns() -> None:
-    assert [Effort(25, 5, 8).samples(us) for us in (0, 320_000, 400_000, 1e6, 1e9)] == [25, 25, 20, 8, 5]
+    assert [SampleBudget(25, 5, 8).samples(us) for us in (0, 320_000, 400_000, 1e6, 1e9)] == [25, 25, 20, 8, 5]
     order: list[str] = []
 
     def sampler(name: str, time_us: float) -> Sampler:
@@ -224,7 +224,7 @@ def test_slow_calls_have_fewer_turns() -> None:
 
     samplers = {"copy": sampler("copy", 1.0), "fast": sampler("fast", 2.0), "slow": sampler("slow", 1e5)}
     turns = {"copy": (1, 1), "fast": (2, 2), "slow": (10, 1)}  # a sample of the slow one takes a second
-    times = take_turns(samplers, turns, Effort(most=4, least=1, seconds=2), warm_up_s=0.0)
+    times = take_turns(samplers, turns, SampleBudget(most=4, least=1, seconds=2), warm_up_s=0.0)
     assert times == {"copy": [1.0] * 4, "fast": [2.0] * 8, "slow": [1e5] * 2}
     assert order[:3] == ["copy", "fast", "slow"]  # for how long they take
     assert order[3:] == ["fast", "copy", "fast", "fast", "copy", "fast", "slow"] * 2

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import page
 from benchmarks.goals import ONE_FRAME, T16, T64
 from benchmarks.page import MARK, PAGE, README, with_table
-from benchmarks.results import Row, Run, Writer, add_rates
+from benchmarks.results import BenchRow, Run, Writer, add_rates
 from tests.benchmarks.rows import RUN, make_row
 
 
@@ -24,7 +24,7 @@ def test_pictures_are_there() -> None:
         assert all((path.parent / picture).exists() for picture in pictures)
 
 
-def prefill(kind: str, label: str, ms: float, side: int) -> Row:
+def prefill(kind: str, label: str, ms: float, side: int) -> BenchRow:
     settings = {"pooled_by": label, "grid": [side, side], "visual_tokens": 64 * side * side}
     facts = {"op": kind, "workload": "prefill-7b", "groups": ("prefill",), "settings": settings}
     return make_row(f"{kind}:{label}", ms * 1e3, **facts)

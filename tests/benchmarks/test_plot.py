@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks import plot
 from benchmarks.plot import draw_ratios, draw_times, save_plots
-from benchmarks.results import Results, Row
+from benchmarks.results import BenchRow, Results
 from tests.benchmarks.rows import RUN, make_row
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -23,7 +23,7 @@ MS = {"copy": 11.0, "ceiling": 8.0, "read": 6.5, "norm_pool:cpu:out": 9.9, "norm
 """Times of 64 frames."""
 
 
-def rows_of(frames: int = 64, **values: Any) -> list[Row]:
+def rows_of(frames: int = 64, **values: Any) -> list[BenchRow]:
     """All providers on a workload of some frames. Times and bytes go with the frames."""
     share = frames / 64
     moved = {"read_bytes": round(share * 305_600_000), "write_bytes": round(share * 77_500_000)}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import prefill
-from benchmarks.measure import Effort, measure, take_turns
+from benchmarks.measure import SampleBudget, measure, take_turns
 from benchmarks.prefill import BUDGETS, DECODERS, TEXT_TOKENS, build, side_of
 from benchmarks.provider import mismatch
 from benchmarks.providers import providers
@@ -84,7 +84,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.devices import Cpu
 
     timed = providers(TINY, "cpu")
-    rows = measure(TINY, timed, Cpu(), "some run", baseline="prefill:unpooled", effort=Effort(1, 1))
+    rows = measure(TINY, timed, Cpu(), "some run", baseline="prefill:unpooled", effort=SampleBudget(1, 1))
     found = {row.provider: row for row in rows if row.op}
     assert list(found) == [provider.name for provider in timed]
     assert {row.check for row in rows} == {"ok"}

@@ -13,8 +13,8 @@ from benchmarks import machine
 from benchmarks.machine import describe, new_run
 from benchmarks.results import (
     FOLDER,
+    BenchRow,
     Results,
-    Row,
     Run,
     Writer,
     add_rates,
@@ -33,7 +33,7 @@ def run_named(name: str, **values: Any) -> Run:
     return replace(RUN, run=name, **values)
 
 
-def write(path: Path, *lines: Run | Row) -> None:
+def write(path: Path, *lines: Run | BenchRow) -> None:
     writer = Writer(path)
     for line in lines:
         writer.write(line)
@@ -137,7 +137,9 @@ def test_the_last_state_that_has_a_part(tmp_path: Path) -> None:
     """The later of two runs counts where both timed the same. Quick runs and those without rows do not count."""
     path = tmp_path / "results.jsonl"
 
-    def run(name: str, day: int, package: str, rows: list[Row], library: str | None = "l", **settings: Any) -> None:
+    def run(
+        name: str, day: int, package: str, rows: list[BenchRow], library: str | None = "l", **settings: Any
+    ) -> None:
         source = {"package_sha256": package, "library_sha256": library}
         write(path, run_named(name, utc=f"2026-11-0{day}", source=source, settings=settings))
         write(path, *(replace(row, run=name) for row in rows))

@@ -264,11 +264,11 @@ Tables one_window() {
   t[stgp::H_HEIGHT] = t[stgp::H_WIDTH] = 2;
   t[stgp::H_OUT_ROWS] = t[stgp::H_OUT_COLS] = 1;
   t[stgp::H_LARGEST_WINDOW] = 4;
-  t[stgp::H_FINAL] = add({0});
+  t[stgp::H_OUTPUTS] = add({0});
   t[stgp::H_LEVELS] = static_cast<int32_t>(t.size());
   t[stgp::H_WINDOW_ROWS] = add({0, 2});
   t[stgp::H_WINDOW_COLS] = add({0, 2});
-  t[stgp::H_STEPS] = static_cast<int32_t>(t.size());
+  t[stgp::H_STAGES] = static_cast<int32_t>(t.size());
   t[stgp::H_WORDS] = static_cast<int32_t>(t.size());
   return t;
 }
@@ -284,17 +284,17 @@ Tables one_summary(bool fused) {
   };
   t[stgp::H_FRAMES] = 2;
   t[stgp::H_SUMMARIES] = t[stgp::H_NUM_LEVELS] = 1;
-  t[stgp::H_FINAL] = add({0, ~0});
+  t[stgp::H_OUTPUTS] = add({0, ~0});
   const int32_t sources = add({0, 1, 1, 1}), row_runs = add({0, 2, 2, 2}), col_runs = add({0, 2, 2, 2});
   t[stgp::H_LEVELS] = add({2, 2, 0, 1, sources, row_runs, col_runs});
   if (fused) {
     const int32_t all = add({1}), none = add({0});
     const int32_t frames = add({0, 0, 0, all, -1, -1, -1, -1, 1, -1, 1, all, -1, -1, -1, -1});
     const int32_t summary = add({~0, 1, -1, none, 0, 1, 1, 1});
-    t[stgp::H_STEPS] = add({0, frames, 2, 2, 0, 1, summary, 1, 0, 1});
-    t[stgp::H_NUM_STEPS] = t[stgp::H_SLOTS] = 2;
+    t[stgp::H_STAGES] = add({0, frames, 2, 2, 0, 1, summary, 1, 0, 1});
+    t[stgp::H_NUM_STAGES] = t[stgp::H_SLOTS] = 2;
   } else {
-    t[stgp::H_STEPS] = here();
+    t[stgp::H_STAGES] = here();
   }
   t[stgp::H_WORDS] = here();
   return t;
@@ -308,8 +308,8 @@ Tables with_gradients(Tables t) {
     t.insert(t.end(), words);
     return offset;
   };
-  const int32_t feeds = add({0, 0, 0, 0, 0, 1, 0, 0, 2, 0, 0, 3});
-  const int32_t starts = add({feeds, feeds + 3, feeds + 12, feeds + 12});
+  const int32_t consumers = add({0, 0, 0, 0, 0, 1, 0, 0, 2, 0, 0, 3});
+  const int32_t starts = add({consumers, consumers + 3, consumers + 12, consumers + 12});
   const int32_t windows = add({0, 0, 1, 1}), rows = add({0, 0, 1, 1, 1, 1, 1, 1}), cols = add({0, 0, 1, 1, 1, 1, 1, 1});
   t[stgp::H_GRADIENT] = add({starts, windows, windows, rows, cols});
   t[stgp::H_WORDS] = here();
@@ -471,17 +471,17 @@ void test_gradients_that_are_refused() {
   // a summary goes to later levels only: otherwise its gradient would wait for itself
   Tables circular = with_gradients(one_summary(true));
   int32_t* const starts = circular.data() + circular[circular[stgp::H_GRADIENT]];
-  starts[2] -= stgp::FEED_WORDS;
-  CHECK(std::string(wrong_with(circular)) == "a feed is out of range");
+  starts[2] -= stgp::CONSUMER_WORDS;
+  CHECK(std::string(wrong_with(circular)) == "a consumer is out of range");
 }
 
 // A tile that a mosaic shows has to be there: -1 stands for one that nothing depends on.
 void test_missing_tiles_are_refused() {
   const Tables good = one_summary(true);
-  const int32_t* step = good.data() + good[stgp::H_STEPS] + stgp::STEP_WORDS;
+  const int32_t* stage = good.data() + good[stgp::H_STAGES] + stgp::STAGE_WORDS;
   for (int tile = 0; tile < 4; ++tile) {
     Tables changed = good;
-    changed[step[stgp::S_ENTRIES] + stgp::E_SOURCES + tile] = -1;
+    changed[stage[stgp::S_ENTRIES] + stgp::E_SOURCES + tile] = -1;
     CHECK(wrong_with(changed) != nullptr);
   }
 }

@@ -1,4 +1,4 @@
-"""Which summaries are computed, and which cells of miniatures, against the dependencies token by token."""
+"""Which summaries are computed, and which cells of thumbnails, against the dependencies token by token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from stgridpool_kernels import grid_plan
 from stgridpool_kernels.plan import GridPlan
-from stgridpool_kernels.plan.dataflow import EndlessNeeds, Need, Schedule, needed_cells, pools_pairs, shrinks_by_halves
+from stgridpool_kernels.plan.dataflow import (
+    Dataflow,
+    EndlessLiveness,
+    Liveness,
+    is_2x2_area,
+    is_2x2_pooling,
+    live_cells,
+)
 from stgridpool_kernels.plan.tables import chunk_entries
 
 Token = tuple[int, int]
@@ -32,16 +39,16 @@ plans = pytest.mark.parametrize(("counts", "H", "W", "arguments"), PLANS.values(
 
 
 def cell_tokens(size: int, i: int) -> range:
-    """Rows that row i of a miniature averages: adaptive average pooling to ⌈size/2⌉."""
+    """Rows that row i of a thumbnail averages: adaptive average pooling to ⌈size/2⌉."""
     half = -(-size // 2)
     return range(i * size // half, -(-(i + 1) * size // half))
 
 
 def brute_force(plan: GridPlan) -> dict[int, set[Token]]:
-    """The cells of every content that some pooled token depends on, following each token on its own."""
+    """The cells of every node that some pooled token depends on, following each token on its own."""
     H, W = plan.height, plan.width
     h, w = -(-H // 2), -(-W // 2)
-    steps = Schedule.of(plan)
+    graph = Dataflow.of(plan)
     pooled = {
         (r, c)
         for top, rows in zip(plan.window_rows.start, plan.window_rows.count, strict=True)
@@ -49,11 +56,11 @@ def brute_force(plan: GridPlan) -> dict[int, set[Token]]:
         for r in range(top, top + rows)
         for c in range(left, left + cols)
     }
-    tokens: dict[int, set[Token]] = {content: set(pooled) for content in steps.final}
+    tokens: dict[int, set[Token]] = {node: set(pooled) for node in graph.outputs}
     cells: dict[int, set[Token]] = {}
-    for s in reversed(range(len(steps.summaries))):
+    for s in reversed(range(len(graph.summaries))):
         for r, c in tokens.get(~s, ()):
-            source = steps.summaries[s].sources[r // h * 2 + c // w]
+            source = graph.summaries[s].sources[r // h * 2 + c // w]
             cell = (r % h, c % w)
             cells.setdefault(source, set()).add(cell)
             tokens.setdefault(source, set()).update(
@@ -64,14 +71,14 @@ def brute_force(plan: GridPlan) -> dict[int, set[Token]]:
 
 def assert_needs(plan: GridPlan) -> None:
     expected = brute_force(plan)
-    found = needed_cells(plan, Schedule.of(plan))
+    found = live_cells(plan, Dataflow.of(plan))
     assert {
-        content: {(i, j) for i, count in enumerate(counts) for j in range(count)} for content, counts in found.items()
+        node: {(i, j) for i, count in enumerate(counts) for j in range(count)} for node, counts in found.items()
     } == expected
 
 
 @plans
-def test_needed_cells(counts: list[int], H: int, W: int, arguments: dict[str, Any]) -> None:
+def test_live_cells(counts: list[int], H: int, W: int, arguments: dict[str, Any]) -> None:
     assert_needs(grid_plan(counts, H, W, **arguments))
 
 
@@ -83,7 +90,7 @@ def test_needed_cells(counts: list[int], H: int, W: int, arguments: dict[str, An
     sampling=st.sampled_from(["last", "first"]),
     ceil_mode=st.booleans(),
 )
-def test_needed_cells_at_random(
+def test_live_cells_at_random(
     counts: list[int], H: int, W: int, frame_strides: list[int], sampling: str, ceil_mode: bool
 ) -> None:
     ceil_mode = ceil_mode or min(H, W) < 2
@@ -91,31 +98,31 @@ def test_needed_cells_at_random(
 
 
 @plans
-def test_contents_follow_the_levels(counts: list[int], H: int, W: int, arguments: dict[str, Any]) -> None:
+def test_nodes_follow_the_levels(counts: list[int], H: int, W: int, arguments: dict[str, Any]) -> None:
     """The frames that make up a summary, summaries taken apart, are those that running the levels one by one gives."""
     plan = grid_plan(counts, H, W, **arguments)
-    steps = Schedule.of(plan)
+    graph = Dataflow.of(plan)
     made: list[Any] = []
-    for summary in steps.summaries:
+    for summary in graph.summaries:
         made.append(tuple(source if source >= 0 else made[~source] for source in summary.sources))
     frames: list[Any] = list(range(sum(counts)))
     for level in plan.levels:
         groups = [tuple(frames[frame] for frame in sources) for sources in level.sources]
         for target, group in zip(level.targets, groups, strict=True):
             frames[target] = group
-    assert [content if content >= 0 else made[~content] for content in steps.final] == frames
+    assert [node if node >= 0 else made[~node] for node in graph.outputs] == frames
 
 
 def test_summaries_that_nothing_depends_on_are_left_out() -> None:
     """Both levels replace frame 3, and the second reads only frames as they were given."""
     plan = grid_plan([4], 4, 4, frame_strides=(1, 2), grid_shape=(2, 2, 1, 1), sampling="first")
-    kept = Schedule.of(plan).summaries
+    kept = Dataflow.of(plan).summaries
     assert [(summary.level, summary.target, summary.sources) for summary in kept] == [(1, 1, (0,)), (1, 3, (2,))]
 
 
 def test_nothing_is_scheduled_without_gridding() -> None:
     plan = grid_plan([3, 4], 5, 7, frame_strides=())
-    assert Schedule.of(plan) == Schedule.none(plan) == Schedule((), tuple(range(7)))
+    assert Dataflow.of(plan) == Dataflow.none(plan) == Dataflow((), tuple(range(7)))
 
 
 # ---- videos without end ----
@@ -136,13 +143,13 @@ endless = pytest.mark.parametrize("arguments", ENDLESS.values(), ids=ENDLESS.key
 
 def periods(plan: GridPlan, count: int) -> GridPlan:
     """The plan of so many periods of a video, in which all levels begin again at once."""
-    return dataclasses.replace(plan, frame_counts=(count * EndlessNeeds(plan).period,))
+    return dataclasses.replace(plan, frame_counts=(count * EndlessLiveness(plan).period,))
 
 
 @endless
 def test_segments_repeat_the_plan(arguments: dict[str, Any]) -> None:
     plan = periods(grid_plan((), 4, 5, **arguments), 3)
-    for level, segment in zip(plan.levels, EndlessNeeds(plan).segments, strict=True):
+    for level, segment in zip(plan.levels, EndlessLiveness(plan).segments, strict=True):
         groups: dict[int, list[int]] = {}
         for frame in range(plan.frame_counts[0]):
             place = segment.place(frame)
@@ -156,21 +163,21 @@ def test_segments_repeat_the_plan(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["published", "first", "nested"])
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize(("H", "W"), [(5, 7), (4, 6), (1, 2)])
-def test_needed_cells_of_a_video_without_end(H: int, W: int, ceil_mode: bool, name: str) -> None:
+def test_live_cells_of_a_video_without_end(H: int, W: int, ceil_mode: bool, name: str) -> None:
     plan = grid_plan((), H, W, ceil_mode=ceil_mode or H == 1, **ENDLESS[name])
-    needs, period = EndlessNeeds(plan), EndlessNeeds(plan).period
-    schedule = Schedule.of(periods(plan, 1))
-    needed = needed_cells(plan, schedule)
+    liveness, period = EndlessLiveness(plan), EndlessLiveness(plan).period
+    graph = Dataflow.of(periods(plan, 1))
+    live = live_cells(plan, graph)
     for frame in range(period):
-        assert needs.of(-1, frame + 3 * period).cells == needed.get(frame, ())
-        assert needs.of(-1, frame).final == (schedule.final[frame] == frame)
-    for number, summary in enumerate(schedule.summaries):
-        assert needs.of(summary.level, summary.target).cells == needed.get(~number, ())
+        assert liveness.of(-1, frame + 3 * period).cells == live.get(frame, ())
+        assert liveness.of(-1, frame).is_output == (graph.outputs[frame] == frame)
+    for number, summary in enumerate(graph.summaries):
+        assert liveness.of(summary.level, summary.target).cells == live.get(~number, ())
 
 
 def tiles_read(plan: GridPlan) -> set[tuple[int, int, int]]:
     """(level, frame, place) of each frame in a mosaic of which some pooled token reads a token, followed one by one."""
-    schedule = Schedule.of(plan)
+    graph = Dataflow.of(plan)
     pooled = {
         (r, c)
         for top, rows in zip(plan.window_rows.start, plan.window_rows.count, strict=True)
@@ -178,10 +185,10 @@ def tiles_read(plan: GridPlan) -> set[tuple[int, int, int]]:
         for r in range(max(0, top), min(plan.height, top + rows))
         for c in range(max(0, left), min(plan.width, left + cols))
     }
-    tokens: dict[int, set[Token]] = {content: set(pooled) for content in schedule.final}
+    tokens: dict[int, set[Token]] = {node: set(pooled) for node in graph.outputs}
     found = set()
-    for s in reversed(range(len(schedule.summaries))):
-        summary = schedule.summaries[s]
+    for s in reversed(range(len(graph.summaries))):
+        summary = graph.summaries[s]
         level = plan.levels[summary.level]
         frames = level.sources[level.targets.index(summary.target)]
         for r, c in tokens.get(~s, ()):
@@ -199,45 +206,45 @@ def tiles_read(plan: GridPlan) -> set[tuple[int, int, int]]:
 def test_frames_that_are_needed(H: int, W: int, arguments: dict[str, Any]) -> None:
     """The same that are read token by token, but that a bilinear mosaic is taken to read all tokens up to its last."""
     plan = periods(grid_plan((), H, W, ceil_mode=True, **arguments), 1)
-    needs = EndlessNeeds(plan)
+    liveness = EndlessLiveness(plan)
     made = [(-1, frame) for frame in range(plan.frame_counts[0])]
     made += [(number, target) for number, level in enumerate(plan.levels) for target in level.targets]
-    found = {(number, frame, place) for level, frame in made for number, place in needs.of(level, frame).places}
+    found = {(number, frame, place) for level, frame in made for number, place in liveness.of(level, frame).places}
     read = tiles_read(plan)
     assert found >= read if plan.resize == "bilinear" else found == read
 
 
 @endless
 def test_what_is_kept_is_what_is_needed_later(arguments: dict[str, Any]) -> None:
-    """After any number of frames, without following them: the contents that chunk_entries gives a slot and not to a
+    """After any number of frames, without following them: the nodes that chunk_entries gives a slot and not to a
     summary yet."""
-    needs = EndlessNeeds(grid_plan((), 6, 8, ceil_mode=True, **arguments))
-    groups: list[dict[int, int]] = [{} for _ in needs.segments]
+    liveness = EndlessLiveness(grid_plan((), 6, 8, ceil_mode=True, **arguments))
+    groups: list[dict[int, int]] = [{} for _ in liveness.segments]
     free = itertools.count()
-    for frames in range(2 * needs.period + 1):
+    for frames in range(2 * liveness.period + 1):
         held: dict[int, list[tuple[int, int]]] = {}
         for level, group in enumerate(groups):
             for place, slot in sorted(group.items()):
                 held.setdefault(slot, []).append((level, place))
-        assert needs.kept(frames) == list(held.values())
-        list(chunk_entries(needs, frames, 0, groups, free))
+        assert liveness.kept(frames) == list(held.values())
+        list(chunk_entries(liveness, frames, 0, groups, free))
 
 
-def test_each_content_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the ways by which 41 levels read one frame are more than a million."""
     arguments = {"frame_strides": (1,) * 40 + (2,), "grid_shape": (1, 6, 1, 8) * 20 + (1, 1), "sampling": "first"}
-    needs = EndlessNeeds(grid_plan((), 2, 2, **arguments))
+    liveness = EndlessLiveness(grid_plan((), 2, 2, **arguments))
     calls: Counter[tuple[int, int]] = Counter()
-    work = EndlessNeeds._of
+    work = EndlessLiveness._of
 
-    def counted(self: EndlessNeeds, level: int, frame: int) -> Need:
+    def counted(self: EndlessLiveness, level: int, frame: int) -> Liveness:
         calls[level, frame % self.period] += 1
         assert calls[level, frame % self.period] == 1
         return work(self, level, frame)
 
-    monkeypatch.setattr(EndlessNeeds, "_of", counted)
-    for frame in range(needs.period):
-        needs.of(-1, frame)
+    monkeypatch.setattr(EndlessLiveness, "_of", counted)
+    for frame in range(liveness.period):
+        liveness.of(-1, frame)
     assert calls
 
 
@@ -261,7 +268,7 @@ def test_each_content_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     ids=str,
 )
 def test_which_windows_are_pairs(size: int, arguments: dict[str, Any], pairs: bool) -> None:
-    assert pools_pairs(grid_plan([1], size, size, **arguments)) == pairs
+    assert is_2x2_pooling(grid_plan([1], size, size, **arguments)) == pairs
 
 
 @pytest.mark.parametrize(
@@ -276,6 +283,6 @@ def test_which_windows_are_pairs(size: int, arguments: dict[str, Any], pairs: bo
     ],
     ids=str,
 )
-def test_which_summaries_share_miniatures(arguments: dict[str, Any], halves: bool) -> None:
+def test_which_summaries_share_thumbnails(arguments: dict[str, Any], halves: bool) -> None:
     """By the settings: whether these videos are long enough for every level does not matter."""
-    assert shrinks_by_halves(grid_plan([64], 8, 8, **arguments)) == halves
+    assert is_2x2_area(grid_plan([64], 8, 8, **arguments)) == halves

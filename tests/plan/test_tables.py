@@ -1,4 +1,4 @@
-"""A plan's tables, read by the names that csrc/tables.h gives their words: they are the plan, and their steps are safe.
+"""A plan's tables, read by the names that csrc/tables.h gives their words: they are the plan, and stages are safe.
 
 Also the file that `GridPlan.save` writes.
 """
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from stgridpool_kernels import grid_plan
 from stgridpool_kernels.plan import GridPlan, Runs, save_tables, tables
-from stgridpool_kernels.plan.dataflow import Schedule, Scheduling, needed_cells, pools_pairs, shrinks_by_halves
+from stgridpool_kernels.plan.dataflow import Dataflow, MakeDataflow, is_2x2_area, is_2x2_pooling, live_cells
 from stgridpool_kernels.plan.tables import plan_tables
 from tests.support.strategies import gridding_arguments, window_arguments
 
@@ -47,7 +47,7 @@ C = constants(HEADER.read_text())
 
 
 def test_constants_are_those_of_the_header() -> None:
-    for name in ("MAGIC", "VERSION", "HEADER_WORDS", "STEP_WORDS"):
+    for name in ("MAGIC", "VERSION", "HEADER_WORDS", "STAGE_WORDS"):
         assert getattr(tables, name) == C[name], name
     assert (C["LEVEL_WORDS"], C["E_SOURCES"], C["ENTRY_WORDS"]) == (7, 4, 8)
 
@@ -57,17 +57,17 @@ def test_constants_are_those_of_the_header() -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    content: int
+    node: int
     target: int
     slot: int
-    needed: tuple[int, ...]
+    live: tuple[int, ...]
     sources: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Step:
+class Stage:
     mosaic: int
-    walked: int
+    shrunk: int
     after: int
     entries: tuple[Entry, ...]
 
@@ -114,17 +114,17 @@ class Reader:
             found.append((rows, cols, groups, row_runs, self.runs(level[C["L_COL_RUNS"]], self.header("H_WIDTH"))))
         return found
 
-    def steps(self) -> list[Step]:
+    def stages(self) -> list[Stage]:
         h = -(-self.header("H_HEIGHT") // 2)
         found = []
-        for step in self.records("H_STEPS", "H_NUM_STEPS", "STEP_WORDS"):
+        for stage in self.records("H_STAGES", "H_NUM_STAGES", "STAGE_WORDS"):
             entries = []
-            for i in range(step[C["S_COUNT"]]):
-                entry = self.take(step[C["S_ENTRIES"]] + i * C["ENTRY_WORDS"], C["ENTRY_WORDS"])
-                needed = self.take(entry[C["E_NEEDED"]], h)
-                content, target, slot = (entry[C[name]] for name in ("E_CONTENT", "E_TARGET", "E_SLOT"))
-                entries.append(Entry(content, target, slot, needed, entry[C["E_SOURCES"] :]))
-            found.append(Step(step[C["S_MOSAIC"]], step[C["S_WALKED"]], step[C["S_AFTER"]], tuple(entries)))
+            for i in range(stage[C["S_COUNT"]]):
+                entry = self.take(stage[C["S_ENTRIES"]] + i * C["ENTRY_WORDS"], C["ENTRY_WORDS"])
+                live = self.take(entry[C["E_LIVE"]], h)
+                node, target, slot = (entry[C[name]] for name in ("E_NODE", "E_TARGET", "E_SLOT"))
+                entries.append(Entry(node, target, slot, live, entry[C["E_SOURCES"] :]))
+            found.append(Stage(stage[C["S_MOSAIC"]], stage[C["S_SHRUNK"]], stage[C["S_AFTER"]], tuple(entries)))
         return found
 
 
@@ -145,17 +145,17 @@ def plans(draw: st.DrawFn) -> GridPlan:
     return grid_plan(counts, height, width, **arguments)
 
 
-frames_per_step = st.sampled_from([None, 4, 1, 14, 2, 100])
+frames_per_stage = st.sampled_from([None, 4, 1, 14, 2, 100])
 
 
-schedules = st.sampled_from([Schedule.of, Schedule.none])
+dataflows = st.sampled_from([Dataflow.of, Dataflow.none])
 
 
-@given(plans(), schedules, frames_per_step)
-def test_general_form_is_the_plan(plan: GridPlan, schedule: Scheduling, frames_per_step: int | None) -> None:
-    words = plan_tables(plan, schedule, frames_per_step)
+@given(plans(), dataflows, frames_per_stage)
+def test_general_form_is_the_plan(plan: GridPlan, dataflow: MakeDataflow, frames_per_stage: int | None) -> None:
+    words = plan_tables(plan, dataflow, frames_per_stage)
     reader = Reader(words)
-    steps = schedule(plan)
+    graph = dataflow(plan)
     assert (reader.header("H_MAGIC"), reader.header("H_VERSION")) == (C["MAGIC"], C["VERSION"])
     assert reader.header("H_WORDS") == len(words)
     assert (reader.header("H_HEIGHT"), reader.header("H_WIDTH")) == (plan.height, plan.width)
@@ -164,33 +164,33 @@ def test_general_form_is_the_plan(plan: GridPlan, schedule: Scheduling, frames_p
     assert reader.header("H_LARGEST_WINDOW") == largest
     assert reader.runs(reader.header("H_WINDOW_ROWS"), plan.pooled_size[0]) == plan.window_rows
     assert reader.runs(reader.header("H_WINDOW_COLS"), plan.pooled_size[1]) == plan.window_cols
-    assert reader.header("H_FRAMES") == len(steps.final)
-    assert reader.take(reader.header("H_FINAL"), reader.header("H_FRAMES")) == steps.final
+    assert reader.header("H_FRAMES") == len(graph.outputs)
+    assert reader.take(reader.header("H_OUTPUTS"), reader.header("H_FRAMES")) == graph.outputs
 
-    assert reader.header("H_SUMMARIES") == len(steps.summaries)
-    levels, numbers = reader.levels(), steps.by_level()
+    assert reader.header("H_SUMMARIES") == len(graph.summaries)
+    levels, numbers = reader.levels(), graph.by_level()
     for (rows, cols, sources, row_runs, col_runs), of_level in zip(levels, numbers, strict=True):
-        level = plan.levels[steps.summaries[of_level[0]].level]
+        level = plan.levels[graph.summaries[of_level[0]].level]
         assert (rows, cols, row_runs, col_runs) == (level.rows, level.cols, level.row_runs, level.col_runs)
-        assert sources == [steps.summaries[s].sources for s in of_level]
+        assert sources == [graph.summaries[s].sources for s in of_level]
         assert all(~source < of_level[0] for group in sources for source in group)  # of the levels before
 
-    fused = pools_pairs(plan) and shrinks_by_halves(plan) and len(steps.final) > 0
-    assert bool(reader.steps()) == fused
-    # no word is left over, except that a row of no needed cells is always there
+    fused = is_2x2_pooling(plan) and is_2x2_area(plan) and len(graph.outputs) > 0
+    assert bool(reader.stages()) == fused
+    # no word is left over, except that a row of no live cells is always there
     assert not any(words[word] for word in set(range(len(words))) - reader.read)
 
 
-@given(plans(), schedules)
-def test_gradient_section_is_the_converse(plan: GridPlan, schedule: Scheduling) -> None:
-    """Feeds are the levels' sources, covers their runs and the windows, each looked at from what is read."""
-    words = plan_tables(plan, schedule, gradient=True)
-    reader, plain = Reader(words), Reader(plan_tables(plan, schedule))
+@given(plans(), dataflows)
+def test_gradient_section_is_the_converse(plan: GridPlan, dataflow: MakeDataflow) -> None:
+    """Consumers are the levels' sources, inverse runs their runs and the windows, each looked at from what is read."""
+    words = plan_tables(plan, dataflow, gradient=True)
+    reader, plain = Reader(words), Reader(plan_tables(plan, dataflow))
     assert plain.header("H_GRADIENT") == 0
     levels = reader.levels()
     assert levels == plain.levels()
     frames, summaries = reader.header("H_FRAMES"), reader.header("H_SUMMARIES")
-    reader.take(reader.header("H_FINAL"), frames)
+    reader.take(reader.header("H_OUTPUTS"), frames)
     section = reader.take(reader.header("H_GRADIENT"), C["G_LEVELS"] + 2 * len(levels))
 
     expected: dict[int, list[tuple[int, int, int]]] = {}
@@ -200,12 +200,12 @@ def test_gradient_section_is_the_converse(plan: GridPlan, schedule: Scheduling) 
             for tile, source in enumerate(sources):
                 expected.setdefault(source, []).append((s, number, tile))
             s += 1
-    starts = reader.take(section[C["G_FEEDS"]], frames + summaries + 1)
-    for number, content in enumerate([*range(frames), *(~s for s in range(summaries))]):
-        feeds = reader.take(starts[number], starts[number + 1] - starts[number])
-        size = C["FEED_WORDS"]
-        found = [feeds[i : i + size] for i in range(0, len(feeds), size)]
-        assert found == expected.get(content, [])
+    starts = reader.take(section[C["G_CONSUMERS"]], frames + summaries + 1)
+    for number, node in enumerate([*range(frames), *(~s for s in range(summaries))]):
+        consumers = reader.take(starts[number], starts[number + 1] - starts[number])
+        size = C["CONSUMER_WORDS"]
+        found = [consumers[i : i + size] for i in range(0, len(consumers), size)]
+        assert found == expected.get(node, [])
 
     def assert_converse(offset: int, runs: Runs, size: int) -> None:
         covering = reader.runs(offset, size)
@@ -222,69 +222,69 @@ def test_gradient_section_is_the_converse(plan: GridPlan, schedule: Scheduling) 
     assert_converse(section[C["G_WINDOW_ROWS"]], row_windows, plan.height)
     assert_converse(section[C["G_WINDOW_COLS"]], col_windows, plan.width)
 
-    steps = reader.steps()
-    assert bool(steps) == bool(plain.steps())
-    if steps:  # every content once, and no two in one slot
-        entries = [entry for step in steps for entry in step.entries]
-        assert sorted(entry.content for entry in entries) == list(range(-summaries, frames))
+    stages = reader.stages()
+    assert bool(stages) == bool(plain.stages())
+    if stages:  # every node once, and no two in one slot
+        entries = [entry for stage in stages for entry in stage.entries]
+        assert sorted(entry.node for entry in entries) == list(range(-summaries, frames))
         slots = [entry.slot for entry in entries if entry.slot >= 0]
         assert sorted(slots) == list(range(reader.header("H_SLOTS")))
     assert not any(words[word] for word in set(range(len(words))) - reader.read)
 
 
-@given(plans(), frames_per_step)
-def test_steps_compute_every_frame_once(plan: GridPlan, frames_per_step: int | None) -> None:
-    reader = Reader(plan_tables(plan, frames_per_step=frames_per_step))
-    schedule, steps = Schedule.of(plan), reader.steps()
-    if not steps:
+@given(plans(), frames_per_stage)
+def test_stages_compute_every_frame_once(plan: GridPlan, frames_per_stage: int | None) -> None:
+    reader = Reader(plan_tables(plan, frames_per_stage=frames_per_stage))
+    graph, stages = Dataflow.of(plan), reader.stages()
+    if not stages:
         return
-    targets = {entry.target: entry.content for step in steps for entry in step.entries if entry.target >= 0}
-    assert [targets[frame] for frame in range(len(schedule.final))] == list(schedule.final)
-    assert len(targets) == sum(entry.target >= 0 for step in steps for entry in step.entries)
+    targets = {entry.target: entry.node for stage in stages for entry in stage.entries if entry.target >= 0}
+    assert [targets[frame] for frame in range(len(graph.outputs))] == list(graph.outputs)
+    assert len(targets) == sum(entry.target >= 0 for stage in stages for entry in stage.entries)
 
-    needed, slots, done = needed_cells(plan, schedule), reader.header("H_SLOTS"), set()
-    assert {slot for step in steps for slot in step.writes} == set(range(slots))
-    held: dict[int, int] = {}  # slot: the content whose miniature is in it
-    for step in steps:
-        assert [entry.slot >= 0 for entry in step.entries] == sorted((e.slot >= 0 for e in step.entries), reverse=True)
-        assert step.walked == len(step.writes)
-        for entry in step.entries:
-            assert (entry.content < 0) == bool(step.mosaic)
-            assert entry.content not in done
-            done.add(entry.content)
-            assert (entry.slot >= 0) == (entry.content in needed)
-            assert entry.needed == needed.get(entry.content, (0,) * len(entry.needed))
-            if step.mosaic:
-                for slot, source in zip(entry.sources, schedule.summaries[~entry.content].sources, strict=True):
-                    assert (slot >= 0) == (source in needed)
+    live, slots, done = live_cells(plan, graph), reader.header("H_SLOTS"), set()
+    assert {slot for stage in stages for slot in stage.writes} == set(range(slots))
+    held: dict[int, int] = {}  # slot: the node whose thumbnail is in it
+    for stage in stages:
+        assert [entry.slot >= 0 for entry in stage.entries] == sorted(e.slot >= 0 for e in stage.entries)[::-1]
+        assert stage.shrunk == len(stage.writes)
+        for entry in stage.entries:
+            assert (entry.node < 0) == bool(stage.mosaic)
+            assert entry.node not in done
+            done.add(entry.node)
+            assert (entry.slot >= 0) == (entry.node in live)
+            assert entry.live == live.get(entry.node, (0,) * len(entry.live))
+            if stage.mosaic:
+                for slot, source in zip(entry.sources, graph.summaries[~entry.node].sources, strict=True):
+                    assert (slot >= 0) == (source in live)
                     assert slot < 0 or held[slot] == source
             else:
                 assert entry.sources == (-1,) * 4
-        held.update((entry.slot, entry.content) for entry in step.entries if entry.slot >= 0)
+        held.update((entry.slot, entry.node) for entry in stage.entries if entry.slot >= 0)
 
 
-@given(plans(), frames_per_step)
-def test_steps_side_by_side_do_not_disturb_each_other(plan: GridPlan, frames_per_step: int | None) -> None:
-    """A step waits for the first S_AFTER steps and for no other: what it may overlap must use other slots."""
-    steps = Reader(plan_tables(plan, frames_per_step=frames_per_step)).steps()
-    for number, step in enumerate(steps):
-        assert 0 <= step.after <= number
-        assert len(set(step.writes)) == len(step.writes)
-        assert not step.reads & set(step.writes)  # entries of a step run in any order
-        for other in steps[step.after : number]:
-            assert not set(step.writes) & (other.reads | set(other.writes))
-            assert not step.reads & set(other.writes)
+@given(plans(), frames_per_stage)
+def test_stages_side_by_side_do_not_disturb_each_other(plan: GridPlan, frames_per_stage: int | None) -> None:
+    """A stage waits for the first S_AFTER stages and for no other: what it may overlap must use other slots."""
+    stages = Reader(plan_tables(plan, frames_per_stage=frames_per_stage)).stages()
+    for number, stage in enumerate(stages):
+        assert 0 <= stage.after <= number
+        assert len(set(stage.writes)) == len(stage.writes)
+        assert not stage.reads & set(stage.writes)  # entries of a stage run in any order
+        for other in stages[stage.after : number]:
+            assert not set(stage.writes) & (other.reads | set(other.writes))
+            assert not stage.reads & set(other.writes)
 
 
 @given(plans())
-def test_steps_for_a_gpu_are_few(plan: GridPlan) -> None:
-    steps = Reader(plan_tables(plan)).steps()
-    assert len(steps) <= 1 + len(Schedule.of(plan).by_level())
+def test_stages_for_a_gpu_are_few(plan: GridPlan) -> None:
+    stages = Reader(plan_tables(plan)).stages()
+    assert len(stages) <= 1 + len(Dataflow.of(plan).by_level())
 
 
-def test_steps_for_a_cpu_keep_few_miniatures() -> None:
+def test_stages_for_a_cpu_keep_few_thumbnails() -> None:
     published = grid_plan([64], 27, 27)
-    slots = [Reader(plan_tables(published, frames_per_step=steps)).header("H_SLOTS") for steps in (None, 16, 4)]
+    slots = [Reader(plan_tables(published, frames_per_stage=frames)).header("H_SLOTS") for frames in (None, 16, 4)]
     assert slots == sorted(slots, reverse=True)
     assert (slots[0], slots[-1]) == (40, 9)  # as docs/cpu.md says
 
@@ -294,15 +294,15 @@ def test_steps_for_a_cpu_keep_few_miniatures() -> None:
 PUBLISHED = grid_plan([64], 27, 27)
 
 
-@pytest.mark.parametrize("frames_per_step", [None, 4])
+@pytest.mark.parametrize("frames_per_stage", [None, 4])
 @pytest.mark.parametrize("arguments", [{}, {"resize": "bilinear"}, {"output_size": (3, 4)}], ids=str)
-def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], frames_per_step: int | None) -> None:
+def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], frames_per_stage: int | None) -> None:
     saved = grid_plan([40, 9], 5, 7, **arguments)
-    save_tables(saved, tmp_path / "plan.stgp", frames_per_step=frames_per_step)
-    content = (tmp_path / "plan.stgp").read_bytes()
-    words = [int.from_bytes(content[i : i + 4], "little", signed=True) for i in range(0, len(content), 4)]
-    assert words == list(plan_tables(saved, frames_per_step=frames_per_step))
-    assert content.startswith(b"STGP\2\0\0\0")
+    save_tables(saved, tmp_path / "plan.stgp", frames_per_stage=frames_per_stage)
+    written = (tmp_path / "plan.stgp").read_bytes()
+    words = [int.from_bytes(written[i : i + 4], "little", signed=True) for i in range(0, len(written), 4)]
+    assert words == list(plan_tables(saved, frames_per_stage=frames_per_stage))
+    assert written.startswith(b"STGP\2\0\0\0")
     assert os.listdir(tmp_path) == ["plan.stgp"]
 
 
@@ -355,14 +355,14 @@ def test_file_for_gradients(tmp_path: Path) -> None:
     words.frombytes((tmp_path / "plan.stgp").read_bytes())
     assert words == plan_tables(PUBLISHED, gradient=True)
     assert len(words) > len(plan_tables(PUBLISHED))
-    with pytest.raises(ValueError, match="frames_per_step must be None where gradient is True, got 4"):
-        save_tables(PUBLISHED, tmp_path / "other.stgp", frames_per_step=4, gradient=True)
+    with pytest.raises(ValueError, match="frames_per_stage must be None where gradient is True, got 4"):
+        save_tables(PUBLISHED, tmp_path / "other.stgp", frames_per_stage=4, gradient=True)
 
 
-@pytest.mark.parametrize("frames_per_step", [0, -4])
-def test_frames_per_step_is_checked(tmp_path: Path, frames_per_step: int) -> None:
-    with pytest.raises(ValueError, match=f"frames_per_step must be None or at least 1, got {frames_per_step}"):
-        save_tables(PUBLISHED, tmp_path / "plan.stgp", frames_per_step=frames_per_step)
+@pytest.mark.parametrize("frames_per_stage", [0, -4])
+def test_frames_per_stage_is_checked(tmp_path: Path, frames_per_stage: int) -> None:
+    with pytest.raises(ValueError, match=f"frames_per_stage must be None or at least 1, got {frames_per_stage}"):
+        save_tables(PUBLISHED, tmp_path / "plan.stgp", frames_per_stage=frames_per_stage)
     assert os.listdir(tmp_path) == []
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stgridpool_kernels.backends import Backend, compiled, with_kernels
 from stgridpool_kernels.plan import GridPlan
-from stgridpool_kernels.plan.dataflow import Schedule
+from stgridpool_kernels.plan.dataflow import Dataflow
 from stgridpool_kernels.plan.tables import Chunk, plan_tables
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ class Call(ctypes.Structure):
         ("temperature", ctypes.c_float),
         ("norm_type", ctypes.c_double),
         ("normalize_norm", ctypes.c_bool),
-        ("miniatures", ctypes.c_void_p),
+        ("thumbnails", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
         ("grad_strides", Strides),
         ("cells", ctypes.c_int32),
@@ -157,13 +157,13 @@ def run(
     settings: tuple[float, float, bool],
     out: Tensor,
     library: Path | None = None,
-    miniatures: Tensor | None = None,
+    thumbnails: Tensor | None = None,
     grad: Tensor | None = None,
     cells: int = 0,
 ) -> None:
     """`op` of x into out by tables; settings are (temperature, norm_type, normalize_norm).
 
-    miniatures: of streams, for tables of a chunk of them.
+    thumbnails: of streams, for tables of a chunk of them.
     grad: of the result, for gradients.
     cells: that a block walks; 0 is the kernel's own choice.
     """
@@ -177,7 +177,7 @@ def run(
         *(out.data_ptr(), _five(strides, x.dim())),
         None,
         *settings,
-        None if miniatures is None else miniatures.data_ptr(),
+        None if thumbnails is None else thumbnails.data_ptr(),
     )
     call.cells = cells
     if grad is not None:
@@ -204,7 +204,7 @@ def grid_pool(
 def pool_chunk(
     x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
 ) -> None:
-    run("grid_pool", x, chunk.words, (temperature, norm_type, normalize_norm), out, miniatures=slots)
+    run("grid_pool", x, chunk.words, (temperature, norm_type, normalize_norm), out, thumbnails=slots)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
@@ -214,7 +214,7 @@ def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
 def norm_pool(
     x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
 ) -> None:
-    run("grid_pool", x, plan_tables(plan, Schedule.none), (temperature, norm_type, normalize_norm), out)
+    run("grid_pool", x, plan_tables(plan, Dataflow.none), (temperature, norm_type, normalize_norm), out)
 
 
 def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
@@ -224,7 +224,7 @@ def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -
 def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: Any) -> None:
     """Gradient of grid_pool, norm_pool or temporal_grid, written into the last argument."""
     *settings, out = settings_and_out
-    tables = plan_tables(plan, Schedule.none if op == "norm_pool" else Schedule.of, gradient=True)
+    tables = plan_tables(plan, Dataflow.none if op == "norm_pool" else Dataflow.of, gradient=True)
     if op == "temporal_grid":
         run("temporal_grid_backward", grad, tables, (1.0, 2.0, True), out, grad=grad)
     else:
@@ -232,7 +232,7 @@ def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out
         run("grid_pool_backward", x, tables, (temperature, norm_type, normalize_norm), out, grad=grad)
 
 
-def why_not(x: Tensor | None, plan: GridPlan | None) -> str | None:
+def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:
     """None where the emulation can run a call, else the reason."""
     if find_compiler() is None:
         return "no C++ compiler to build the emulation with"
@@ -247,13 +247,13 @@ def backend() -> Backend:
     """A backend named "cuda" that runs the kernels on tensors of the CPU; `auto` passes over it."""
     return Backend(
         name="cuda",
-        why_not=why_not,
+        unsupported_reason=unsupported_reason,
         grid_pool=grid_pool,
         temporal_grid=temporal_grid,
         norm_pool=norm_pool,
         token_norm=token_norm,
         backward=with_kernels(backward),
-        only_by_name=lambda: "the emulation runs the kernels on the CPU, slowly",
-        keeps_miniatures=compiled.keeps_miniatures_on_cuda,
+        opt_in_reason=lambda: "the emulation runs the kernels on the CPU, slowly",
+        keeps_thumbnails=compiled.keeps_thumbnails_on_cuda,
         pool_chunk=pool_chunk,
     )

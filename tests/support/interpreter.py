@@ -66,7 +66,7 @@ def hasten_interpreter() -> None:
 
 
 @dataclasses.dataclass
-class Traffic:
+class Requests:
     """Bytes that kernels loaded and stored, every access counted."""
 
     loaded: int = 0
@@ -74,11 +74,11 @@ class Traffic:
 
 
 @contextmanager
-def counted_traffic() -> Iterator[Traffic]:
+def counted_traffic() -> Iterator[Requests]:
     """Counts the bytes of all loads and stores of the interpreter, those of tables included, but not masked ones."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    traffic = Traffic()
+    traffic = Requests()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def size(pointers: Any, mask: Any) -> int:

@@ -21,7 +21,7 @@ from tools.compile_report import (
     SHAPES,
     Case,
     Code,
-    Row,
+    KernelUsage,
     limits_missed,
     main,
     read_code,
@@ -39,10 +39,10 @@ def run(module: str, *arguments: str) -> str:
     return done.stdout
 
 
-def report(tmp_path: Path, *arguments: str) -> list[Row]:
+def report(tmp_path: Path, *arguments: str) -> list[KernelUsage]:
     """The rows that the command writes."""
     run("tools.compile_report", "--json", str(tmp_path / "rows.json"), *arguments)
-    return [Row.from_json(row) for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
+    return [KernelUsage.from_json(row) for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
 
 
 def number_of_launches(case: Case) -> int:
@@ -236,11 +236,11 @@ def test_enough_warps(case: Case, shape: tuple[int, ...], dtype: str, arch: int,
 
 
 @pytest.fixture
-def row() -> Row:
+def row() -> KernelUsage:
     """A kernel that keeps all limits."""
     code = replace(NOTHING, loads={"32": 6, "128": 8}, copies={"128": 24}, stores={"128": 6}, barriers=5)
     launches = {"grid_pool": [1]}
-    return Row(launches, 16, "kernel", (8, 8, 8, 1024), "bf16", 90, 8, 128, 0, 0, 49280, code, 16, 32)
+    return KernelUsage(launches, 16, "kernel", (8, 8, 8, 1024), "bf16", 90, 8, 128, 0, 0, 49280, code, 16, 32)
 
 
 @pytest.mark.parametrize(

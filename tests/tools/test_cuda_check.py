@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="no Triton")
 from tests.support.cuda_emulation import KERNELS
 from tools.compile_report import ARCHITECTURES, Code
-from tools.cuda_check import CHANNELS, Row, block_threads, check, find_nvcc, limits_missed, main
+from tools.cuda_check import CHANNELS, KernelUsage, block_threads, check, find_nvcc, limits_missed, main
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no compiler: nvcc is neither in PATH nor in CUDA_HOME")
 
@@ -49,11 +49,11 @@ def changed(folder: Path, *changes: tuple[str, str, str]) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("fused.cu", "A == Access::pieces ? 80 : 128", "A == Access::pieces ? 48 : 128"), "of local memory"),
+        (("fused.cu", "A == Access::vector ? 80 : 128", "A == Access::vector ? 48 : 128"), "of local memory"),
         (
             (
                 "tokens.cuh",
-                "piece = same_bits<Piece>(U == Use::once ? __ldcs(from) : *from);",
+                "piece = same_bits<Piece>(U == CacheHint::stream ? __ldcs(from) : *from);",
                 "for (int w = 0; w < WORDS; ++w) piece.word[w] = reinterpret_cast<const uint32_t*>(from)[w];",
             ),
             "no loads of 128 bits",
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_seen(tmp_path, change, message):
 
 # ---- what the assertions above rest on ----
 
-GOOD = Row(
+GOOD = KernelUsage(
     "grid_pool_kernel<__half, (stgp::cuda::Access)0, true, false, true>",
     *(90, 80, 0, 0, 512),
     Code(

@@ -40,7 +40,7 @@ LARGE_LOGITS: dict[str, dict[str, Any]] = {
 def test_gradient_of_large_logits(case: dict[str, Any], capability: str) -> None:
     """In float32 their last bits are worth something, and a lane that adds up many channels loses some."""
     sums = {"norm_type": 1.0, "normalize_norm": False}
-    call = fuzz.Call(
+    call = fuzz.RandomCall(
         **{"op": "grid_pool", "dtype": "float32", "spoilt": 0, "layout": "contiguous", "out_layout": "contiguous"},
         **{"threads": 2, "capability": capability, "seed": 4},
         **(case | {"arguments": case["arguments"] | sums}),

@@ -16,7 +16,7 @@ from tests.benchmarks.rows import make_row
 pytest.importorskip("triton", reason="no Triton")
 from benchmarks.measure import LATE, LOST
 from benchmarks.provider import Provider
-from benchmarks.results import Row, encode
+from benchmarks.results import BenchRow, encode
 from stgridpool_kernels.backends.triton_kernels import config
 from tools import gpu_bench
 from tools.gpu_bench import COUNTERS, TUNED
@@ -41,7 +41,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     even |= {"mosaic_cells=3 stages=1": 50.0, "cells=4": 57.0}
     times, asked = dict(zip(TUNED, (odd, even), strict=True)), list[tuple[str, str]]()
 
-    def measure(workload: Any, variants: list[Provider], *_: Any, **given: Any) -> list[Row]:
+    def measure(workload: Any, variants: list[Provider], *_: Any, **given: Any) -> list[BenchRow]:
         asked.extend((workload.name, variant.name) for variant in variants)
         return [make_row(v.name, times[workload.name].get(v.name.partition(" ")[2], 300.0)) for v in variants]
 

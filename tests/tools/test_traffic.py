@@ -13,7 +13,7 @@ import pytest
 from benchmarks.lower_bound import tokens_read
 from stgridpool_kernels import grid_plan
 from stgridpool_kernels.plan import GridPlan
-from stgridpool_kernels.plan.dataflow import Schedule
+from stgridpool_kernels.plan.dataflow import Dataflow
 from tests.plan.test_dataflow import Token, brute_force, cell_tokens
 
 pytest.importorskip("triton", reason="no Triton")
@@ -69,30 +69,30 @@ def needed_tokens(plan: GridPlan, carried: bool = True) -> list[Counts]:
     H, W = plan.height, plan.width
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = plan.pooled_size
-    steps = Schedule.of(plan)
+    graph = Dataflow.of(plan)
     cells = brute_force(plan)
 
-    def tokens_of(content: int, i: int, j: int) -> set[Token]:
-        if (i, j) in cells.get(content, ()):
+    def tokens_of(node: int, i: int, j: int) -> set[Token]:
+        if (i, j) in cells.get(node, ()):
             return {(r, c) for r in cell_tokens(H, i) for c in cell_tokens(W, j)}
-        if content in steps.final and i < OH and j < OW:
+        if node in graph.outputs and i < OH and j < OW:
             return {(r, c) for r in range(2 * i, min(2 * i + 2, H)) for c in range(2 * j, min(2 * j + 2, W))}
         return set()
 
-    def loads(content: int, together: bool) -> tuple[int, int]:
-        """Of all programs of a content, and of these what another one has loaded."""
-        rows = [[tokens_of(content, i, j) for j in range(w)] for i in range(h)]
+    def loads(node: int, together: bool) -> tuple[int, int]:
+        """Of all programs of a node, and of these what another one has loaded."""
+        rows = [[tokens_of(node, i, j) for j in range(w)] for i in range(h)]
         found = [
             token for row in rows for token in (set().union(*row) if together else [t for one in row for t in one])
         ]
         return len(found), len(found) - len(set(found))
 
-    launches = [range(sum(plan.frame_counts)), *([~s for s in level] for level in steps.by_level())]
+    launches = [range(sum(plan.frame_counts)), *([~s for s in level] for level in graph.by_level())]
     counts = []
-    for number, contents in enumerate(launches):
-        loaded, again = (sum(one) for one in zip(*(loads(c, carried and number == 0) for c in contents), strict=True))
-        outs = sum(c in steps.final for c in contents) * OH * OW
-        stored = sum(len(cells.get(content, ())) for content in contents)
+    for number, nodes in enumerate(launches):
+        loaded, again = (sum(one) for one in zip(*(loads(c, carried and number == 0) for c in nodes), strict=True))
+        outs = sum(c in graph.outputs for c in nodes) * OH * OW
+        stored = sum(len(cells.get(node, ())) for node in nodes)
         if number == 0:
             counts.append(Counts(x_loads=loaded, x_again=again, out_stores=outs, cell_stores=stored))
         else:
@@ -150,7 +150,7 @@ def test_bytes_of_a_gradient(H: int, W: int, ceil_mode: bool) -> None:
         assert 1 < backward.requests(again=again) / forward.requests(again=again) <= 3
     assert backward.out_stores == 16 * H * W
     assert backward.grad_loads == forward.out_stores  # each once
-    # x for the miniatures as in the call, and for the windows that are not of a summary
+    # x for the thumbnails as in the call, and for the windows that are not of a summary
     assert backward.x_loads <= 2 * 16 * H * W
 
 

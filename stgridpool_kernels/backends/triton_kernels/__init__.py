@@ -12,10 +12,10 @@ import triton
 from torch import Tensor
 
 from ...plan import GridPlan, grid_plan
-from ...plan.dataflow import Schedule, pools_pairs, shrinks_by_halves
+from ...plan.dataflow import Dataflow, is_2x2_area, is_2x2_pooling
 from ...plan.tables import Chunk
 from . import backward, config, fused, pool, summaries, token_norm
-from .launch import Call, Request, run
+from .launch import CallSpec, PreparedCall, run
 
 INTERPRETED = not isinstance(fused.grid_pool_kernel, triton.JITFunction)
 """Whether the kernels run in triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when they were imported."""
@@ -43,17 +43,17 @@ def execute_backward(
 
 def takes_fused(plan: GridPlan, channels: int) -> bool:
     """Whether grid_pool takes the fused kernel, by the settings alone."""
-    return pools_pairs(plan) and shrinks_by_halves(plan) and channels <= config.MAX_BLOCK
+    return is_2x2_pooling(plan) and is_2x2_area(plan) and channels <= config.MAX_BLOCK
 
 
 def pool_chunk(x: Tensor, chunk: Chunk, settings: tuple[float, float, bool], slots: Tensor, out: Tensor) -> None:
-    """A chunk of streams into out; `slots` holds the streams' miniatures."""
+    """A chunk of streams into out; `slots` holds the streams' thumbnails."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
     layout = (x.shape, x.stride(), out.stride(), x.data_ptr() % 16, out.data_ptr() % 16)
     key = ("chunk", chunk.words, settings, layout, x.dtype, x.device)
 
-    def prepare_chunk() -> Call:
-        request = Request("grid_pool", x, out, chunk.plan, Schedule.none(chunk.plan), *settings, capability)
+    def prepare_chunk() -> PreparedCall:
+        request = CallSpec("grid_pool", x, out, chunk.plan, Dataflow.none(chunk.plan), *settings, capability)
         return fused.prepare_chunk(request, chunk)
 
     run(key, prepare_chunk, x, out, slots)
@@ -66,13 +66,13 @@ def prepare(
     settings: tuple[float, float, bool],
     out: Tensor,
     capability: tuple[int, int] | None = None,
-) -> Call:
+) -> PreparedCall:
     """What `op` launches for tensors like these on a device of that compute capability, by default the one of x."""
     if capability is None:
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
     plan = plan or NO_PLAN
-    steps = Schedule.of(plan) if op in ("grid_pool", "temporal_grid") else Schedule.none(plan)
-    request = Request(op, x, out, plan, steps, *settings, capability)
+    graph = Dataflow.of(plan) if op in ("grid_pool", "temporal_grid") else Dataflow.none(plan)
+    request = CallSpec(op, x, out, plan, graph, *settings, capability)
     if op == "token_norm":
         return token_norm.prepare(request)
     if op == "temporal_grid":
@@ -90,12 +90,12 @@ def prepare_backward(
     settings: tuple[float, float, bool],
     grad_x: Tensor,
     capability: tuple[int, int] | None = None,
-) -> Call:
+) -> PreparedCall:
     """What the gradient of `op` launches, as `prepare`."""
     if capability is None:
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-    steps = Schedule.none(plan) if op == "norm_pool" else Schedule.of(plan)
-    request = Request(op, x, grad_x, plan, steps, *settings, capability, grad)
+    graph = Dataflow.none(plan) if op == "norm_pool" else Dataflow.of(plan)
+    request = CallSpec(op, x, grad_x, plan, graph, *settings, capability, grad)
     if op != "temporal_grid" and takes_fused(plan, x.shape[-1]):
         return backward.prepare_pairs(request)
     return backward.prepare_tokens(request)

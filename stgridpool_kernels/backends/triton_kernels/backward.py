@@ -1,6 +1,6 @@
 """The gradient in x of grid_pool, norm_pool and temporal_grid. Nothing is saved by the forward: values are recomputed.
 
-A content c (a frame t ≥ 0, or summary ~s) has a gradient G(c) of (H, W, C): that of the result where a frame ends with
+A node c (a frame t ≥ 0, or summary ~s) has a gradient G(c) of (H, W, C): that of the result where a frame ends with
 c, and shares of G(~s) of the summaries s that c is tiled into,
 
     G(c)[r, q] = own(c)[r, q] + Σ_(s, tile) Σ_(i, j) G(~s)[i, j] / (rows · columns that token (i, j) of s averages)
@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 
 from ...plan import Runs
-from ...plan.dataflow import covers, feeds
+from ...plan.dataflow import consumers, inverse_runs
 from ..device_tables import tables_on
 from .config import channelwise_config, fused_block, fused_config, tile_config
-from .fused import Shrunk, frame_of, launch_cells, load_tile, places_in, share
-from .launch import TENSORS, Call, Launch, Request
+from .fused import Shrunk, frame_of, inverse, launch_cells, load_tile, places_in
+from .launch import TENSORS, CallSpec, Launch, PreparedCall
 from .pool import load_window
 from .summaries import launch_summaries
 from .tiles import (
@@ -70,16 +70,16 @@ def count_largest(tile, norms, channels, C: tl.constexpr):
 # ---- the published settings ----
 
 ENTRY: tl.constexpr = tl.constexpr(9)
-"""Integers of an entry of the table: the content, the frame that ends with it or −1, where its feeds start, their
-number, the four slots that a mosaic is tiled from, and where its row counts of needed cells start: the gradient of
-others is 0. A feed is a summary and a tile of its mosaic."""
+"""Integers of an entry of the table: the node, the frame that ends with it or −1, where its consumers start, their
+number, the four slots that a mosaic is tiled from, and where its row counts of live cells start: the gradient of
+others is 0. A consumer is a summary and a tile of its mosaic."""
 
 
 @triton.jit(do_not_specialize=["entries", "T"])  # what changes with the videos
 def pair_gradient_kernel(
     x,  # (…, T, H, W, C)
     out,  # gradient in x: (…, T, H, W, C)
-    scratch,  # miniatures: (slots, h, w, C)
+    scratch,  # thumbnails: (slots, h, w, C)
     tables,
     grad,  # (…, T, OH, OW, C)
     gradients,  # of summaries, float32: (S, H, W, C)
@@ -117,12 +117,12 @@ def pair_gradient_kernel(
     NORM: tl.constexpr,
     P: tl.constexpr,
 ):
-    """G(c) of the four tokens of window (i, j), which stay in registers. One window of one content a program.
+    """G(c) of the four tokens of window (i, j), which stay in registers. One window of one node a program.
 
-    They are averaged by cell (i, j) of the miniature of c, where H is odd the lower two by cell (i + 1, j) also, where
+    They are averaged by cell (i, j) of the thumbnail of c, where H is odd the lower two by cell (i + 1, j) also, where
     W is odd the right two by cell (i, j + 1).
 
-    MOSAIC: contents are summaries, tiled from miniatures; else frames of x. PLAIN: no frame goes into a summary, and
+    MOSAIC: nodes are summaries, tiled from thumbnails; else frames of x. PLAIN: no frame goes into a summary, and
     there is no table.
     """
     x_strides = (x_video, x_frame, x_row, x_col, x_channel)
@@ -131,18 +131,18 @@ def pair_gradient_kernel(
     token = tl.arange(0, 4)
     program = tl.program_id(0)
     i, j = program // w % h, program % w
-    content = program // (h * w)
-    target = content
+    node = program // (h * w)
+    target = node
     entry = tables
     if not PLAIN:
-        entry = tables + entries + content * ENTRY
-        content, target = tl.load(entry), tl.load(entry + 1)
+        entry = tables + entries + node * ENTRY
+        node, target = tl.load(entry), tl.load(entry + 1)
     rows, cols = 2 * i + token // 2, 2 * j + token % 2
     inside = (rows < H) & (cols < W)
 
     found = tl.zeros((4, BLOCK), tl.float32)
     if (target >= 0) & (i < OH) & (j < OW):
-        image = scratch if MOSAIC else frame_of(x, content, T, x_strides)
+        image = scratch if MOSAIC else frame_of(x, node, T, x_strides)
         window = places_in(rows, cols, entry, h, w, x_strides, C, MOSAIC)
         tile = load_tile(image, window, inside, channels, x_strides, C, MOSAIC)
         place = token_places(target, i, j, T, (grad_video, grad_frame, grad_row, grad_col))
@@ -157,16 +157,16 @@ def pair_gradient_kernel(
         found = weights * upstream[None, :] + factors * slopes
 
     if not PLAIN:
-        feed, needed = tables + tl.load(entry + 2), tables + tl.load(entry + 8)
+        consumer, live = tables + tl.load(entry + 2), tables + tl.load(entry + 8)
         CELLS: tl.constexpr = (1 + ODD_H) * (1 + ODD_W)
         for step in tl.range(tl.load(entry + 3) * CELLS, num_stages=1):  # one loop: it is not unrolled
-            s, tile_number = tl.load(feed + step // CELLS * 2), tl.load(feed + step // CELLS * 2 + 1)
+            s, tile_number = tl.load(consumer + step // CELLS * 2), tl.load(consumer + step // CELLS * 2 + 1)
             below, beside = step % CELLS // (1 + ODD_W), step % (1 + ODD_W)
             down, right = i + below, j + beside
             row, col = tile_number // 2 * h + down, tile_number % 2 * w + right
-            sampled = (right < tl.load(needed + down, mask=down < h, other=0)) & (row < H) & (col < W)
+            sampled = (right < tl.load(live + down, mask=down < h, other=0)) & (row < H) & (col < W)
             top, left = tl.maximum(2 * down - ODD_H, 0), tl.maximum(2 * right - ODD_W, 0)
-            size = share(tl.minimum(2 * down + 2, H) - top) * share(tl.minimum(2 * right + 2, W) - left)
+            size = inverse(tl.minimum(2 * down + 2, H) - top) * inverse(tl.minimum(2 * right + 2, W) - left)
             place = ((s.to(tl.int64) * H + row) * W + col) * C
             of_cell = tl.load(gradients + place + channels, mask=channels < tl.where(sampled, C, 0), other=0.0)
             averaged = (token // 2 >= below) & (token % 2 >= beside)
@@ -174,50 +174,50 @@ def pair_gradient_kernel(
 
     mask = inside[:, None] & (channels < C)[None, :]
     if MOSAIC:
-        places = (((-1 - content).to(tl.int64) * H + rows) * W + cols) * C
+        places = (((-1 - node).to(tl.int64) * H + rows) * W + cols) * C
         tl.store(gradients + places[:, None] + channels[None, :], found, mask=mask)
     else:
-        places = token_places(content, rows, cols, T, out_strides)
+        places = token_places(node, rows, cols, T, out_strides)
         places = places[:, None] + channels.to(tl.int64)[None, :] * out_channel
         tl.store(out + places, found.to(out.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
-def prepare_pairs(request: Request) -> Call:
-    """The miniatures; then a launch for the summaries of each level from the last on, and one for the frames of x."""
+def prepare_pairs(request: CallSpec) -> PreparedCall:
+    """The thumbnails; then a launch for the summaries of each level from the last on, and one for the frames of x."""
     H, W, C = request.x.shape[-3:]
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
-    steps = request.steps
+    graph = request.graph
     config = fused_config(C, request.x.element_size(), request.capability)
     shared = request.sizes() | request.weights() | {"h": h, "w": w, "OH": OH, "OW": OW, "BLOCK": fused_block(C)}
     # by the settings, whether or not these videos are long enough for a summary: a video alone gives the same bits
     # as packed with a longer one
     shared |= {"ODD_H": H % 2, "ODD_W": W % 2, "PLAIN": not request.gridded}
 
-    shrunk = launch_cells(request, {}) if steps.summaries else Shrunk([], [], {}, {}, 0)
+    shrunk = launch_cells(request, {}) if graph.summaries else Shrunk([], [], {}, {}, 0)
     launches, tables, slots = shrunk.launches, shrunk.tables, shrunk.slots
-    ends = {content: frame for frame, content in enumerate(steps.final)}
-    goes = feeds(steps)
+    ends = {node: frame for frame, node in enumerate(graph.outputs)}
+    goes = consumers(graph)
 
-    def launch(contents: Sequence[int], mosaic: bool) -> Launch:
+    def launch(nodes: Sequence[int], mosaic: bool) -> Launch:
         entries: list[int] = []
-        for content in contents if request.gridded else ():
-            sources = steps.summaries[~content].sources if mosaic else ()
-            of_content = goes[content] if content in shrunk.counts else []  # without any, nothing comes back from them
-            entries += (content, ends.get(content, -1), len(tables), len(of_content))
+        for node in nodes if request.gridded else ():
+            sources = graph.summaries[~node].sources if mosaic else ()
+            of_node = goes[node] if node in shrunk.counts else []  # without any, nothing comes back from them
+            entries += (node, ends.get(node, -1), len(tables), len(of_node))
             entries += [slots.get(source, -1) for source in sources] or [-1] * 4
-            entries.append(shrunk.counts.get(content, -1))
-            tables.extend(number for feed in of_content for number in feed)
+            entries.append(shrunk.counts.get(node, -1))
+            tables.extend(number for consumer in of_node for number in consumer)
         arguments = shared | {"entries": len(tables), "MOSAIC": mosaic}
         tables.extend(entries)
-        grid = (len(contents) * h * w, 1, 1)
+        grid = (len(nodes) * h * w, 1, 1)
         return Launch(pair_gradient_kernel, grid, arguments, len(TENSORS), num_warps=config.num_warps)
 
-    launches += [launch([~s for s in level], True) for level in reversed(steps.by_level())]
-    launches.append(launch(range(len(steps.final)), False))
-    gradients = max(len(steps.summaries), int(request.gridded)) * H * W * C
+    launches += [launch([~s for s in level], True) for level in reversed(graph.by_level())]
+    launches.append(launch(range(len(graph.outputs)), False))
+    gradients = max(len(graph.summaries), int(request.gridded)) * H * W * C
     scratch = max(shrunk.scratch, int(request.gridded) * h * w * C)
-    return Call(request.plan, launches, scratch, tables_on(request.x.device, tables), gradients)
+    return PreparedCall(request.plan, launches, scratch, tables_on(request.x.device, tables), gradients)
 
 
 # ---- any settings ----
@@ -270,10 +270,10 @@ def window_weights_kernel(
     program = tl.program_id(0)
     i, j = program // OW % OH, program % OW
     frame = program // (OH * OW)
-    content = tl.load(tables + frame) if SUMMARIES else frame
+    node = tl.load(tables + frame) if SUMMARIES else frame
     top, height = tl.load(tables + row_starts + i), tl.load(tables + row_starts + OH + i)
     left, width = tl.load(tables + row_starts + 2 * OH + j), tl.load(tables + row_starts + 2 * OH + OW + j)
-    image = (x, scratch, content, T, H, W, x_strides)
+    image = (x, scratch, node, T, H, W, x_strides)
     window = (top, left, height, width)
     upstream = grad + token_places(frame, i, j, T, (grad_video, grad_frame, grad_row, grad_col))
     position = tl.arange(0, TOKENS)
@@ -303,7 +303,7 @@ def window_weights_kernel(
 
 
 # what changes with the videos
-@triton.jit(do_not_specialize=["first", "contents", "row_starts", "of_windows", "windows", "T"])
+@triton.jit(do_not_specialize=["first", "nodes", "row_starts", "of_windows", "windows", "T"])
 def token_gradient_kernel(
     x,  # (…, T, H, W, C)
     out,  # gradient in x: (…, T, H, W, C)
@@ -311,8 +311,8 @@ def token_gradient_kernel(
     tables,
     grad,  # (…, T, OH, OW, C)
     gradients,  # of summaries, float32: (S, H, W, C); from `of_windows` on, as above
-    first,  # the first content of this launch; they count down if MOSAIC, up if not
-    contents,  # where in `tables`, 3 integers each: frame that ends with it or −1, where its feeds start, their number
+    first,  # the first node of this launch; they count down if MOSAIC, up if not
+    nodes,  # where in `tables`, 3 integers each: frame that ends with it or −1, where its consumers start, their number
     row_starts,  # as above
     of_windows,
     room,
@@ -353,9 +353,9 @@ def token_gradient_kernel(
     NORM: tl.constexpr,
     P: tl.constexpr,
 ):
-    """G(c) of TOKENS tokens of one content a program, BLOCK of their channels at a time.
+    """G(c) of TOKENS tokens of one node a program, BLOCK of their channels at a time.
 
-    MOSAIC: contents are summaries, else frames of x. PLAIN: no frame goes into a summary, and every frame ends as
+    MOSAIC: nodes are summaries, else frames of x. PLAIN: no frame goes into a summary, and every frame ends as
     itself. POOLED: the result is pooled by windows, else `grad` is that of the frames as they end.
     """
     x_strides = (x_video, x_frame, x_row, x_col, x_channel)
@@ -366,12 +366,12 @@ def token_gradient_kernel(
     number = tl.program_id(0) % programs * TOKENS + tl.arange(0, TOKENS)
     inside = number < H * W
     rows, cols = number // W, number % W
-    content = first - k if MOSAIC else first + k
-    target = content
-    feed_start, feed_count = 0, 0
+    node = first - k if MOSAIC else first + k
+    target = node
+    consumer_start, consumer_count = 0, 0
     if not PLAIN:
-        entry = tables + contents + 3 * k
-        target, feed_start, feed_count = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        entry = tables + nodes + 3 * k
+        target, consumer_start, consumer_count = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     ends = inside & (target + 0 * number >= 0)
 
     if POOLED:
@@ -383,7 +383,7 @@ def token_gradient_kernel(
         for chunk in range(CHUNKS):
             channels = chunk * BLOCK + tl.arange(0, BLOCK)
             tile = load_tokens(
-                x, scratch, content + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
+                x, scratch, node + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
             ).to(tl.float32)
             total = join_norms(total, partial_norms(tile, NORM, P), NORM)
         norms = finish_norms(total, C, MEAN, NORM, P, False)
@@ -392,7 +392,7 @@ def token_gradient_kernel(
             for chunk in range(CHUNKS):
                 channels = chunk * BLOCK + tl.arange(0, BLOCK)
                 tile = load_tokens(
-                    x, scratch, content + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
+                    x, scratch, node + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
                 ).to(tl.float32)
                 largest += count_largest(tile, norms, channels, C)
         factors = tl.zeros((TOKENS,), tl.float32)
@@ -420,20 +420,20 @@ def token_gradient_kernel(
                 )
                 found += tl.load(gradients + of_windows + place, mask=covered, other=0.0)[:, None] * g
             tile = load_tokens(
-                x, scratch, content + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
+                x, scratch, node + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
             ).to(tl.float32)
             found += factors[:, None] * norm_slopes(tile, norms, largest, C, MEAN, NORM, P)
         else:
             found = load_upstream(grad, target, rows, cols, ends, channels, T, grad_strides, grad_channel, C)
 
         if not PLAIN:
-            for number_of_feed in range(feed_count):
+            for number_of_consumer in range(consumer_count):
                 # summary; where, by rows of the mosaic from this tile's first on, the tokens that average them start
                 # and how many; how many rows each token of the summary averages; then the same for columns
-                feed = tables + feed_start + 5 * number_of_feed
-                s = tl.load(feed)
-                of_rows, of_cols = tables + tl.load(feed + 1) + 2 * rows, tables + tl.load(feed + 3) + 2 * cols
-                averaged_rows, averaged_cols = tables + tl.load(feed + 2), tables + tl.load(feed + 4)
+                consumer = tables + consumer_start + 5 * number_of_consumer
+                s = tl.load(consumer)
+                of_rows, of_cols = tables + tl.load(consumer + 1) + 2 * rows, tables + tl.load(consumer + 3) + 2 * cols
+                averaged_rows, averaged_cols = tables + tl.load(consumer + 2), tables + tl.load(consumer + 4)
                 row, row_count = tl.load(of_rows, mask=inside, other=0), tl.load(of_rows + 1, mask=inside, other=0)
                 col, col_count = tl.load(of_cols, mask=inside, other=0), tl.load(of_cols + 1, mask=inside, other=0)
                 for n in range(summary_highest * summary_widest):
@@ -447,10 +447,10 @@ def token_gradient_kernel(
                     found += of_token * (1 / size.to(tl.float32))[:, None]
 
         if MOSAIC:
-            places = (((-1 - content).to(tl.int64) * H + rows) * W + cols) * C
+            places = (((-1 - node).to(tl.int64) * H + rows) * W + cols) * C
             tl.store(gradients + places[:, None] + channels[None, :], found, mask=mask)
         else:
-            places = token_places(content + 0 * number, rows, cols, T, out_strides)
+            places = token_places(node + 0 * number, rows, cols, T, out_strides)
             places = places[:, None] + channels.to(tl.int64)[None, :] * out_channel
             tl.store(out + places, found.to(out.dtype.element_ty), mask=mask)
 
@@ -473,15 +473,15 @@ def places_in_windows(row_starts, frame, i, j, rows, cols, taken, room, OH, OW):
     return (((frame * OH + i) * OW + j).to(tl.int64) * room + number) * 2
 
 
-def prepare_tokens(request: Request) -> Call:
+def prepare_tokens(request: CallSpec) -> PreparedCall:
     """The summaries in full and α and γ of every window, if it is pooled; then a launch for the summaries of each
     level from the last on, and one for the frames of x."""
     H, W, C = request.x.shape[-3:]
-    plan, steps = request.plan, request.steps
+    plan, graph = request.plan, request.graph
     pooled = request.op != "temporal_grid"
     OH, OW = plan.pooled_size if pooled else (H, W)
-    frames = len(steps.final)
-    values = max(len(steps.summaries), int(request.gridded)) * H * W * C
+    frames = len(graph.outputs)
+    values = max(len(graph.summaries), int(request.gridded)) * H * W * C
     shared = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "of_windows": values}
     shared |= {"row_starts": 0, "room": 0, "windows": 0, "highest": 0, "widest": 0}
 
@@ -501,14 +501,14 @@ def prepare_tokens(request: Request) -> Call:
         grid = (frames * OH * OW, 1, 1)
         launches.append(Launch(window_weights_kernel, grid, arguments, len(TENSORS), num_warps=config.num_warps))
 
-        of_rows, of_cols = covers(plan.window_rows, H), covers(plan.window_cols, W)
+        of_rows, of_cols = inverse_runs(plan.window_rows, H), inverse_runs(plan.window_cols, W)
         shared |= {"windows": len(tables), "highest": max(of_rows.count), "widest": max(of_cols.count)}
         tables += _pairs(of_rows) + _pairs(of_cols)
 
-    of_levels: list[tuple[int, int, int, int]] = []  # as in feeds, for the first tile
+    of_levels: list[tuple[int, int, int, int]] = []  # as in consumers, for the first tile
     largest_counts = [(1, 1)]
     for level in plan.levels if request.gridded else ():
-        by_row, by_col = covers(level.row_runs, level.rows * H), covers(level.col_runs, level.cols * W)
+        by_row, by_col = inverse_runs(level.row_runs, level.rows * H), inverse_runs(level.col_runs, level.cols * W)
         largest_counts.append((max(by_row.count), max(by_col.count)))
         places: list[int] = []
         for numbers in (_pairs(by_row), level.row_runs.count, _pairs(by_col), level.col_runs.count):
@@ -517,34 +517,34 @@ def prepare_tokens(request: Request) -> Call:
         of_levels.append((places[0], places[1], places[2], places[3]))
     shared["summary_highest"], shared["summary_widest"] = map(max, zip(*largest_counts, strict=True))
 
-    ends = {content: frame for frame, content in enumerate(steps.final)}
-    goes = feeds(steps)
+    ends = {node: frame for frame, node in enumerate(graph.outputs)}
+    goes = consumers(graph)
     config = channelwise_config(C)
     shared |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
     shared |= {"PLAIN": not request.gridded, "POOLED": pooled}
 
     registers = 168 if request.x.element_size() == 2 else 240  # at least so many keep the compiler from spilling
 
-    def launch(contents: Sequence[int], mosaic: bool) -> Launch:
+    def launch(nodes: Sequence[int], mosaic: bool) -> Launch:
         entries: list[int] = []
-        for content in contents if request.gridded else ():
-            of_content = goes.get(content, [])
-            entries += (ends.get(content, -1), len(tables), len(of_content))
-            for s, tile in of_content:
-                number = steps.summaries[s].level
+        for node in nodes if request.gridded else ():
+            of_node = goes.get(node, [])
+            entries += (ends.get(node, -1), len(tables), len(of_node))
+            for s, tile in of_node:
+                number = graph.summaries[s].level
                 row, col = divmod(tile, plan.levels[number].cols)
                 of_rows, averaged_rows, of_cols, averaged_cols = of_levels[number]
                 tables.extend((s, of_rows + 2 * row * H, averaged_rows, of_cols + 2 * col * W, averaged_cols))
-        arguments = shared | {"first": contents[0], "contents": len(tables), "MOSAIC": mosaic}
+        arguments = shared | {"first": nodes[0], "nodes": len(tables), "MOSAIC": mosaic}
         tables.extend(entries)
-        grid = (len(contents) * triton.cdiv(H * W, config.tokens), 1, 1)
+        grid = (len(nodes) * triton.cdiv(H * W, config.tokens), 1, 1)
         options = {"num_warps": 2 * config.num_warps, "maxnreg": registers}
         return Launch(token_gradient_kernel, grid, arguments, len(TENSORS), **options)
 
-    launches += [launch([~s for s in level], True) for level in reversed(steps.by_level())]
+    launches += [launch([~s for s in level], True) for level in reversed(graph.by_level())]
     launches.append(launch(range(frames), False))
     gradients = values + 2 * frames * OH * OW * room
-    return Call(plan, launches, scratch, tables_on(request.x.device, tables), gradients)
+    return PreparedCall(plan, launches, scratch, tables_on(request.x.device, tables), gradients)
 
 
 def _pairs(runs: Runs) -> list[int]:

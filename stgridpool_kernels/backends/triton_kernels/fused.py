@@ -1,11 +1,11 @@
 """grid_pool at the published settings: 2 × 2 windows at stride 2 and 2 × 2 grids shrunk by area. Tokens are read once.
 
-Summaries are tiled from *miniatures*: D(frame) is the frame average-pooled to ⌈H/2⌉ × ⌈W/2⌉ cells, the same for every
+Summaries are tiled from *thumbnails*: D(frame) is the frame average-pooled to ⌈H/2⌉ × ⌈W/2⌉ cells, the same for every
 level. Cell (i, j) averages rows 2i, 2i + 1 and columns 2j, 2j + 1, which are window (i, j); where H is odd also row
 2i − 1, and where W is odd also column 2j − 1 (so ⌈27/2⌉ = 14 cells overlap by one row and one column).
 
 The kernel is launched for the frames of x, then for the summaries of each level, which it reads as mosaics of
-miniatures. A launch pools what a frame ends with, and shrinks what a later level samples:
+thumbnails. A launch pools what a frame ends with, and shrinks what a later level samples:
 
     x ──► pooled frames                 frames that no summary replaces
       └─► D ──► level 1 ──► pooled      summaries that no later level replaces
@@ -21,26 +21,26 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ...plan.dataflow import needed_cells
+from ...plan.dataflow import live_cells
 from ...plan.tables import Chunk
 from ..device_tables import tables_on
 from .config import FusedConfig, fused_block, fused_config
-from .launch import Arguments, Call, Launch, Request
+from .launch import Arguments, CallSpec, Launch, PreparedCall
 from .tiles import frame_places, norm_kind, pool_tile, store_token
 
 ENTRY: tl.constexpr = tl.constexpr(8)
-"""Integers of an entry of the table: the frame to read, the frame to pool into or −1, the slot of its miniature, where
-its row counts of needed cells start, and the four slots that a mosaic is tiled from."""
+"""Integers of an entry of the table: the frame to read, the frame to pool into or −1, the slot of its thumbnail, where
+its row counts of live cells start, and the four slots that a mosaic is tiled from."""
 
 
 @triton.jit(do_not_specialize=["entries", "walked", "T"])  # what changes with the videos
 def grid_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)
-    scratch,  # miniatures: (slots, h, w, C)
+    scratch,  # thumbnails: (slots, h, w, C)
     tables,
     entries,  # where the entries of this launch start in `tables`
-    walked,  # how many of them have a miniature; these come first
+    walked,  # how many of them have a thumbnail; these come first
     T,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -77,10 +77,10 @@ def grid_pool_kernel(
 
     The first programs walk: each takes row i of the cells of one entry, or CELLS of it where rows are SPLIT, from left
     to right, and carries the last column of a step to the next as a sum. The others take one window each of the entries
-    without a miniature.
+    without a thumbnail.
 
-    MOSAIC: the frames to walk are summaries, tiled from miniatures; else frames of x. WINDOWS: there are entries
-    without a miniature. PLAIN: each frame of x is one, and there is no table.
+    MOSAIC: the frames to walk are summaries, tiled from thumbnails; else frames of x. WINDOWS: there are entries
+    without a thumbnail. PLAIN: each frame of x is one, and there is no table.
     """
     x_strides = (x_video, x_frame, x_row, x_col, x_channel)
     out_strides = (out_video, out_frame, out_row, out_col, out_channel)
@@ -94,9 +94,9 @@ def grid_pool_kernel(
         entry = tables + entries + program // (h * spans) * ENTRY
         frame, target, slot = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         i = program // spans % h
-        needed = tl.load(tables + tl.load(entry + 3) + i)
+        live = tl.load(tables + tl.load(entry + 3) + i)
         pooled = (target >= 0) & (i < OH)
-        stop = tl.maximum(needed, tl.where(pooled, OW, 0))
+        stop = tl.maximum(live, tl.where(pooled, OW, 0))
         first = 0
         if SPLIT:
             first = program % spans * CELLS
@@ -108,9 +108,9 @@ def grid_pool_kernel(
         height = tl.minimum(2 * i + 2, H) - top
         carried = tl.zeros((BLOCK,), tl.float32)
         if ODD_W and SPLIT and CELLS > 1:
-            beside = tl.where((first > 0) & (first < needed), H, 0)
+            beside = tl.where((first > 0) & (first < live), H, 0)
             carried = sum_column(image, entry, i, 2 * first - 1, beside, channels, h, w, x_strides, C, ODD_H, MOSAIC)
-        miniature = scratch + (slot.to(tl.int64) * h + i) * w * C
+        thumbnail = scratch + (slot.to(tl.int64) * h + i) * w * C
         for step in tl.range(first, stop, num_stages=STAGES):
             j = i * 0 + step
             cols = 2 * j + token % 2
@@ -123,13 +123,13 @@ def grid_pool_kernel(
                 store_token(out, target, i, j, T, out_strides, channels, in_out, result)
 
             if ODD_W and SPLIT and CELLS == 1:  # here, where what the window took is free again
-                beside = tl.where((j > 0) & (j < needed), H, 0)
+                beside = tl.where((j > 0) & (j < live), H, 0)
                 carried = sum_column(image, entry, i, 2 * j - 1, beside, channels, h, w, x_strides, C, ODD_H, MOSAIC)
             columns = tl.sum(tl.reshape(tile, (2, 2, BLOCK)), 0)  # sums of rows, for columns 2j and 2j + 1
             width = tl.minimum(2 * j + 2, W) - 2 * j
             if ODD_H:
                 two = tl.arange(0, 2)
-                over = 2 * j + two < tl.where((i > 0) & (j < needed), W, 0)
+                over = 2 * j + two < tl.where((i > 0) & (j < live), W, 0)
                 above = places_in(2 * i - 1 + 0 * two, 2 * j + two, entry, h, w, x_strides, C, MOSAIC)
                 columns += load_tile(image, above, over, channels, x_strides, C, MOSAIC)
             if ODD_W:
@@ -140,9 +140,9 @@ def grid_pool_kernel(
             else:
                 cell = tl.sum(columns, 0)
             tl.store(
-                miniature + j.to(tl.int64) * C + channels,
-                (cell * (share(height) * share(width))).to(scratch.dtype.element_ty),
-                mask=channels < tl.where(j < needed, C, 0),
+                thumbnail + j.to(tl.int64) * C + channels,
+                (cell * (inverse(height) * inverse(width))).to(scratch.dtype.element_ty),
+                mask=channels < tl.where(j < live, C, 0),
                 eviction_policy="evict_last",
             )
             if not (ODD_H or ODD_W) and pooled:  # last: the sums above are done with
@@ -165,7 +165,7 @@ def grid_pool_kernel(
 
 
 @triton.jit
-def share(n):
+def inverse(n):
     """1 / n of the 1, 2 or 3 rows or columns of a cell: rounded once, exact for 1 and 2, and no division."""
     return tl.where(n == 3, 1 / 3, tl.where(n == 2, 0.5, 1.0))
 
@@ -178,7 +178,7 @@ def frame_of(x, frame, T, strides):
 
 @triton.jit
 def places_in(rows, cols, entry, h, w, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr):
-    """Where tokens start: in a frame of x, or in scratch for the mosaic of the four miniatures of an entry."""
+    """Where tokens start: in a frame of x, or in scratch for the mosaic of the four thumbnails of an entry."""
     if MOSAIC:
         below, beside = (rows >= h).to(tl.int32), (cols >= w).to(tl.int32)
         slots = tl.load(entry + 4 + 2 * below + beside).to(tl.int64)
@@ -217,7 +217,7 @@ def sum_column(
 
 @triton.jit
 def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr):
-    """Tokens as float32, 0 where not taken. Of x, only the row above a walk is read twice; miniatures may be often."""
+    """Tokens as float32, 0 where not taken. Of x, only the row above a walk is read twice; thumbnails may be often."""
     mask = taken[:, None] & (channels < C)[None, :]
     if MOSAIC:
         tile = tl.load(image + places[:, None] + channels[None, :], mask=mask, other=0.0)
@@ -227,7 +227,7 @@ def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC
     return tile.to(tl.float32)
 
 
-def _shared(request: Request, plain: bool) -> tuple[FusedConfig, Arguments, Arguments]:
+def _shared(request: CallSpec, plain: bool) -> tuple[FusedConfig, Arguments, Arguments]:
     """The configuration, and arguments and options that all launches of a call share. plain: nothing is shrunk."""
     H, W, C = request.x.shape[-3:]
     OH, OW = request.plan.pooled_size
@@ -237,7 +237,7 @@ def _shared(request: Request, plain: bool) -> tuple[FusedConfig, Arguments, Argu
     return config, shared, {"num_warps": config.num_warps, "maxnreg": _most_registers(request, plain, config)}
 
 
-def _most_registers(request: Request, plain: bool, config: FusedConfig) -> int | None:
+def _most_registers(request: CallSpec, plain: bool, config: FusedConfig) -> int | None:
     """The limit for a thread, None for as many as the compiler likes.
 
     Powers take some 240: with a limit they would spill. So would some kernels whose tokens are not read 16 bytes at a
@@ -266,34 +266,34 @@ def _walk(config: FusedConfig, W: int, mosaic: bool) -> tuple[int, Arguments]:
     return cells, {"STAGES": stages, "MOSAIC": mosaic, "SPLIT": split, "CELLS": cells if split else 0}
 
 
-def prepare_chunk(request: Request, chunk: Chunk) -> Call:
-    """The launches of `prepare`, by the tables of a chunk of streams. Their scratch is the streams' miniatures."""
+def prepare_chunk(request: CallSpec, chunk: Chunk) -> PreparedCall:
+    """The launches of `prepare`, by the tables of a chunk of streams. Their scratch is the streams' thumbnails."""
     W = request.x.shape[-2]
     h, w = -(-request.x.shape[-3] // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
     config, shared, options = _shared(request, plain=False)
     launches = []
-    for mosaic, entries, count, walked in chunk.steps:
+    for mosaic, entries, count, walked in chunk.stages:
         walked = count if mosaic else walked  # all of them, as in `prepare`
         cells, walk = _walk(config, W, bool(mosaic))
         arguments = walk | {"entries": entries, "walked": walked, "WINDOWS": not mosaic}
         programs = walked * h * triton.cdiv(w, cells) + (count - walked) * OH * OW
         grid = (programs, 1, 1)
         launches.append(Launch(grid_pool_kernel, grid, shared | arguments, **options))
-    return Call(request.plan, launches, 0, tables_on(request.x.device, chunk.words))
+    return PreparedCall(request.plan, launches, 0, tables_on(request.x.device, chunk.words))
 
 
-def prepare(request: Request) -> Call:
+def prepare(request: CallSpec) -> PreparedCall:
     """One launch for the frames of x, then one for the mosaics of each level."""
-    ends = {content: frame for frame, content in enumerate(request.steps.final)}
+    ends = {node: frame for frame, node in enumerate(request.graph.outputs)}
     shrunk = launch_cells(request, ends)
-    return Call(request.plan, shrunk.launches, shrunk.scratch, tables_on(request.x.device, shrunk.tables))
+    return PreparedCall(request.plan, shrunk.launches, shrunk.scratch, tables_on(request.x.device, shrunk.tables))
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """slots: of the miniature of every content that is sampled. counts: where in `tables` the numbers of its needed
-    cells are, row by row. scratch: elements of all miniatures."""
+    """slots: of the thumbnail of every node that is sampled. counts: where in `tables` the numbers of its needed
+    cells are, row by row. scratch: elements of all thumbnails."""
 
     launches: list[Launch]
     tables: list[int]
@@ -302,21 +302,21 @@ class Shrunk:
     scratch: int
 
 
-def launch_cells(request: Request, ends: dict[int, int]) -> Shrunk:
-    """Launches that pool the contents of `ends` into these frames, and shrink what is sampled."""
+def launch_cells(request: CallSpec, ends: dict[int, int]) -> Shrunk:
+    """Launches that pool the nodes of `ends` into these frames, and shrink what is sampled."""
     H, W, C = request.x.shape[-3:]
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
-    steps = request.steps
-    plain = not steps.summaries
+    graph = request.graph
+    plain = not graph.summaries
     config, shared, options = _shared(request, plain)
 
-    none_needed = (0,) * h
-    needed = needed_cells(request.plan, steps)
-    slots = {content: slot for slot, content in enumerate(needed)}
+    none_live = (0,) * h
+    live = live_cells(request.plan, graph)
+    slots = {node: slot for slot, node in enumerate(live)}
     tables: list[int] = []
     rows: dict[tuple[int, ...], int] = {}
-    for counts in () if plain else (none_needed, *needed.values()):
+    for counts in () if plain else (none_live, *live.values()):
         if counts not in rows:
             rows[counts] = len(tables)
             tables += counts
@@ -324,23 +324,23 @@ def launch_cells(request: Request, ends: dict[int, int]) -> Shrunk:
     def launch(walked: Sequence[int], pooled: Sequence[int], mosaic: bool) -> Launch:
         entries = len(tables)
         cells, walk = _walk(config, W, mosaic)
-        for content in walked if plain else (*walked, *pooled):
-            sources = steps.summaries[~content].sources if content < 0 else ()
-            tables.extend((content, ends.get(content, -1), slots.get(content, -1)))
-            tables.append(rows[needed.get(content, none_needed)])
+        for node in walked if plain else (*walked, *pooled):
+            sources = graph.summaries[~node].sources if node < 0 else ()
+            tables.extend((node, ends.get(node, -1), slots.get(node, -1)))
+            tables.append(rows[live.get(node, none_live)])
             tables.extend([slots.get(source, -1) for source in sources] or [-1] * 4)
         programs = len(walked) * h * triton.cdiv(w, cells) + len(pooled) * OH * OW
         arguments = walk | {"entries": entries, "walked": len(walked), "WINDOWS": len(pooled) > 0}
         return Launch(grid_pool_kernel, (programs, 1, 1), shared | arguments, **options)
 
-    sampled = sorted(content for content in needed if content >= 0)
-    pooled = [content for content in ends if content >= 0 and content not in needed]
-    levels = [[~s for s in level if ~s in needed or ~s in ends] for level in steps.by_level()]
+    sampled = sorted(node for node in live if node >= 0)
+    pooled = [node for node in ends if node >= 0 and node not in live]
+    levels = [[~s for s in level if ~s in live or ~s in ends] for level in graph.by_level()]
     levels = [mosaics for mosaics in levels if mosaics]
     parts = len(levels) + 1 if config.spread else 1
     shares = [pooled[part::parts] if part < parts else [] for part in range(len(levels) + 1)]
     launches = [launch(sampled, shares[0], mosaic=False)]
     for mosaics, share_of_windows in zip(levels, shares[1:], strict=True):
         launches.append(launch(mosaics, share_of_windows, mosaic=True))
-    places = {content: rows[of_content] for content, of_content in needed.items()}
+    places = {node: rows[of_node] for node, of_node in live.items()}
     return Shrunk(launches, tables, slots, places, len(slots) * h * w * C)

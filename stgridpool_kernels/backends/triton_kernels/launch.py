@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from ...plan import GridPlan
-from ...plan.dataflow import Schedule
+from ...plan.dataflow import Dataflow
 from ..device_tables import Tables
 from .tiles import norm_kind
 
@@ -32,14 +32,14 @@ Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Request:
+class CallSpec:
     """What a call is prepared for: tensors of which only shape, strides, dtype and device count, and settings."""
 
     op: str
     x: Tensor
     out: Tensor
     plan: GridPlan
-    steps: Schedule
+    graph: Dataflow
     temperature: float
     norm_type: float
     normalize_norm: bool
@@ -120,7 +120,7 @@ def _launch_hooks_are_set() -> bool:
     return any(getattr(hook, "calls", hook) for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook))
 
 
-class Call:
+class PreparedCall:
     """All launches of a call with given sizes, strides, dtype, alignment and settings.
 
     `scratch` and `gradients` are in elements, of x.dtype and of float32.
@@ -163,12 +163,12 @@ class Call:
 
 
 _lock = threading.Lock()
-_calls: OrderedDict[Hashable, Call] = OrderedDict()
+_calls: OrderedDict[Hashable, PreparedCall] = OrderedDict()
 
 
 def run(
     key: Hashable,
-    prepare: Callable[[], Call],
+    prepare: Callable[[], PreparedCall],
     x: Tensor,
     out: Tensor,
     kept: Tensor | None = None,
@@ -191,7 +191,7 @@ def run(
         call(x, out, triton.runtime.driver.active.get_current_stream(x.device.index), capturing, kept, grad)
 
 
-def _find(key: Hashable, prepare: Callable[[], Call], capturing: bool) -> Call:
+def _find(key: Hashable, prepare: Callable[[], PreparedCall], capturing: bool) -> PreparedCall:
     with _lock:
         call = _calls.get(key)
         if call is not None:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..device_tables import tables_on
 from .config import tile_config
-from .launch import Call, Launch, Request
+from .launch import CallSpec, Launch, PreparedCall
 from .summaries import launch_summaries
 from .tiles import (
     finish_norms,
@@ -66,10 +66,10 @@ def norm_pool_kernel(
     program = tl.program_id(0)
     i, j = program // OW % OH, program % OW
     frame = program // (OH * OW)
-    content = tl.load(tables + frame) if SUMMARIES else frame
+    node = tl.load(tables + frame) if SUMMARIES else frame
     top, height = tl.load(tables + row_starts + i), tl.load(tables + row_starts + OH + i)
     left, width = tl.load(tables + row_starts + 2 * OH + j), tl.load(tables + row_starts + 2 * OH + OW + j)
-    image = (x, scratch, content, T, H, W, x_strides)
+    image = (x, scratch, node, T, H, W, x_strides)
     window = (top, left, height, width)
     position = tl.arange(0, TOKENS)
     channels = tl.arange(0, BLOCK)
@@ -105,16 +105,16 @@ def norm_pool_kernel(
 @triton.jit
 def load_window(image, window, number, channels, C: tl.constexpr, SUMMARIES: tl.constexpr):
     """Tokens of these numbers in a (top, left, height, width) window as float32; those in the padding are 0."""
-    x, scratch, content, T, H, W, x_strides = image
+    x, scratch, node, T, H, W, x_strides = image
     top, left, height, width = window
     rows, cols = top + number // width, left + number % width
     taken = (number < height * width) & (rows >= 0) & (rows < H) & (cols >= 0) & (cols < W)
-    contents = content + 0 * number
-    tokens = load_tokens(x, scratch, contents, rows, cols, taken, channels, T, H, W, x_strides, C, SUMMARIES)
+    nodes = node + 0 * number
+    tokens = load_tokens(x, scratch, nodes, rows, cols, taken, channels, T, H, W, x_strides, C, SUMMARIES)
     return tokens.to(tl.float32)
 
 
-def prepare(request: Request) -> Call:
+def prepare(request: CallSpec) -> PreparedCall:
     """The summaries of every level in full, then one program per window."""
     plan, C = request.plan, request.x.shape[-1]
     OH, OW = plan.pooled_size
@@ -129,6 +129,6 @@ def prepare(request: Request) -> Call:
     arguments["SUMMARIES"] = request.gridded
     for runs in (plan.window_rows, plan.window_cols):
         tables += (*runs.start, *runs.count)
-    grid = (len(request.steps.final) * OH * OW, 1, 1)
+    grid = (len(request.graph.outputs) * OH * OW, 1, 1)
     launches.append(Launch(norm_pool_kernel, grid, arguments, num_warps=config.num_warps))
-    return Call(plan, launches, scratch, tables_on(request.x.device, tables))
+    return PreparedCall(plan, launches, scratch, tables_on(request.x.device, tables))

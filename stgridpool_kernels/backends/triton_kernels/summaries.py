@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..device_tables import tables_on
 from .config import channelwise_config
-from .launch import Call, Launch, Request
+from .launch import CallSpec, Launch, PreparedCall
 from .tiles import load_tokens, reciprocal, token_places
 
 
@@ -19,7 +19,7 @@ def summary_kernel(
     tables,
     n,  # summaries of this level
     first,  # number of the first of them
-    sources,  # where in `tables`: the `rows × cols` contents of each
+    sources,  # where in `tables`: the `rows × cols` nodes of each
     runs,  # and H starts of runs of mosaic rows, H counts, W starts, W counts
     highest,  # largest count of rows
     widest,  # and of columns
@@ -40,7 +40,7 @@ def summary_kernel(
 ):
     """scratch[s, r, c] = mean of the mosaic of s over a run of rows × a run of columns.
 
-    TOKENS of them and BLOCK of their channels a program. SUMMARIES: some contents are summaries of earlier levels.
+    TOKENS of them and BLOCK of their channels a program. SUMMARIES: some nodes are summaries of earlier levels.
     """
     x_strides = (x_video, x_frame, x_row, x_col, x_channel)
     number = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -57,8 +57,8 @@ def summary_kernel(
         taken = some & (down < height) & (right < width)
         row, col = top + down, left + right
         tile = row // H * cols + col // W
-        contents = tl.load(tables + sources + s * (rows * cols) + tile, mask=taken, other=0)
-        tokens = load_tokens(x, scratch, contents, row % H, col % W, taken, channels, T, H, W, x_strides, C, SUMMARIES)
+        nodes = tl.load(tables + sources + s * (rows * cols) + tile, mask=taken, other=0)
+        tokens = load_tokens(x, scratch, nodes, row % H, col % W, taken, channels, T, H, W, x_strides, C, SUMMARIES)
         total += tokens.to(tl.float32)
     mean = total * reciprocal(height * width)[:, None]
     places = (((first + s).to(tl.int64) * H + r) * W + c) * C
@@ -101,43 +101,43 @@ def final_frames_kernel(
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     some = number < n * H * W
     frames, rows, cols = number // (H * W), number // W % H, number % W
-    contents = tl.load(tables + frames, mask=some, other=0) if SUMMARIES else frames
-    tokens = load_tokens(x, scratch, contents, rows, cols, some, channels, T, H, W, x_strides, C, SUMMARIES)
+    nodes = tl.load(tables + frames, mask=some, other=0) if SUMMARIES else frames
+    tokens = load_tokens(x, scratch, nodes, rows, cols, some, channels, T, H, W, x_strides, C, SUMMARIES)
     places = token_places(frames, rows, cols, T, out_strides)[:, None] + channels.to(tl.int64)[None, :] * out_channel
     tl.store(out + places, tokens, mask=some[:, None] & (channels < C)[None, :])
 
 
-def launch_summaries(request: Request) -> tuple[list[Launch], list[int], int]:
-    """Launches that put every summary into scratch, one a level; their tables, which start with the content that each
+def launch_summaries(request: CallSpec) -> tuple[list[Launch], list[int], int]:
+    """Launches that put every summary into scratch, one a level; their tables, which start with the node that each
     frame ends with; and the elements of scratch. All empty without gridding."""
     H, W, C = request.x.shape[-3:]
-    steps = request.steps
+    graph = request.graph
     config = channelwise_config(C)
     launches: list[Launch] = []
-    tables = list(steps.final) if request.gridded else []
-    for numbers in steps.by_level():
-        level = request.plan.levels[steps.summaries[numbers[0]].level]
+    tables = list(graph.outputs) if request.gridded else []
+    for numbers in graph.by_level():
+        level = request.plan.levels[graph.summaries[numbers[0]].level]
         arguments = request.sizes() | {"n": len(numbers), "first": numbers[0], "rows": level.rows, "cols": level.cols}
         arguments |= {"highest": max(level.row_runs.count), "widest": max(level.col_runs.count)}
         arguments |= {"BLOCK": config.block, "TOKENS": config.tokens, "SUMMARIES": numbers[0] > 0}
         arguments["sources"] = len(tables)
         for s in numbers:
-            tables += steps.summaries[s].sources
+            tables += graph.summaries[s].sources
         arguments["runs"] = len(tables)
         for runs in (level.row_runs, level.col_runs):
             tables += (*runs.start, *runs.count)
         grid = (triton.cdiv(len(numbers) * H * W, config.tokens), config.chunks, 1)
         launches.append(Launch(summary_kernel, grid, arguments, num_warps=config.num_warps))
-    return launches, tables, max(len(steps.summaries), int(request.gridded)) * H * W * C
+    return launches, tables, max(len(graph.summaries), int(request.gridded)) * H * W * C
 
 
-def prepare(request: Request) -> Call:
+def prepare(request: CallSpec) -> PreparedCall:
     """The summaries of every level, then every frame as it ends."""
     H, W, C = request.x.shape[-3:]
-    n = len(request.steps.final)
+    n = len(request.graph.outputs)
     config = channelwise_config(C)
     launches, tables, scratch = launch_summaries(request)
     arguments = request.sizes() | {"n": n, "SUMMARIES": request.gridded, "BLOCK": config.block, "TOKENS": config.tokens}
     grid = (triton.cdiv(n * H * W, config.tokens), config.chunks, 1)
     launches.append(Launch(final_frames_kernel, grid, arguments, num_warps=config.num_warps))
-    return Call(request.plan, launches, scratch, tables_on(request.x.device, tables))
+    return PreparedCall(request.plan, launches, scratch, tables_on(request.x.device, tables))

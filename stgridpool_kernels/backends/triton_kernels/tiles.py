@@ -36,7 +36,7 @@ def frame_places(frames, T, strides):
 def load_tokens(
     x,
     scratch,
-    contents,
+    nodes,
     rows,
     cols,
     taken,
@@ -48,16 +48,16 @@ def load_tokens(
     C: tl.constexpr,
     SUMMARIES: tl.constexpr,
 ):
-    """Tokens (row, col) of contents: frame t of x for t ≥ 0, summary s in scratch (…, H, W, C) for ~s. In x.dtype."""
+    """Tokens (row, col) of nodes: frame t of x for t ≥ 0, summary s in scratch (…, H, W, C) for ~s. In x.dtype."""
     wanted = taken[:, None] & (channels < C)[None, :]
-    places = token_places(contents, rows, cols, T, x_strides)
+    places = token_places(nodes, rows, cols, T, x_strides)
     places = places[:, None] + channels.to(tl.int64)[None, :] * x_strides[4]
     if SUMMARIES:
-        given = (contents >= 0)[:, None]
+        given = (nodes >= 0)[:, None]
         of_x = tl.load(x + places, mask=wanted & given, other=0.0)
-        places = (((-1 - contents).to(tl.int64) * H + rows) * W + cols) * C
+        places = (((-1 - nodes).to(tl.int64) * H + rows) * W + cols) * C
         places = places[:, None] + channels[None, :]
-        of_summaries = tl.load(scratch + places, mask=wanted & (contents < 0)[:, None], other=0.0)
+        of_summaries = tl.load(scratch + places, mask=wanted & (nodes < 0)[:, None], other=0.0)
         tokens = tl.where(given, of_x, of_summaries)
     else:
         tokens = tl.load(x + places, mask=wanted, other=0.0)
@@ -164,7 +164,7 @@ def pool_tile(tile, taken, temperature, C: tl.constexpr, MEAN: tl.constexpr, NOR
 def store_token(out, frame, row, col, T, strides, channels, mask, token):
     """out[frame, row, col] = token, for (video, frame, row, column, channel) strides and T frames per video.
 
-    No kernel reads it again: it makes room in the cache first, for tokens and miniatures that will be.
+    No kernel reads it again: it makes room in the cache first, for tokens and thumbnails that will be.
     """
     places = token_places(frame, row, col, T, strides) + channels.to(tl.int64) * strides[4]
     tl.store(out + places, token.to(out.dtype.element_ty), mask=mask, eviction_policy="evict_first")

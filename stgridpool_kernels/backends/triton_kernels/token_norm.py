@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .config import tile_config
-from .launch import Call, Launch, Request
+from .launch import CallSpec, Launch, PreparedCall
 from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, token_places
 
 
@@ -50,11 +50,11 @@ def token_norm_kernel(
     tl.store(out + places, finish_norms(total, C, MEAN, NORM, P, True), mask=number < n)
 
 
-def prepare(request: Request) -> Call:
+def prepare(request: CallSpec) -> PreparedCall:
     """One launch."""
     n = request.out.numel()
     config = tile_config(request.x.shape[-1], min(n, 64))
     arguments = request.sizes() | request.weights() | {"n": n}
     arguments |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
     grid = (triton.cdiv(n, config.tokens), 1, 1)
-    return Call(request.plan, [Launch(token_norm_kernel, grid, arguments, num_warps=config.num_warps)], 0, None)
+    return PreparedCall(request.plan, [Launch(token_norm_kernel, grid, arguments, num_warps=config.num_warps)], 0, None)
