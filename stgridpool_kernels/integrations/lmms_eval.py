@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .base import PoolOptions, require, video_token_count
-from .options import read_option
+from .options import read_options
 
 _PREFIX = "stgp_"
 _CLASSES = {
@@ -42,8 +42,8 @@ def manifests() -> list[Any]:
 def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Model arguments → the options of `grid_pool` among them, and the others.
 
-    An option is `stgp_` and the name of an argument of `grid_pool`, except `frame_counts` and `out`; `read_option` says
-    how values are written. `stgp=False` asks for the model's own pooling: then the options are None.
+    An option is `stgp_` and the name of an argument of `grid_pool`, except `frame_counts` and `out`; `read_options`
+    says how values are written. `stgp=False` asks for the model's own pooling: then the options are None.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -56,10 +56,7 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any] | None, d
         if given:
             raise ValueError(f"stgp must not be False where {', '.join(given)} is given")
         return None, others
-    options = {}
-    for shown, value in given.items():
-        name = shown.removeprefix(_PREFIX)
-        options[name] = read_option(name, value, shown)
+    options = read_options(given, _PREFIX)
     try:
         PoolOptions(**options)
     except (TypeError, ValueError) as error:

@@ -1,44 +1,113 @@
-"""Options of `grid_pool` as text: in the model arguments of an evaluation, in an environment variable."""
+"""Options of `grid_pool` as text: of a command line, of an evaluation's model arguments, of an environment variable.
+
+A value is JSON or shorter: integers are `2,4,8`, `2:4:8`, `2x2` or `[2, 4, 8]`, a word needs no quotes, and `none` is
+an empty list where an argument takes any number of integers, else None.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+
+from .. import ops  # noqa: F401  (its schemas are read below)
+
+_KINDS: dict[str, tuple[str, Any]] = {
+    argument.name: (str(argument.type).removeprefix("Optional[").split("[")[0].rstrip("]"), argument)
+    for argument in torch.ops.stgp.grid_pool.default._schema.arguments
+    if argument.kwarg_only
+}
+
+
+def read_options(given: str | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by name, as `grid_pool` takes them.
+
+    given: NAME=VALUE, several with commas between them; or the text of a JSON object; or values by name.
+    prefix: what stands before every name.
+
+    Raises TypeError for an unknown name, ValueError for text of another form, for a name that is given twice and for a
+    value of another kind. Whether `grid_pool` allows a value is not checked.
+    """
+    options: dict[str, Any] = {}
+    for shown, value in given.items() if isinstance(given, Mapping) else _pairs(given):
+        name = shown.removeprefix(prefix)
+        if name in options:
+            raise ValueError(f"{shown} must be given once, got {shown}={options[name]!r} and {shown}={value!r}")
+        options[name] = read_option(name, value, shown)
+    return options
 
 
 def read_option(name: str, value: Any, shown: str) -> Any:
-    """The value of one argument of `grid_pool` as that takes it, from text or from what a command line made of text.
+    """The value of one argument of `grid_pool` as that takes it, from text or from a value of a Python or JSON type.
 
-    name: an argument, except `frame_counts` and `out`. value: several integers are written 2:4:8, none of them, or an
-        argument that is None, `none`. shown: what the user called it, for messages.
-
-    Raises TypeError for an unknown name, ValueError for another kind of value; what `grid_pool` allows is not checked.
+    name: an argument, except `out`. shown: what the user called it, for messages. Errors as in `read_options`.
     """
-    if name not in READERS:
-        raise TypeError(f"there must be an option {shown}, among {', '.join(READERS)}, got {shown}={value!r}")
-    return READERS[name](shown, value)
+    if name == "backend":
+        return _word(shown, value)
+    if name not in _KINDS:
+        raise TypeError(
+            f"there must be an option {shown}, among {', '.join((*_KINDS, 'backend'))}, got {shown}={value!r}"
+        )
+    kind, argument = _KINDS[name]
+    if kind == "List":
+        optional = str(argument.type).startswith("Optional")
+        return _pair(shown, value, optional) if argument.N else _list(shown, value, optional)
+    return {"float": _number, "bool": _boolean, "str": _word}[kind](shown, value)
 
 
-def _integers(shown: str, value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    entries = [] if value == "none" else value.split(":") if isinstance(value, str) else value
-    try:
-        if isinstance(entries, list | tuple):
-            numbers = tuple(int(entry) for entry in entries)
-            return numbers[0] if isinstance(value, str) and len(numbers) == 1 else numbers
-    except ValueError:
-        pass
-    raise ValueError(f"{shown} must be integers like 2 or 2:4:8, or none, got {value!r}")
+def _pairs(text: str) -> list[tuple[str, Any]]:
+    if text.lstrip().startswith("{"):
+        try:
+            pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"options must be a JSON object, got {text!r}: {error}") from None
+        return pairs
+    entries = re.split(r",(?=\s*\w+\s*=)", text) if text.strip() else []
+    for entry in entries:
+        if not re.match(r"\s*\w+\s*=", entry):
+            raise ValueError(f"options must be like temperature=2,frame_strides=2:4:8, or a JSON object, got {entry!r}")
+    return [(name.strip(), value.strip()) for name, value in (entry.split("=", 1) for entry in entries)]
 
 
-def _list(shown: str, value: Any) -> Any:
-    entries = _integers(shown, value)
-    return (entries,) if isinstance(entries, int) else entries
+def _integers(value: Any) -> tuple[int, ...] | None:
+    """The integers in `value`, or None if it is anything else."""
+    if isinstance(value, str):
+        separator = r"\s*(?:,|:|x)\s*"
+        text = re.fullmatch(r"\s*\[(.*)\]\s*", value)
+        entries = re.split(separator, (text[1] if text else value).strip())
+        same = len(set(re.findall(r"[,:x]", value))) <= 1
+        return tuple(map(int, entries)) if same and all(re.fullmatch(r"[+-]?\d+", entry) for entry in entries) else None
+    entries = [value] if isinstance(value, int) else value
+    if isinstance(entries, list | tuple) and all(
+        isinstance(entry, int) and not isinstance(entry, bool) for entry in entries
+    ):
+        return tuple(entries)
+    return None
 
 
-def _integers_or_none(shown: str, value: Any) -> Any:
-    return None if value is None or value == "none" else _integers(shown, value)
+def _is_none(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
+
+
+def _list(shown: str, value: Any, optional: bool) -> tuple[int, ...] | None:
+    if _is_none(value):
+        return None if optional else ()
+    numbers = () if value == "[]" else _integers(value)
+    if numbers is None:
+        raise ValueError(f"{shown} must be integers like 2,4,8, or none, got {value!r}")
+    return numbers
+
+
+def _pair(shown: str, value: Any, optional: bool) -> int | tuple[int, ...] | None:
+    if optional and _is_none(value):
+        return None
+    numbers = _integers(value) or ()
+    if len(numbers) not in (1, 2):
+        raise ValueError(f"{shown} must be one integer or two like 2,2{', or none' if optional else ''}, got {value!r}")
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _number(shown: str, value: Any) -> float:
@@ -52,7 +121,7 @@ def _number(shown: str, value: Any) -> float:
 
 def _boolean(shown: str, value: Any) -> bool:
     words = {"true": True, "false": False}
-    if isinstance(value, bool) or str(value).lower() in words:
+    if str(value).lower() in words:
         return words[str(value).lower()]
     raise ValueError(f"{shown} must be True or False, got {value!r}")
 
@@ -60,22 +129,4 @@ def _boolean(shown: str, value: Any) -> bool:
 def _word(shown: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{shown} must be a word, got {value!r}")
-    return value
-
-
-READERS: dict[str, Callable[[str, Any], Any]] = {
-    "frame_strides": _list,
-    "grid_shape": _list,
-    "sampling": _word,
-    "resize": _word,
-    "kernel_size": _integers,
-    "stride": _integers_or_none,
-    "padding": _integers,
-    "ceil_mode": _boolean,
-    "count_include_pad": _boolean,
-    "output_size": _integers_or_none,
-    "temperature": _number,
-    "norm_type": _number,
-    "normalize_norm": _boolean,
-    "backend": _word,
-}
+    return value.strip().strip('"')

@@ -27,7 +27,7 @@ from ..io.token_files import write_tokens
 from ..io.video import VideoWarning
 from ..io.writing import remove_leftovers
 from .base import PoolOptions, require
-from .options import read_option
+from .options import read_options
 from .ray_folders import outputs_in
 
 _TESTED = {"at_least": "2.60", "below": "2.61"}
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = args.pop("inputs")
     texts = [text for text in given if text.split("=")[0].isidentifier() and "=" in text and not os.path.lexists(text)]
     try:
-        options = {name: read_option(name, value, name) for name, value in (text.split("=", 1) for text in texts)}
+        options = read_options(dict(text.split("=", 1) for text in texts))
         report = extract([text for text in given if text not in texts], **args, **options)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; what is written is whole", file=sys.stderr)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .base import PoolOptions, ceil_options, pool_flat, require, require_size
-from .options import read_option
+from .options import read_options
 
 _VARIABLE = "STGP_SGLANG"
 _MODEL = "sglang.srt.models.llava.LlavaBaseForCausalLM"
@@ -42,7 +42,7 @@ def register() -> None:
         return
     try:
         require("sglang", at_least="0.5.23", below="0.5.24")
-        hooks = Hooks(read_options(text))
+        hooks = Hooks(switched_options(text))
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"stgridpool_kernels: {_VARIABLE}={text}: {error}") from None
     registry = importlib.import_module("sglang.srt.plugins.hook_registry")
@@ -50,15 +50,9 @@ def register() -> None:
         registry.HookRegistry.register(f"{_MODEL}.{name}", getattr(hooks, name), registry.HookType.AROUND)
 
 
-def read_options(text: str) -> PoolOptions:
-    """`on`, or options of `grid_pool` like temperature=2,frame_strides=2:4:8; `ceil_mode` is True unless given."""
-    options = {}
-    for entry in [] if text == "on" else text.split(","):
-        name, equals, value = entry.partition("=")
-        if not equals:
-            raise ValueError(f"options must be `on` or like temperature=2,frame_strides=2:4:8, got {entry!r}")
-        options[name] = read_option(name, value, name)
-    return ceil_options(**options)
+def switched_options(text: str) -> PoolOptions:
+    """The options in STGP_SGLANG: `on`, or text for `read_options`; `ceil_mode` is True unless given."""
+    return ceil_options(**read_options("" if text == "on" else text))
 
 
 HOOKED = ("load_weights", "pad_input_ids", "_infer_image_aspect_ratio", "encode_images", "forward")

@@ -9,19 +9,20 @@ told by its arguments to take one of them, and how it pools:
     })
 
 Options are the keyword arguments of `grid_pool` except `frame_counts` and `out`; `ceil_mode` is True unless given.
-Where the engine has no `stgp_options`, the environment variable STGP_VLLM_OPTIONS holds them as a JSON object. They are
-fixed for the life of the engine, because vLLM finds cached prompts and videos without regard to them.
+Where the engine has no `stgp_options`, the environment variable STGP_VLLM_OPTIONS holds them: a JSON object, or text
+like `temperature=2,frame_strides=2:4:8`. They are fixed for the life of the engine, because vLLM finds cached prompts
+and videos without regard to them.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 from typing import Any
 
 from .base import PoolOptions, ceil_options, require
+from .options import read_options
 
 ARCHITECTURES = (
     "StgpLlavaOnevisionForConditionalGeneration",
@@ -58,15 +59,11 @@ def pool_options(config: Any) -> PoolOptions:
     """
     given, source = getattr(config, "stgp_options", None), "stgp_options"
     if given is None:
-        text, source = os.environ.get(OPTIONS_VARIABLE) or "{}", OPTIONS_VARIABLE
-        try:
-            given = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source} must be a JSON object, got {text!r}: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"{source} must be a JSON object of options, got {given!r}")
+        given, source = os.environ.get(OPTIONS_VARIABLE, ""), OPTIONS_VARIABLE
+    if not isinstance(given, dict | str):
+        raise ValueError(f"{source} must be options by name, got {given!r}")
     try:
-        return ceil_options(**given)
+        return ceil_options(**read_options(given))
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch, for a type that it cannot convert
         raise ValueError(f"{source}: {error}") from error
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import stgridpool_kernels
 from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.cli import demo
+from stgridpool_kernels.cli import demo, info, options, pool
 from stgridpool_kernels.cli import inspect as inspect_command
 from stgridpool_kernels.cli import main as cli
 from stgridpool_kernels.cli.main import main
@@ -52,8 +52,8 @@ def stgp(arguments: Sequence[str], **options: Any) -> subprocess.CompletedProces
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
-    return cli.op_options(
-        cli.build_parser().parse_args(cli._join_negative_numbers(["pool", "a", "-o", "b", *arguments]))
+    return options.op_options(
+        cli.build_parser().parse_args(options.join_negative_numbers(["pool", "a", "-o", "b", *arguments]))
     )
 
 
@@ -61,7 +61,7 @@ def parsed(*arguments: str) -> dict[str, Any]:
 
 
 def test_every_schema_argument_has_an_option_with_help_and_the_same_default(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(cli.OPTION_HELP) == set(DEFAULTS)
+    assert set(options.OPTION_HELP) == set(DEFAULTS)
     assert parsed() == {**DEFAULTS, "backend": "auto"}
     with pytest.raises(SystemExit):
         main(["pool", "--help"])
@@ -73,21 +73,23 @@ def test_every_schema_argument_has_an_option_with_help_and_the_same_default(caps
 @pytest.mark.parametrize(
     ("arguments", "name", "value"),
     [
-        (["--frame-strides", "4,2"], "frame_strides", [4, 2]),
-        (["--frame-strides", "none"], "frame_strides", []),
-        (["--grid-shape", "2,2,1,3"], "grid_shape", [2, 2, 1, 3]),
+        (["--frame-strides", "4,2"], "frame_strides", (4, 2)),
+        (["--frame-strides", "none"], "frame_strides", ()),
+        (["--frame-strides", "4:2"], "frame_strides", (4, 2)),
+        (["--grid-shape", "2,2,1,3"], "grid_shape", (2, 2, 1, 3)),
         (["--sampling", "first"], "sampling", "first"),
         (["--resize", "bilinear"], "resize", "bilinear"),
-        (["--kernel-size", "3"], "kernel_size", [3, 3]),
-        (["--kernel-size", "3,2"], "kernel_size", [3, 2]),
-        (["--stride", "1,2"], "stride", [1, 2]),
+        (["--kernel-size", "3"], "kernel_size", 3),
+        (["--kernel-size", "3,2"], "kernel_size", (3, 2)),
+        (["--kernel-size", "3x2"], "kernel_size", (3, 2)),
+        (["--stride", "1,2"], "stride", (1, 2)),
         (["--stride", "none"], "stride", None),
-        (["--padding", "1"], "padding", [1, 1]),
-        (["--padding", "-1,-2"], "padding", [-1, -2]),
+        (["--padding", "1"], "padding", 1),
+        (["--padding", "-1,-2"], "padding", (-1, -2)),
         (["--ceil-mode"], "ceil_mode", True),
         (["--no-ceil-mode"], "ceil_mode", False),
         (["--no-count-include-pad"], "count_include_pad", False),
-        (["--output-size", "3,4"], "output_size", [3, 4]),
+        (["--output-size", "3,4"], "output_size", (3, 4)),
         (["--temperature", "-1"], "temperature", -1.0),
         (["--temperature", "-1e-3"], "temperature", -1e-3),
         (["--temperature", "-.5"], "temperature", -0.5),
@@ -95,7 +97,7 @@ def test_every_schema_argument_has_an_option_with_help_and_the_same_default(caps
         (["--temperature", "-inf"], "temperature", -float("inf")),
         (["--norm-type", "inf"], "norm_type", float("inf")),
         (["--no-normalize-norm"], "normalize_norm", False),
-        (["--frame-counts", "8,8"], "frame_counts", [8, 8]),
+        (["--frame-counts", "8,8"], "frame_counts", (8, 8)),
         (["--backend", "reference"], "backend", "reference"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "",
@@ -107,11 +109,11 @@ def test_options_become_arguments(arguments: list[str], name: str, value: object
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frame-strides", "2,x"], "argument --frame-strides: expected integers separated by commas, or none"),
-        (["--kernel-size", "1,2,3"], "argument --kernel-size: expected one integer or two as in 2,2"),
-        (["--kernel-size", "none"], "argument --kernel-size: expected one integer or two"),
+        (["--frame-strides", "2,x"], "argument --frame-strides: it must be integers like 2,4,8, or none"),
+        (["--kernel-size", "1,2,3"], "argument --kernel-size: it must be one integer or two like 2,2"),
+        (["--kernel-size", "none"], "argument --kernel-size: it must be one integer or two"),
         (["--sampling", "middle"], "argument --sampling: invalid choice"),
-        (["--temperature", "warm"], "argument --temperature: invalid float value"),
+        (["--temperature", "warm"], "argument --temperature: it must be a number, got 'warm'"),
         (["--backend", "nope"], "argument --backend: invalid choice"),
         (["--temp", "1"], "unrecognized arguments: --temp"),
         (["--num-frames", "0"], "argument --num-frames: expected an integer of at least 1"),
@@ -204,7 +206,7 @@ def test_pool_asks_for_the_backend_it_was_told(monkeypatch: pytest.MonkeyPatch) 
         asked.append(options["backend"])
         return x
 
-    monkeypatch.setattr(cli, "grid_pool", grid_pool)
+    monkeypatch.setattr(pool, "grid_pool", grid_pool)
     assert main(["pool", "a.npy", "-o", "out.npy", "--backend", "reference"]) == 0
     assert main(["pool", "a.npy", "-o", "out2.npy"]) == 0
     assert asked == ["reference", "auto"]
@@ -282,7 +284,7 @@ def test_errors_that_need_no_input_come_before_any_work(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files()
-    monkeypatch.setattr(cli, "load_input", lambda *_, **__: pytest.fail("an input was read"))
+    monkeypatch.setattr(pool, "load_input", lambda *_, **__: pytest.fail("an input was read"))
     assert main(["pool", *arguments]) == 1
     shown = capsys.readouterr()
     assert message in shown.err
@@ -327,15 +329,15 @@ def test_a_dtype_that_overflows_is_an_error(capsys: pytest.CaptureFixture[str]) 
 
 def test_infinities_of_the_result_are_no_overflow() -> None:
     x = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0])
-    assert torch.equal(cli._cast(x, torch.float16).isinf(), x.isinf())
+    assert torch.equal(pool._cast(x, torch.float16).isinf(), x.isinf())
     with pytest.raises(ValueError, match=r"--dtype float16 cannot hold the result's 100000$"):
-        cli._cast(torch.cat([x, torch.tensor([-1e5])]), torch.float16)
+        pool._cast(torch.cat([x, torch.tensor([-1e5])]), torch.float16)
 
 
 def test_a_backend_that_cannot_run_says_why(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "backend_reasons", lambda: {"reference": "it is Sunday"})
+    monkeypatch.setattr(options, "backend_reasons", lambda: {"reference": "it is Sunday"})
     assert main(["pool", "a.npy", "-o", "out.npy", "--backend", "reference"]) == 1
     assert capsys.readouterr().err == "stgp pool: backend 'reference' cannot run here: it is Sunday\n"
     monkeypatch.setenv("STGP_BACKEND", "nope")
@@ -404,10 +406,10 @@ def test_a_traceback_is_shown_with_debug_alone(capsys: pytest.CaptureFixture[str
 def test_an_error_nobody_expected_is_one_line_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def info() -> None:
+    def fail() -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cli, "_facts_table", info)
+    monkeypatch.setattr(info, "_facts_table", fail)
     assert main(["info"]) == 1
     assert capsys.readouterr().err == "stgp info: unexpected KeyError: 'a bug' (--debug shows where)\n"
 
@@ -433,9 +435,9 @@ def test_ctrl_c_while_writing_leaves_nothing_and_keeps_what_is_finished(
 
 def test_ctrl_c_ends_the_process_with_130(tmp_path: Path) -> None:
     script = (
-        "import sys, time, pathlib; from stgridpool_kernels.cli import main as cli\n"
+        "import sys, time, pathlib; from stgridpool_kernels.cli import main as cli, pool\n"
         "def wait(x, **options): pathlib.Path('started').touch(); time.sleep(60)\n"
-        "cli.grid_pool = wait\n"
+        "pool.grid_pool = wait\n"
         "sys.exit(cli.main(['pool', 'a.npy', '-o', 'out.npy']))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
@@ -466,8 +468,8 @@ def test_info_shows_versions_packages_and_backends(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reasons = {"fast": "no fast device", "reference": None}
-    monkeypatch.setattr(cli, "backend_reasons", lambda: reasons)
-    monkeypatch.setitem(cli._OPTIONAL_PACKAGES, "no-such-package", "nothing")
+    monkeypatch.setattr(info, "backend_reasons", lambda: reasons)
+    monkeypatch.setitem(info._OPTIONAL_PACKAGES, "no-such-package", "nothing")
     rows = info_rows(capsys)
     assert rows["version"] == stgridpool_kernels.__version__
     assert rows["torch"].startswith(torch.__version__)
@@ -545,7 +547,7 @@ def test_info_shows_the_effect_of_the_environment(
 def test_info_says_that_the_backend_of_the_environment_cannot_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "backend_reasons", lambda: {"reference": "it is Sunday"})
+    monkeypatch.setattr(info, "backend_reasons", lambda: {"reference": "it is Sunday"})
     monkeypatch.setenv("STGP_BACKEND", "reference")
     assert main(["info"]) == 0
     assert "every call fails, since it cannot run here: it is Sunday" in capsys.readouterr().out
@@ -560,7 +562,7 @@ def test_inspect_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None
     assert given == (Path("a.mp4"), Path("out.png"))
     assert named.pop("console") is not None
     assert named == {
-        "options": {**DEFAULTS, "frame_counts": [9, 7], "backend": "auto", "temperature": -2.0},
+        "options": {**DEFAULTS, "frame_counts": (9, 7), "backend": "auto", "temperature": -2.0},
         "num_frames": 4,
         "grid": (4, 6),
         "tap": "l12",

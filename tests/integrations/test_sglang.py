@@ -6,16 +6,16 @@ import pytest
 
 from stgridpool_kernels.integrations import sglang
 from stgridpool_kernels.integrations.base import PoolOptions
-from stgridpool_kernels.integrations.sglang import read_options
+from stgridpool_kernels.integrations.sglang import switched_options
 
 
 def test_options_in_one_variable() -> None:
-    assert read_options("on") == PoolOptions(ceil_mode=True)
+    assert switched_options("on") == PoolOptions(ceil_mode=True)
     given = "temperature=2,frame_strides=2:4,norm_type=inf,normalize_norm=False"
     meant = {"temperature": 2.0, "frame_strides": (2, 4), "norm_type": float("inf"), "normalize_norm": False}
-    assert read_options(given) == PoolOptions(ceil_mode=True, **meant)
-    assert read_options("output_size=14") == PoolOptions(output_size=14)
-    assert read_options("frame_strides=none") == PoolOptions(ceil_mode=True, frame_strides=())
+    assert switched_options(given) == PoolOptions(ceil_mode=True, **meant)
+    assert switched_options("output_size=14") == PoolOptions(output_size=14)
+    assert switched_options("frame_strides=none") == PoolOptions(ceil_mode=True, frame_strides=())
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,6 @@ def test_options_in_one_variable() -> None:
         ("yes", "got 'yes'"),
         ("temprature=2", "temprature='2'"),
         ("temperature=hot", "temperature must be a number, got 'hot'"),
-        ("frame_strides=2;4", "frame_strides must be integers like 2 or 2:4:8, or none, got '2;4'"),
         ("sampling=middle", "sampling"),
     ],
 )

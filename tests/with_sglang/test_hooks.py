@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels.integrations import sglang
-from stgridpool_kernels.integrations.sglang import Hooks, read_options
+from stgridpool_kernels.integrations.sglang import Hooks, switched_options
 
 try:
     metadata.version("sglang")
@@ -251,10 +251,10 @@ def test_nothing_is_hooked_unless_asked_for(llava: Any, monkeypatch: pytest.Monk
 
 def test_the_engine_refuses_a_size_that_its_placeholders_do_not_fit(hooked: Any) -> None:
     of = model(hooked)
-    hooks = Hooks(read_options("ceil_mode=false"))
+    hooks = Hooks(switched_options("ceil_mode=false"))
     with pytest.raises(ValueError, match=r"SGLang expects 9 tokens per frame .*4 \(2 × 2\)"):
         hooks.load_weights(lambda model, weights: None, of, [])
-    assert Hooks(read_options("output_size=3")).load_weights(lambda model, weights: "loaded", of, []) == "loaded"
+    assert Hooks(switched_options("output_size=3")).load_weights(lambda model, weights: "loaded", of, []) == "loaded"
 
 
 # ---- the switch ----
@@ -282,7 +282,7 @@ def test_the_engine_finds_the_plugin_and_puts_its_hooks_in_force(switch: str) ->
     assert done.returncode == 0, done.stderr
     hooked, options = done.stdout.splitlines()[-2:]
     assert hooked == str(sorted(sglang.HOOKED))
-    assert options == f"[{read_options(switch.partition('=')[2])}]"
+    assert options == f"[{switched_options(switch.partition('=')[2])}]"
 
 
 def test_without_the_switch_the_engine_hooks_nothing() -> None:

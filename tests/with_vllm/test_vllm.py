@@ -375,7 +375,7 @@ def test_another_number_of_tokens_is_refused_when_the_engine_is_made(run: Any, o
 def test_an_unknown_option_is_refused(run: Any, onevision: Path) -> None:
     answers, log = run(onevision, [["words"]], selected(ONEVISION), STGP_VLLM_OPTIONS='{"strides": [2]}')
     assert answers is None
-    assert "RuntimeError: STGP_VLLM_OPTIONS: options must be among" in log
+    assert "RuntimeError: STGP_VLLM_OPTIONS: there must be an option strides" in log
     assert "Starting to load model" not in log
 
 

@@ -1,0 +1,56 @@
+"""Where the commands write: which file each input becomes, and whether it may be written."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..io.token_files import SUFFIXES
+from ..io.writing import refuse_existing
+
+
+def outputs_of(inputs: Sequence[Path], out: str, file_format: str | None) -> list[Path]:
+    """The output of each input."""
+    path = Path(out)
+    folder = out.endswith(os.sep) or path.is_dir()
+    if path.suffix.lower() in SUFFIXES and not folder:
+        if len(inputs) > 1:
+            raise ValueError(f"-o {out} names a file, but there are {len(inputs)} inputs: name a folder")
+        if file_format and path.suffix.lower() != f".{file_format}":
+            raise ValueError(f"-o {out} and --format {file_format} disagree")
+        return [path]
+    if path.suffix and len(inputs) == 1 and not folder:
+        raise ValueError(f"-o {out}: files end in {', '.join(SUFFIXES)}; for a folder of that name give {out}{os.sep}")
+    outputs = []
+    for source in inputs:
+        suffix = source.suffix.lower() if source.suffix.lower() in SUFFIXES else ".safetensors"
+        outputs.append(path / f"{source.stem}{f'.{file_format}' if file_format else suffix}")
+    for output, count in Counter(outputs).items():
+        if count > 1:
+            same = ", ".join(str(source) for source, target in zip(inputs, outputs, strict=True) if target == output)
+            raise ValueError(f"{output} would be the output of {count} inputs: {same}")
+    return outputs
+
+
+def check_outputs(inputs: Sequence[Path], outputs: Sequence[Path], *, made: bool, force: bool) -> None:
+    """Raises OSError or ValueError where an output cannot be written, must not be, or is one of the inputs.
+
+    made: their folder will be made if it is missing.
+    """
+    taken = {(status.st_dev, status.st_ino): path for path in inputs if path.exists() for status in [path.stat()]}
+    for output in outputs:
+        if output.exists():
+            status = output.stat()
+            source = taken.get((status.st_dev, status.st_ino))
+            if source is not None:
+                raise ValueError(f"{output}: is the input {source}, which is never overwritten")
+        folder = output.parent
+        if not made or folder.is_dir():
+            refuse_existing(output, force)
+            continue
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise NotADirectoryError(f"{output}: {folder} is not a folder where one can be made")

@@ -1,0 +1,239 @@
+"""`stgp pool`: read files and videos, pool them, write the results."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from ..functional import grid_pool
+from ..io.inputs import load_input, stream_input
+from ..io.token_files import SUFFIXES, check_dtype, check_streamable, write_chunks, write_tokens
+from ..stream import GridPoolStream
+from .options import (
+    DTYPES,
+    add_command,
+    add_input_options,
+    add_op_options,
+    check_options,
+    check_video_options,
+    encoding,
+    num_frames,
+    op_options,
+    positive,
+)
+from .outputs import check_outputs, outputs_of
+from .terminal import complain, describe, printable
+
+
+@dataclass(frozen=True)
+class _Pooled:
+    """One finished input, for the summary."""
+
+    source: Path
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    dtype: torch.dtype
+    seconds: float
+
+
+def add_pool(commands: Any) -> None:
+    parser = add_command(commands, "pool", _run_pool, "pool the tokens in files, or of videos, and write the result")
+    parser.usage = "stgp pool IN [IN ...] -o OUT [options]"
+    parser.description = (
+        f"Pool token files ({', '.join(SUFFIXES)}) and videos. Tokens have shape (T, H, W, C), or (B, T, H, W, C), and "
+        "dtype bfloat16, float16, float32 or float64. Files are never unpickled; outputs appear whole or not at all."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  stgp pool tokens.safetensors -o pooled.safetensors\n"
+        "  stgp pool a.npy b.pt -o pooled/ --ceil-mode --temperature 0.5\n"
+        "  stgp pool clip.mp4 -o clip.npy --num-frames 64 --frame-strides none\n"
+        "  stgp pool clip.mp4 -o clip.npy --stream\n"
+        "  ffmpeg -i URL -f matroska - | stgp pool - -o pooled.safetensors --stream"
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="token files or videos")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help=f"a file for one input, if it ends in {', '.join(SUFFIXES)}; else a folder, made if needed, where each "
+        "result keeps its input's name",
+    )
+    parser.add_argument(
+        "--format",
+        choices=[suffix[1:] for suffix in SUFFIXES],
+        help="of files in the folder OUT (default: the input's; safetensors for videos)",
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the result (default: the input's)")
+    parser.add_argument("--device", default="cpu", help="where it is computed: cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--force", action="store_true", help="overwrite outputs that exist")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read, pool and write frame by frame, in memory that does not grow with the input: .npy, .safetensors, "
+        "videos (of which every frame is taken), or a pipe of .npy arrays or of a video; - is standard input. Writes "
+        ".npy or .safetensors",
+    )
+    parser.add_argument("--chunk", type=positive, metavar="N", help="with --stream, most frames at a time (default: 1)")
+    add_input_options(parser)
+    add_op_options(parser)
+
+
+def _run_pool(args: argparse.Namespace) -> int:
+    options = op_options(args)
+    check_options(options)
+    device = _usable_device(args.device)
+    out = Path(args.output)
+    outputs = outputs_of(args.inputs, args.output, args.format)
+    check_outputs(args.inputs, outputs, made=outputs != [out], force=args.force)
+    if args.dtype:
+        for output in outputs:
+            check_dtype(output, DTYPES[args.dtype])
+    if args.stream:
+        _check_stream(args, outputs)
+    elif args.chunk is not None:
+        raise ValueError(f"--chunk goes with --stream only, got {args.chunk}")
+    elif Path("-") in args.inputs:
+        raise ValueError("-: standard input is read with --stream only")
+    check_video_options(args, args.inputs)
+
+    finished: list[_Pooled] = []
+    failures: list[str] = []
+    bars = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:
+            files = progress.add_task("files", total=len(outputs), visible=len(outputs) > 1)
+            frames = progress.add_task("frames", visible=False)
+            for source, output in zip(args.inputs, outputs, strict=True):
+
+                def show(stage: str, done: int, total: int | None, name: str = printable(source.name)) -> None:
+                    progress.update(frames, description=f"{stage} {name}", completed=done, total=total, visible=True)
+
+                try:
+                    pool_file = _stream_file if args.stream else _pool_file
+                    finished.append(pool_file(source, output, args, options, device, show))
+                except Exception as error:
+                    message = describe(error)
+                    failures.append(message if str(source) in message else f"{source}: {message}")
+                    if args.debug:
+                        traceback.print_exc()
+                progress.update(frames, visible=False)
+                progress.advance(files)
+    finally:  # after Ctrl-C too: what is finished stays
+        if finished:
+            Console(highlight=False).print(_summary(finished, out, folder=outputs != [out]))
+    if len(args.inputs) > 1 and failures:
+        complain(args, f"{len(failures)} of {len(args.inputs)} inputs failed:")
+    for message in failures:
+        complain(args, message)
+    return 1 if failures else 0
+
+
+def _usable_device(name: str) -> torch.device:
+    """The device of tensors that are made on `name`: cuda is cuda:0, cuda:1, … Raises ValueError if there is none."""
+    try:
+        return torch.empty(0, device=name).cpu().to(name).device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        cause = str(error).splitlines()[0].split(". ")[0]  # torch goes on with all backends that it knows
+        raise ValueError(f"--device must be one that can be used here, got {name!r}: {cause}") from error
+
+
+def _pool_file(
+    source: Path,
+    output: Path,
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    device: torch.device,
+    progress: Callable[[str, int, int], object],
+) -> _Pooled:
+    start = time.perf_counter()
+    x, _ = load_input(source, key=args.key, num_frames=num_frames(args), progress=progress, **encoding(args))
+    dtype = DTYPES[args.dtype] if args.dtype else x.dtype
+    check_dtype(output, dtype)
+    with torch.no_grad():
+        pooled = _cast(grid_pool(x.to(device), **options), dtype).cpu()
+    output.parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
+    write_tokens(output, pooled, force=args.force)
+    return _Pooled(source, tuple(x.shape), tuple(pooled.shape), dtype, time.perf_counter() - start)
+
+
+def _check_stream(args: argparse.Namespace, outputs: Sequence[Path]) -> None:
+    for name in ("frame_counts", "key", "num_frames"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} cannot go with --stream, got {getattr(args, name)}")
+    for output in outputs:
+        check_streamable(output)
+
+
+def _stream_file(
+    source: Path,
+    output: Path,
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    device: torch.device,
+    progress: Callable[[str, int, int | None], object],
+) -> _Pooled:
+    start = time.perf_counter()
+    stream = GridPoolStream(**{name: value for name, value in options.items() if name != "frame_counts"})
+    shapes: list[tuple[int, ...]] = [(), ()]
+
+    def pooled_chunks() -> Iterator[Tensor]:
+        for x in stream_input(source, chunk=args.chunk or 1, **encoding(args)):
+            pooled = stream.push(x.to(device))
+            shapes[:] = tuple(x.shape[1:]), tuple(pooled.shape[1:])
+            yield _cast(pooled, DTYPES[args.dtype] if args.dtype else x.dtype)
+            progress("streaming", stream.frames(), None)
+
+    chunks = pooled_chunks()
+    first = next(chunks)  # stream_input gives one, or raises
+    check_dtype(output, first.dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
+    write_chunks(output, chain([first], chunks), force=args.force)
+    if not stream.matches_offline():
+        complain(
+            args,
+            f"{source}: {stream.frames()} frames are no multiple of the strides {stream.arguments['frame_strides']}: "
+            "without --stream, or with --sampling first, other frames are sampled",
+        )
+    before, after = ((stream.frames(), *shape) for shape in shapes)
+    return _Pooled(source, before, after, first.dtype, time.perf_counter() - start)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = x.to(dtype)
+    if cast.dtype != x.dtype and cast.isinf().sum() != x.isinf().sum():
+        largest = x[x.isfinite()].abs().max().item()
+        raise ValueError(f"--dtype {str(dtype).removeprefix('torch.')} cannot hold the result's {largest:g}")
+    return cast
+
+
+def _summary(finished: Sequence[_Pooled], out: Path, *, folder: bool) -> Table:
+    written = f"written{' into' if folder else ''}: {printable(str(out))}"
+    table = Table(caption=Text(written, overflow="fold"), caption_justify="left")
+    table.add_column("input", overflow="fold")
+    table.add_column("shape", overflow="fold")
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("seconds", no_wrap=True, justify="right")
+    for each in finished:
+        table.add_row(
+            Text(printable(str(each.source))),
+            f"{each.before} → {each.after}",
+            str(each.dtype).removeprefix("torch."),
+            f"{each.seconds:.2f}",
+        )
+    return table
