@@ -1,4 +1,4 @@
-"""Builds stgridpool_kernels._C by CMakeLists.txt, where that is possible. Everything else is in pyproject.toml."""
+"""Build stgridpool_kernels._C by CMakeLists.txt if that is possible. All other settings are in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PYTHON = sys.executable
 
 
 def find_torch() -> Path | None:
-    """The folder of torch. An isolated build hides the environment that it is for: there the library is looked up."""
+    """Return the folder of torch, also from an isolated build, whose sys.path lacks the target environment."""
     paths = [*sys.path, *(sysconfig.get_path(name) for name in ("platlib", "purelib"))]
     spec = PathFinder.find_spec("torch", paths)
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def why_left_out() -> str | None:
-    """None if the library is to be built, else why not."""
+    """Return why the library cannot or must not be built, None if it is to be built."""
     if os.environ.get("STGP_NO_EXT") == "1":
         return "STGP_NO_EXT=1"
     if sys.platform != "linux":
@@ -49,7 +49,7 @@ def why_left_out() -> str | None:
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         build = Path(self.build_temp).resolve() / "cmake"
-        # what was installed for this Python is found whether or not its environment is active
+        # finds tools that are installed for this Python even if its environment is not active
         os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(PYTHON).parent)))
         cmake = [PYTHON, "-m", "cmake"] if find_spec("cmake") else [shutil.which("cmake")]
         tools = {"cmake": cmake[0], "ninja": shutil.which("ninja"), "pybind11": find_spec("pybind11")}
@@ -64,7 +64,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": subprocess.check_output([PYTHON, "-m", "pybind11", "--cmakedir"], text=True).strip(),
         }
         given = [*(f"-D{name}={value}" for name, value in options.items()), *shlex.split(os.getenv("CMAKE_ARGS", ""))]
-        # afresh: the tools of an isolated build are in another folder every time
+        # --fresh, since the tools of an isolated build are in another folder every time
         configure = ["--fresh", "-G", "Ninja", "-S", Path(__file__).resolve().parent, "-B", build, *given]
         for step in (configure, ["--build", build, "--target", "_C"], ["--install", build, "--component", "python"]):
             if subprocess.run([*cmake, *step]).returncode:

@@ -1,4 +1,4 @@
-"""`python -m stgridpool_kernels` is `stgp`."""
+"""Entry point of `python -m stgridpool_kernels`, which is the command `stgp`."""
 
 import sys
 

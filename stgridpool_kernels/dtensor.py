@@ -1,12 +1,12 @@
 """The ops on DTensors: every process computes its own shard of the result, and x is never communicated.
 
-A summary depends on frames of one video, and a pooled token on one frame. So a shard over the batch is a batch of its
-own, and a shard over frames is a video of its own if its plan has the groups that the plan of the whole has there:
-`cut_counts` compares the two, and no index rule is written here. Every other placement is refused.
+A summary depends on frames of one video, and a pooled token on one frame. A shard over the batch is therefore computed
+as a batch. A shard over frames is computed as a video if its plan has the groups that the plan of the whole has there;
+`cut_counts` compares the two plans. All other placements are refused.
 
 Importing this module registers a dispatch rule for every op. The public functions import it when they are given a
-DTensor; a program that calls `torch.ops.stgp` alone has to import it. The rules decide anew at every call, since
-DTensor's own cache of placements looks at some arguments only.
+DTensor; a program that calls only `torch.ops.stgp` has to import it. The rules check placements at every call, since
+DTensor's own cache of placements ignores some arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch.distributed.tensor.placement_types import Placement
 from .ops import ARGUMENTS, Arguments, check_call, gridding_plan, op_names
 from .plan import GridPlan
 
-Cut = dict[tuple[int, ...], tuple[int, ...]]  # range (first, last) of packed frames → frames of every video within it
+Cut = dict[tuple[int, ...], tuple[int, ...]]
+"""Numbers of frames of every video within a range [first, last) of packed frames, by range."""
 
 # ---- one rule for each kind of op ----
 
@@ -72,7 +73,7 @@ for _name in ARGUMENTS:
 
 
 def _both(name: str, value: Tensor, x: Tensor) -> tuple[DTensor, DTensor]:
-    """x and the tensor `name`, which must be DTensors on one mesh."""
+    """Return x and `value`, the tensor `name`. Raises TypeError or ValueError unless both are DTensors on one mesh."""
     if not isinstance(x, DTensor):
         raise TypeError(f"x must be a DTensor as {name} is, got {type(x).__name__}")
     if not isinstance(value, DTensor):
@@ -83,9 +84,9 @@ def _both(name: str, value: Tensor, x: Tensor) -> tuple[DTensor, DTensor]:
 
 
 def _local_call(name: str, x: DTensor, given: Arguments) -> tuple[tuple[int, ...], Tensor, Arguments]:
-    """Checks a call, and returns the shape of the whole result, this process's shard of x, and the arguments for it.
+    """Check a call; return the shape of the whole result, this process's shard of x, and the arguments for it.
 
-    A process outside the mesh gets a shard without frames, so that it runs the same ops as every other.
+    A process outside the mesh gets a shard without frames, so that all processes run the same ops.
     """
     shape, _ = check_call(name, x, given)
     cut = _cut(name, x, x.placements, given)
@@ -103,7 +104,7 @@ def _local_call(name: str, x: DTensor, given: Arguments) -> tuple[tuple[int, ...
 
 
 def _check_local(x: DTensor, local: Tensor) -> None:
-    """Raises ValueError unless this process holds the shard of x that DTensor's rule gives it."""
+    """Raise ValueError unless this process holds the shard of x that DTensor's rule gives it."""
     order = getattr(x._spec, "shard_order", None) or ()
     if any(list(entry.mesh_dims) != sorted(entry.mesh_dims) for entry in order):
         raise ValueError(f"x must be sharded over mesh dimensions in their order, got shard order {order}")
@@ -117,7 +118,7 @@ def _check_local(x: DTensor, local: Tensor) -> None:
 
 
 def _own_range(x: DTensor, dim: int) -> tuple[int, int]:
-    """Returns the range [first, last) of dimension `dim` of x that this process should hold."""
+    """Return the range [first, last) of dimension `dim` of x that this process should hold."""
     low, high = 0, x.shape[dim]
     for i, placement in enumerate(x.placements):
         if placement.is_shard(dim):
@@ -128,16 +129,16 @@ def _own_range(x: DTensor, dim: int) -> tuple[int, int]:
 
 
 def _whole(local: Tensor, x: DTensor, shape: tuple[int, ...]) -> DTensor:
-    """Returns the contiguous tensor, placed as x is, of which this process holds `local`."""
+    """Return a contiguous DTensor of this shape, with the placements of x, whose local shard is `local`."""
     stride = tuple(accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1]
     return DTensor.from_local(local, x.device_mesh, x.placements, shape=torch.Size(shape), stride=stride)
 
 
-# ---- the placements at which a call can be computed shard by shard ----
+# ---- placements at which a call can be computed shard by shard ----
 
 
 def _refusal(name: str, x: DTensor, given: Arguments) -> str:
-    """Returns the message for refused placements. It offers no shards of a dimension that is smaller than the mesh."""
+    """Return the message for refused placements. It offers no shards of a dimension that is smaller than the mesh."""
     held, dims = x.placements, range(len(x.placements))
     shards = [Shard(dim) for dim in range(x.dim() - 3) if x.shape[dim] >= x.device_mesh.size()]
     kept = [_cut(name, x, [held[i] if i == j else Replicate() for j in dims], given) is not None for i in dims]
@@ -151,7 +152,7 @@ def _refusal(name: str, x: DTensor, given: Arguments) -> str:
 
 
 def _cut(name: str, x: DTensor, placements: Sequence[Placement], given: Arguments) -> Cut | None:
-    """Returns the cut of a call at these placements, {} where frames are not sharded, None where they are refused."""
+    """Return the cut of a call at these placements, {} if frames are not sharded, None if placements are refused."""
     frames = x.dim() - 4
     if not all(p.is_replicate() or (type(p) is Shard and p.dim <= frames) for p in placements):
         return None
@@ -166,9 +167,9 @@ def _cut(name: str, x: DTensor, placements: Sequence[Placement], given: Argument
 
 @lru_cache(maxsize=256)
 def cut_counts(plan: GridPlan, chunks: tuple[int, ...]) -> Cut | None:
-    """Cuts a plan's packed frames into `_pieces`. Returns None if a piece cannot be gridded alone.
+    """Cut a plan's packed frames into `_pieces`. Return None if a piece cannot be gridded alone.
 
-    A piece can if its own plan has the groups that the plan of the whole has there, level by level.
+    A piece can be gridded alone if its own plan has, level by level, the groups that the plan of the whole has there.
     """
     videos = list(zip(accumulate(plan.frame_counts), plan.frame_counts, strict=True))
     cut: Cut = {}
@@ -182,13 +183,13 @@ def cut_counts(plan: GridPlan, chunks: tuple[int, ...]) -> Cut | None:
 
 
 def _groups(plan: GridPlan, low: int, high: int) -> list[list[tuple[int, list[int]]]]:
-    """Returns, by level, target and sources of the groups with a target in [low, high), frames counted from `low`."""
+    """Return, by level, target and sources of the groups with a target in [low, high), counting frames from `low`."""
     levels = [zip(level.targets, level.sources, strict=True) for level in plan.levels]
     return [[(t - low, [s - low for s in sources]) for t, sources in level if low <= t < high] for level in levels]
 
 
 def _pieces(size: int, chunks: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns the ranges [first, last) that DTensor cuts `size` into: chunks[0] pieces, each of chunks[1] pieces, …"""
+    """Return the ranges [first, last) that DTensor cuts `size` into: chunks[0] pieces, each of chunks[1] pieces, …"""
     pieces = [(0, size)]
     for n in chunks:
         shards = [(low, Shard.local_shard_size_and_offset(high - low, n, k)) for low, high in pieces for k in range(n)]

@@ -33,7 +33,7 @@ def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: A
 
 
 def _support_dtensors(*tensors: object) -> None:
-    """Registers the ops on DTensors if a tensor is one. It never imports torch.distributed.tensor, which takes long."""
+    """Register the ops on DTensors if a tensor is one, without importing torch.distributed.tensor, which is slow."""
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import DTensor
 
@@ -61,41 +61,42 @@ def grid_pool(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """ST-GridPool: pyramid temporal gridding, then norm-based spatial pooling. The same as `torch.ops.stgp.grid_pool`.
+    """ST-GridPool: pyramid temporal gridding (PTG), then norm-based spatial pooling (NSP) of visual tokens.
 
     x: (T, H, W, C) tokens of T frames, or (B, T, H, W, C) of B videos; bfloat16, float16, float32 or float64, any
         strides. It is not modified. Result: (T, OH, OW, C) or (B, T, OH, OW, C), same dtype, contiguous, new.
 
-    Temporal gridding (PTG), level by level, each reading what the level before it left:
+    PTG runs level by level; each level reads the frames as the level before it left them.
 
-    frame_strides: sample every so many frames; one level per entry, none for [].
-    grid_shape: (rows, cols) of the mosaic for every level, or 2 entries per level. rows · cols sampled frames make a
-        group; its target frame becomes their mosaic, shrunk to H × W. An incomplete group is dropped.
-    sampling: "last" takes the last frame of each stride, and the target is the last one sampled (published code,
-        figure 2); "first" takes the first frame of each stride, and the target ends the segment (the paper's text).
-    resize: "area" shrinks each frame by adaptive average pooling, joins and crops (published code); "bilinear" resizes
-        the mosaic (the paper's text).
+    frame_strides: sampling stride of each level, in frames. [] means no levels.
+    grid_shape: (rows, cols) of the mosaic for every level, or 2 entries per level. Every rows · cols sampled frames
+        form a group, whose mosaic, shrunk to H × W, replaces the group's target frame. An incomplete group is dropped.
+    sampling: "last" samples the last frame of each stride, and the target is the last sampled frame (published code,
+        figure 2); "first" samples the first frame, and the target is the last frame of the segment (the paper's text).
+    resize: "area" shrinks each frame by adaptive average pooling, then tiles and crops (published code); "bilinear"
+        resizes the mosaic (the paper's text).
 
-    Norm-based pooling (NSP), Σ α·t over each window with α = softmax(temperature · ‖t‖):
+    NSP computes Σ α·t over the tokens t of each window, with α = softmax(temperature · ‖t‖).
 
     kernel_size, stride, padding, ceil_mode: windows of `torch.nn.AvgPool2d`; an integer stands for both directions.
-    count_include_pad: zero padding takes part in the softmax with norm 0; False leaves it out.
-    output_size: (OH, OW) with the windows of `torch.nn.AdaptiveAvgPool2d` in place of the five above.
-    temperature: 0 is average pooling; the larger, the closer to the token of the largest norm; below 0, the smallest.
-    norm_type: p of ‖t‖ = (mean_c |t_c|^p)^(1/p); any p > 0, inf is max_c |t_c|.
+    count_include_pad: True includes zero padding in the softmax, with norm 0; False excludes it.
+    output_size: (OH, OW) of the windows of `torch.nn.AdaptiveAvgPool2d`, which replace the five arguments above.
+    temperature: 0 is average pooling. Larger values approach the token with the largest norm, values below 0 the token
+        with the smallest.
+    norm_type: p of ‖t‖ = (mean_c |t_c|^p)^(1/p), greater than 0; inf is max_c |t_c|.
     normalize_norm: True takes the mean over channels (published code), False the sum (the paper's formula).
 
-    frame_counts: frames of each video packed along T, in order; no summary mixes two videos. All share H and W. Not for
-        5-D x, which is a batch already.
-    out: where to write the result, of its shape, dtype and device, not overlapping x; returned.
+    frame_counts: numbers of frames of videos packed along T, in order, for 4-D x only; they must sum to T. Groups never
+        span two videos.
+    out: tensor of the result's shape, dtype and device to write into; it must not overlap x, and is returned.
     backend: one of `available_backends()`; "auto" follows `use_backend`, then STGP_BACKEND, then takes the fastest.
 
-    Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the backend asked
-    for cannot run the call, a gradient is required together with `out`, or (from torch) an argument has a wrong type.
-    Differentiable once in x.
+    Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the requested
+    backend cannot run the call, a gradient is required together with `out`, or (from torch) an argument has a wrong
+    type. Differentiable once in x. Same as the op `torch.ops.stgp.grid_pool`.
 
-    Source: ST-GridPool (ICLR 2026, arXiv 2605.22078), sections on PTG and NSP. Defaults are its settings, computed as
-    its published code does.
+    Source: ST-GridPool (ICLR 2026, arXiv 2605.22078), sections on PTG and NSP. The defaults are the paper's settings,
+    computed as in its published code.
     """
     return _call(
         "grid_pool",
@@ -130,9 +131,9 @@ def temporal_grid(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Pyramid temporal gridding alone: x with every group's target frame replaced by the group's mosaic.
+    """Pyramid temporal gridding alone: x with the target frame of every group replaced by the group's summary.
 
-    Arguments, errors and source as in `grid_pool`. Result: shape and dtype of x, contiguous, new.
+    Arguments, errors and source are those of `grid_pool`. Result: shape and dtype of x, contiguous, new.
     """
     return _call(
         "temporal_grid",
@@ -164,7 +165,7 @@ def norm_pool(
 ) -> Tensor:
     """Norm-based spatial pooling alone: (T, H, W, C) → (T, OH, OW, C), or 5-D.
 
-    Arguments, errors and source as in `grid_pool`. A window that holds a NaN becomes NaN, no other does.
+    Arguments, errors and source are those of `grid_pool`. A NaN affects only the windows that contain it.
     """
     return _call(
         "norm_pool",
@@ -191,9 +192,9 @@ def token_norm(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The norm of every token that `norm_pool` weighs by: (T, H, W, C) → (T, H, W), or 5-D → 4-D.
+    """Norm ‖t‖ of every token, from which `norm_pool` computes weights: (T, H, W, C) → (T, H, W), or 5-D → 4-D.
 
-    Result: float32, or float64 for float64 x. Arguments, errors and source as in `grid_pool`.
+    Result: float32, or float64 for float64 x. Arguments, errors and source are those of `grid_pool`.
     """
     return _call(
         "token_norm",
@@ -214,11 +215,11 @@ _ALWAYS_SHOWN = ("frame_strides", "grid_shape", "kernel_size", "temperature")
 
 
 class GridPool(nn.Module):
-    """`grid_pool` with its arguments fixed: (T, H, W, C) → (T, OH, OW, C). No parameters, no state.
+    """`grid_pool` with fixed arguments, as a module without parameters or state: (T, H, W, C) → (T, OH, OW, C).
 
-    Takes the arguments of `grid_pool` except `frame_counts`, which goes to the call since it changes with the videos,
-    `out` and `backend`. What does not depend on the input is checked at once: errors as in `grid_pool`, TypeError for
-    an unknown argument. `arguments` holds them all, sequences as tuples.
+    Takes the arguments of `grid_pool` except `out`, `backend` and `frame_counts`; `forward` takes the last. They are
+    checked at once, except for limits that depend on the size of x: errors as in `grid_pool`, TypeError for an unknown
+    argument. The attribute `arguments` holds all of them, sequences as tuples.
     """
 
     def __init__(self, **arguments: Any) -> None:

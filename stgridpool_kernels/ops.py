@@ -1,8 +1,8 @@
-"""START HERE. The ops `torch.ops.stgp.*`: schema → checks → `GridPlan` → backend → out.
+"""START HERE. The ops `torch.ops.stgp.*`. A call goes schema → checks → `GridPlan` → backend → out.
 
-Each public op `name` is functional. Three private ops take the same arguments: `_name_out` writes into a given tensor,
-`_name_recorded` stands in for the public op while a gradient is required, and `_name_backward` is that gradient. All of
-them are Python: they check, plan, choose a backend and hand over.
+Each public op `name` is functional. Three private ops take its arguments too: `_name_out` writes into a given tensor,
+`_name_recorded` replaces the public op while a gradient is required and also returns the requested backend, and
+`_name_backward` computes that gradient. All ops are Python: they check the arguments, plan, and call a backend.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .plan.plan import level_shapes, pooled_size
 Arguments = dict[str, Any]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""What tokens may be."""
+"""Supported dtypes of x."""
 
 # ---- schemas: the one place where arguments and defaults are written ----
 
@@ -41,7 +41,7 @@ ARGUMENTS = {
     "token_norm": _NORM,
 }
 
-# What the plan is told where an op has no gridding, or no pooling.
+# Plan arguments that switch off gridding or pooling.
 _NO_GRIDDING: Arguments = {"frame_strides": (), "grid_shape": (2, 2), "sampling": "last", "resize": "area"}
 _NO_POOLING: Arguments = {
     "kernel_size": (1, 1),
@@ -57,11 +57,11 @@ _library = torch.library.Library("stgp", "DEF")
 _defaults: dict[str, Arguments] = {}
 
 
-# ---- checks, on real and on symbolic sizes ----
+# ---- checks of real and symbolic sizes ----
 
 
 def check_tokens(x: Tensor) -> None:
-    """Raises ValueError or TypeError unless x is what every op takes."""
+    """Raise ValueError or TypeError unless x has a supported shape, dtype and layout."""
     shape = tuple(x.shape)
     if x.dim() not in (4, 5):
         raise ValueError(f"x must have shape (T, H, W, C) or (B, T, H, W, C), got {shape}")
@@ -74,12 +74,12 @@ def check_tokens(x: Tensor) -> None:
 
 
 def check_arguments(arguments: Arguments) -> None:
-    """Checks grid_pool's arguments as far as that needs no input: types by its schema, then ranges."""
+    """Check types, by the schema, and ranges of `grid_pool`'s arguments, except limits that depend on the size of x."""
     torch.ops.stgp.grid_pool(torch.empty(1, 1 << 20, 1 << 20, 1, device="meta"), **arguments)
 
 
 def _check(name: str, x: Tensor, a: Arguments) -> None:
-    """Checks all that the plan does not: tokens, weights and frame counts."""
+    """Check tokens, weights and frame counts. The plan checks its own arguments."""
     check_tokens(x)
     arithmetic = _arithmetic(x)
     if "temperature" in a and not abs(a["temperature"]) <= torch.finfo(arithmetic).max:
@@ -123,7 +123,7 @@ def _check_out(out: Tensor, x: Tensor, pooled: Sequence[int] | None) -> None:
 
 
 def _check_memory(out: Tensor, x: Tensor) -> None:
-    """Every element of out has its own place, away from x."""
+    """Check that `out` neither overlaps itself nor `x`."""
     span = 1
     for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
         if size > 1:
@@ -139,7 +139,7 @@ def _check_memory(out: Tensor, x: Tensor) -> None:
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
-    """First and one past the last address that a tensor's elements may occupy."""
+    """Address of the first byte that a tensor's elements span, and the address one past the last."""
     if t.numel() == 0:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -167,13 +167,13 @@ def _plan(name: str, x: Tensor, a: Arguments) -> GridPlan | None:
 
 
 def _backend_arguments(plan: GridPlan | None, a: Arguments) -> list[Any]:
-    """What a backend's function takes between x and out."""
+    """Arguments of a backend's function between x and out."""
     settings = [a[key] for key in _SETTINGS if key in a]
     return settings if plan is None else [plan, *settings]
 
 
 def _result(x: Tensor, pooled: Sequence[int] | None) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of a result: tokens on frames of `pooled` rows and columns, or norms."""
+    """Shape and dtype of a result: frames of `pooled` rows and columns of tokens, or norms if `pooled` is None."""
     if pooled is None:
         return tuple(x.shape[:-1]), _arithmetic(x)
     return (*x.shape[:-3], *pooled, x.shape[-1]), x.dtype
@@ -196,7 +196,7 @@ def _run(name: str, x: Tensor, a: Arguments, out: Tensor | None) -> Tensor:
 
 
 def _symbolic_pooled_size(name: str, x: Tensor, a: Arguments) -> tuple[int, int] | None:
-    """The plan's checks and `pooled_size`, for sizes that may be symbolic: a plan would fix them."""
+    """Run the plan's checks; return its `pooled_size`, None for token_norm. A plan itself would fix symbolic sizes."""
     if name == "token_norm":
         return None
     level_shapes(**_gridding(name, a))
@@ -204,16 +204,16 @@ def _symbolic_pooled_size(name: str, x: Tensor, a: Arguments) -> tuple[int, int]
 
 
 def check_call(name: str, x: Tensor, given: Arguments) -> tuple[tuple[int, ...], torch.dtype]:
-    """Checks a call of a public op by sizes alone, which may be symbolic. Shape and dtype of its result."""
+    """Check a call of a public op by sizes alone, which may be symbolic; return shape and dtype of its result."""
     a = _defaults[name] | given
     _check(name, x, a)
     return _result(x, _symbolic_pooled_size(name, x, a))
 
 
 def gridding_plan(name: str, frame_counts: Sequence[int], given: Arguments) -> GridPlan:
-    """Returns the plan of a call's gridding alone, on frames of one token. An op without gridding gets no levels.
+    """Return the plan of a call's gridding, on frames of one token. For an op without gridding it has no levels.
 
-    name: of a public op. given: the arguments of the call, which `check_call` has passed.
+    name: a public op. given: the call's arguments, already checked by `check_call`.
     """
     a = _NO_GRIDDING | _defaults[name] | given
     return grid_plan(frame_counts, 1, 1, **{key: a[key] for key in _NO_GRIDDING}, **_NO_POOLING)
@@ -223,7 +223,7 @@ def gridding_plan(name: str, frame_counts: Sequence[int], given: Arguments) -> G
 
 
 def op_names(name: str) -> tuple[str, str, str, str]:
-    """Returns the names of a public op and of its private ones: _out, _recorded and _backward."""
+    """Return the names of a public op and of its private ops: _out, _recorded and _backward."""
     return name, f"_{name}_out", f"_{name}_recorded", f"_{name}_backward"
 
 
@@ -231,8 +231,8 @@ def _define(name: str) -> None:
     arguments = ARGUMENTS[name]
     _library.define(f"{name}(Tensor x, *, {arguments}) -> Tensor")
     _library.define(f"_{name}_out(Tensor x, *, {arguments}, Tensor(a!) out) -> ()")
-    # A backward uses the backend that its forward was asked to use. A compiled graph keeps only tensors from a forward
-    # to its backward, so the request is one: its place in `backend_names()`.
+    # A backward uses the backend requested for its forward. Compiled graphs save only tensors for the backward, so the
+    # request is saved as one: its index in `backend_names()`.
     _library.define(f"_{name}_recorded(Tensor x, *, {arguments}) -> (Tensor out, Tensor backend)")
     _library.define(f"_{name}_backward(Tensor grad, Tensor x, Tensor backend, *, {arguments}) -> Tensor")
     schema = getattr(torch.ops.stgp, name).default._schema
@@ -260,7 +260,7 @@ def _implement(name: str) -> None:
             chosen = choose_backend(x, plan)
         if x.numel() == 0:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
-        # a dispatched kernel runs below autograd; a backend may want it to recompute the forward
+        # dispatched kernels run below autograd, which a backend may need to recompute the forward
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
             return chosen.backward(name, grad, x, *_backend_arguments(plan, a)).contiguous()
 

@@ -1,13 +1,13 @@
 """`GridPoolStream`: grid_pool of videos that arrive in chunks.
 
-When a frame arrives it is known whether a summary replaces it, and all frames of that summary have come before. So
-every pooled frame leaves with the call that brings its frame. Between calls, a stream keeps the sampled frames of open
-groups that a later result depends on: `EndlessLiveness` of dataflow.py says which.
+Whether a summary replaces a frame is known when the frame arrives, and the summary depends on no later frame. Every
+pooled frame is therefore returned by the call that pushes its frame. Between calls, a stream keeps the sampled frames
+of open groups that later results depend on; `EndlessLiveness` of dataflow.py determines them.
 
-A push first lists what becomes of its frames, as entries of tables (`_Work`). Where the backend's kernels are fused,
-they follow tables of these entries, and thumbnails of the sampled frames are kept. Elsewhere the frames themselves are
-kept, and when a group is complete, temporal_grid makes its summary. In both cases, the frames of a chunk from where all
-levels begin again to where they do so once more are a video of their own for grid_pool.
+A push first lists the nodes to compute as entries of tables (`_Work`). If the backend's kernels are fused, they follow
+tables of these entries, and thumbnails of the sampled frames are kept. Otherwise the frames themselves are kept, and
+temporal_grid computes the summary of each group once it is complete. In both cases, grid_pool processes whole periods
+within a chunk as a video of their own: a period starts and ends where every level starts a group.
 """
 
 from __future__ import annotations
@@ -47,23 +47,24 @@ from .stream_state import (
 )
 
 EXACT_FRAMES = 1 << 24
-"""Largest number of frames for which float32 holds every frame number that sampling="last" computes."""
+"""Largest number of frames for which every frame number that sampling="last" computes is exact in float32."""
 
 SLOTS_PER_LEVEL = 6
-"""Number of thumbnails for which a stream has room per level: 4 of the open group, 2 of the frame that comes next."""
+"""Number of thumbnails that a stream has room for per level: 4 of the open group, 2 of the frame that comes next."""
 
 Slots = Tensor | dict[int, Tensor]
-"""What all streams keep, by slot: thumbnails (slots, ⌈H/2⌉, ⌈W/2⌉, C) in one tensor, or frames (H, W, C) one by one."""
+"""Nodes kept for all streams, by slot: one tensor of thumbnails (slots, ⌈H/2⌉, ⌈W/2⌉, C), or frames (H, W, C)."""
 
 _PLANNED = set(inspect.signature(grid_plan).parameters)
 
 
 @dataclass(frozen=True)
 class _Format:
-    """What all frames have in common as long as any stream has seen one.
+    """Properties that all frames share while any stream has seen one.
 
-    like: an empty tensor (0, H, W, C) of their dtype, on their device. plan: of no frames. backend: "auto" until one is
-    chosen. fused: whether its kernels follow tables of chunks, and so thumbnails are kept.
+    like: empty tensor (0, H, W, C) of the frames' dtype, on their device. plan: plan of the settings, without frames.
+    backend: name of the backend, "auto" until one is chosen. fused: whether its kernels follow tables of chunks, so
+    that thumbnails are kept in place of frames.
     """
 
     like: Tensor
@@ -74,22 +75,23 @@ class _Format:
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
-        """The shape of what a slot holds."""
+        """Shape of the tensor that a slot holds."""
         _, H, W, C = self.like.shape
         return (-(-H // 2), -(-W // 2), C) if self.fused else (H, W, C)
 
     def on(self, backend: Backend, norm_type: float) -> _Format:
-        """The format where that backend is chosen."""
+        """This format with `backend` chosen."""
         fused = backend.keeps_thumbnails(self.plan, self.like.shape[-1], norm_type)
         return replace(self, backend=backend.name, fused=fused)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a push has to compute.
+    """The nodes that a push computes, and the states it results in.
 
-    states: of the streams that get frames, after the push. whole: rows of x that are whole periods of one stream.
-    stages: entries of the other rows of x, then of the summaries of each level. slots: one more than the highest.
+    states: states after the push, of the streams that get frames. whole: rows of x that form whole periods of one
+    stream. stages: entries of the other rows of x, then of the summaries of each level. slots: one more than the
+    highest slot in use.
     """
 
     states: States
@@ -99,38 +101,39 @@ class _Work:
 
 
 class GridPoolStream:
-    """`grid_pool` of videos that arrive bit by bit: frames in, pooled frames out, memory that does not grow.
+    """`grid_pool` of videos that arrive in chunks: frames in, pooled frames out, with a state of bounded size.
 
         stream = GridPoolStream(ceil_mode=True)
         for chunk in camera:                 # (n, H, W, C), any n, also 0
             use(stream.push(chunk))          # (n, OH, OW, C): of exactly these frames
         stream.flush()                       # the next frame starts another video
 
-    Takes the arguments of `grid_pool` except `frame_counts` and `out`; `arguments` holds them.
+    Takes the arguments of `grid_pool` except `frame_counts` and `out`; the attribute `arguments` holds them.
 
-    streams: the streams that are open from the start, by any integers or strings. Several share one object, and one
-        call takes frames of several: see `push`. More can be opened, and each be reset and closed, at any time.
-    backend: as in `grid_pool`. It is chosen by the first frame, and stays while any stream has seen a frame.
+    streams: names, integers or strings, of the streams that are open from the start. One object serves any number of
+        streams, and one call takes frames of several: see `push`. Streams can be opened, reset and closed at any time.
+    backend: as in `grid_pool`. It is chosen for the first frame, and stays while any stream has seen a frame.
 
-    All frames have one H, W, C, dtype and device while any stream has seen a frame.
+    While any stream has seen a frame, all frames must have the same H, W, C, dtype and device.
 
-    **What comes out** is, joined, what `grid_pool` gives for the whole video of T frames, bit by bit and however it is
-    cut into chunks: with sampling="first" always, with "last" where the stride of every level that completes a group
-    (stride · rows · cols frames at most T) divides T. Otherwise `grid_pool` spreads its samples over all of T, which
-    a stream cannot know: it samples the last frame of every `stride`, as if T were a multiple. `matches_offline` says
-    which it is. On `triton`, whose sums follow the layout in memory, this holds for chunks of the video's layout.
+    **Results.** The joined results equal `grid_pool` of the whole video of T frames, bit by bit and however it is cut
+    into chunks: with sampling="first" always, with "last" if the stride of every level that completes a group
+    (stride · rows · cols ≤ T) divides T. Otherwise `grid_pool` spreads its samples over all T frames; a stream, which
+    does not know T, samples the last frame of every stride as if T were a multiple. `matches_offline` tells which case
+    applies. On `triton`, whose order of summation follows the memory layout, chunks must have the video's layout.
 
-    **What is kept** of a stream are the sampled frames of its open groups, if a later result depends on them, in the
-    dtype of the tokens. Where `grid_pool` has fused kernels (the published settings) they are shrunk to ⌈H/2⌉ × ⌈W/2⌉
-    tokens, and there is room for 6 per level and stream. Elsewhere they are H × W tokens each, at most rows · cols − 1
-    per level, or rows · cols with sampling="first". One that several levels sample is kept once. `state_bytes` counts
-    them. The most there can be depends on neither the length of a video nor that of a chunk.
+    **State.** A stream keeps the sampled frames of its open groups that later results depend on, in the dtype of the
+    tokens. Where `grid_pool` has fused kernels (as for the published settings) it keeps their thumbnails of
+    ⌈H/2⌉ × ⌈W/2⌉ tokens, with room for 6 per level and stream. Otherwise it keeps frames of H × W tokens, at most
+    rows · cols − 1 per level, or rows · cols with sampling="first". A frame that several levels sample is kept once.
+    `state_bytes` is the total size; its maximum depends neither on the length of a video nor on that of a chunk.
 
-    No gradient, no CUDA graph, one thread at a time, and on a GPU one CUDA stream at a time. torch.compile leaves a
-    push as it is, and breaks its graph there. If a call raises, the streams are unchanged.
+    **Limits.** A stream has no gradient, cannot be captured in a CUDA graph, and must be used by one thread and, on a
+    GPU, on one CUDA stream at a time. torch.compile breaks its graph at a push and runs it uncompiled. If a call
+    raises, the streams' state is unchanged.
 
-    Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the backend asked
-    for cannot run the call.
+    Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the requested
+    backend cannot run the call.
     """
 
     def __init__(self, *, streams: Sequence[StreamId] = (0,), backend: str = "auto", **arguments: Any) -> None:
@@ -153,33 +156,33 @@ class GridPoolStream:
 
     @property
     def streams(self) -> tuple[StreamId, ...]:
-        """The open streams, in the order in which they were opened."""
+        """Names of the open streams, in the order in which they were opened."""
         return tuple(self._states)
 
     def open(self, stream: StreamId) -> None:
-        """Opens a stream. Raises ValueError if it is open, TypeError unless it is an integer or a string."""
+        """Open a stream. Raises ValueError if it is open, TypeError unless it is an integer or a string."""
         _check_name(stream)
         if stream in self._states:
             raise ValueError(f"stream {stream!r} is open already; open are {list(self._states)}")
         self._states[stream] = self._new_state()
 
     def close(self, stream: StreamId) -> None:
-        """Drops a stream and all that is kept of it. Raises ValueError unless it is open."""
+        """Close a stream and free its state. Raises ValueError unless it is open."""
         closed = self._known(stream)
         states = {name: state for name, state in self._states.items() if name != closed}
         self._states, self._slots = self._compacted(states, self._slots)
 
     def reset(self, stream: StreamId | None = None) -> None:
-        """Has the next frame of a stream, or of all, start a new video. Raises ValueError unless it is open."""
+        """Make the next frame of a stream start a new video; None resets all. Raises ValueError unless it is open."""
         ended = self.streams if stream is None else (self._known(stream),)
         states = self._states | {name: self._new_state() for name in ended}
         self._states, self._slots = self._compacted(states, self._slots)
 
     def flush(self, stream: StreamId | None = None) -> Tensor:
-        """Ends the video of a stream, or of all: the pooled frames that are still to come, then `reset`.
+        """End the video of a stream, or of all streams, by `reset`; return the remaining pooled frames.
 
-        There are none, as every frame leaves with its `push`: (0, OH, OW, C). Groups that are still open are dropped,
-        as `grid_pool` drops them. Before any frame, when C is not known, (0, 0, 0, 0).
+        None remain, since every pooled frame is returned by its `push`, so the result is (0, OH, OW, C), or
+        (0, 0, 0, 0) before the first frame, when C is unknown. Open groups are dropped, as `grid_pool` drops them.
         """
         if stream is not None:
             self._known(stream)
@@ -190,11 +193,11 @@ class GridPoolStream:
         return like.new_empty((0, *self._format.plan.pooled_size, like.shape[-1]))
 
     def frames(self, stream: StreamId | None = None) -> int:
-        """How many frames a stream has seen since it was opened or reset; None stands for the only one."""
+        """Number of frames that a stream has seen since it was opened or reset; None stands for the only stream."""
         return self._states[self._only(stream)].frames
 
     def matches_offline(self, stream: StreamId | None = None) -> bool:
-        """Whether `grid_pool` of the frames that a stream has seen is sure to give what came out, bit by bit."""
+        """Whether `grid_pool` of all frames that a stream has seen surely equals the joined results, bit by bit."""
         frames = self.frames(stream)
         if self.arguments["sampling"] == "first":
             return True
@@ -205,7 +208,7 @@ class GridPoolStream:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all tensors that are kept until the next call."""
+        """Size in bytes of all tensors that are kept between calls."""
         kept = [self._slots] if isinstance(self._slots, Tensor) else self._slots.values()
         return sum(tensor.untyped_storage().nbytes() for tensor in kept)
 
@@ -218,17 +221,17 @@ class GridPoolStream:
         streams: Sequence[StreamId] | None = None,
         frame_counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """The next frames of some streams: (n, H, W, C) → (n, OH, OW, C), same dtype, contiguous, new.
+        """Pool the next frames of some streams: (n, H, W, C) → (n, OH, OW, C), same dtype, contiguous, new.
 
-        x: tokens of n frames, bfloat16, float16, float32 or float64, any strides. It is not modified, nor kept.
-        streams: which streams they belong to, each named once; all that are open by default.
-        frame_counts: how many frames of each, packed along the first dimension in this order; may be left out for one
-            stream. 0 is allowed. sum(frame_counts) == n.
+        x: tokens of n frames, bfloat16, float16, float32 or float64, any strides. It is neither modified nor kept.
+        streams: the streams that the frames belong to, each named once; by default all open streams.
+        frame_counts: number of frames of each stream, 0 allowed, packed along the first dimension in the order of
+            `streams`. They must sum to n, and may be left out for one stream.
 
-        Raises ValueError or TypeError as `grid_pool` does, or for streams that are not open and frames unlike those
-        before; RuntimeError if a gradient is required, or under capture of a CUDA graph.
+        Raises ValueError or TypeError as `grid_pool` does, for streams that are not open, and for frames that differ in
+        shape, dtype or device from those before; RuntimeError if a gradient is required or a CUDA graph is captured.
         """
-        if torch.compiler.is_compiling():  # compiled, the reference has other bits, and a push for every T its own code
+        if torch.compiler.is_compiling():  # compiled, the reference rounds differently, and every T compiles again
             pushed: Tensor = torch.compiler.disable(self._push)(x, streams, frame_counts)
             return pushed
         return self._push(x, streams, frame_counts)
@@ -253,7 +256,7 @@ class GridPoolStream:
         form = form.on(backend, self.arguments["norm_type"])
         work = self._work(pieces, form.liveness)
         pool = self._pool_fused if form.fused else self._pool_frames
-        # what is kept by a call in inference mode can only be written to in that mode
+        # tensors that are kept by a call in inference mode can only be written in that mode
         with torch.inference_mode(), torch.autocast(x.device.type, enabled=False):
             x = x.detach()
             for rows in work.whole:
@@ -266,7 +269,7 @@ class GridPoolStream:
     def _pieces(
         self, n: int, streams: Sequence[StreamId] | None, frame_counts: Sequence[int] | None
     ) -> dict[StreamId, tuple[int, int]]:
-        """(first frame, number of frames) of every stream."""
+        """For every stream that gets frames, its first row of x and its number of rows."""
         names = self.streams if streams is None else streams
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"streams must be a sequence of open streams, got {names!r}")
@@ -293,7 +296,7 @@ class GridPoolStream:
         return dict(zip(names, zip(firsts, counts, strict=True), strict=True))
 
     def _work(self, pieces: dict[StreamId, tuple[int, int]], liveness: EndlessLiveness) -> _Work:
-        """What becomes of the frames of a push, (first row of x, number of rows) for each stream."""
+        """List the nodes to compute. pieces: (first row of x, number of rows) of every stream that gets frames."""
         held = held_slots(self._states)
         free = (slot for slot in itertools.count() if slot not in held)
         stages: list[list[ChunkEntry]] = [[] for _ in range(1 + self._levels)]
@@ -314,11 +317,11 @@ class GridPoolStream:
         return _Work(states, whole, stages, 1 + max(used, default=-1))
 
     def _pool(self, x: Tensor, videos: Sequence[int], backend: Backend, out: Tensor) -> None:
-        """grid_pool of videos of so many frames each. Plans are cached by these: callers ask for few kinds."""
+        """Write grid_pool of videos with these frame counts into out. Plans are cached by them, so few are used."""
         backend.grid_pool(x, grid_plan(videos, *x.shape[1:3], **self._planned), *self._settings, out)
 
     def _pool_fused(self, x: Tensor, work: _Work, form: _Format, backend: Backend, out: Tensor) -> Slots:
-        """Pools and shrinks all rows of `work.stages` in one pass, and returns the slots; none that is held changes."""
+        """Pool and shrink all rows of `work.stages` in one pass; return the slots. Occupied slots are not changed."""
         slots = self._room(work.slots, form)
         if any(work.stages):
             assert backend.pool_chunk is not None
@@ -326,7 +329,7 @@ class GridPoolStream:
         return slots
 
     def _pool_frames(self, x: Tensor, work: _Work, form: _Format, backend: Backend, out: Tensor) -> Slots:
-        """Pools all rows of `work.stages`, or the summaries that replace them, and returns the frames in all slots."""
+        """Pool all rows of `work.stages`, or the summaries that replace them; return the frames in all slots."""
         frames, replaced = self._summaries(x, work, form, backend)
         edges = (0, *(edge for rows in work.whole for edge in (rows.start, rows.stop)), len(x))
         for first, stop in zip(edges[::2], edges[1::2], strict=True):
@@ -341,7 +344,7 @@ class GridPoolStream:
     def _summaries(
         self, x: Tensor, work: _Work, form: _Format, backend: Backend
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The frames in all slots after the stages, and the summaries that replace rows of x, by row."""
+        """Return the frames in all slots after the stages, and the summaries that replace rows of x, by row."""
         frames = {slot: self._slots[slot] for slot in held_slots(self._states)}
         kept = held_slots(work.states)
         for entry in work.stages[0]:
@@ -359,18 +362,18 @@ class GridPoolStream:
         return frames, replaced
 
     def _summary(self, level: int, sources: Sequence[Tensor | None], form: _Format, backend: Backend) -> Tensor:
-        """The summary (H, W, C) of one group of frames (H, W, C), None for those that no token of it depends on."""
-        some = next(source for source in sources if source is not None)
-        frames = torch.stack([some if source is None else source for source in sources])
+        """Return the summary (H, W, C) of a group of frames (H, W, C); sources without live tokens are None."""
+        any_frame = next(source for source in sources if source is not None)
+        frames = torch.stack([any_frame if source is None else source for source in sources])
         segment = form.liveness.segments[level]
         alone = {"frame_strides": (1,), "grid_shape": (segment.rows, segment.cols), "sampling": "last"}
         plan = grid_plan((len(frames),), *frames.shape[1:3], **self._planned | alone)
         made = torch.empty_like(frames)
         backend.temporal_grid(frames, plan, made)
-        return made[plan.levels[0].targets[0]].clone()  # without the memory of the others
+        return made[plan.levels[0].targets[0]].clone()  # a view would keep the memory of the whole group
 
     def _room(self, slots: int, form: _Format) -> Tensor:
-        """At least `slots` slots in one tensor, with what is held in them."""
+        """Return a tensor of at least `slots` slots that contains the occupied ones."""
         kept = self._slots
         kind = (form.kept_shape, form.like.dtype, form.like.device)
         if isinstance(kept, Tensor) and _kind(kept) == kind and len(kept) >= slots:
@@ -381,7 +384,7 @@ class GridPoolStream:
         return room
 
     def _compacted(self, states: States, slots: Slots) -> tuple[States, Slots]:
-        """Without the memory of slots that hold nothing, except the room of each stream for thumbnails."""
+        """Free unoccupied slots, except those that are reserved for each stream's thumbnails."""
         held = sorted(held_slots(states))
         if isinstance(slots, dict):
             return states, {slot: slots[slot] for slot in held}
@@ -429,9 +432,9 @@ class GridPoolStream:
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the streams need to go on: numbers, strings, lists, dicts and copies of tensors.
+        """Return the state of all streams, made of numbers, strings, lists, dicts and copies of tensors.
 
-        `torch.save` writes it, `torch.load(weights_only=True)` reads it.
+        `torch.save` writes it, `torch.load(weights_only=True)` reads it, `load_state_dict` restores it.
         """
         form = self._format
         return {
@@ -445,14 +448,13 @@ class GridPoolStream:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, device: torch.device | str | None = None) -> None:
-        """Goes on where `state_dict` was called: replaces all streams and what is kept of them.
+        """Restore the state that `state_dict` returned. It replaces all streams and all that they keep.
 
-        device: where the frames to come will be; by default where they were. The backend stays what it was, since
-        another one has other bits.
+        device: device of the frames to come; by default that of the state. The backend is always that of the state,
+        since others round differently.
 
-        Raises ValueError that names the entry, its value and what is allowed, where the state is of another version or
-        of other arguments or is damaged, and where its backend or the device cannot be used here. The streams are
-        unchanged then.
+        Raises ValueError naming the entry, its value and what is allowed if the state has another version, has other
+        arguments or is damaged, or if its backend or the device cannot be used. The streams' state is unchanged then.
         """
         check_state(
             state, plain_arguments(self.arguments), [self.backend] if self.backend != "auto" else backend_names()[1:]
@@ -493,7 +495,7 @@ class GridPoolStream:
 
 
 def _kind(x: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-    """What all frames of x (n, H, W, C), or all that slots hold, have in common."""
+    """Shape, dtype and device that all entries of x along its first dimension share."""
     return tuple(x.shape[1:]), x.dtype, x.device
 
 

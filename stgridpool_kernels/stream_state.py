@@ -1,4 +1,4 @@
-"""What `GridPoolStream` knows of each stream, and the checks of what `GridPoolStream.state_dict` returned."""
+"""The state of each stream of a `GridPoolStream`, and the checks of states given to its `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .ops import DTYPES
 StreamId = int | str
 
 VERSION = 2
-"""Number of the form of a state; others are refused."""
+"""Version of the form of states; states of other versions are refused."""
 
 STATE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-"""The dtypes of frames by the names that they have in a state."""
+"""Supported dtypes of frames, by their names in a state."""
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """One stream: the number of frames it has seen, and which slots hold what it keeps of them.
+    """The state of one stream: the number of frames it has seen, and the slots of the nodes that it keeps.
 
     groups: for every level, slots by places in the mosaic of the group that is open.
     """
@@ -35,52 +35,52 @@ class StreamState:
     groups: tuple[dict[int, int], ...]
 
     def slots(self) -> list[int]:
-        """Each slot once, in the order of `EndlessLiveness.kept`."""
+        """All slots of the stream, each once, in the order of `EndlessLiveness.kept`."""
         return list(dict.fromkeys(slot for group in self.groups for _, slot in sorted(group.items())))
 
     def moved(self, slots: Mapping[int, int]) -> StreamState:
-        """The state after what each slot holds has moved to another slot."""
+        """This state after the contents of slots were moved. slots: new slots by old ones."""
         groups = ({place: slots[slot] for place, slot in group.items()} for group in self.groups)
         return StreamState(self.frames, tuple(groups))
 
 
 States = dict[StreamId, StreamState]
-"""Streams by their names."""
+"""States of the open streams, by name."""
 
 
 def held_slots(states: States) -> set[int]:
-    """The slots that hold something."""
+    """Slots that these streams occupy."""
     return {slot for state in states.values() for slot in state.slots()}
 
 
 def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `grid_pool` as they stand in a state, with lists in place of tuples."""
+    """Arguments of `grid_pool` in the form of a state, with lists in place of tuples."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
 
 
 def plain_format(like: Tensor, backend: str) -> dict[str, Any]:
-    """The format of frames like those of a tensor (n, H, W, C) as it stands in a state."""
+    """The format, in the form of a state, of frames like those of a tensor (n, H, W, C)."""
     _, H, W, C = like.shape
     dtype = str(like.dtype).removeprefix("torch.")
     return {"height": H, "width": W, "channels": C, "dtype": dtype, "device": str(like.device), "backend": backend}
 
 
 def copied(tensor: Tensor, device: torch.device | None) -> Tensor:
-    """A contiguous copy without a gradient, by default on the same device."""
+    """Return a detached contiguous copy of a tensor; with device None it stays on its device."""
     return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def expect(right: bool, entry: str, allowed: object, got: object) -> None:
-    """Raises ValueError with what an entry of a state may be and what it is, unless it is right."""
+    """Raise ValueError, naming the entry of a state, the values it may have and the one it has, unless `right`."""
     if not right:
         raise ValueError(f"{entry} must be {allowed}, got {reprlib.repr(got)}")
 
 
 def check_state(state: Any, arguments: Mapping[str, Any], backends: Sequence[str]) -> None:
-    """Raises ValueError, naming the entry, unless a state has the form of `VERSION` and these arguments.
+    """Raise ValueError, naming the entry, unless a state has the form of `VERSION` and these arguments.
 
-    Every tensor has the dtype of frames then, and the shape of a frame or of its thumbnail. Which of both, and how many
-    tensors there are, takes a plan and is left to the caller.
+    Every tensor must have the dtype of frames, and the shape of a frame or of a thumbnail. The caller checks the number
+    of tensors, and which of the two shapes they have, since both depend on a plan.
     """
     expect(isinstance(state, dict), "state", "what state_dict returned", state)
     expect(_equals(state.get("version"), VERSION), "state['version']", VERSION, state.get("version"))
@@ -111,7 +111,7 @@ def _check_format(form: Any, backends: Sequence[str]) -> None:
 
 
 def _check_streams(streams: Any, seen: bool) -> None:
-    """seen: whether any stream has seen a frame."""
+    """Raise ValueError, naming the entry, unless `streams` has the form of a state. seen: whether it has a format."""
     expect(isinstance(streams, list), "state['streams']", "a list", streams)
     names: set[StreamId] = set()
     for number, stream in enumerate(streams):
@@ -127,7 +127,7 @@ def _check_streams(streams: Any, seen: bool) -> None:
 
 
 def check_kept(streams: Iterable[Mapping[str, Any]], dtype: str, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raises ValueError, naming the entry, unless all that the streams of a state keep has that dtype and a shape."""
+    """Raise ValueError, naming the entry, unless every tensor in the streams of a state has that dtype and a shape."""
     allowed = f"a dense tensor of {STATE_DTYPES[dtype]} and shape {' or '.join(map(str, shapes))}"
     for number, stream in enumerate(streams):
         for place, tensor in enumerate(stream["kept"]):
@@ -147,12 +147,12 @@ def _check_count(value: Any, entry: str, least: int) -> None:
 
 
 def is_stream_id(name: Any) -> bool:
-    """Whether a stream can have that name: integers and strings are allowed, booleans are not."""
+    """Whether `name` can name a stream: integers and strings can, booleans cannot."""
     return isinstance(name, (int, str)) and not isinstance(name, bool)
 
 
 def _equals(value: Any, expected: Any) -> bool:
-    """Whether a value is a number, a string, None or a list of them, and equals another one."""
+    """Whether a value equals `expected` and is a number, a string, None or a list of them."""
     if isinstance(expected, list):
         return isinstance(value, list) and len(value) == len(expected) and all(map(_equals, value, expected))
     return isinstance(value, (Number, str, NoneType)) and bool(value == expected)

@@ -1,4 +1,4 @@
-"""Which backend runs a call: one ordered list, fastest first, with a reason for every one that is passed over."""
+"""Choice of the backend that runs a call, from a list ordered from fastest to slowest."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ logger = logging.getLogger("stgridpool_kernels")
 class Backend:
     """One implementation of the ops.
 
-    unsupported_reason(x, plan): None where the backend can run the call, else the reason in a few words. x is None when
-        the question is about the machine alone, plan is None for token_norm.
-    grid_pool, temporal_grid, norm_pool, token_norm: write their result into `out`, a tensor of the right shape, dtype
+    unsupported_reason(x, plan): None if the backend can run the call, else the reason in a few words. With x None it
+        tells whether the backend can run on this machine at all. plan is None for token_norm.
+    grid_pool, temporal_grid, norm_pool, token_norm: write the result into `out`, a tensor of the result's shape, dtype
         and device that does not overlap x.
-    backward(op, grad, x, …): the gradient of op(x, …) with respect to x; without its own, a backend uses the
-        reference's.
-    opt_in_reason(): why `auto` skips this backend even though it can run, or None.
-    keeps_thumbnails(plan, channels, norm_type): whether grid_pool tiles summaries from thumbnails. Their bits may
-        differ from those of temporal_grid, so streams then use pool_chunk.
-    pool_chunk(x, chunk, …, slots, out): pools and shrinks a chunk of streams in one pass. Thumbnails of shape
-        (slots, ⌈H/2⌉, ⌈W/2⌉, C) are kept between calls.
+    backward(op, grad, x, …): returns the gradient of op(x, …) with respect to x. A backend without kernels for it uses
+        the reference's.
+    opt_in_reason(): why `auto` skips the backend even though it can run, or None.
+    keeps_thumbnails(plan, channels, norm_type): whether grid_pool tiles summaries from thumbnails. Its results may then
+        differ in some bits from those through temporal_grid, so streams use pool_chunk.
+    pool_chunk(x, chunk, …, slots, out): pools and shrinks a chunk of streams in one pass. `slots` holds the streams'
+        thumbnails, (slots, ⌈H/2⌉, ⌈W/2⌉, C), between calls.
     """
 
     name: str
@@ -59,7 +59,10 @@ def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:
 
 
 def with_kernels(kernels: Callable[..., None]) -> Callable[..., Tensor]:
-    """A backend's `backward` by kernels that write into a last argument; token_norm's is the reference's."""
+    """Return a `Backend.backward` that calls kernels which write into their last argument.
+
+    The gradient of token_norm is that of the reference.
+    """
 
     def backward(op: str, grad: Tensor, x: Tensor, *arguments: object) -> Tensor:
         if op == "token_norm":
@@ -113,32 +116,32 @@ CUDA, CPU = (
 )
 
 BACKENDS: list[Backend] = [TRITON, CUDA, CPU, REFERENCE]
-"""Fastest first; `auto` takes the first that can run."""
+"""All backends, ordered from fastest to slowest. `auto` takes the first that can run the call."""
 
 _used: ContextVar[tuple[str, ...]] = ContextVar("stgridpool_kernels.backends", default=())
 
 
 def backend_names() -> list[str]:
-    """What can be asked for: "auto" and every known backend, in the order `auto` tries them."""
+    """Names that a call can request: "auto", then every backend in the order in which `auto` tries them."""
     return ["auto", *(backend.name for backend in BACKENDS)]
 
 
 def check_backend(name: str, argument: str = "backend") -> None:
-    """Raises ValueError unless `name` is one of `backend_names()`."""
-    known = backend_names()
-    if name not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {name!r}")
+    """Raise ValueError unless `name` is one of `backend_names()`. argument: its name in the error message."""
+    names = backend_names()
+    if name not in names:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))}, got {name!r}")
 
 
 class use_backend:
-    """Context manager: calls inside run on the backend `name` ("auto" lets the list decide).
+    """Context manager: calls inside run on the backend `name`; "auto" takes the fastest that can run.
 
-    Holds for the current thread or asyncio task and, as any context variable does, for what copies its context. It may
-    surround a call to a compiled function; entered inside one, it raises RuntimeError. Unknown names raise
-    ValueError at once; a backend that cannot run a call raises RuntimeError with its reason at that call.
+    It is a context variable: it holds for the current thread or asyncio task and for copies of its context. It may
+    surround a call to a compiled function; entered inside one, it raises RuntimeError. Unknown names raise ValueError
+    at once; a call that the backend cannot run raises RuntimeError with the reason.
 
-    A backward uses the backend of its forward. Activation checkpointing runs the forward again, and so chooses again,
-    when the backward is called: put that inside too.
+    A backward uses the backend of its forward. Activation checkpointing runs the forward, and chooses its backend,
+    again during the backward: put the backward inside too.
     """
 
     def __init__(self, name: str) -> None:
@@ -158,7 +161,7 @@ class use_backend:
 
 
 def requested_backend() -> str:
-    """The name asked for here and now: that of `use_backend`, else of STGP_BACKEND, else "auto"."""
+    """Name of the backend that is requested now: that of `use_backend`, else of STGP_BACKEND, else "auto"."""
     used = _used.get()
     if used:
         return used[-1]
@@ -170,7 +173,7 @@ def requested_backend() -> str:
 
 
 def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Backend:
-    """The backend that runs a call now. Raises RuntimeError with the reason where the one asked for cannot."""
+    """Return the backend that runs a call now. Raises RuntimeError with the reason if the requested one cannot."""
     requested = requested_backend()
     for backend in BACKENDS:
         if requested not in ("auto", backend.name):
@@ -188,10 +191,10 @@ def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Bac
 
 
 def backend_reasons() -> dict[str, str | None]:
-    """Every backend in the order `auto` tries them, with None if it can run on this machine or the reason why not."""
+    """By backend, in the order in which `auto` tries them: None if it can run on this machine, else the reason."""
     return {backend.name: backend.unsupported_reason(None, None) for backend in BACKENDS}
 
 
 def available_backends() -> list[str]:
-    """Names of the backends that can run on this machine, in the order `auto` tries them."""
+    """Names of the backends that can run on this machine, in the order in which `auto` tries them."""
     return [name for name, reason in backend_reasons().items() if reason is None]

@@ -1,6 +1,7 @@
-"""The backends `cpu` and `cuda`: kernels in C++, in the library `stgridpool_kernels._C` where that was built.
+"""The backends `cpu` and `cuda`, whose kernels are in the compiled library `stgridpool_kernels._C`.
 
-The library is loaded with the package. It implements private ops that `ops.py` declares, which take a plan as tables.
+The library, if it was built, is loaded with the package. It implements private ops, declared here, which take a plan
+as tables.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from .device_tables import Tables, tables_on
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# ---- the ops that the library implements ----
+# ---- ops that the library implements ----
 
 # The ops get checked tensors. `tables` holds the words of the plan (plan/tables.py), and `device_tables` the same words
-# on the device of x, or None where that is the CPU.
+# on the device of x, or None if that is the CPU.
 _library = torch.library.Library("stgp", "FRAGMENT")
 _PLAN = "Tensor tables, Tensor? device_tables"
 _library.define(
     f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
-    "Tensor(a!) out, int cells=0) -> ()"  # cells: that a block of the fused CUDA kernel walks; 0 is its own choice
+    "Tensor(a!) out, int cells=0) -> ()"  # cells per thread block of the fused CUDA kernel; 0 takes its default
 )
-_library.define(  # of a chunk of streams, whose thumbnails are kept in between
+_library.define(
     f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
     "Tensor(a!) thumbnails, Tensor(b!) out) -> ()"
 )
-# tables of their gradients have a section for them; out is the gradient of x
+# tables for gradients have a gradient section; out is the gradient of x
 _library.define(
     f"_grid_pool_backward_by_tables(Tensor grad, Tensor x, {_PLAN}, float temperature, float norm_type, "
     "bool normalize_norm, Tensor(a!) out) -> ()"
@@ -46,14 +47,14 @@ _library.define(f"_temporal_grid_backward_by_tables(Tensor grad, {_PLAN}, Tensor
 _library.define(f"_temporal_grid_by_tables(Tensor x, {_PLAN}, Tensor(a!) out) -> ()")
 _library.define("_token_norm_compiled(Tensor x, float norm_type, bool normalize_norm, Tensor(a!) out) -> ()")
 
-# ---- what it can run ----
+# ---- calls that the library can run ----
 
 LARGEST = 1 << 24
-"""Rows and columns of frames and of results are fewer: tables hold int32."""
+"""Exclusive limit of the rows and of the columns, in tokens, of frames and of results, since tables hold int32."""
 
 
 def _load() -> ModuleType | None:
-    """The compiled library; None where there is none. Raises ImportError with the cause if it does not load."""
+    """Return the compiled library, None if there is none. Raises ImportError with the cause if it does not load."""
     name = "stgridpool_kernels._C"
     spec = importlib.util.find_spec(name)
     if spec is None:
@@ -70,11 +71,11 @@ def _load() -> ModuleType | None:
 
 
 LIBRARY = _load()
-"""The compiled library, or None."""
+"""The compiled library, None if it was not built."""
 
 
 def unsupported_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
-    """None where the CPU kernels can run the call, else the reason; x is None for the question about the machine."""
+    """Why the CPU kernels cannot run the call, or None. With x None: why they cannot run on this machine."""
     if LIBRARY is None:
         return "the compiled library was not built (pip install -v says why)"
     if x is None:
@@ -85,7 +86,7 @@ def unsupported_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
 
 
 def unsupported_on_cuda(x: Tensor | None, plan: GridPlan | None) -> str | None:
-    """The same of the CUDA kernels."""
+    """Why the CUDA kernels cannot run the call, or None. With x None: why they cannot run on this machine."""
     reason = _missing_cuda_here()
     if reason is not None or x is None:
         return reason
@@ -129,7 +130,7 @@ def _device_tables(plan: GridPlan, dataflow: MakeDataflow, gradient: bool, devic
 
 
 def _upload(words: Sequence[int], device: torch.device) -> Tables:
-    """Tables on a CUDA device, which is the current one. Raises RuntimeError while a graph is captured."""
+    """Upload tables to the current CUDA device, `device`. Raises RuntimeError while a graph is captured."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "warm up first: a CUDA graph cannot capture the first call with a given plan, which uploads its tables; "
@@ -150,7 +151,7 @@ def _run(
 ) -> None:
     device = tensors[0].device
     if device.type != "cuda":
-        # few frames at a time keep their thumbnails in the cache, but every thread should find work
+        # small stages keep thumbnails in the cache, but must have enough frames for all threads
         frames_per_stage = None if gradient else 2 * torch.get_num_threads()
         op(*tensors, _tables(plan, dataflow, frames_per_stage, gradient), None, *rest)
         return
@@ -167,18 +168,18 @@ def grid_pool(
 
 
 def keeps_thumbnails_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
-    """Whether grid_pool takes the fused form, by the settings alone."""
+    """Whether grid_pool on the CPU takes the fused form, which depends on the settings alone."""
     return is_2x2_pooling(plan) and is_2x2_area(plan)
 
 
 def keeps_thumbnails_on_cuda(plan: GridPlan, channels: int, norm_type: float) -> bool:
-    """The same of the CUDA kernels: `takes_fused` of csrc/cuda/grid_pool.cu."""
+    """Whether grid_pool on CUDA takes the fused kernel, as `takes_fused` of csrc/cuda/grid_pool.cu decides."""
     return keeps_thumbnails_on_cpu(plan, channels, norm_type) and channels <= 8192 and norm_type in (1.0, 2.0, math.inf)
 
 
 @lru_cache(maxsize=256)
 def _chunk_tables(words: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tables | None]:
-    tables = torch.tensor(words, dtype=torch.int32, device="cpu")  # whatever torch.set_default_device says
+    tables = torch.tensor(words, dtype=torch.int32, device="cpu")  # overrides torch.set_default_device
     return tables, _upload(words, device) if device.type == "cuda" else None
 
 
@@ -208,7 +209,7 @@ def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -
 
 
 def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: object) -> None:
-    """Gradient of grid_pool, norm_pool or temporal_grid of x by the plan, written into the last argument."""
+    """Write the gradient of grid_pool, norm_pool or temporal_grid with respect to x into the last argument."""
     if op == "temporal_grid":
         kernel = torch.ops.stgp._temporal_grid_backward_by_tables.default
         _run(kernel, (grad,), plan, Dataflow.of, *settings_and_out, gradient=True)

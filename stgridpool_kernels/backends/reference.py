@@ -1,7 +1,7 @@
-"""The oracle: ST-GridPool in plain PyTorch, differentiable, for every argument, on at least one frame.
+"""The reference that all backends are tested against: ST-GridPool in plain PyTorch, differentiable.
 
-Frame indices and window positions come from `GridPlan`; all arithmetic is here. It runs in float32, or float64 for
-float64 input, and needs a few times the memory of its input.
+It takes every argument, and at least one frame. Frame indices and window positions come from `GridPlan`; all arithmetic
+is here. It runs in float32, or in float64 for float64 input, and needs a few times the memory of its input.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from ..plan import GridPlan, Level, Runs
 
 
 def grid_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
-    """norm_pool ∘ temporal_grid: (…, T, H, W, C) → (…, T, OH, OW, C) in x.dtype."""
+    """Apply temporal gridding, then norm-based pooling: (…, T, H, W, C) → (…, T, OH, OW, C) in x.dtype."""
     pooled = _pool(_grid(x, plan), plan, temperature, norm_type, normalize_norm)
     return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
 
 
 def temporal_grid(x: Tensor, plan: GridPlan) -> Tensor:
-    """Pyramid temporal gridding: the target of every group becomes a thumbnail of its frames. Same shape as x."""
+    """Replace the target frame of every group by the group's summary. The result has shape and dtype of x."""
     return _grid(x, plan).to(x.dtype).view(x.shape)
 
 
 def _grid(x: Tensor, plan: GridPlan) -> Tensor:
-    """(T of all videos, H, W, C) frames with their summaries, whose values are those that x.dtype has."""
-    # torch shrinks by another kernel, with other bits, where channels are not last in memory
+    """Return the frames of all videos, (frames, H, W, C), with summaries in place, rounded to x.dtype."""
+    # if channels were not last in memory, torch would shrink by another kernel, which rounds differently
     frames = x.flatten(0, -4).to(_arithmetic(x), copy=True, memory_format=torch.contiguous_format)
     for level in plan.levels:
         if level.targets:
             groups = frames[torch.tensor(level.sources, device=x.device)]  # (G, S, H, W, C)
             summaries = _shrink(groups, level, plan.resize)
-            with torch.no_grad():  # for the derivative, rounding is the identity
+            with torch.no_grad():  # the derivative treats rounding as the identity
                 summaries.copy_(summaries.to(x.dtype))
             frames[torch.tensor(level.targets, device=x.device)] = summaries
     return frames
 
 
 def _shrink(groups: Tensor, level: Level, resize: str) -> Tensor:
-    """(G, S, H, W, C) frames, laid row-major into a grid and shrunk to one frame each: (G, H, W, C)."""
+    """Return the summaries (G, H, W, C) of G groups of S frames each, (G, S, H, W, C), tiled row-major."""
     G, _, H, W, C = groups.shape
     m, n = level.rows, level.cols
     if resize == "area":
@@ -55,13 +55,13 @@ def _shrink(groups: Tensor, level: Level, resize: str) -> Tensor:
 
 
 def norm_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
-    """Norm-based spatial pooling: Σ softmax(temperature · ‖t‖) · t over every window of the plan."""
+    """Norm-based spatial pooling: Σ softmax(temperature · ‖t‖) · t over the tokens t of every window of the plan."""
     pooled = _pool(_accumulate(x.flatten(0, -4)), plan, temperature, norm_type, normalize_norm)
     return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
 
 
 def _pool(frames: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
-    """(T of all videos, H, W, C) → (T of all videos, OH, OW, C), nothing rounded."""
+    """Pool the frames of all videos, (frames, H, W, C) → (frames, OH, OW, C), without rounding to another dtype."""
     norms = token_norm(frames, norm_type, normalize_norm)
     rows, row_taken, top, bottom = _positions(plan.window_rows, plan.height, frames.device)
     cols, col_taken, left, right = _positions(plan.window_cols, plan.width, frames.device)
@@ -80,27 +80,31 @@ def _pool(frames: Tensor, plan: GridPlan, temperature: float, norm_type: float, 
 
 
 def _positions(runs: Runs, size: int, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """Runs as (padded positions (windows, longest run), which of them take part, zeros needed before, and after)."""
+    """Return the positions of runs as (positions, taken, before, after).
+
+    positions: (runs, longest run), counted from the first of `before` padding zeros. taken: mask of the positions that
+    belong to their run. before, after: numbers of padding zeros needed before and after the axis.
+    """
     before = max(0, -min(runs.start))
     after = max(0, max(map(sum, zip(runs.start, runs.count, strict=True))) - size)
     start, count = torch.tensor(runs.start, device=device), torch.tensor(runs.count, device=device)
     offset = torch.arange(max(runs.count), device=device)
-    # a shorter run repeats its last position, so that no window ever touches a token that is not its own
+    # a shorter run repeats its last position, so that a NaN outside a window cannot reach its result
     positions = before + start[:, None] + torch.minimum(offset, count[:, None] - 1)
     return positions, offset < count[:, None], before, after
 
 
 def token_norm(x: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
     """‖t‖ of every token: (…, T, H, W, C) → (…, T, H, W) in float32 or float64."""
-    # Frame by frame, since torch's vectorised pow may round the tail of a tensor differently: all frames at once, a
-    # frame's last bit would depend on how many others come with it.
+    # Frame by frame, since torch's vectorised pow may round the tail of a tensor differently: otherwise the last bit of
+    # a norm would depend on the number of frames.
     norms = [_norm(frame, norm_type, normalize_norm) for frame in x.flatten(0, -4)]
     return torch.stack(norms).view(x.shape[:-1])
 
 
 def _norm(tokens: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
     """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean; max_c |t_c| for p = inf: (…, C) → (…)."""
-    magnitude = _accumulate(tokens).abs().contiguous()  # the sum's order, so its last bit, follows the strides
+    magnitude = _accumulate(tokens).abs().contiguous()  # the order of summation depends on strides
     if norm_type == math.inf:
         return magnitude.amax(-1)
     powers = _power(magnitude, norm_type)
@@ -122,10 +126,10 @@ def _arithmetic(x: Tensor) -> torch.dtype:
 
 
 def backward(op: str, grad: Tensor, x: Tensor, *arguments: object) -> Tensor:
-    """Gradient of `op(x, *arguments)` in x, by recomputing it. Only the gradient itself is rounded to x.dtype.
+    """Return the gradient of `op(x, *arguments)` with respect to x, by recomputing it. It is rounded to x.dtype once.
 
-    Where a norm has no derivative: 0 at a zero token and, for p ≤ 1, at its zero elements; for p = inf, the elements
-    that are largest share it equally.
+    Where a norm has no derivative, this takes 0 at a zero token and, for p ≤ 1, at zero elements; for p = inf, all
+    elements of the largest magnitude share the gradient equally.
     """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()

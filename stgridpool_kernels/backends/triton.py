@@ -1,4 +1,4 @@
-"""The `triton` backend: whether it can run a call. Triton and the kernels are imported when that is not ruled out."""
+"""The `triton` backend. Triton and the kernels are imported only once a call may run on them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..plan import GridPlan
 from ..plan.tables import Chunk
 
 OLDEST = (3, 6)
-"""The first version of triton that is tested."""
+"""Oldest supported version of triton, as (major, minor)."""
 
 LARGEST_WINDOW = 1 << 16
-"""Tokens of a window: their weights are held in registers."""
+"""Maximum number of tokens of a window, since its weights are held in registers."""
 
 
 def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:
-    """None where the kernels can run the call, else the reason; x is None when the question is about the machine."""
+    """Why the kernels cannot run the call, or None. With x None: why they cannot run on this machine."""
     reason = _missing_here(os.environ.get("TRITON_INTERPRET") == "1")
     if reason is not None or x is None:
         return reason
@@ -63,7 +63,7 @@ def _missing_here(interpret: bool) -> str | None:
 
 
 def opt_in_reason() -> str | None:
-    """Why `auto` passes over the backend where it can run: triton's interpreter is for tests."""
+    """Why `auto` skips the backend even though it can run, or None: triton's interpreter is for tests only."""
     return "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly" if _kernels().INTERPRETED else None
 
 
@@ -81,7 +81,7 @@ def grid_pool(
 
 
 def keeps_thumbnails(plan: GridPlan, channels: int, norm_type: float) -> bool:
-    """Whether grid_pool takes the fused kernel, by the settings alone."""
+    """Whether grid_pool takes the fused kernel, which depends on the settings and the number of channels alone."""
     return bool(_kernels().takes_fused(plan, channels))
 
 
@@ -102,7 +102,7 @@ def norm_pool(
 
 
 def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *arguments: Any) -> None:
-    """The gradient of any op but token_norm in x; the arguments are those of the op, then the tensor for it."""
+    """Write the gradient of any op but token_norm with respect to x. arguments: those of the op, then the output."""
     *settings, grad_x = arguments
     _kernels().execute_backward(op, grad, x, plan, tuple(settings) or (1.0, 2.0, True), grad_x)
 

@@ -1,8 +1,8 @@
-"""Triton kernels for every op, and which of them a call takes. One file per idea, each a kernel and then its launches:
+"""Triton kernels for every op, and the choice of kernels for a call. Each file has kernels, then their launches.
 
-fused: grid_pool and norm_pool at the published settings. summaries: temporal_grid. pool: norm_pool with any windows.
-token_norm. backward: the gradients of all but the last. Tiles and the arithmetic on them are in tiles, sizes in config,
-what happens between a call and the device in launch.
+fused: grid_pool and norm_pool at the published settings. summaries: temporal_grid with any settings. pool: grid_pool
+and norm_pool with any settings. token_norm: token_norm. backward: gradients of all ops but token_norm. The kernels
+share the arithmetic in tiles, the block sizes in config, and the execution of prepared calls in launch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from . import backward, config, fused, pool, summaries, token_norm
 from .launch import CallSpec, PreparedCall, run
 
 INTERPRETED = not isinstance(fused.grid_pool_kernel, triton.JITFunction)
-"""Whether the kernels run in triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when they were imported."""
+"""Whether the kernels run in triton's interpreter on the CPU, since TRITON_INTERPRET=1 was set on import."""
 
 NO_PLAN = grid_plan((), 1, 1, frame_strides=(), kernel_size=1)
-"""What token_norm follows."""
+"""Placeholder plan of token_norm, which depends on no plan."""
 
 
 def execute(op: str, x: Tensor, plan: GridPlan | None, settings: tuple[float, float, bool], out: Tensor) -> None:
-    """`op` of x by the plan into out; settings are (temperature, norm_type, normalize_norm)."""
+    """Write `op` of x by the plan into out. settings: (temperature, norm_type, normalize_norm)."""
     layout = (x.shape, x.stride(), out.stride(), x.data_ptr() % 16, out.data_ptr() % 16)
     key = (op, id(plan), settings, layout, x.dtype, x.device)
     run(key, lambda: prepare(op, x, plan, settings, out), x, out)
@@ -34,7 +34,7 @@ def execute(op: str, x: Tensor, plan: GridPlan | None, settings: tuple[float, fl
 def execute_backward(
     op: str, grad: Tensor, x: Tensor, plan: GridPlan, settings: tuple[float, float, bool], grad_x: Tensor
 ) -> None:
-    """The gradient in x of any op but token_norm, from `grad`, that of its result, into grad_x."""
+    """Write the gradient of any op but token_norm with respect to x into grad_x. grad: gradient of the op's result."""
     aligned = (x.data_ptr() % 16, grad.data_ptr() % 16, grad_x.data_ptr() % 16)
     layout = (x.shape, x.stride(), grad.stride(), grad_x.stride(), aligned)
     key = (f"gradient of {op}", id(plan), settings, layout, x.dtype, grad.dtype, x.device)
@@ -42,12 +42,12 @@ def execute_backward(
 
 
 def takes_fused(plan: GridPlan, channels: int) -> bool:
-    """Whether grid_pool takes the fused kernel, by the settings alone."""
+    """Whether grid_pool takes the fused kernel, which depends on the settings and the number of channels alone."""
     return is_2x2_pooling(plan) and is_2x2_area(plan) and channels <= config.MAX_BLOCK
 
 
 def pool_chunk(x: Tensor, chunk: Chunk, settings: tuple[float, float, bool], slots: Tensor, out: Tensor) -> None:
-    """A chunk of streams into out; `slots` holds the streams' thumbnails."""
+    """Write a pooled chunk of streams into out. slots: the streams' thumbnails, which are read and written."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
     layout = (x.shape, x.stride(), out.stride(), x.data_ptr() % 16, out.data_ptr() % 16)
     key = ("chunk", chunk.words, settings, layout, x.dtype, x.device)
@@ -67,7 +67,7 @@ def prepare(
     out: Tensor,
     capability: tuple[int, int] | None = None,
 ) -> PreparedCall:
-    """What `op` launches for tensors like these on a device of that compute capability, by default the one of x."""
+    """Return the launches of `op` for tensors like these. capability: compute capability, by default of x's device."""
     if capability is None:
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
     plan = plan or NO_PLAN
@@ -91,7 +91,7 @@ def prepare_backward(
     grad_x: Tensor,
     capability: tuple[int, int] | None = None,
 ) -> PreparedCall:
-    """What the gradient of `op` launches, as `prepare`."""
+    """Return the launches of the gradient of `op` for tensors like these. capability: as in `prepare`."""
     if capability is None:
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
     graph = Dataflow.none(plan) if op == "norm_pool" else Dataflow.of(plan)

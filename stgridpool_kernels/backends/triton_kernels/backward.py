@@ -1,17 +1,17 @@
-"""The gradient in x of grid_pool, norm_pool and temporal_grid. Nothing is saved by the forward: values are recomputed.
+"""Gradients of grid_pool, norm_pool and temporal_grid with respect to x. The forward saves nothing but its input.
 
-A node c (a frame t ≥ 0, or summary ~s) has a gradient G(c) of (H, W, C): that of the result where a frame ends with
-c, and shares of G(~s) of the summaries s that c is tiled into,
+The gradient G(c) of a node c (frame t ≥ 0, or summary ~s), of shape (H, W, C), adds the gradient own(c) of the output
+that c is, if any, and shares of G(~s) of the summaries s that consume c,
 
     G(c)[r, q] = own(c)[r, q] + Σ_(s, tile) Σ_(i, j) G(~s)[i, j] / (rows · columns that token (i, j) of s averages)
 
-over the tokens (i, j) of s that average token (r, q) of c. With α, t and n the weights, tokens and norms of a window,
-g its upstream gradient, and d = g·t,
+over the tokens (i, j) of s that average token (r, q) of c. Let α, t and n be the weights, tokens and norms of a window,
+g its upstream gradient, and d = g·t. Then
 
     own[k] = Σ_windows α_k g + γ_k ∂n_k/∂t_k,    γ_k = τ α_k (d_k − Σ_l α_l d_l)
 
-Summaries come from the last level to the first, one launch each, and keep G in float32; then come all frames of x,
-whose G is rounded once. Every gradient is gathered by one program in a fixed order: nothing is added atomically.
+One launch per level, from the last to the first, computes G of its summaries in float32; a last launch computes G of
+all frames of x and rounds it once. One program gathers each gradient in a fixed order, without atomic additions.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def count_largest(tile, norms, channels, C: tl.constexpr):
 # ---- the published settings ----
 
 ENTRY: tl.constexpr = tl.constexpr(9)
-"""Integers of an entry of the table: the node, the frame that ends with it or −1, where its consumers start, their
-number, the four slots that a mosaic is tiled from, and where its row counts of live cells start: the gradient of
-others is 0. A consumer is a summary and a tile of its mosaic."""
+"""Number of int32 in an entry of the tables: the node, the frame that ends with it or −1, the offset of its consumers
+and their number, the four slots that a mosaic is tiled from, and the offset of its row counts of live cells; the
+gradient of other cells' tokens through summaries is 0. A consumer is a summary and a tile of its mosaic."""
 
 
-@triton.jit(do_not_specialize=["entries", "T"])  # what changes with the videos
+@triton.jit(do_not_specialize=["entries", "T"])  # arguments that vary with the videos
 def pair_gradient_kernel(
     x,  # (…, T, H, W, C)
     out,  # gradient in x: (…, T, H, W, C)
@@ -183,27 +183,28 @@ def pair_gradient_kernel(
 
 
 def prepare_pairs(request: CallSpec) -> PreparedCall:
-    """The thumbnails; then a launch for the summaries of each level from the last on, and one for the frames of x."""
+    """Return the launches at the published settings: for thumbnails, for the levels from last to first, and for x."""
     H, W, C = request.x.shape[-3:]
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
     graph = request.graph
     config = fused_config(C, request.x.element_size(), request.capability)
     shared = request.sizes() | request.weights() | {"h": h, "w": w, "OH": OH, "OW": OW, "BLOCK": fused_block(C)}
-    # by the settings, whether or not these videos are long enough for a summary: a video alone gives the same bits
-    # as packed with a longer one
+    # depends on the settings only, not on whether these videos are long enough for a summary: a video must give the
+    # same bits alone and packed with a longer one
     shared |= {"ODD_H": H % 2, "ODD_W": W % 2, "PLAIN": not request.gridded}
 
     shrunk = launch_cells(request, {}) if graph.summaries else Shrunk([], [], {}, {}, 0)
     launches, tables, slots = shrunk.launches, shrunk.tables, shrunk.slots
     ends = {node: frame for frame, node in enumerate(graph.outputs)}
-    goes = consumers(graph)
+    consumed_by = consumers(graph)
 
     def launch(nodes: Sequence[int], mosaic: bool) -> Launch:
         entries: list[int] = []
         for node in nodes if request.gridded else ():
             sources = graph.summaries[~node].sources if mosaic else ()
-            of_node = goes[node] if node in shrunk.counts else []  # without any, nothing comes back from them
+            # a node without live cells gets no gradient through summaries
+            of_node = consumed_by[node] if node in shrunk.counts else []
             entries += (node, ends.get(node, -1), len(tables), len(of_node))
             entries += [slots.get(source, -1) for source in sources] or [-1] * 4
             entries.append(shrunk.counts.get(node, -1))
@@ -223,7 +224,7 @@ def prepare_pairs(request: CallSpec) -> PreparedCall:
 # ---- any settings ----
 
 
-@triton.jit(do_not_specialize=["row_starts", "of_windows", "T"])  # what changes with the videos
+@triton.jit(do_not_specialize=["row_starts", "of_windows", "T"])  # arguments that vary with the videos
 def window_weights_kernel(
     x,  # (…, T, H, W, C)
     out,  # unused
@@ -302,7 +303,7 @@ def window_weights_kernel(
     tl.store(place + 1, temperature * weights * (dots - mean), mask=taken)
 
 
-# what changes with the videos
+# arguments that vary with the videos
 @triton.jit(do_not_specialize=["first", "nodes", "row_starts", "of_windows", "windows", "T"])
 def token_gradient_kernel(
     x,  # (…, T, H, W, C)
@@ -474,8 +475,8 @@ def places_in_windows(row_starts, frame, i, j, rows, cols, taken, room, OH, OW):
 
 
 def prepare_tokens(request: CallSpec) -> PreparedCall:
-    """The summaries in full and α and γ of every window, if it is pooled; then a launch for the summaries of each
-    level from the last on, and one for the frames of x."""
+    """Return the launches at any settings: if tokens are pooled, those for summaries in full and for α and γ of every
+    window; then those for the levels from last to first, and for x."""
     H, W, C = request.x.shape[-3:]
     plan, graph = request.plan, request.graph
     pooled = request.op != "temporal_grid"
@@ -505,7 +506,7 @@ def prepare_tokens(request: CallSpec) -> PreparedCall:
         shared |= {"windows": len(tables), "highest": max(of_rows.count), "widest": max(of_cols.count)}
         tables += _pairs(of_rows) + _pairs(of_cols)
 
-    of_levels: list[tuple[int, int, int, int]] = []  # as in consumers, for the first tile
+    of_levels: list[tuple[int, int, int, int]] = []  # table offsets of a consumer at the first tile of each level
     largest_counts = [(1, 1)]
     for level in plan.levels if request.gridded else ():
         by_row, by_col = inverse_runs(level.row_runs, level.rows * H), inverse_runs(level.col_runs, level.cols * W)
@@ -518,17 +519,17 @@ def prepare_tokens(request: CallSpec) -> PreparedCall:
     shared["summary_highest"], shared["summary_widest"] = map(max, zip(*largest_counts, strict=True))
 
     ends = {node: frame for frame, node in enumerate(graph.outputs)}
-    goes = consumers(graph)
+    consumed_by = consumers(graph)
     config = channelwise_config(C)
     shared |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
     shared |= {"PLAIN": not request.gridded, "POOLED": pooled}
 
-    registers = 168 if request.x.element_size() == 2 else 240  # at least so many keep the compiler from spilling
+    registers = 168 if request.x.element_size() == 2 else 240  # with fewer, the compiler spills
 
     def launch(nodes: Sequence[int], mosaic: bool) -> Launch:
         entries: list[int] = []
         for node in nodes if request.gridded else ():
-            of_node = goes.get(node, [])
+            of_node = consumed_by.get(node, [])
             entries += (ends.get(node, -1), len(tables), len(of_node))
             for s, tile in of_node:
                 number = graph.summaries[s].level

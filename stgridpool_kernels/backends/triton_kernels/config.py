@@ -1,4 +1,4 @@
-"""How a kernel is cut into programs and threads: one short table, nothing is tuned at call time."""
+"""Sizes of blocks and numbers of warps of all kernels, from a fixed table; nothing is tuned at call time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import triton
 
 @dataclass(frozen=True)
 class Config:
-    """tokens, block: rows and channels of a tile. chunks: tiles that cover C. num_warps: of 32 threads."""
+    """How a kernel is divided into blocks.
+
+    tokens, block: numbers of tokens and of channels per block. chunks: number of blocks that cover C channels.
+    num_warps: warps of 32 threads per program.
+    """
 
     tokens: int
     block: int
@@ -19,16 +23,16 @@ class Config:
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """How the fused kernel is cut, where a tile is a window of 4 tokens. No choice changes a bit of a result.
+    """How the fused kernel is divided into programs. Its block is a window of 4 tokens. No choice changes results.
 
-    num_warps: of 32 threads. stages: of a walk's pipeline; from 2 on, tokens of later steps are copied to shared memory
-    meanwhile. frame_cells, mosaic_cells: the cells that a program walks of a frame of x and of a summary; of a frame,
-    None is the whole row if W is odd, so that a column is carried, and 1 if it is even. spread: windows of frames that
-    are not sampled are shared out among all launches, to run beside the few programs of a level; else all are in the
-    first launch.
-
-    The most registers that a thread of the forward may take, None for as many as the compiler likes: plain_registers
-    where nothing is shrunk, even_registers where W is even, odd_registers where it is odd (the last in gradients too).
+    num_warps: warps of 32 threads per program. stages: depth of the pipeline of a program's walk over cells; from 2 on,
+        tokens of later steps are copied to shared memory in advance.
+    frame_cells, mosaic_cells: cells per program in launches for frames of x and in level launches. frame_cells None
+        means a whole row if W is odd, so that the shared column is carried from cell to cell, and 1 cell if W is even.
+    spread: True distributes the windows of frames that are not sampled over all launches, to run beside the few
+        programs of a level; False puts all of them into the first launch.
+    plain_registers, even_registers, odd_registers: maximum number of registers per thread, None for no limit, if
+        nothing is shrunk, if W is even and if W is odd. The first two apply to the forward only.
     """
 
     num_warps: int
@@ -43,7 +47,10 @@ class FusedConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """The configuration for tokens of at most `block` values of `bytes` bytes, from compute capability `capability`."""
+    """A configuration for tokens of at most `block` channels and `bytes` bytes per channel.
+
+    capability: lowest compute capability that it is for. reason: grounds for its values.
+    """
 
     block: int
     bytes: int
@@ -52,9 +59,9 @@ class Row:
     reason: str
 
 
-# Every row gives a thread 64 values of its window, in pieces of 8 neighbouring channels: 16 bytes of a 16-bit type.
-# A multiprocessor has room for 16 warps at 128 registers a thread, to which walks that carry a column have to be held,
-# and for 24 at 80. With 16 warps to a block, one block fits either way. The first row that fits counts.
+# Every row gives a thread 64 values of a window, in groups of 8 neighbouring channels: 16 bytes of a 16-bit type.
+# A multiprocessor has room for 24 warps at 80 registers per thread, and for 16 at 128, which is the limit for walks
+# that carry a column. One program of 16 warps fits either way. The first row that fits is used.
 # Row(block, bytes, capability, FusedConfig(num_warps, stages, plain_registers, even_registers), reason)
 ROWS = (
     Row(512, 2, (10, 0), FusedConfig(1, 2), "as for 8.0, but spills at 80 registers: float32 is computed in pairs"),
@@ -74,32 +81,35 @@ ROWS = (
 )
 
 MAX_BLOCK = ROWS[-1].block
-"""Channels of a token that stay in registers from its norm to its use. Longer tokens are read in chunks, twice."""
+"""Maximum number of channels per block. Longer tokens are read twice, block by block: for the norm and for the sum."""
 
 TILE = 4 * 4096
-"""Values of a tile that holds more than 4 tokens."""
+"""Maximum number of values (tokens × channels) of a block of more than 4 tokens."""
 
 
 def fused_block(C: int) -> int:
-    """Channels of a tile of the fused kernel, which holds all C of a token."""
+    """Number of channels of a block of the fused kernel, which holds all C channels of a token."""
     return _block(C, MAX_BLOCK)
 
 
 def fused_config(C: int, value_bytes: int, capability: tuple[int, int]) -> FusedConfig:
-    """The configuration of the first row that fits."""
+    """Return the configuration of the first row of `ROWS` that fits."""
     fits = (row for row in ROWS if row.block >= C and value_bytes <= row.bytes and capability >= row.capability)
     return next(fits).config
 
 
 def tile_config(C: int, wanted: int) -> Config:
-    """For kernels that reduce over the channels of up to `wanted` tokens at once: as many as a tile holds, or 4."""
+    """Return the configuration of kernels that reduce over the channels of up to `wanted` tokens at once.
+
+    A block has `wanted` tokens, rounded up to a power of 2, but at most the larger of 4 and what `TILE` allows.
+    """
     block = _block(C, MAX_BLOCK)
     tokens = min(triton.next_power_of_2(wanted), max(4, TILE // block))
     return Config(tokens, block, triton.cdiv(C, block), _warps(tokens * block))
 
 
 def channelwise_config(C: int) -> Config:
-    """For kernels in which channels have nothing to do with each other."""
+    """Return the configuration of kernels that process channels independently."""
     block = _block(C, 1024)
     tokens = min(64, 4096 // block)
     return Config(tokens, block, triton.cdiv(C, block), max(1, tokens * block // 1024))
@@ -110,5 +120,5 @@ def _block(C: int, most: int) -> int:
 
 
 def _warps(values: int) -> int:
-    """64 values per thread"""
+    """Number of warps for 64 values per thread, between 1 and 16."""
     return min(max(1, values // 2048), 16)

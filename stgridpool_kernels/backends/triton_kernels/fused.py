@@ -1,11 +1,11 @@
 """grid_pool at the published settings: 2 × 2 windows at stride 2 and 2 × 2 grids shrunk by area. Tokens are read once.
 
 Summaries are tiled from *thumbnails*: D(frame) is the frame average-pooled to ⌈H/2⌉ × ⌈W/2⌉ cells, the same for every
-level. Cell (i, j) averages rows 2i, 2i + 1 and columns 2j, 2j + 1, which are window (i, j); where H is odd also row
-2i − 1, and where W is odd also column 2j − 1 (so ⌈27/2⌉ = 14 cells overlap by one row and one column).
+level. Cell (i, j) averages rows 2i, 2i + 1 and columns 2j, 2j + 1, which are window (i, j); if H is odd also row
+2i − 1, and if W is odd also column 2j − 1 (so ⌈27/2⌉ = 14 cells overlap by one row and one column).
 
 The kernel is launched for the frames of x, then for the summaries of each level, which it reads as mosaics of
-thumbnails. A launch pools what a frame ends with, and shrinks what a later level samples:
+thumbnails. A launch pools its nodes that are outputs, and shrinks its nodes that a later level samples:
 
     x ──► pooled frames                 frames that no summary replaces
       └─► D ──► level 1 ──► pooled      summaries that no later level replaces
@@ -29,11 +29,11 @@ from .launch import Arguments, CallSpec, Launch, PreparedCall
 from .tiles import frame_places, norm_kind, pool_tile, store_token
 
 ENTRY: tl.constexpr = tl.constexpr(8)
-"""Integers of an entry of the table: the frame to read, the frame to pool into or −1, the slot of its thumbnail, where
-its row counts of live cells start, and the four slots that a mosaic is tiled from."""
+"""Number of int32 in an entry of the tables: the frame to read, the frame to pool into or −1, the slot of its thumbnail
+or −1, the offset of its row counts of live cells, and the four slots that a mosaic is tiled from."""
 
 
-@triton.jit(do_not_specialize=["entries", "walked", "T"])  # what changes with the videos
+@triton.jit(do_not_specialize=["entries", "walked", "T"])  # arguments that vary with the videos
 def grid_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)
@@ -228,7 +228,7 @@ def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC
 
 
 def _shared(request: CallSpec, plain: bool) -> tuple[FusedConfig, Arguments, Arguments]:
-    """The configuration, and arguments and options that all launches of a call share. plain: nothing is shrunk."""
+    """Return the configuration, arguments and options that all launches of a call share. plain: nothing is shrunk."""
     H, W, C = request.x.shape[-3:]
     OH, OW = request.plan.pooled_size
     config = fused_config(C, request.x.element_size(), request.capability)
@@ -238,10 +238,10 @@ def _shared(request: CallSpec, plain: bool) -> tuple[FusedConfig, Arguments, Arg
 
 
 def _most_registers(request: CallSpec, plain: bool, config: FusedConfig) -> int | None:
-    """The limit for a thread, None for as many as the compiler likes.
+    """Maximum number of registers per thread, None for no limit.
 
-    Powers take some 240: with a limit they would spill. So would some kernels whose tokens are not read 16 bytes at a
-    time; others of them need fewer than 80, and the compiler takes up to the limit.
+    Powers take about 240 registers and would spill with a limit. So would some of the kernels that cannot read tokens
+    16 bytes at a time; others need fewer than 80, but with a limit the compiler uses up to the limit.
     """
     *strides, step = request.x.stride()
     if norm_kind(request.norm_type) == "power":
@@ -254,10 +254,10 @@ def _most_registers(request: CallSpec, plain: bool, config: FusedConfig) -> int 
 
 
 def _walk(config: FusedConfig, W: int, mosaic: bool) -> tuple[int, Arguments]:
-    """How many cells a program walks, and what its kernel has to know of that.
+    """Return the number of cells per program, and the arguments of its kernel that follow from it.
 
-    A column is carried from cell to cell of a frame: the longer the walk, the less is read twice. Mosaics are few and
-    in the cache: rather more programs than fewer bytes.
+    A column is carried from cell to cell of a frame, so that longer walks read less twice. Mosaics are few and in the
+    cache, where more programs matter more than fewer reads.
     """
     w = -(-W // 2)
     cells = config.mosaic_cells if mosaic else config.frame_cells or (w if W % 2 else 1)
@@ -267,14 +267,14 @@ def _walk(config: FusedConfig, W: int, mosaic: bool) -> tuple[int, Arguments]:
 
 
 def prepare_chunk(request: CallSpec, chunk: Chunk) -> PreparedCall:
-    """The launches of `prepare`, by the tables of a chunk of streams. Their scratch is the streams' thumbnails."""
+    """Return the launches for a chunk of streams, by its tables. Their scratch is the streams' thumbnails."""
     W = request.x.shape[-2]
     h, w = -(-request.x.shape[-3] // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size
     config, shared, options = _shared(request, plain=False)
     launches = []
     for mosaic, entries, count, walked in chunk.stages:
-        walked = count if mosaic else walked  # all of them, as in `prepare`
+        walked = count if mosaic else walked  # summaries are always walked, as in `prepare`
         cells, walk = _walk(config, W, bool(mosaic))
         arguments = walk | {"entries": entries, "walked": walked, "WINDOWS": not mosaic}
         programs = walked * h * triton.cdiv(w, cells) + (count - walked) * OH * OW
@@ -284,7 +284,7 @@ def prepare_chunk(request: CallSpec, chunk: Chunk) -> PreparedCall:
 
 
 def prepare(request: CallSpec) -> PreparedCall:
-    """One launch for the frames of x, then one for the mosaics of each level."""
+    """Return the launches of grid_pool or norm_pool: one for the frames of x, then one per level for its summaries."""
     ends = {node: frame for frame, node in enumerate(request.graph.outputs)}
     shrunk = launch_cells(request, ends)
     return PreparedCall(request.plan, shrunk.launches, shrunk.scratch, tables_on(request.x.device, shrunk.tables))
@@ -292,8 +292,8 @@ def prepare(request: CallSpec) -> PreparedCall:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """slots: of the thumbnail of every node that is sampled. counts: where in `tables` the numbers of its needed
-    cells are, row by row. scratch: elements of all thumbnails."""
+    """Launches that shrink nodes, and their tables. slots: the slot of the thumbnail of every node with live cells.
+    counts: the offset in `tables` of its row counts of live cells. scratch: number of elements of all thumbnails."""
 
     launches: list[Launch]
     tables: list[int]
@@ -303,7 +303,7 @@ class Shrunk:
 
 
 def launch_cells(request: CallSpec, ends: dict[int, int]) -> Shrunk:
-    """Launches that pool the nodes of `ends` into these frames, and shrink what is sampled."""
+    """Return launches that shrink the nodes with live cells, and pool the nodes of `ends` into these frames."""
     H, W, C = request.x.shape[-3:]
     h, w = -(-H // 2), -(-W // 2)
     OH, OW = request.plan.pooled_size

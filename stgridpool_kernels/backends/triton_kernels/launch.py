@@ -1,4 +1,4 @@
-"""From a prepared call to the device: launches, scratch, and the cache that keeps the next call short."""
+"""Execution of prepared calls: launches of kernels, allocation of scratch, and a cache of prepared calls."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ..device_tables import Tables
 from .tiles import norm_kind
 
 MAX_CALLS = 256
-"""Prepared calls, and so tables, that are kept; the least recently used goes first."""
+"""Maximum number of cached prepared calls, each with its tables; the least recently used is dropped first."""
 
 TENSORS = ("x", "out", "scratch", "tables", "grad", "gradients")
-"""What kernels get first, of which the backward's alone take the last two."""
+"""Leading pointer arguments of every kernel. Forward kernels take the first 4, backward kernels all 6."""
 
 Arguments = dict[str, Any]
-"""Of a kernel, by name."""
+"""Arguments of a kernel, by name."""
 
 
 @dataclass(frozen=True)
 class CallSpec:
-    """What a call is prepared for: tensors of which only shape, strides, dtype and device count, and settings."""
+    """Everything that a call is prepared from: settings, and shape, strides, dtype and device of tensors."""
 
     op: str
     x: Tensor
@@ -45,18 +45,18 @@ class CallSpec:
     normalize_norm: bool
     capability: tuple[int, int]
     grad: Tensor | None = None
-    """Of the result, where `out` is the gradient in x."""
+    """Gradient of the op's result if `out` is the gradient with respect to x, else None."""
 
     @property
     def gridded(self) -> bool:
-        """Whether frames may end as summaries, however many there are."""
+        """Whether the settings replace frames by summaries, even if these videos are too short for any."""
         return self.op in ("grid_pool", "temporal_grid") and bool(self.plan.levels)
 
     def sizes(self) -> Arguments:
-        """H, W, C, T and the strides of x, out and grad by the names that every kernel uses.
+        """H, W, C, T and the strides of x, out and grad in elements, by the names that every kernel uses.
 
-        T is None where neighbouring frames are equally far apart throughout each of these tensors, as they are without
-        a batch. Then kernels do not divide by T, which takes many instructions.
+        T is None if neighbouring frames are equally far apart throughout each of these tensors, as they are without a
+        batch. Kernels then avoid divisions by T, which take many instructions.
         """
         T, H, W, C = self.x.shape[-4:]
         videos = math.prod(self.x.shape[:-4])
@@ -66,15 +66,15 @@ class CallSpec:
             if tensor is not None
         }
         even = videos == 1 or all(video == T * frame for video, frame, *_ in strides.values())
-        found: Arguments = {"T": None if even else T, "H": H, "W": W, "C": C}
+        sizes: Arguments = {"T": None if even else T, "H": H, "W": W, "C": C}
         for name, (video, *others) in strides.items():
-            found[f"{name}_video"] = 0 if even else video
+            sizes[f"{name}_video"] = 0 if even else video
             axes = ("frame", "row", "col", "channel")
-            found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, others, strict=False)}
-        return found
+            sizes |= {f"{name}_{axis}": stride for axis, stride in zip(axes, others, strict=False)}
+        return sizes
 
     def weights(self) -> Arguments:
-        """What turns tokens into weights."""
+        """Arguments from which kernels compute the weights of tokens."""
         kind = norm_kind(self.norm_type)
         return {
             "temperature": self.temperature,
@@ -85,9 +85,10 @@ class CallSpec:
 
 
 class Launch:
-    """One launch of a kernel, whose first parameters are the first so many of `TENSORS`: 4, or all in the backward.
+    """One launch of a kernel.
 
-    `arguments` names the others.
+    tensors: number of leading parameters that are those of `TENSORS`, 4 in the forward and all in the backward.
+    arguments: the other parameters by name; names that the kernel lacks are ignored. options: Triton's launch options.
     """
 
     def __init__(
@@ -104,18 +105,18 @@ class Launch:
         given = (*tensors[: self.tensors], *self.arguments)
         compiled = self._compiled
         if compiled is None:
-            # Triton compiles or finds the kernel for these types, alignments and constants. The caches' keys hold all
-            # of them, so what it found stays right, and finding it is most of the time of a launch. The interpreter
-            # compiles nothing.
+            # Triton compiles or looks up the kernel for these types, alignments and constants. They are all part of the
+            # key of a prepared call, so the kernel is stored: the look-up takes most of the time of a launch. The
+            # interpreter returns None.
             self._compiled = self.kernel[self.grid](*given, **self.options)
         elif _launch_hooks_are_set():
             compiled[self.grid](*given, stream=stream)
-        else:  # the same without the hooks, which take one or two microseconds even where they do nothing
+        else:  # skips the hooks, which take one or two microseconds even if none are set
             compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *given)
 
 
 def _launch_hooks_are_set() -> bool:
-    """Whether somebody, such as a profiler, wants to hear of launches. Triton keeps chains of hooks, or a hook."""
+    """Whether a launch hook is set, such as a profiler's. Triton's knobs hold a chain of hooks or a single hook."""
     knobs = triton.knobs.runtime
     return any(getattr(hook, "calls", hook) for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook))
 
@@ -123,13 +124,14 @@ def _launch_hooks_are_set() -> bool:
 class PreparedCall:
     """All launches of a call with given sizes, strides, dtype, alignment and settings.
 
-    `scratch` and `gradients` are in elements, of x.dtype and of float32.
+    scratch: number of elements of x.dtype to allocate, 0 if none is needed or the caller provides it. gradients: number
+    of float32 elements to allocate for gradients of nodes and windows.
     """
 
     def __init__(
         self, plan: object, launches: Sequence[Launch], scratch: int, tables: Tables | None, gradients: int = 0
     ) -> None:
-        self.plan = plan  # the cache knows plans by identity: this one must stay while its call is kept
+        self.plan = plan  # cache keys identify plans by id(), so the plan must live as long as its call
         self.launches = tuple(launches)
         self.has_run = False
         self.scratch = scratch
@@ -174,9 +176,10 @@ def run(
     kept: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> None:
-    """Runs the call known as `key`, which `prepare` makes the first time, on the current stream of x's device.
+    """Run the cached call of `key` on the current CUDA stream of x's device; `prepare` makes it the first time.
 
-    kept: scratch of the caller's, for a call that allocates none. grad: of the result, where out is the gradient in x.
+    kept: scratch that the caller provides, for a call that allocates none. grad: gradient of the op's result, if out is
+    the gradient with respect to x.
     """
     if not x.is_cuda:
         # triton's interpreter computes with NumPy, which warns of NaN and overflow

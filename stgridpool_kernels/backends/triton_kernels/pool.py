@@ -1,4 +1,4 @@
-"""norm_pool with any windows, over frames of x or the summaries that replace them."""
+"""norm_pool with any windows, over the frames of x and the summaries that replace some of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["row_starts", "T"])  # what changes with the videos
+@triton.jit(do_not_specialize=["row_starts", "T"])  # arguments that vary with the videos
 def norm_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)
@@ -115,7 +115,7 @@ def load_window(image, window, number, channels, C: tl.constexpr, SUMMARIES: tl.
 
 
 def prepare(request: CallSpec) -> PreparedCall:
-    """The summaries of every level in full, then one program per window."""
+    """Return the launches of the summaries of every level in full, then one launch with a program per window."""
     plan, C = request.plan, request.x.shape[-1]
     OH, OW = plan.pooled_size
     largest = max(plan.window_rows.count) * max(plan.window_cols.count)
@@ -124,8 +124,8 @@ def prepare(request: CallSpec) -> PreparedCall:
     arguments = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "row_starts": len(tables)}
     arguments |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
     arguments |= {"STEPS": triton.next_power_of_2(triton.cdiv(largest, config.tokens))}
-    # A load from scratch may change the order of sums over channels: so it is there by the settings, whether or not
-    # these videos are long enough for a summary, and a video alone gives the same bits as packed with a longer one.
+    # Code that loads from scratch may sum over channels in another order. It therefore depends on the settings only,
+    # not on whether these videos are long enough for a summary: a video must give the same bits alone and packed.
     arguments["SUMMARIES"] = request.gridded
     for runs in (plan.window_rows, plan.window_cols):
         tables += (*runs.start, *runs.count)

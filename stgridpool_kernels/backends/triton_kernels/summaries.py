@@ -1,4 +1,4 @@
-"""temporal_grid with any grids and either resize: the summaries of one level, then every frame as it ends."""
+"""temporal_grid with any settings: one kernel computes the summaries of a level, another writes the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .launch import CallSpec, Launch, PreparedCall
 from .tiles import load_tokens, reciprocal, token_places
 
 
-@triton.jit(do_not_specialize=["n", "first", "sources", "runs", "T"])  # what changes with the videos
+@triton.jit(do_not_specialize=["n", "first", "sources", "runs", "T"])  # arguments that vary with the videos
 def summary_kernel(
     x,  # (…, T, H, W, C)
     out,  # unused
@@ -66,7 +66,7 @@ def summary_kernel(
     tl.store(scratch + places[:, None] + channels[None, :], mean.to(scratch.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "T"])  # what changes with the videos
+@triton.jit(do_not_specialize=["n", "T"])  # arguments that vary with the videos
 def final_frames_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, H, W, C)
@@ -108,8 +108,8 @@ def final_frames_kernel(
 
 
 def launch_summaries(request: CallSpec) -> tuple[list[Launch], list[int], int]:
-    """Launches that put every summary into scratch, one a level; their tables, which start with the node that each
-    frame ends with; and the elements of scratch. All empty without gridding."""
+    """Return one launch per level, which write all summaries to scratch; their tables, which start with the node that
+    each frame ends with; and the number of elements of scratch. All are empty without gridding."""
     H, W, C = request.x.shape[-3:]
     graph = request.graph
     config = channelwise_config(C)
@@ -132,7 +132,7 @@ def launch_summaries(request: CallSpec) -> tuple[list[Launch], list[int], int]:
 
 
 def prepare(request: CallSpec) -> PreparedCall:
-    """The summaries of every level, then every frame as it ends."""
+    """Return one launch per level for its summaries, then one that writes the result."""
     H, W, C = request.x.shape[-3:]
     n = len(request.graph.outputs)
     config = channelwise_config(C)

@@ -1,6 +1,7 @@
-"""What the kernels share: tiles of tokens in registers, their norms, and their weighted sums.
+"""Functions that the kernels share: loads of blocks of tokens into registers, their norms, and their weighted sums.
 
-A tile is (tokens, BLOCK channels); tokens that are not taken and channels from C on are 0. Arithmetic is float32.
+A block, `tile` in the code, has shape (tokens, BLOCK); tokens that are not taken and channels from C on are 0.
+Arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 
 
 def norm_kind(norm_type: float) -> str:
-    """How |t|^p is computed: "l1", "l2" and "max" need no power."""
+    """Return how |t|^p is computed: "l1", "l2" and "max" need no power, "power" does."""
     return {1.0: "l1", 2.0: "l2", math.inf: "max"}.get(norm_type, "power")
 
 

@@ -1,4 +1,4 @@
-"""token_norm: ‖t‖ of every token."""
+"""token_norm: the norm ‖t‖ of every token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .launch import CallSpec, Launch, PreparedCall
 from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, token_places
 
 
-@triton.jit(do_not_specialize=["n", "T"])  # what changes with the videos
+@triton.jit(do_not_specialize=["n", "T"])  # arguments that vary with the videos
 def token_norm_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, H, W)
@@ -51,7 +51,7 @@ def token_norm_kernel(
 
 
 def prepare(request: CallSpec) -> PreparedCall:
-    """One launch."""
+    """Return the one launch of token_norm."""
     n = request.out.numel()
     config = tile_config(request.x.shape[-1], min(n, 64))
     arguments = request.sizes() | request.weights() | {"n": n}
