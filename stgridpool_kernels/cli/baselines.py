@@ -1,4 +1,4 @@
-"""Pooling that ST-GridPool is compared with, written as people write it: for measurements, not for use.
+"""Baselines that ST-GridPool is compared with, in idiomatic PyTorch. They serve measurements only.
 
 Every function takes tokens (T, H, W, C) and returns (T, OH, OW, C) in x.dtype.
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def llava_avg_pool(x: Tensor, kernel_size: int = 2, ceil_mode: bool = False) -> Tensor:
-    """Average pooling as LLaVA calls it, through a channel-first copy."""
+    """Average pooling as in LLaVA, through a channel-first copy."""
     pooled = F.avg_pool2d(x.permute(0, 3, 1, 2).contiguous(), kernel_size, ceil_mode=ceil_mode)
     return pooled.permute(0, 2, 3, 1).contiguous()
 
 
 def llava_bilinear_pool(x: Tensor, kernel_size: int = 2) -> Tensor:
-    """LLaVA-OneVision's pooling: bilinear to ⌈H / kernel⌉ × ⌈W / kernel⌉, through a channel-first copy."""
+    """Bilinear pooling as in LLaVA-OneVision, to ⌈H / kernel⌉ × ⌈W / kernel⌉, through a channel-first copy."""
     size = [math.ceil(side / kernel_size) for side in x.shape[1:3]]
     pooled = F.interpolate(x.permute(0, 3, 1, 2).contiguous(), size=size, mode="bilinear")
     return pooled.permute(0, 2, 3, 1).contiguous()
@@ -30,7 +30,7 @@ def naive_grid_pool(
 ) -> Tensor:
     """ST-GridPool at its published settings, op by op in x.dtype.
 
-    Channel-first, one frame at a time for the summaries, `unfold` and a softmax for the pooling.
+    It works channel-first, shrinks one frame at a time for summaries, and pools by `unfold` and a softmax.
     """
     frames = x.permute(0, 3, 1, 2).contiguous()  # (T, C, H, W)
     T, C, H, W = frames.shape

@@ -1,7 +1,7 @@
-"""`stgp bench`: how long the ops take on this machine, next to the pooling that they stand in for.
+"""The command `stgp bench`: times of the ops on this machine, next to the pooling that they replace.
 
-It answers one question in seconds. `python -m benchmarks` in a checkout measures with more care: from cold caches, in
-turns, against the limits of the memory, on the workloads of several models.
+It takes seconds. `python -m benchmarks` in a checkout measures more thoroughly: with cold caches, in turns, against
+memory bandwidth, on workloads of several models.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from .baselines import llava_avg_pool, naive_grid_pool
 from .machine import cpu_name
 
 SHAPE = "32x27x27x896"
+"""Default shape (T, H, W, C) of the tokens."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ALLOWED_ULPS = {2: 8, 4: 64}
-"""Allowed difference from the definition, by bytes of a value, in units of the largest value's last place."""
+"""Allowed difference from the expected result by bytes of a value, in units in the last place of the largest value."""
 
 Pool = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of a call in microseconds (20th, 50th and 80th percentile), its bandwidth when it reads the tokens and
-    writes the result once, and its median time in units of grid_pool's."""
+    """Time of a call: 20th, 50th and 80th percentile in microseconds; bandwidth in GB/s, if it reads the tokens and
+    writes the result once; and median time relative to that of grid_pool."""
 
     name: str
     p20_us: float
@@ -48,9 +50,9 @@ class Timing:
 
 
 def bench_command(shape: str, dtype: str, device: str | None, as_json: bool, console: Console) -> None:
-    """Times every pooling on random tokens of unequal norms; prints a table, or one JSON object.
+    """Time every pooling on random tokens of unequal norms; print a table, or one JSON object.
 
-    Raises ValueError for a shape or device that there is not, RuntimeError if a result is not what it should be.
+    Raises ValueError for an invalid shape or device, RuntimeError if a result differs too much from the expected one.
     """
     sizes, place = parse_shape(shape), parse_device(device)
     norms = 2 + 0.3 * torch.randn((*sizes[:-1], 1), device=place)
@@ -75,7 +77,7 @@ def bench_command(shape: str, dtype: str, device: str | None, as_json: bool, con
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """(T, H, W, C) of a text like 32x27x27x896. Raises ValueError unless H and W are at least 2."""
+    """Return (T, H, W, C) of a text like 32x27x27x896. Raises ValueError for other texts and if H or W is below 2."""
     sizes = tuple(map(int, text.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text) else ()
     if not sizes or min(sizes[1:3]) < 2:
         raise ValueError(f"--shape must be TxHxWxC with H and W of at least 2, as in {SHAPE}; got {text!r}")
@@ -83,7 +85,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def parse_device(text: str | None) -> torch.device:
-    """A CPU or a CUDA device that is there, by default a CUDA device if there is one. Raises ValueError for others."""
+    """Return the device of a text, by default a CUDA device if there is one. Raises ValueError if it is unavailable."""
     text = text or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
@@ -98,7 +100,10 @@ def device_name(device: torch.device) -> str:
 
 
 def poolings(x: Tensor) -> Iterator[tuple[str, Pool, Pool]]:
-    """Name, function and definition of everything that is timed on tokens like x."""
+    """Yield name, function and definition of every pooling that is timed on tokens like x.
+
+    The definition computes the expected result.
+    """
 
     def exact(pool: Pool) -> Pool:
         return lambda x: pool(x.float()).to(x.dtype)
@@ -115,9 +120,9 @@ def poolings(x: Tensor) -> Iterator[tuple[str, Pool, Pool]]:
 
 
 def time_poolings(x: Tensor) -> list[Timing]:
-    """Times of all poolings on x (T, H, W, C), grid_pool first. Raises RuntimeError before one that is wrong is timed.
+    """Time all poolings of x (T, H, W, C), grid_pool first. Raises RuntimeError if a result is wrong, before timing it.
 
-    Caches are as the calls before left them: tokens that fit into a cache are read from there.
+    Caches are warm: tokens that fit into a cache are read from it.
     """
     from torch.utils.benchmark import Timer
 
@@ -138,7 +143,7 @@ def time_poolings(x: Tensor) -> list[Timing]:
 
 
 def meaning(timings: list[Timing]) -> str:
-    """The result in one sentence."""
+    """Summarise the timings in one sentence."""
     ratio = {each.name: f"{float(f'{each.times_grid_pool:.3g}'):g}" for each in timings}
     return (
         f"grid_pool is {ratio['LLaVA-style pooling']} times as fast as LLaVA-style pooling, which it stands in for, "

@@ -1,4 +1,4 @@
-"""`stgp demo`: a real video, a real vision tower, `torch.ops.stgp.grid_pool`, a table and a picture."""
+"""The command `stgp demo`: encode a real video, pool its tokens by `grid_pool`, and show a table and a picture."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ from .inspection import inspect_tokens
 from .picture import check_picture, require_matplotlib
 
 NUM_FRAMES = 32
+"""Number of frames that are encoded, evenly spread over the clip."""
+
 GRID = (18, 32)
+"""Rows and columns of tokens per encoded frame."""
+
 CREDIT = "Big Buck Bunny: © Blender Foundation | peach.blender.org, CC-BY 3.0."
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Tokens (T, H, W, C) float32, the frames they come from (T, h, w, 3) uint8 RGB, and a line on their origin."""
+    """Tokens (T, H, W, C) float32, the frames that they encode, (T, h, w, 3) uint8 RGB, and their origin in words."""
 
     tokens: Tensor
     frames: np.ndarray
@@ -38,13 +42,13 @@ class Clip:
 
 
 def packaged_clip() -> Clip:
-    """Load the tokens that ship with the package, which needs nothing else."""
+    """Load the tokens that ship with the package, which needs no optional package."""
     tokens, frames, _ = load_fixture()
     return Clip(torch.from_numpy(tokens).float(), frames, f"{len(frames)} packaged frames of bigbuckbunny.mp4")
 
 
 def encoded_clip(console: Console) -> Clip:
-    """Decode and encode Big Buck Bunny. Raises ImportError or ValueError where a package or file is missing."""
+    """Decode and encode Big Buck Bunny. Raises ImportError or ValueError if a package or file is missing."""
     from ..io.encoder import PATCH, Encoder, find_sample_video
     from ..io.video import read_frames
 
@@ -63,9 +67,9 @@ def encoded_clip(console: Console) -> Clip:
 
 
 def accuracy(tokens: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """Error of `grid_pool` on `tokens` in `dtype`, against the oracle on the same values in float64.
+    """Measure the error of `grid_pool` on `tokens` in `dtype`, against the reference on the same values in float64.
 
-    Returns the norm of the error over the norm of the result, and the largest absolute error.
+    Returns the norm of the error relative to the norm of the result, and the largest absolute error.
     """
     x = tokens.to(dtype)
     exact = grid_pool(x.double(), backend="reference")
@@ -81,7 +85,7 @@ def median_time(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 
 def demo_command(output: Path, *, offline_tokens: bool, force: bool, console: Console) -> None:
-    """Run the chain, print the table and write the picture. Errors as in `encoded_clip` and `check_picture`."""
+    """Run the demo, print its table and write its picture. Raises as `encoded_clip` and `check_picture`."""
     try:
         require_matplotlib()
         check_picture(output, force)

@@ -1,4 +1,4 @@
-"""The figure of an `Inspection`, one function a panel. matplotlib, imported on first use, lays it out."""
+"""The figure of an `Inspection`, with one function per panel. matplotlib is imported on first use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "save_figure"]
 
-_WIDTH, _DPI = 15.0, 100  # inches, and pixels per inch
+_WIDTH, _DPI = 15.0, 100  # inches, pixels per inch
 _SHOWN_FRAMES = 8
 _DIAGRAM_FRAMES = 64
 _MOSAIC_LEVELS = 4
@@ -46,9 +46,9 @@ _CAPTION = (
 def save_figure(
     inspection: Inspection, frames: np.ndarray | None, output: Path, *, force: bool, name: str = "", credit: str = ""
 ) -> None:
-    """Draw an inspection (see `draw`) into the PNG file `output`.
+    """Draw an inspection (see `draw`) and write it to the PNG file `output`.
 
-    Raises FileExistsError for a file that is there already unless `force`, ValueError unless its name ends in .png.
+    Raises FileExistsError if the file exists, unless `force`; ValueError unless its name ends in .png.
     """
     check_picture(output, force)
     figure = draw(inspection, frames, name=name, credit=credit)
@@ -59,10 +59,10 @@ def save_figure(
 def draw(inspection: Inspection, frames: np.ndarray | None = None, *, name: str = "", credit: str = "") -> Figure:
     """Draw an inspection, 1500 pixels wide at the figure's own dpi.
 
-    frames: uint8 (T, h, w, 3) RGB, the frames behind the tokens, at any size; without them norms stand in.
-    name: what the title calls the input. credit: whose pictures these are, written at the bottom.
+    frames: uint8 (T, h, w, 3) RGB, the frames that the tokens encode, at any size; without them norms are shown.
+    name: name of the input in the title. credit: attribution of the frames, written at the bottom.
 
-    Raises ImportError if matplotlib is missing, ValueError if frames do not go with the tokens.
+    Raises ImportError if matplotlib is missing, ValueError if dtype or shape of frames do not match the tokens.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,15 +87,15 @@ def draw(inspection: Inspection, frames: np.ndarray | None = None, *, name: str 
     return figure
 
 
-# ---- what the panels share ----
+# ---- elements that panels share ----
 
 
 @dataclass(frozen=True)
 class _View:
-    """An inspection and how its frames are shown.
+    """An inspection and the pictures of its frames.
 
-    colours: the colours of norms. thumbnails: None, or uint8 (levels + 1, T, h, w, 3), the RGB frames as they come and
-    as each level of temporal gridding leaves them. aspect: height over width of a picture.
+    colours: map from norms to colours. thumbnails: small frames as uint8 RGB (levels + 1, T, h, w, 3), those of the
+    input and those after each level of temporal gridding, or None. aspect: height over width of a picture.
     """
 
     inspection: Inspection
@@ -104,12 +104,12 @@ class _View:
     aspect: float
 
     def show_frame(self, axes: Axes, frame: int, stage: int, title: str = "", edge: str | None = None) -> None:
-        """Show a frame as the first `stage` levels leave it: its thumbnail, or else its norms."""
+        """Show a frame after the first `stage` levels: its picture, or its norms if there are no pictures."""
         stages = self.thumbnails if self.thumbnails is not None else self.inspection.stage_norms
         self.show(axes, stages[stage, frame], title, edge)
 
     def show(self, axes: Axes, image: np.ndarray, title: str = "", edge: str | None = None) -> None:
-        """Show colours (h, w, 3 or 4) or norms (H, W) under a title, with an edge if a colour for it is given."""
+        """Show colours (h, w, 3 or 4) or norms (H, W) under a title, with an edge of the colour `edge` or without."""
         axes.imshow(image if image.ndim == 3 else self.colours.to_rgba(image), aspect="auto")
         axes.set(box_aspect=self.aspect, anchor="N", xticks=[], yticks=[])
         axes.set_axis_on()
@@ -131,7 +131,7 @@ def _view(inspection: Inspection, frames: np.ndarray | None) -> _View:
 
 
 def _thumbnails(inspection: Inspection, frames: np.ndarray) -> np.ndarray:
-    """uint8 (levels + 1, T, h, w, 3): small frames, and what each level of temporal gridding makes of them."""
+    """Return small frames, and those after each level of temporal gridding, as uint8 (levels + 1, T, h, w, 3)."""
     from PIL import Image
 
     height = round(_THUMBNAIL_WIDTH * frames.shape[1] / frames.shape[2])
@@ -142,7 +142,7 @@ def _thumbnails(inspection: Inspection, frames: np.ndarray) -> np.ndarray:
 
 
 def _norm_limits(norms: np.ndarray) -> tuple[float, float]:
-    """Ends of the colour scale, which a few outlying tokens, perhaps 50 times the others, must not stretch."""
+    """Return the ends of the colour scale, robust to a few outliers, which may be 50 times as large as other norms."""
     finite = norms[np.isfinite(norms)]
     if not finite.size:
         return 0.0, 1.0
@@ -153,7 +153,7 @@ def _norm_limits(norms: np.ndarray) -> tuple[float, float]:
 
 
 def _colours(name: str, low: float, high: float) -> ScalarMappable:
-    """matplotlib's map `name` from [low, high] to colours, NaN and infinity grey."""
+    """Return matplotlib's map `name` from [low, high] to colours, with grey for NaN and infinity."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -162,7 +162,7 @@ def _colours(name: str, low: float, high: float) -> ScalarMappable:
 
 
 def _heights(view: _View) -> list[float]:
-    """Inches of the five rows of the figure; those of pictures follow from their aspect and the width they can have."""
+    """Return the heights of the figure's five rows in inches, which depend on the aspect of the pictures."""
     plan, heading, title = view.inspection.plan, 0.7, 0.3
     norms = min(1.7 * view.aspect, 2.2) * (1 if view.thumbnails is None else 2)
     mosaics = len(_examples(plan)) * (min(1.1 * view.aspect, 1.6) + title)
@@ -177,7 +177,7 @@ def _heights(view: _View) -> list[float]:
 
 
 def _heading(figure: SubFigure, title: str, note: str) -> None:
-    """A bold title on the left and a note on the same line."""
+    """Write a bold title on the left, and a note on the same line."""
     text = figure.suptitle(title, x=0, ha="left", fontsize=_HEADING, weight="bold")
     _note(figure, text, (1, 0.1), (9, 0), note, va="baseline")
 
@@ -185,7 +185,7 @@ def _heading(figure: SubFigure, title: str, note: str) -> None:
 def _note(
     figure: SubFigure, text: Text, corner: tuple[float, float], offset: tuple[float, float], note: str, **style: Any
 ) -> None:
-    """Small grey text, at an offset in points from a place in the box of another text."""
+    """Write small grey text at an offset in points from a corner, a relative position in the box of another text."""
     from matplotlib.text import Annotation
 
     style = {"fontsize": _SMALL, "color": GREY, "parse_math": False, **style}
@@ -193,7 +193,7 @@ def _note(
 
 
 def _empty_axes(figure: SubFigure, rows: int, cols: int) -> np.ndarray:
-    """(rows, cols) axes that show nothing until something is drawn on them."""
+    """Return (rows, cols) axes that are invisible until something is drawn on them."""
     grid: np.ndarray = figure.subplots(rows, cols, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -201,12 +201,12 @@ def _empty_axes(figure: SubFigure, rows: int, cols: int) -> np.ndarray:
 
 
 def _label_row(axes: Axes, label: str, colour: str = "black") -> None:
-    """A label on the left of a row's first picture."""
+    """Write a label on the left of a row's first picture."""
     axes.set_ylabel(label, fontsize=_SMALL, weight="bold", rotation=0, ha="right", va="center", color=colour)
 
 
 def _colour_bar(figure: SubFigure, axes: Axes, colours: ScalarMappable, label: str, **style: Any) -> None:
-    """A colour bar on the right of a picture and as high."""
+    """Draw a colour bar on the right of a picture, with the picture's height."""
     bar = figure.colorbar(colours, cax=axes.inset_axes((1.06, 0, 0.09, 1)), **style)
     bar.set_label(label, fontsize=_SMALL)
     bar.ax.tick_params(labelsize=_SMALL, length=2)
@@ -217,7 +217,7 @@ def _level_colour(level: int) -> str:
 
 
 def _written_by(plan: GridPlan, levels: int) -> dict[int, int]:
-    """The frames that the first `levels` levels overwrite, each with the number, from 1, of the last that wrote it."""
+    """Return the frames that the first `levels` levels overwrite, each with the number, from 1, of the last level."""
     return {target: level for level in range(1, levels + 1) for target in plan.levels[level - 1].targets}
 
 
@@ -236,7 +236,7 @@ def _draw_head(figure: SubFigure, inspection: Inspection, name: str) -> None:
 
 
 def _draw_norms(figure: SubFigure, view: _View) -> None:
-    """Some frames, and below each the norms of its tokens as they come."""
+    """Draw some frames, and below each the norms of its tokens in the input."""
     inspection, overwritten = view.inspection, view.inspection.plan.overwritten
     shown = _choose_frames(inspection.shape[0], overwritten)
     note = f"{inspection.norm_name} of each token; {len(shown)} of {inspection.shape[0]} frames"
@@ -255,7 +255,7 @@ def _draw_norms(figure: SubFigure, view: _View) -> None:
 
 
 def _choose_frames(total: int, overwritten: Sequence[int]) -> list[int]:
-    """At most `_SHOWN_FRAMES` of `total` frames, evenly spread, with an overwritten one among them if there is any."""
+    """Choose at most `_SHOWN_FRAMES` of `total` frames, evenly spread, with an overwritten frame if there is any."""
     chosen = set(np.linspace(0, total - 1, min(total, _SHOWN_FRAMES)).astype(int).tolist())
     if overwritten and not chosen & set(overwritten):
         chosen = chosen - {max(chosen)} | {overwritten[-1]}
@@ -263,7 +263,7 @@ def _choose_frames(total: int, overwritten: Sequence[int]) -> list[int]:
 
 
 def _draw_diagram(figure: SubFigure, inspection: Inspection) -> None:
-    """Temporal gridding as a diagram: a lane of frames before the first level and after each, sources to targets."""
+    """Draw a diagram of temporal gridding: a lane of frames for the input and after each level, with lines between."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -295,8 +295,8 @@ def _draw_diagram(figure: SubFigure, inspection: Inspection) -> None:
 
 
 def _draw_lane(axes: Axes, plan: GridPlan, lane: int, frames: int) -> None:
-    """The frames after `lane` levels, and lines from the lane above to the summaries that are new in it."""
-    half = 0.17  # of a box's height, where lanes are 1 apart
+    """Draw the frames after `lane` levels, and lines from the lane above to the summaries that are new in it."""
+    half = 0.17  # half the height of a box, in units of the distance of lanes
     before, written = _written_by(plan, lane - 1), _written_by(plan, lane)
     groups = zip(plan.levels[lane - 1].targets, plan.levels[lane - 1].sources, strict=True) if lane else ()
     new = {target: sources for target, sources in groups if max(target, *sources) < frames}
@@ -317,7 +317,7 @@ def _draw_lane(axes: Axes, plan: GridPlan, lane: int, frames: int) -> None:
 
 
 def _draw_mosaics(figure: SubFigure, view: _View) -> None:
-    """The first summary of each level: its sources, as the levels before left them, and the summary."""
+    """Draw the first summary of each level and its sources, as the levels before left them."""
     plan = view.inspection.plan
     examples = _examples(plan)
     note = "norms stand in for pictures" if view.thumbnails is None else "gridding applied to the pictures"
@@ -342,15 +342,15 @@ def _draw_mosaics(figure: SubFigure, view: _View) -> None:
 
 
 def _examples(plan: GridPlan) -> dict[int, Level]:
-    """The first `_MOSAIC_LEVELS` levels that have a summary, by their number, which counts from 1."""
+    """Return the first `_MOSAIC_LEVELS` levels that have a summary, by their numbers from 1."""
     summarising = [(number, level) for number, level in enumerate(plan.levels, start=1) if level.targets]
     return dict(summarising[:_MOSAIC_LEVELS])
 
 
 def _draw_weights(figure: SubFigure, view: _View) -> None:
-    """For an untouched and an overwritten frame: picture, norms, and weights at one or two temperatures."""
+    """Draw picture, norms, and weights at one or two temperatures of an untouched and of an overwritten frame."""
     inspection, frames = view.inspection, _two_frames(view.inspection)
-    colours = _colours("PuOr_r", 0, 2)  # always 0 … 2, so that pictures of different inputs compare
+    colours = _colours("PuOr_r", 0, 2)  # a fixed scale makes pictures of different inputs comparable
     columns: dict[str, list[np.ndarray]] = {}
     if view.thumbnails is not None:
         columns["picture"] = [view.thumbnails[-1, frame] for frame in frames]
@@ -372,7 +372,7 @@ def _draw_weights(figure: SubFigure, view: _View) -> None:
 
 
 def _two_frames(inspection: Inspection) -> list[int]:
-    """The frame nearest the middle that is left as it was, and the one that is overwritten, where there are such."""
+    """Return the untouched frame and the overwritten frame that are nearest the middle, if there are such frames."""
     middle = inspection.shape[0] // 2
     overwritten = set(inspection.plan.overwritten)
     groups = [set(range(inspection.shape[0])) - overwritten, overwritten]
@@ -380,7 +380,7 @@ def _two_frames(inspection: Inspection) -> list[int]:
 
 
 def _draw_largest(figure: SubFigure, inspection: Inspection) -> None:
-    """The distribution of the windows' largest weights at each temperature, as box plots."""
+    """Draw box plots of the windows' largest weights at each temperature."""
     note = f"{inspection.counted} of {inspection.windows} windows; box from p25 to p75, lines to p5 and p95"
     _heading(figure, "e  Largest weight of a window", note)
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""`stgp info`: versions, the machine, and which backends can run here."""
+"""The command `stgp info`: versions, the machine, and the backends that can run on it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _devices() -> list[str]:
 
 
 def _library() -> dict[str, str]:
-    """What `compiled.LIBRARY` says of itself."""
+    """Rows of the table that describe `compiled.LIBRARY`."""
     if compiled.LIBRARY is None:
         return {"compiled library": "not built (pip install -v says why)"}
     info = compiled.LIBRARY.build_info()
@@ -101,7 +101,7 @@ def _library() -> dict[str, str]:
 
 
 def _environment() -> str:
-    """What STGP_BACKEND is, and what follows from it."""
+    """Describe the value of STGP_BACKEND and its effect on calls."""
     name = os.environ.get("STGP_BACKEND")
     if not name:
         return "not set: auto"

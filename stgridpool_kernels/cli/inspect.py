@@ -1,4 +1,4 @@
-"""`stgp inspect`: read the tokens of a file or a video, measure them, print a table, draw a figure."""
+"""The command `stgp inspect`: read the tokens of a file or a video, measure them, print a table, draw a figure."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def inspect_command(
     force: bool,
     console: Console,
 ) -> None:
-    """Inspect a file's tokens, or those of a video that it is encoded into; print and draw what was found.
+    """Inspect the tokens of a token file or of a video; print a table and write a figure.
 
-    options: those of `grid_pool` except `out`. num_frames, grid, tap and key say how to read the file, see
-    `load_input`. Of a batch (B, T, H, W, C) and of packed videos (`frame_counts`) the first that has frames is
+    options: arguments of `grid_pool` except `out`. num_frames, grid, tap, key: arguments of `load_input`, which reads
+    the file. Of a batch (B, T, H, W, C) and of packed videos (`frame_counts`) only the first video with frames is
     inspected, and the output says so.
 
     Raises FileExistsError, ImportError, TypeError or ValueError before anything is written.
@@ -59,9 +59,9 @@ def inspect_command(
 def _first_video(
     x: Tensor, frames: np.ndarray | None, frame_counts: Sequence[int] | None
 ) -> tuple[Tensor, np.ndarray | None, str]:
-    """Choose the first video of a batch (B, T, H, W, C), or of packed ones the first that has frames.
+    """Choose the first video of a batch (B, T, H, W, C), or the first of packed videos that has frames.
 
-    Returns its tokens (T, H, W, C), its frames if frames are given, and words for its place among several videos.
+    Returns its tokens (T, H, W, C), its frames if frames are given, and its place among several videos in words.
     Raises ValueError if frame_counts do not add up to the frames of x.
     """
     if frame_counts is not None:

@@ -1,4 +1,4 @@
-"""What ST-GridPool does to one input: its numbers and one line of advice on the temperature.
+"""Measurements of the effect of ST-GridPool on one input, and advice on the temperature.
 
 Frame indices and windows come from the input's `GridPlan`; tokens pass through the public functions only.
 """
@@ -21,30 +21,31 @@ from ..plan import GridPlan, Runs, grid_plan
 __all__ = ["Inspection", "inspect_tokens"]
 
 TEMPERATURES = (1.0, 2.0, 5.0, 10.0)
-"""Temperatures that every inspection looks at, next to the one in its options."""
+"""Temperatures that every inspection evaluates, in addition to the one in its options."""
 
 _TOP_SHARE = 0.05
+"""Share of windows whose largest weight passes the target at the target temperature."""
 
-# Beyond this |temperature · norm| only differences far below a bfloat16 step would still separate tokens.
 _LARGEST_LOGIT = 1e5
+"""Limit of |temperature · norm|. Beyond it, only norms that differ far less than a bfloat16 step would be separated."""
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """The numbers that `inspect_tokens` found in one video of shape (T, H, W, C).
+    """Measurements by `inspect_tokens` of one video of shape (T, H, W, C).
 
-    Windows are taken where norm pooling takes them: on the tokens after temporal gridding. The counted windows are
-    those of the commonest size that hold finite norms only, so that one uniform weight, 1 / window_size, holds for all.
+    Windows are those of norm pooling, on the tokens after temporal gridding. The counted windows are those of the most
+    common size that contain finite norms only, so that all have the same uniform weight, 1 / window_size.
 
-    shape, dtype: of the tokens. plan: frames and windows, as every backend follows them.
-    settings: the arguments of `grid_pool` as text, as `GridPool` shows them. temperature: one of them.
-    norm_name: the norm, in a word or as a formula.
-    stage_norms: (levels + 1, T, H, W), norms of the tokens as they come and after each level of temporal gridding.
-    window_norms: float64 (counted, window_size), the norms in each counted window, 0 for padding that takes part.
-    spread: (counted,), (max − min) / mean of the norms in a window, padding left out; 0 where the mean is 0.
-    largest_weights: for each temperature, in rising order, the (counted,) largest softmax weights of the windows.
-    target_weight, target_temperature: at this temperature the largest weight passes target_weight in 5 % of the
-        windows; target_temperature is None if no temperature brings that about.
+    shape, dtype: shape and dtype of the tokens. plan: frames and windows, as every backend follows them.
+    settings: the arguments of `grid_pool` as `GridPool` prints them. temperature: the one among them.
+    norm_name: name or formula of the norm.
+    stage_norms: (levels + 1, T, H, W), norms of the input's tokens and of those after each level of temporal gridding.
+    window_norms: float64 (counted, window_size), norms in each counted window, 0 for padding that is included.
+    spread: (counted,), (max − min) / mean of the norms in each window without padding; 0 if the mean is 0.
+    largest_weights: for each temperature, in ascending order, the largest softmax weight of each window, (counted,).
+    target_weight, target_temperature: at target_temperature, the largest weight passes target_weight in 5 % of the
+        windows; it is None if there is no such temperature.
     """
 
     shape: tuple[int, int, int, int]
@@ -62,17 +63,17 @@ class Inspection:
 
     @property
     def pooled_shape(self) -> tuple[int, int, int, int]:
-        """(T, OH, OW, C) of `grid_pool`'s result."""
+        """Shape (T, OH, OW, C) of `grid_pool`'s result."""
         return (self.shape[0], *self.plan.pooled_size, self.shape[3])
 
     @property
     def nonfinite(self) -> int:
-        """Number of tokens that come with a NaN or infinite norm."""
+        """Number of tokens of the input with a NaN or infinite norm."""
         return int((~np.isfinite(self.stage_norms[0])).sum())
 
     @property
     def max_over_median(self) -> float:
-        """Largest over median norm of the tokens as they come; NaN if the median is 0 or no norm is finite."""
+        """Largest over median norm of the input's tokens; NaN if the median is 0 or no norm is finite."""
         norms = self.stage_norms[0]
         finite = norms[np.isfinite(norms)]
         median = float(np.median(finite)) if finite.size else 0.0
@@ -90,33 +91,33 @@ class Inspection:
 
     @property
     def window_size(self) -> int:
-        """Number of positions in a counted window, zero padding that takes part included."""
+        """Number of positions in a counted window, with zero padding that is included in the softmax."""
         return int(self.window_norms.shape[1])
 
     @property
     def advice(self) -> str:
-        """One or two sentences on the temperature."""
+        """Advice on the temperature in one or two sentences."""
         return _advice(self)
 
     def stages(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield x, (T, h, w, c) of the same T frames at any size, then x after the first 1, 2, … levels of gridding."""
+        """Yield x, (T, h, w, c) of the same T frames, then x after the first 1, 2, … levels of gridding."""
         return _stages(x, self.plan)
 
     def relative_weights(self, frame: int, temperature: float) -> np.ndarray:
-        """(H, W): each token's weight in norm pooling over the uniform weight of its window; 1 is average pooling.
+        """Weight of each token in norm pooling relative to the uniform weight of its window, (H, W).
 
-        A token of several windows gets the mean of its weights. NaN marks a token that is in no window or shares one
-        with a norm that is not finite.
+        1 is average pooling. A token of several windows gets the mean of its weights. NaN marks a token that is in no
+        window, or in one with a norm that is not finite.
         """
         return _relative_weights(self.stage_norms[-1, frame], self.plan, temperature)
 
 
 def inspect_tokens(x: Tensor, **options: Any) -> Inspection:
-    """Measure what `grid_pool(x, **options)` does to the tokens x of one video, (T, H, W, C) of any float dtype.
+    """Measure the effect of `grid_pool(x, **options)` on the tokens x of one video, (T, H, W, C) of any float dtype.
 
-    `options` are those of `grid_pool` without `frame_counts` and `out`. Needs, beside x, one gridded copy of it.
+    options: arguments of `grid_pool` except `frame_counts` and `out`. It needs memory for one gridded copy of x.
 
-    Raises TypeError or ValueError for another x or for an option that is unknown or out of range.
+    Raises TypeError or ValueError for another x and for an option that is unknown or out of range.
     """
     check_tokens(x)
     if x.dim() != 4 or len(x) == 0:
@@ -159,7 +160,7 @@ def _norm_name(norm_type: float, normalize_norm: bool) -> str:
 def _stages(x: Tensor, plan: GridPlan, backend: str = "auto") -> Iterator[Tensor]:
     yield x
     for levels in range(1, len(plan.levels) + 1):
-        # a grid_shape of 2 entries holds for every level, a longer one has 2 for each
+        # a grid_shape of 2 entries applies to every level, a longer one has 2 per level
         shape = plan.grid_shape if len(plan.grid_shape) == 2 else plan.grid_shape[: 2 * levels]
         yield temporal_grid(
             x, frame_strides=plan.frame_strides[:levels], grid_shape=shape, sampling=plan.sampling, resize=plan.resize,
@@ -171,9 +172,9 @@ def _stages(x: Tensor, plan: GridPlan, backend: str = "auto") -> Iterator[Tensor
 
 
 def _positions(runs: Runs, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions of each run, which of them take part, and which of these are on the axis (not padding).
+    """Return, each of shape (windows, longest run): positions, those that belong to their run, and those on the axis.
 
-    Each is (windows, longest run); positions of padding are moved onto the axis.
+    Positions on the axis are the positions of a run that are not padding. Padding is clipped to the axis.
     """
     start, count = np.array(runs.start)[:, None], np.array(runs.count)[:, None]
     offset = np.arange(max(runs.count))
@@ -182,9 +183,9 @@ def _positions(runs: Runs, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _window_table(plan: GridPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per window and position: index of the token in H · W, whether it takes part, whether it is a token (not padding).
+    """Return, each of shape (OH · OW, longest window): index in H · W, whether it is included, whether it is a token.
 
-    Each is (OH · OW, longest window).
+    A position that is included in its window, but no token, is padding.
     """
     row, row_taken, row_inside = _positions(plan.window_rows, plan.height)
     col, col_taken, col_inside = _positions(plan.window_cols, plan.width)
@@ -199,11 +200,11 @@ def _window_table(plan: GridPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _counted_windows(norms: np.ndarray, plan: GridPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Norms float64 (counted, window_size) of the counted windows, and which of them are tokens (not padding)."""
+    """Return norms (counted, window_size) of the counted windows as float64, and a mask of those that are tokens."""
     index, taken, is_token = _window_table(plan)
     sizes = taken.sum(1)
     frequency = np.bincount(sizes)
-    size = int(np.flatnonzero(frequency == frequency.max())[-1])  # the larger of two sizes that are as common
+    size = int(np.flatnonzero(frequency == frequency.max())[-1])  # the larger of two equally common sizes
     common = sizes == size
     index, is_token = index[common][taken[common]], is_token[common][taken[common]]
     values = np.where(is_token, norms.reshape(len(norms), -1)[:, index].astype(np.float64), 0.0).reshape(-1, size)
@@ -212,14 +213,14 @@ def _counted_windows(norms: np.ndarray, plan: GridPlan) -> tuple[np.ndarray, np.
 
 
 def _largest_weight(windows: np.ndarray, temperature: float) -> np.ndarray:
-    """max softmax(temperature · norm) of each window: (n, size) → (n)."""
+    """Return max softmax(temperature · norm) of each window: (n, size) → (n)."""
     logits = temperature * windows
     largest: np.ndarray = 1 / np.exp(logits - logits.max(1, keepdims=True)).sum(1)
     return largest
 
 
 def _spread(windows: np.ndarray, is_token: np.ndarray) -> np.ndarray:
-    """(max − min) / mean of each window's tokens: (n, size) → (n). Every window holds at least one token."""
+    """Return (max − min) / mean of the tokens of each window: (n, size) → (n). Every window has at least one token."""
     tokens = np.where(is_token, windows, np.nan)
     mean = np.nanmean(tokens, 1)
     extent = np.nanmax(tokens, 1) - np.nanmin(tokens, 1)
@@ -241,10 +242,10 @@ def _relative_weights(norms: np.ndarray, plan: GridPlan, temperature: float) -> 
 
 
 def _solve_temperature(windows: np.ndarray, sign: float) -> tuple[float, float | None]:
-    """A target for the largest weight and the temperature of this sign at which 5 % of the windows pass it.
+    """Return a target for the largest weight, and the temperature of this sign at which 5 % of the windows pass it.
 
-    The target is 0.5, or midway between uniform and 1 for windows so small that 0.5 is near uniform. In each window
-    the largest weight grows with |temperature|, and so does a quantile of it: bisection finds the temperature.
+    The target is 0.5, or midway between uniform and 1 for small windows, in which 0.5 is near uniform. In each window
+    the largest weight grows with |temperature|, and so do its quantiles, so the temperature is found by bisection.
     """
     uniform = 1 / windows.shape[1]
     target = 0.5 if uniform < 0.4 else (1 + uniform) / 2
@@ -301,7 +302,7 @@ def _advice_on_weights(found: Inspection) -> str:
 
 
 def _verdict(median: float, top: float, uniform: float) -> str:
-    """Where pooling stands between the mean of a window (0) and one of its tokens (1)."""
+    """Describe pooling on the scale from the mean of a window (uniform weights) to one of its tokens (weight 1)."""
     low, high = ((weight - uniform) / (1 - uniform) for weight in (median, top))
     if high < 0.15:
         return "close to average pooling"

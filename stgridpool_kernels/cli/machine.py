@@ -1,4 +1,4 @@
-"""The name of the processor, which reports of times and of the installation begin with."""
+"""The name of the processor, for reports of times and of the installation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """The model name that the operating system gives, or else its name for the architecture."""
+    """Return the model name that the operating system gives, or else its name of the architecture."""
     with suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
         if found:

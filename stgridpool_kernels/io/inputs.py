@@ -1,4 +1,4 @@
-"""Tokens of a file or a pipe, of tokens or of a video: whole, or in chunks as they come."""
+"""Reading of tokens from token files, videos and pipes, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def load_input(
     tap: str,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> tuple[Tensor, np.ndarray | None]:
-    """Tokens of a token file, or of a video that the packaged encoder turns into tokens. The suffix decides.
+    """Read the tokens of a token file, or of a video, whose frames the packaged encoder turns into tokens.
 
     Args:
-        path: a file; one whose suffix is not in `SUFFIXES` is taken for a video.
+        path: a token file if its suffix is in `SUFFIXES`, else a video.
         key: as in `read_tokens`.
-        num_frames: the most frames taken from a video, evenly spread.
+        num_frames: maximum number of frames taken from a video, evenly spread.
         grid: `(rows, cols)` of tokens per frame of a video; a token is 14 × 14 pixels of the resized frame.
-        tap: which tokens of the encoder, see `encoder.TAPS`.
+        tap: output of the encoder, see `encoder.TAPS`.
         progress: called as `progress("decoding" or "encoding", frames_done, frames)` while a video is read.
 
     Returns:
-        tokens: of a file as `read_tokens` gives them, so 4-D or 5-D; of a video float32 `(T, H, W, 384)`.
+        tokens: of a token file as `read_tokens` returns them, so 4-D or 5-D; of a video float32 `(T, H, W, 384)`.
         frames: uint8 `(T, 14·H, 14·W, 3)` RGB of a video, None for a token file.
 
-    Raises, and warns, as `check_reading`, `read_tokens`, `video.read_frames` and `encoder.Encoder`; ImportError says
-    what to install.
+    Raises and warns as `check_reading`, `read_tokens`, `video.read_frames` and `encoder.Encoder`; ImportError names the
+    package to install.
     """
     check_reading(key=key, num_frames=num_frames, grid=grid, tap=tap)
     file = Path(path)
@@ -60,12 +60,13 @@ def load_input(
 
 
 def stream_input(path: str | os.PathLike[str], *, grid: tuple[int, int], tap: str, chunk: int) -> Iterator[Tensor]:
-    """Tokens (n, H, W, C) with n ≤ `chunk` of all frames of a file or a pipe ("-" is standard input), as they come.
+    """Yield the tokens of all frames of a file or pipe as chunks (n, H, W, C) with n ≤ `chunk`, as they arrive.
 
-    A .npy file, and a pipe that starts as one, is read by `stream_tokens`, and a .safetensors file in slices. All else
-    is taken for a video, each frame of which the packaged encoder turns into tokens.
+    path: "-" is standard input. `stream_tokens` reads a .npy file and a pipe that starts like one; a .safetensors file
+    is read in slices. All other files and pipes are read as videos, whose frames the packaged encoder turns into
+    tokens.
 
-    Raises, and warns, as `stream_tokens`, `read_tokens` and `load_input`.
+    Raises and warns as `stream_tokens`, `read_tokens` and `load_input`.
     """
     file, is_stdin = Path(path), str(path) == "-"
     suffix = file.suffix.lower()
@@ -88,12 +89,12 @@ def stream_input(path: str | os.PathLike[str], *, grid: tuple[int, int], tap: st
         with _taken_for_a_video(file):
             encoder = _encoder(tap)
             frames = iter_frames(source, str(file), size=(PATCH * grid[0], PATCH * grid[1]))
-            while some := list(islice(frames, chunk)):
-                yield torch.from_numpy(encoder(np.stack(some)))
+            while batch := list(islice(frames, chunk)):
+                yield torch.from_numpy(encoder(np.stack(batch)))
 
 
 def check_reading(*, key: str | None, num_frames: int, grid: Sequence[int], tap: str) -> None:
-    """Raise TypeError or ValueError unless `load_input` can use these arguments."""
+    """Raise TypeError or ValueError unless these are valid arguments of `load_input`."""
     if not isinstance(key, str | None):
         raise TypeError(f"key must be a name or None, got {key!r}")
     check_count("num_frames", num_frames)
@@ -117,7 +118,7 @@ def check_count(name: str, value: int) -> None:
 
 @contextmanager
 def _taken_for_a_video(file: Path) -> Iterator[None]:
-    """Add to errors why a file or pipe that is not named like a video was taken for one."""
+    """Extend the errors of the block by the reason why a file or pipe without a video's suffix was read as a video."""
     try:
         yield
     except (VideoError, ImportError) as error:
@@ -129,5 +130,5 @@ def _taken_for_a_video(file: Path) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _encoder(tap: str) -> Encoder:
-    """The encoder that all videos of a process share, since loading it takes seconds."""
+    """Return the encoder that all videos of a process share, since loading it takes seconds."""
     return Encoder(tap)

@@ -1,6 +1,6 @@
-"""Token tensors in files and pipes: reading without unpickling, writing all or nothing.
+"""Token tensors in files and pipes: reading without unpickling, atomic writing.
 
-Each format is read by the library that writes it. Whatever that raises becomes a `TokenFileError` of one line, which
+Each format is read by the library that writes it. Errors of the library become a `TokenFileError` of one line, which
 names the file, the cause and what is allowed. Tokens are copies: no file stays mapped.
 """
 
@@ -49,14 +49,14 @@ _ALLOWED = {
 }
 
 SUFFIXES = tuple(_ALLOWED)
-"""Suffixes of token files. Files may have them in upper case too."""
+"""Suffixes of token files in lower case; upper case is accepted too."""
 
-# Dtypes of tokens, and their names in the header of a .safetensors file.
+# Names of the dtypes of tokens in the header of a .safetensors file, by their names in torch.
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
 class TokenFileError(ValueError):
-    """A file without usable tokens. The message gives the file, the cause and what is allowed."""
+    """Error about a file without usable tokens. The message names the file, the cause and what is allowed."""
 
 
 # ---- reading a file ----
@@ -67,16 +67,16 @@ def read_tokens(path: str | os.PathLike[str], key: str | None = None) -> Tensor:
 
     Args:
         path: the file.
-        key: name of the tensor, in a format with names; may be left out where there is one only.
+        key: name of the tensor, in a format with names; optional if the file holds a single tensor.
 
     Returns:
         `(T, H, W, C)` or `(B, T, H, W, C)` on the CPU; bfloat16, float16, float32 or float64, as in the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        TokenFileError: it is damaged, does not fit into memory, would have to be unpickled, or holds something else
-            than tokens; or it holds several tensors (the message lists them), or not the one asked for.
-        OSError: the system does not let it be opened.
+        TokenFileError: the file is damaged, does not fit into memory, would have to be unpickled or holds no tokens; or
+            it holds several tensors (the message lists them) and no `key` is given, or none of the name `key`.
+        OSError: the operating system refuses to open the file.
     """
     file = Path(path)
     suffix = _suffix(file)
@@ -94,7 +94,7 @@ def read_tokens(path: str | os.PathLike[str], key: str | None = None) -> Tensor:
                 tensor = _read_pt(opened, key)
             case _:
                 with safetensors.safe_open(file, framework="pt", device="cpu") as archive:
-                    # A clone, because the library's own tensor is a mapping of the file.
+                    # The library's own tensor is a mapping of the file.
                     tensor = archive.get_tensor(_choose(archive.keys(), key)).clone()
         _check_dtype(_name(tensor.dtype))
         _check_shape(tuple(tensor.shape))
@@ -102,7 +102,7 @@ def read_tokens(path: str | os.PathLike[str], key: str | None = None) -> Tensor:
 
 
 def _read_npz(opened: BinaryIO, key: str | None) -> Tensor:
-    if not zipfile.is_zipfile(opened):  # numpy would take it for a pickle, and suggest to allow that
+    if not zipfile.is_zipfile(opened):  # numpy would read it as a pickle, and suggest to allow pickles
         raise TokenFileError(f"cannot be read (not a zip archive, or cut short); allowed: {_ALLOWED['.npz']}")
     opened.seek(0)
     with np.load(opened, allow_pickle=False) as archive:
@@ -129,7 +129,7 @@ def _read_pt(opened: BinaryIO, key: str | None) -> Tensor:
 
 
 def _incomplete(tensor: Tensor) -> str | None:
-    """The kind of a tensor that is more than a block of elements in memory, or None."""
+    """Return the kind of a tensor whose elements are not all stored, None if they are."""
     if tensor.is_nested or tensor.layout != torch.strided:
         return "nested" if tensor.is_nested else "sparse"
     if tensor.is_meta or tensor.is_quantized:
@@ -154,14 +154,14 @@ def _check_no_key(key: str | None) -> None:
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
-    """The array as a tensor, in this machine's byte order."""
+    """Return an array as a tensor in this machine's byte order."""
     _check_dtype(array.dtype.name)
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in _DTYPES:
-        # NumPy has no bfloat16; other packages save theirs as elements of two bare bytes.
+        # NumPy has no bfloat16; other packages save it as a dtype of 2 raw bytes.
         hint = " (bfloat16? use .pt or .safetensors)" if dtype == "void16" else ""
         raise TokenFileError(f"tokens are bfloat16, float16, float32 or float64, got {dtype}{hint}")
 
@@ -182,18 +182,18 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def write_tokens(path: str | os.PathLike[str], tensor: Tensor, *, force: bool) -> None:
-    """Write a tensor of any shape and device to a file in the format of its suffix, all or nothing.
+    """Write a tensor of any shape and device to a file in the format of its suffix, by `atomic_write`.
 
-    In .npz and .safetensors it is called "tokens"; a .pt file holds the tensor itself.
+    In .npz and .safetensors files the tensor is named "tokens"; a .pt file holds the tensor itself.
 
     Raises:
-        FileExistsError: the file exists, and not `force`.
-        TokenFileError: another suffix, or a dtype that the format cannot hold.
-        OSError: the system does not let it be written.
+        FileExistsError: the file exists, and `force` is False.
+        TokenFileError: `path` has another suffix, or the format cannot hold the dtype.
+        OSError: the operating system refuses to write the file.
     """
     file = Path(path)
     check_dtype(file, tensor.dtype)
-    # torch.save writes the whole storage of a view, so only a tensor that fills its storage is written as it is.
+    # torch.save writes the whole storage of a view, so a tensor that does not fill its storage is copied.
     tensor = tensor.detach().cpu().contiguous()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()
@@ -210,10 +210,12 @@ def write_tokens(path: str | os.PathLike[str], tensor: Tensor, *, force: bool) -
 
 
 def write_chunks(path: str | os.PathLike[str], chunks: Iterable[Tensor], *, force: bool) -> None:
-    """Write tokens that come in chunks to one .npy or .safetensors file, as `write_tokens` writes them joined.
+    """Write chunks of tokens to one .npy or .safetensors file, as `write_tokens` writes the joined chunks.
 
-    A chunk is (n, H, W, C) with any n, 0 included; H, W, C and the dtype stay the same. Raises TokenFileError if no
-    chunk comes, since there is no H, W, C and dtype then; otherwise as `write_tokens`.
+    chunks: tokens (n, H, W, C) with any n, 0 included, and the same H, W, C and dtype.
+
+    Raises TokenFileError if there is no chunk, since H, W, C and the dtype are unknown then; otherwise as
+    `write_tokens`.
     """
     file, frames, header = Path(path), 0, None
     check_streamable(file)
@@ -232,7 +234,7 @@ def write_chunks(path: str | os.PathLike[str], chunks: Iterable[Tensor], *, forc
 
 
 def _header(suffix: str, dtype: str, shape: tuple[int, ...], frames: int) -> bytes:
-    """The header of a file of tokens (frames, *shape). It has the same length for every number of frames."""
+    """Return the header of a file of tokens (frames, *shape), whose length is the same for every number of frames."""
     if suffix == ".npy":  # numpy leaves room for the first axis to grow
         about = {"descr": _npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
         header = io.BytesIO()
@@ -244,7 +246,7 @@ def _header(suffix: str, dtype: str, shape: tuple[int, ...], frames: int) -> byt
 
 
 def check_dtype(path: str | os.PathLike[str], dtype: torch.dtype) -> None:
-    """Raise TokenFileError unless the format of `path` (by its suffix) can hold tokens of `dtype`."""
+    """Raise TokenFileError unless the format of `path`, given by its suffix, can hold tokens of `dtype`."""
     if _suffix(Path(path)) in (".npy", ".npz") and dtype == torch.bfloat16:
         raise TokenFileError(
             f"{path}: NumPy's formats cannot hold bfloat16: write .pt or .safetensors, or convert with --dtype float32"
@@ -252,7 +254,7 @@ def check_dtype(path: str | os.PathLike[str], dtype: torch.dtype) -> None:
 
 
 def check_streamable(path: str | os.PathLike[str]) -> None:
-    """Raise TokenFileError unless `write_chunks` writes files with the suffix of `path`."""
+    """Raise TokenFileError unless `write_chunks` supports the suffix of `path`."""
     if Path(path).suffix.lower() not in (".npy", ".safetensors"):
         raise TokenFileError(f"{path}: --stream writes .npy and .safetensors, which can be written chunk by chunk")
 
@@ -261,11 +263,12 @@ def check_streamable(path: str | os.PathLike[str]) -> None:
 
 
 def stream_tokens(source: io.BufferedReader, name: str, chunk: int) -> Iterator[Tensor]:
-    """Tokens (n, H, W, C) with n ≤ `chunk`, read from .npy arrays that follow one another.
+    """Yield tokens (n, H, W, C) with n ≤ `chunk`, read from a sequence of .npy arrays.
 
-    Nothing is read ahead beyond what `source` buffers, so a pipe will do. `name` is what errors call it.
+    source: bytes of a file or a pipe; nothing is read ahead beyond its buffer. name: its name in error messages.
 
-    Raises TokenFileError where an array is damaged, cut short, holds no tokens or other ones than those before.
+    Raises TokenFileError if an array is damaged, cut short, holds no tokens, or differs in (H, W, C) or dtype from
+    those before.
     """
     like: tuple[tuple[int, ...], np.dtype[Any]] | None = None
     with _errors_name(name, "arrays of floats, as numpy.save writes them"):
@@ -280,7 +283,7 @@ def stream_tokens(source: io.BufferedReader, name: str, chunk: int) -> Iterator[
             if like is not None and like != (shape[1:], dtype):
                 raise TokenFileError(f"after (…, H, W, C) = {like[0]} of {like[1]} came {shape[1:]} of {dtype}")
             like = (shape[1:], dtype)
-            for first in range(0, max(1, shape[0]), chunk):  # an array of no frames has H, W and C too
+            for first in range(0, max(1, shape[0]), chunk):  # an array without frames yields one chunk, of 0 frames
                 array = np.empty((min(chunk, shape[0] - first), *shape[1:]), dtype)
                 if source.readinto(array.reshape(-1).view(np.uint8).data) < array.nbytes:
                     raise TokenFileError(f"cut short: {shape[0]} frames announced, {first} and a part came")
@@ -288,7 +291,7 @@ def stream_tokens(source: io.BufferedReader, name: str, chunk: int) -> Iterator[
 
 
 def stream_safetensors(file: Path, chunk: int) -> Iterator[Tensor]:
-    """Tokens (n, H, W, C) with n ≤ `chunk` of a .safetensors file of one tensor, which is read in slices.
+    """Yield tokens (n, H, W, C) with n ≤ `chunk` of a .safetensors file of one tensor, which is read in slices.
 
     Raises TokenFileError as `read_tokens`.
     """
@@ -312,8 +315,8 @@ def stream_safetensors(file: Path, chunk: int) -> Iterator[Tensor]:
 def _errors_name(name: str, allowed: str) -> Iterator[None]:
     """Raise every error of the block as a TokenFileError of one line that names the file.
 
-    Libraries raise a dozen kinds for a damaged file. MemoryError and OverflowError are among them, since a header may
-    announce any size.
+    name: name of the file. allowed: contents that it may have. Libraries raise many kinds of errors for a damaged file,
+    MemoryError and OverflowError among them, since its header may announce any size.
     """
     try:
         yield

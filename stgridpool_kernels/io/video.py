@@ -1,7 +1,7 @@
-"""Frames of a video by PyAV, which carries its own FFmpeg and is imported on first use.
+"""Reading of video frames with PyAV, which ships its own FFmpeg and is imported on first use.
 
-A video is decoded once, front to back, and only the frames asked for are kept, at their final size. Frames that cannot
-be decoded are left out, with a `VideoWarning`.
+A video is decoded once, from start to end, and only the requested frames are kept, at their final size. Frames that
+cannot be decoded are left out, with a `VideoWarning`.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ __all__ = [
 ]
 
 VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
-"""Suffixes by which videos are found in a folder. A file that is named otherwise can be a video too."""
+"""Suffixes by which videos are found in a folder, in lower case. Files with other suffixes can be videos too."""
 
 
 class VideoError(ValueError):
-    """A file or stream of which no frame can be decoded. The message gives its name and the cause."""
+    """Error about a file or stream without a frame that can be decoded. The message gives its name and the cause."""
 
 
 class VideoWarning(UserWarning):
-    """A video of which fewer frames can be decoded than its packets or its header announce. The others are used."""
+    """Warning that fewer frames of a video can be decoded than its packets or header announce; these are used."""
 
 
 def sample_indices(total: int, num_frames: int) -> list[int]:
-    """Return which frames of a clip of `total` frames are read, in order, counting from 0.
+    """Return the indices, in order and from 0, of the frames that are read of a clip of `total` frames.
 
-    Sample `k` is `floor(k * (total - 1) / (num_frames - 1))`, from the first frame to the last; one sample is frame 0.
-    A clip with no more than `num_frames` frames is taken whole. Raises ValueError if `num_frames` is below 1 or `total`
-    is negative.
+    Sample `k` is frame `floor(k * (total - 1) / (num_frames - 1))`, from the first to the last; a single sample is
+    frame 0. A clip of at most `num_frames` frames is read whole. Raises ValueError if `num_frames` is below 1 or
+    `total` is negative.
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
@@ -54,7 +54,7 @@ def sample_indices(total: int, num_frames: int) -> list[int]:
 
 
 def count_frames(path: str | os.PathLike[str]) -> int:
-    """Return how many frames the packets of a video file announce. Nothing is decoded. Errors as in `read_frames`."""
+    """Return the number of frames that a video file's packets announce, without decoding. Raises as `read_frames`."""
     with _opened(os.fspath(path)) as (container, stream):
         return sum(packet is not None and _shows_frame(packet) for packet in _packets(container, stream))
 
@@ -66,21 +66,21 @@ def read_frames(
     size: tuple[int, int] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> np.ndarray:
-    """Read frames spread evenly over a clip: those of `sample_indices`, where `total` is `count_frames`.
+    """Read the frames of a clip that `sample_indices` selects with `total` = `count_frames`, which are evenly spread.
 
     Args:
         path: a local file. Its best video stream is read; a rotation recorded in the stream is applied.
-        num_frames: the most frames to return.
-        size: `(height, width)` in pixels of the frames returned. swscale's bilinear filter does the resizing,
-            which averages when it shrinks; the aspect ratio is not kept. None keeps the clip's own size.
-        progress: called as `progress(done, total)` after each frame sampled.
+        num_frames: maximum number of frames to return.
+        size: `(height, width)` in pixels of the returned frames. They are resized by swscale's bilinear filter, which
+            averages when it shrinks; the aspect ratio is not kept. None keeps the clip's own size.
+        progress: called as `progress(done, total)` after each sampled frame.
 
     Returns:
-        uint8 `(T, H, W, 3)` RGB with `T = min(num_frames, frames in the clip)`, less if not all can be decoded.
+        uint8 `(T, H, W, 3)` RGB with `T = min(num_frames, frames in the clip)`, or fewer if some cannot be decoded.
 
     Warns:
         VideoWarning: fewer frames can be decoded than the file announces. In formats made for streaming (Matroska,
-            MPEG-TS, raw H.264), a file cut short announces no more than it has and is just a shorter clip.
+            MPEG-TS, raw H.264), a file that is cut short announces only the frames it has, so nothing is missing.
 
     Raises:
         VideoError: FFmpeg cannot open the file, it has no video stream, or none of its frames can be decoded.
@@ -107,10 +107,10 @@ def read_frames(
 
 
 def iter_frames(source: BinaryIO, name: str, *, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Every frame of a clip, one after the other, as uint8 `(H, W, 3)` RGB of `size`; the rest as in `read_frames`.
+    """Yield every frame of a clip as uint8 `(H, W, 3)` RGB of `size` = `(H, W)`. Raises and warns as `read_frames`.
 
-    source: bytes that need not end, nor be seekable if their container is made for that (Matroska, MPEG-TS, fragmented
-        MP4). `name` is what errors call them.
+    source: bytes that may be endless, and not seekable if the container format allows it (Matroska, MPEG-TS, fragmented
+        MP4). name: its name in error messages.
     """
     with _opened(name, source) as (container, stream):
         for frame in _frames(container, stream, name):
@@ -118,7 +118,7 @@ def iter_frames(source: BinaryIO, name: str, *, size: tuple[int, int]) -> Iterat
 
 
 def _frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
-    """Every frame of the stream that can be decoded. Behind the last one, the others are counted."""
+    """Yield every frame of the stream that can be decoded; warn at the end if fewer were decoded than announced."""
     found = announced = discarded = 0
     for packet in _packets(container, stream):
         announced += packet is None or _shows_frame(packet)
@@ -140,7 +140,7 @@ def _frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
 
 
 def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """The stream's packets as the container has them, with None for one that cannot be read, or not whole."""
+    """Yield the stream's packets in the order of the container, None for one that is corrupt or cannot be read."""
     try:
         for packet in container.demux(stream):
             yield None if packet.is_corrupt else packet
@@ -149,7 +149,7 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _shows_frame(packet: Any) -> bool:
-    """Whether a packet announces a frame. The one that ends a stream is empty; an edit list discards others."""
+    """Whether a packet announces a frame. The packet that ends a stream is empty, and an edit list discards packets."""
     return packet.size > 0 and not packet.is_discard
 
 
@@ -165,13 +165,13 @@ def _to_rgb(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
 
 @contextmanager
 def _opened(name: str, source: BinaryIO | None = None) -> Iterator[tuple[Any, Any]]:
-    """Open the file `name`, or a stream, as its container and best video stream; FFmpeg's errors become VideoError."""
+    """Yield container and best video stream of the file `name`, or of `source`; FFmpeg's errors become VideoError."""
     av = _import_av()
     try:
         # "file:" keeps a colon in the name from being read as a protocol.
         with av.open(source or f"file:{name}") as container:
             stream = container.streams.best("video")
-            # FFmpeg draws a text file as an animation of its characters; nobody means that by a video.
+            # FFmpeg would render a text file as a video of its characters.
             if stream is None or container.format.name == "tty":
                 raise VideoError(f"{name}: the file holds no video stream")
             stream.thread_type = "AUTO"

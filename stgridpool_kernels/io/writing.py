@@ -1,4 +1,4 @@
-"""Files that appear whole, or not at all."""
+"""Atomic writing: files appear complete, or not at all."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import BinaryIO
 
 
 def refuse_existing(path: str | os.PathLike[str], force: bool) -> None:
-    """Raise where `atomic_write` would not write: call it before the work whose result is to be written.
+    """Raise if `atomic_write` would refuse to write `path`. Call it before the work whose result is to be written.
 
     Raises:
-        FileExistsError: the file exists (a dangling link does too), and not `force`.
-        OSError: with or without `force`, `path` is a folder or no regular file, or its folder is missing or not
-            writable.
+        FileExistsError: the file exists, which includes a dangling link, and `force` is False.
+        OSError: whatever `force` is, `path` is a folder or no regular file, or its folder is missing or not writable.
     """
     file = Path(path)
     if file.is_dir():
@@ -34,24 +33,25 @@ def refuse_existing(path: str | os.PathLike[str], force: bool) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, force: bool) -> Iterator[BinaryIO]:
-    """Open `path` for writing bytes so that it appears whole, or not at all.
+    """Open `path` for writing bytes so that it appears complete, or not at all.
 
         with atomic_write(path, force=False) as file:
             figure.savefig(file, format="png")
 
-    What is written goes to a temporary file in the same folder. When the block ends it is flushed to disk and takes the
-    name; when the block is left by any exception, Ctrl-C included, it is removed and what `path` held is untouched.
-    Without `force` a file that appears meanwhile is not overwritten. With it, a link stays and its target is replaced.
+    Bytes are written to a temporary file in the same folder. At the end of the block it is flushed to disk and renamed
+    to `path`; if any exception, Ctrl-C included, leaves the block, it is removed and an existing file is unchanged.
+    Without `force`, a file that appears meanwhile is not overwritten. With `force`, a link stays and its target is
+    replaced.
 
     Raises:
-        FileExistsError, OSError: as `refuse_existing`, or from the system.
+        FileExistsError, OSError: as `refuse_existing`, or from the operating system.
     """
     file = Path(path)
     refuse_existing(file, force)
     target = Path(os.path.realpath(file))
     temporary = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}.tmp")
     try:
-        # not the tempfile module, whose files are 0600 whatever the umask says
+        # the tempfile module would ignore the umask: its files have mode 0600
         with open(temporary, "xb") as out:
             yield out
             out.flush()
@@ -69,11 +69,11 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool) -> Iterator[Binar
 
 
 def _claim(temporary: Path, target: Path) -> None:
-    """Give a finished file its name, failing if something has that name by now."""
+    """Rename a finished file to `target`. Raises FileExistsError if that exists by now."""
     try:
         try:
             os.link(temporary, target)
-        except OSError:  # the name is taken, or the file system has no hard links: then an empty file holds the name
+        except OSError:  # `target` exists, or the file system has no hard links: an empty file then reserves the name
             open(target, "xb").close()
             os.replace(temporary, target)
     except FileExistsError as error:
@@ -81,7 +81,7 @@ def _claim(temporary: Path, target: Path) -> None:
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove temporary files that killed processes left while they wrote `path`, once it is there."""
+    """Remove temporary files that killed processes left when writing `path`, if `path` exists."""
     file = Path(path)
     if file.exists():
         for name in glob.glob(f"{glob.escape(_prefix(file))}*.tmp", root_dir=file.parent):
