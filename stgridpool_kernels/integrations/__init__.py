@@ -1,1 +1,1 @@
-"""ST-GridPool inside engines, opt-in: one module per engine, each imported by name. See docs/integrations.md."""
+"""Opt-in integrations of ST-GridPool into engines, with one module per engine. See docs/integrations.md."""

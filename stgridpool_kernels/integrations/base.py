@@ -1,13 +1,13 @@
-"""What every engine integration needs: pooling in an engine's layout, token counts, checks before anything runs.
+"""Functions that engine integrations share: pooling in an engine's layout, token counts, and checks of options.
 
 How to add an engine
 --------------------
 
 Engines hold the tokens of all videos of a batch as one (ΣF, h·w, C) tensor, and reserve placeholders in the prompt
-before they compute it. So an adapter does three things: it finds out how many frames belong to each video, it hands the
-tensor to `pool_flat`, and it refuses options that would give another number of tokens than there are placeholders. It
-imports its engine lazily, with `require`, and changes nothing until it is called. This one is complete; it is for the
-engine tests/support/toy_engine.py, and tests/integrations/test_base.py runs it as it stands here:
+before they compute it. An adapter therefore does three things: it finds the number of frames of each video, it passes
+the tensor to `pool_flat`, and it refuses options that give another number of tokens than there are placeholders. It
+imports its engine lazily, with `require`, and changes nothing until it is called. The following adapter is complete. It
+is for the engine of tests/support/toy_engine.py, and tests/integrations/test_base.py executes it from this docstring:
 
     from functools import lru_cache
 
@@ -38,8 +38,8 @@ engine tests/support/toy_engine.py, and tests/integrations/test_base.py runs it 
             raise RuntimeError("model is not patched")
         model.__class__ = type(model).__base__
 
-A class of its own per set of options, put in place of the model's, keeps models with different options apart, leaves
-parameters and their names alone, and survives copy.deepcopy.
+Replacing the model's class by a subclass per set of options separates models with different options, leaves parameters
+and their names unchanged, and works with copy.deepcopy.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ from torch import Tensor
 from .. import GridPool, grid_plan, grid_pool, use_backend
 
 NEWLINES = ("none", "one_token", "grid", "frame")
-"""Where an engine puts newline tokens: nowhere, one after the video, one after every row, one after every frame."""
+"""Supported placements of newline tokens: none, one after the video, one after every row, one after every frame."""
 
 _OPTIONS = tuple(name for name in inspect.signature(grid_pool).parameters if name not in ("x", "frame_counts", "out"))
 _GEOMETRY = tuple(name for name in inspect.signature(grid_plan).parameters if name in _OPTIONS)
 
 
 def pool_flat(x: Tensor, frames_per_video: Sequence[int], grid: Sequence[int] | None = None, **options: Any) -> Tensor:
-    """ST-GridPool on tokens as engines hold them: one call for all videos, and no summary mixes two of them.
+    """Apply ST-GridPool to all videos of a batch in the layout of engines. Groups never span two videos.
 
-    x: (ΣF, h·w, C), the frames of all videos one after the other, or (ΣF, h, w, C); dtypes and strides as in
-        `grid_pool`. It is not modified.
-    frames_per_video: frames of each video, in order; they sum to ΣF.
-    grid: (h, w); by default the square of h·w tokens, or what a 4-D x says.
+    x: (ΣF, h·w, C), the frames of all videos in order, or (ΣF, h, w, C); dtypes and strides as in `grid_pool`. It is
+        not modified.
+    frames_per_video: number of frames of each video, in order; they must sum to ΣF.
+    grid: (h, w) in tokens; by default that of a 4-D x, or the square of h·w tokens.
     options: keyword arguments of `grid_pool` except `frame_counts` and `out`.
 
     Result: (ΣF, OH·OW, C), or (ΣF, OH, OW, C) for 4-D x; same dtype, contiguous, new.
@@ -89,22 +89,23 @@ def pool_flat(x: Tensor, frames_per_video: Sequence[int], grid: Sequence[int] | 
 
 
 def pooled_grid(grid: Sequence[int], **options: Any) -> tuple[int, int]:
-    """(OH, OW): rows and columns of tokens that `pool_flat` leaves of a frame of grid = (h, w). Errors as there."""
+    """Return rows and columns (OH, OW) of tokens that `pool_flat` leaves of an (h, w) frame. Raises as `pool_flat`."""
     _check_names(options)
     rows, cols = _pair("grid", grid)
     return grid_plan((), rows, cols, **{name: options[name] for name in _GEOMETRY if name in options}).pooled_size
 
 
 def tokens_per_frame(grid: Sequence[int], **options: Any) -> int:
-    """OH·OW: the tokens that `pool_flat` leaves of a frame of grid = (h, w). Errors as there."""
+    """Return the number OH·OW of tokens that `pool_flat` leaves of an (h, w) frame. Raises as `pool_flat`."""
     return math.prod(pooled_grid(grid, **options))
 
 
 def video_token_count(frames: int, grid: Sequence[int], newline: str = "none", **options: Any) -> int:
-    """The tokens of a video in the prompt: `frames` pooled frames of grid = (h, w), and the engine's newline tokens.
+    """Return the number of tokens of a video in the prompt, with the engine's newline tokens.
 
-    newline: "none": F·OH·OW. "one_token": one more for the video, as LLaVA-OneVision in transformers and vLLM.
-        "grid": one after every row, F·OH·(OW + 1). "frame": one after every frame, F·(OH·OW + 1).
+    frames: number F of frames. grid: (h, w) of a frame before pooling, in tokens. newline: "none" counts F·OH·OW;
+    "one_token" F·OH·OW + 1, with one per video, as LLaVA-OneVision in transformers and vLLM; "grid" F·OH·(OW + 1), with
+    one after every row; "frame" F·(OH·OW + 1), with one after every frame.
 
     Raises ValueError for a negative number of frames or an unknown newline; otherwise as `pool_flat`.
     """
@@ -124,10 +125,11 @@ def video_token_count(frames: int, grid: Sequence[int], newline: str = "none", *
 
 @dataclass(frozen=True, init=False, repr=False)
 class PoolOptions:
-    """Keyword arguments of `grid_pool` except `frame_counts` and `out`, checked once: immutable, hashable, comparable.
+    """Checked keyword arguments of `grid_pool` except `frame_counts` and `out`. Objects are immutable and hashable.
 
-    Two are equal if they say the same, defaults included. `pool_flat(x, frames, grid, **options.arguments)` applies
-    them. Raises as `grid_pool` does, as far as that needs no input, and TypeError for an unknown argument.
+    Two objects are equal if all arguments, defaults included, are equal. `pool_flat(x, frames, grid,
+    **options.arguments)` applies them. Raises as `grid_pool`, except for limits that depend on the size of x, and
+    TypeError for an unknown argument.
     """
 
     _items: tuple[tuple[str, Any], ...]
@@ -140,7 +142,7 @@ class PoolOptions:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """All of them by name, defaults included, sequences as tuples."""
+        """All arguments by name, with defaults, and with sequences as tuples."""
         return dict(self._items)
 
     def __repr__(self) -> str:
@@ -150,19 +152,22 @@ class PoolOptions:
 
 
 def ceil_options(**options: Any) -> PoolOptions:
-    """The options for an engine whose own pooling rounds up, 27 × 27 → 14 × 14: `ceil_mode=True`, unless they choose it
-    or an `output_size` themselves. Errors as in `PoolOptions`."""
+    """Return options for an engine whose own pooling rounds up, as 27 × 27 → 14 × 14: `ceil_mode` is True by default.
+
+    An `output_size` leaves `ceil_mode` at the default of `grid_pool`. Raises as `PoolOptions`.
+    """
     if options.get("output_size") is None:
         options.setdefault("ceil_mode", True)
     return PoolOptions(**options)
 
 
 def require_size(engine: str, grid: Sequence[int], expected: int, options: PoolOptions) -> None:
-    """Refuses options that leave another number of tokens per frame than the engine has placeholders for.
+    """Check that options leave as many tokens per frame as the engine has placeholders for.
 
-    engine: its name, for the message. grid: (h, w) before pooling. expected: tokens per frame after it.
+    engine: its name in the error message. grid: (h, w) of a frame before pooling, in tokens. expected: number of tokens
+    per frame after pooling.
 
-    Raises ValueError with both numbers, and what to pass instead where that is known.
+    Raises ValueError with both numbers, and with options that fit if they are known.
     """
     arguments = options.arguments
     rows, cols = pooled_grid(grid, **arguments)
@@ -178,14 +183,14 @@ def require_size(engine: str, grid: Sequence[int], expected: int, options: PoolO
 
 
 def require(package: str, at_least: str, below: str) -> ModuleType:
-    """Imports an engine, of a version that its integration was tested with: at_least ≤ version < below.
+    """Import an engine if the integration was tested with its version: at_least ≤ version < below.
 
-    Raises ImportError if it is not installed, RuntimeError naming the version found and the tested range if not in it.
+    Raises ImportError if it is not installed, RuntimeError with its version and the tested range if it is outside.
     """
     tested = f"this integration was tested with {package} from {at_least} to before {below}"
     try:
         version = metadata.version(package)
-    except metadata.PackageNotFoundError:  # a clone on the path, or a distribution of another name
+    except metadata.PackageNotFoundError:  # it may be a clone on the path, or a distribution of another name
         if package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ImportError(f"{package} is not installed; {tested}") from None
         version = str(getattr(importlib.import_module(package), "__version__", "unknown"))
@@ -243,7 +248,7 @@ def _frames(x: Tensor, frames_per_video: Sequence[int]) -> list[int]:
 
 
 def _remedy(grid: Sequence[int], expected: int, arguments: dict[str, Any]) -> str:
-    """What to pass instead, as the end of a message; empty where neither rounding nor a nearly square grid fits."""
+    """Return options that fit, as the end of a message; empty if neither rounding nor a nearly square grid fits."""
     if arguments["output_size"] is None:
         flipped = {**arguments, "ceil_mode": not arguments["ceil_mode"]}
         if tokens_per_frame(grid, **flipped) == expected:
@@ -255,7 +260,7 @@ def _remedy(grid: Sequence[int], expected: int, arguments: dict[str, Any]) -> st
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, without zeros at their end: "5.17.0rc1" and "5.17" are (5, 17)."""
+    """Return the leading numbers of a version without trailing zeros: "5.17.0rc1" and "5.17" give (5, 17)."""
     numbers = re.match(r"\d+(?:\.\d+)*", version)
     release = [int(number) for number in numbers.group().split(".")] if numbers else []
     while release and release[-1] == 0:

@@ -1,6 +1,7 @@
-"""LLaVA-Video and LLaVA-OneVision in a clone of LLaVA-NeXT: ST-GridPool in place of `get_2dPool`.
+"""Integration into LLaVA-NeXT: ST-GridPool replaces `get_2dPool` of LLaVA-Video and LLaVA-OneVision.
 
-`patch()` replaces the method of the class that all its models share, until `unpatch()`: loaded models and later ones.
+`patch()` replaces the method in the class that all models of a clone share, so it affects loaded models and later ones,
+until `unpatch()`.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ _MODES = ("average", "max", "bilinear")
 
 
 def patch(**options: Any) -> None:
-    """Replaces the pooling of video tokens, in every model of the clone, by ST-GridPool.
+    """Replace the pooling of video tokens, in every model of the clone, by ST-GridPool.
 
-    options: keyword arguments of `grid_pool` except `frame_counts` and `out`. Unless they choose the windows, these are
-        stride × stride tokens, with the stride that the model asks for (2), and there are as many as the model was
-        trained with: `ceil_mode` is True where config.mm_spatial_pool_mode is "bilinear", False where it is "average"
-        or "max". Any other number of tokens works too, since the model makes room for them afterwards.
+    options: keyword arguments of `grid_pool` except `frame_counts` and `out`. By default the windows leave as many
+        tokens as the model was trained with: they are stride × stride, with the stride that the model passes (2), and
+        `ceil_mode` is True if config.mm_spatial_pool_mode is "bilinear", False if it is "average" or "max". Other
+        numbers of tokens work too, since the model makes room for them afterwards.
 
-    `LlavaMetaForCausalLM.get_2dPool(image_feature, stride=2)` is what changes: (F, g², C) of one video, after the
-    projector, to (F, OH·OW, C), newly allocated. Newline tokens are added afterwards by the model, for every
+    It replaces `LlavaMetaForCausalLM.get_2dPool(image_feature, stride=2)`, which maps (F, g², C) of one video, after
+    the projector, to (F, OH·OW, C), newly allocated. The model adds newline tokens afterwards, for every
     config.mm_newline_position.
 
-    Raises ImportError if there is no `llava` on the path, RuntimeError if it has no such method or is patched already
-    (`unpatch` first); for options as `grid_pool` does. A call raises ValueError for what cannot be pooled like this: a
-    config.mm_spatial_pool_mode other than those above; config.add_faster_video, which interleaves a second pooling;
-    OH ≠ OW where config.mm_newline_position is "grid", which takes the tokens of a frame for a square.
+    Raises ImportError if there is no `llava` on the path; RuntimeError if it has no such method or is patched already
+    (`unpatch` first); for options as `grid_pool`. A call of the method raises ValueError if config.mm_spatial_pool_mode
+    is none of the above; if config.add_faster_video is on, which interleaves a second pooling; and for OH ≠ OW if
+    config.mm_newline_position is "grid", which assumes a square of tokens.
     """
     owner = _owner()
     if _is_ours(owner.get_2dPool):
@@ -47,7 +48,7 @@ def patch(**options: Any) -> None:
 
 
 def unpatch() -> None:
-    """Puts the model's own pooling back. Raises RuntimeError if it is not patched; ImportError as `patch` does."""
+    """Restore the model's own pooling. Raises RuntimeError if it is not patched, ImportError as `patch`."""
     owner = _owner()
     if not _is_ours(owner.get_2dPool):
         raise RuntimeError("llava is not patched")
@@ -67,7 +68,7 @@ def _replacement(replaced: Callable[..., Tensor], options: PoolOptions, given: d
 
 
 def _windows(config: Any, stride: int, given: dict[str, Any]) -> dict[str, Any]:
-    """The windows that leave as many tokens as the model's own pooling."""
+    """Return arguments of the windows that leave as many tokens as the model's own pooling."""
     mode = config.mm_spatial_pool_mode
     if mode not in _MODES:
         raise ValueError(f"config.mm_spatial_pool_mode must be one of {', '.join(map(repr, _MODES))}, got {mode!r}")

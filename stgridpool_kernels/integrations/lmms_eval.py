@@ -1,7 +1,7 @@
-"""lmms-eval: the models `llava_vid_stgp` and `llava_onevision_stgp`, found through its entry point group.
+"""Integration into lmms-eval: the models `llava_vid_stgp` and `llava_onevision_stgp`, found by its entry point group.
 
-They are lmms-eval's own `llava_vid` and `llava_onevision`, with ST-GridPool for the length of loading and of every
-request, and take its options with the prefix `stgp_` among the model arguments:
+They are lmms-eval's own `llava_vid` and `llava_onevision`, with ST-GridPool during loading and during every request.
+Options are model arguments with the prefix `stgp_`:
 
     python -m lmms_eval --model llava_vid_stgp --model_args pretrained=…,stgp_temperature=2,stgp_frame_strides=2:4:8 …
 """
@@ -26,12 +26,12 @@ _CLASSES = {
     "LlavaOnevisionStgp": ("llava_onevision", "Llava_OneVision"),
 }
 _REQUESTS = ("loglikelihood", "generate_until", "generate_until_multi_round", "generate_until_agentic")
-# how LLaVA-NeXT calls what video_token_count calls otherwise
 _NEWLINES = {"no_token": "none", "one_token": "one_token", "grid": "grid", "frame": "frame"}
+"""The `newline` of `video_token_count` for each mm_newline_position of LLaVA-NeXT."""
 
 
 def manifests() -> list[Any]:
-    """What the entry point group `lmms_eval.models` of this package names: one ModelManifest per model."""
+    """Entry point of the group `lmms_eval.models`: return one ModelManifest per model."""
     registry = importlib.import_module("lmms_eval.models.registry_v2")
     return [
         registry.ModelManifest(f"{module}_stgp", simple_class_path=f"{__name__}.{name}")
@@ -40,10 +40,10 @@ def manifests() -> list[Any]:
 
 
 def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Model arguments → the options of `grid_pool` among them, and the others.
+    """Split model arguments into the options of `grid_pool` and the others.
 
-    An option is `stgp_` and the name of an argument of `grid_pool`, except `frame_counts` and `out`; `read_options`
-    says how values are written. `stgp=False` asks for the model's own pooling: then the options are None.
+    The name of an option is `stgp_` followed by an argument of `grid_pool`, except `frame_counts` and `out`;
+    `read_options` reads its value. `stgp=False` selects the model's own pooling, with None for the options.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -65,7 +65,7 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any] | None, d
 
 
 def __getattr__(name: str) -> Any:
-    """The model classes: they are made when lmms-eval asks for one, as their bases import the whole of LLaVA."""
+    """Return a model class. Classes are made on demand, since their bases import all of LLaVA."""
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return _pooled_class(name)
@@ -105,8 +105,10 @@ def _pooled_class(name: str) -> type:
 
 @contextlib.contextmanager
 def _pooling(model: Any) -> Iterator[None]:
-    """LLaVA's own class is patched no longer than one of our models is at work: others in the process, the baseline
-    of a comparison for one, keep the pooling that they were built with."""
+    """Patch LLaVA's class for the length of the block only, unless `model` is at work already.
+
+    Other models in the process, such as the baseline of a comparison, thus keep their own pooling.
+    """
     if model.stgp_options is None or getattr(model, "_stgp_at_work", False):
         yield
         return
@@ -121,7 +123,7 @@ def _pooling(model: Any) -> Iterator[None]:
 
 
 def _check_tokens(model: Any) -> None:
-    """Pools one frame of zeros, so that what does not fit this model is said before the first video is decoded."""
+    """Pool one frame of zeros, so that options that do not fit the model raise before the first video is decoded."""
     if model.stgp_options is None:
         return
     llava, config = model.model, model.config
@@ -139,5 +141,5 @@ def _check_tokens(model: Any) -> None:
             f"and LLaVA cuts a prompt at tokenizer_model_max_length, {limit}"
         )
     options = PoolOptions(**model.stgp_options)
-    log = importlib.import_module("loguru").logger  # lmms-eval's: it shows nothing of the library's own logging
+    log = importlib.import_module("loguru").logger  # lmms-eval's logger, since it does not show Python's logging
     log.info(f"ST-GridPool: {side} × {side} → {tokens} tokens a frame, {total} for {frames} frames, {options}")

@@ -1,7 +1,7 @@
-"""Options of `grid_pool` as text: of a command line, of an evaluation's model arguments, of an environment variable.
+"""Parsing of options of `grid_pool` from command lines, model arguments of evaluations and environment variables.
 
-A value is JSON or shorter: integers are `2,4,8`, `2:4:8`, `2x2` or `[2, 4, 8]`, a word needs no quotes, and `none` is
-an empty list where an argument takes any number of integers, else None.
+A value is JSON or a shorter form: integers are `2,4,8`, `2:4:8`, `2x2` or `[2, 4, 8]`, a word needs no quotes, and
+`none` is an empty list for an argument that takes any number of integers, else None.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _KINDS: dict[str, tuple[str, Any]] = {
 
 
 def read_options(given: str | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by name, as `grid_pool` takes them.
+    """Return options by name, with values of the types that `grid_pool` takes.
 
-    given: NAME=VALUE, several with commas between them; or the text of a JSON object; or values by name.
-    prefix: what stands before every name.
+    given: NAME=VALUE entries separated by commas; or the text of a JSON object; or values by name.
+    prefix: prefix of the names in `given`, which is removed.
 
-    Raises TypeError for an unknown name, ValueError for text of another form, for a name that is given twice and for a
-    value of another kind. Whether `grid_pool` allows a value is not checked.
+    Raises TypeError for an unknown name; ValueError for text of another form, for a name that is given twice and for a
+    value of another type. `grid_pool` checks the ranges of values.
     """
     options: dict[str, Any] = {}
     for shown, value in given.items() if isinstance(given, Mapping) else _pairs(given):
@@ -41,9 +41,9 @@ def read_options(given: str | Mapping[str, Any], prefix: str = "") -> dict[str, 
 
 
 def read_option(name: str, value: Any, shown: str) -> Any:
-    """The value of one argument of `grid_pool` as that takes it, from text or from a value of a Python or JSON type.
+    """Return the value of an argument of `grid_pool`, in its type, from text or from a value of a Python or JSON type.
 
-    name: an argument, except `out`. shown: what the user called it, for messages. Errors as in `read_options`.
+    name: an argument, except `out`. shown: its name in error messages. Raises as `read_options`.
     """
     if name == "backend":
         return _word(shown, value)
@@ -73,7 +73,7 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
 
 
 def _integers(value: Any) -> tuple[int, ...] | None:
-    """The integers in `value`, or None if it is anything else."""
+    """Return the integers in `value`, None if it is anything else."""
     if isinstance(value, str):
         separator = r"\s*(?:,|:|x)\s*"
         text = re.fullmatch(r"\s*\[(.*)\]\s*", value)

@@ -1,9 +1,10 @@
-"""Ray Data: pools the tokens of many files or videos, on every device of a machine or of a cluster.
+"""Integration into Ray Data: pooling of many token files and videos on all devices of a machine or a cluster.
 
     report = extract(["videos/", "tokens/a.npy"], "pooled/", temperature=2.0)
 
-or `python -m stgridpool_kernels.integrations.ray videos/ -o pooled/ temperature=2`. Ray schedules, retries, scales and
-shows the progress. This file has one step of a Ray dataset, `PoolFiles`, and a pipeline around it.
+The command `python -m stgridpool_kernels.integrations.ray videos/ -o pooled/ temperature=2` does the same. Ray
+schedules, retries, scales and shows the progress. This file has one step of a Ray dataset, `PoolFiles`, and a pipeline
+around it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ _Path = str | os.PathLike[str]
 
 @dataclass
 class Report:
-    """Outputs that were written, and that were there already; why inputs failed; what is missing of damaged videos."""
+    """Result of `extract`.
+
+    written: outputs of this call. skipped: outputs that existed before. failed: reasons, by input that failed. warned:
+    warnings about damaged videos, by input.
+    """
 
     written: list[Path] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
@@ -46,15 +51,16 @@ class Report:
 
 
 class PoolFiles:
-    """A callable class for `ray.data.Dataset.map_batches`: files in, pooled files out, one call of the op for many.
+    """Callable class for `ray.data.Dataset.map_batches` that pools files, several with one call of the op.
 
-    A batch has columns "source" (a token file or a video) and "output" (the file to write, in an existing folder). The
-    result has these and "state": "written"; "skipped" where the output is there already, which `map_batches` running a
-    batch again may find as well as a second run; "failed", with the reason in "reason". "warning" says what is missing
-    of a damaged video. Outputs appear whole or not at all, and inputs are never modified.
+    A batch has the columns "source", a token file or a video, and "output", the file to write in an existing folder.
+    The result adds the columns "state", "reason" and "warning". The state is "written"; "skipped" if the output exists,
+    after a previous run or a previous try of the batch by `map_batches`; or "failed", with the reason. The warning
+    tells which part of a damaged video is missing. Outputs appear complete or not at all, and inputs are never
+    modified.
 
-    device: where it pools. options: key, num_frames=32, grid=(18, 32) and tap="post_ln" as in `inputs.load_input`;
-    arguments of `grid_pool` except `frame_counts` and `out`. Errors are those of `check_reading` and `PoolOptions`.
+    device: device that pools. options: key, num_frames=32, grid=(18, 32) and tap="post_ln" as in `inputs.load_input`;
+    arguments of `grid_pool` except `frame_counts` and `out`. Raises as `check_reading` and `PoolOptions`.
     """
 
     def __init__(self, *, device: str = "cpu", **options: Any) -> None:
@@ -88,13 +94,13 @@ class PoolFiles:
         return {column: [job[column] for job in jobs] for column in ("source", "output", *new)}
 
     def _pool(self, group: list[tuple[dict[str, str], Tensor]]) -> None:
-        """Pools inputs of one frame size and dtype, packed along T, and writes each."""
+        """Pool inputs of one frame size and dtype, packed along T, and write the result of each."""
         counts = [x.shape[-4] for _, x in group for _ in range(math.prod(x.shape[:-4]))]
         packed = torch.cat([x.flatten(0, -4) for _, x in group]).to(self.device)
         try:
             with torch.no_grad():
                 pooled = grid_pool(packed, frame_counts=counts, **self.arguments).cpu()
-        except ValueError as error:  # what the options ask for does not fit frames of this size
+        except ValueError as error:  # the options do not fit frames of this size
             for job, _ in group:
                 job.update(state="failed", reason=f"{job['source']}: {error}")
             return
@@ -102,7 +108,7 @@ class PoolFiles:
             try:
                 write_tokens(job["output"], part.reshape(*x.shape[:-3], *part.shape[1:]), force=False)
                 job["state"] = "written"
-            except FileExistsError:  # by a run beside this one
+            except FileExistsError:  # a concurrent run wrote it
                 job["state"] = "skipped"
             except OSError as error:
                 job.update(state="failed", reason=str(error))
@@ -117,23 +123,23 @@ def extract(
     batch_size: int = 4,
     **options: Any,
 ) -> Report:
-    """Pools every input into a .safetensors file of its name in the folder `output`, on the devices that Ray has.
+    """Pool every input into a .safetensors file of its name in the folder `output`, on the devices of Ray.
 
-    A file that is there already is taken for finished and left alone, so a second run does what the first left. An
-    input that cannot be read, or that the options do not fit, is reported and skipped.
+    Outputs that exist are taken as finished and not overwritten, so a second run continues the first. Inputs that
+    cannot be read, or that the options do not fit, are reported as failed; the others are pooled.
 
-    inputs: token files, videos, and folders, which are searched with all folders in them; these come back in `output`.
+    inputs: token files, videos, and folders, which are searched recursively; `output` gets the same subfolders.
     output: a folder, made if needed. On several machines, all of them share the inputs and the output.
-    device: "cpu" or "cuda"; by default "cuda" where the cluster has GPUs. actors: processes; by default one per GPU, or
-    one per CPU. batch_size: files that an actor reads and pools at once; all of them have to fit into its memory.
-    options: those of `PoolFiles`.
+    device: "cpu" or "cuda"; by default "cuda" if the cluster has GPUs. actors: number of processes; by default one per
+    GPU, or one per CPU. batch_size: number of files that an actor reads and pools at once; they must fit into its
+    memory. options: those of `PoolFiles`.
 
-    Uses the cluster that this process is connected to; else the one of RAY_ADDRESS; else the one that `ray start` left
-    running on this machine; else starts one here, for the length of the call.
+    Uses the cluster that this process is connected to; else that of RAY_ADDRESS; else one that `ray start` started on
+    this machine; else it starts one for the length of the call.
 
     Raises OSError, ValueError or TypeError before anything is read; ImportError or RuntimeError without a tested Ray.
     """
-    PoolFiles(**options)  # which checks them
+    PoolFiles(**options)  # checks them
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be None, 'cpu' or 'cuda', got {device!r}")
     check_count("actors", 1 if actors is None else actors)
@@ -152,7 +158,7 @@ def extract(
         for row in _pooled(ray, rows, device, actors, batch_size, options):
             if row["state"] == "failed":
                 report.failed[Path(row["source"])] = row["reason"]
-            else:  # a batch that Ray ran again finds what its first try wrote: it was not there when this run began
+            else:  # a batch that Ray retries skips outputs of its first try, which did not exist before this run
                 report.written.append(Path(row["output"]))
             if row["warning"]:
                 report.warned[Path(row["source"])] = row["warning"]
@@ -165,7 +171,7 @@ def extract(
 
 
 def _pooled(ray: Any, rows: list[Any], device: str | None, actors: int | None, size: int, options: Any) -> Any:
-    """The rows as `PoolFiles` leaves them, in any order."""
+    """Return an iterator over the rows that `PoolFiles` returns, in any order."""
     for row in rows:
         os.makedirs(os.path.dirname(row["output"]), exist_ok=True)
     gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
@@ -186,16 +192,16 @@ def _pooled(ray: Any, rows: list[Any], device: str | None, actors: int | None, s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. 0, or 1 where an input failed, or 130 for Ctrl-C."""
+    """Run the command and return its exit code: 0, 1 if an input failed or the call raised, 130 after Ctrl-C."""
     prog = "python -m stgridpool_kernels.integrations.ray"
     parser = argparse.ArgumentParser(prog, allow_abbrev=False, description="Pool files on every device that Ray has.")
     parser.add_argument("inputs", nargs="+", metavar="IN", help="token files, videos, folders, or an option NAME=VALUE")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="a folder")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where the cluster has GPUs")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder of the results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: cuda if the cluster has GPUs)")
     parser.add_argument("--actors", type=int, metavar="N", help="processes (default: one per GPU, or per CPU)")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="files at once (default: 4)")
-    parser.add_argument("--key", metavar="NAME", help="which tensor, in files that hold several")
-    parser.add_argument("--num-frames", type=int, default=32, metavar="N", help="of a video, at most (default: 32)")
+    parser.add_argument("--key", metavar="NAME", help="name of the tensor, in files that hold several")
+    parser.add_argument("--num-frames", type=int, default=32, metavar="N", help="most frames of a video (default: 32)")
     args = vars(parser.parse_intermixed_args(argv))
     given = args.pop("inputs")
     texts = [text for text in given if text.split("=")[0].isidentifier() and "=" in text and not os.path.lexists(text)]
@@ -214,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Workers import PoolFiles by the module's name, which is another one here.
+    # Workers import PoolFiles by the module's name, which is __main__ here.
     from stgridpool_kernels.integrations.ray import main as command
 
     sys.exit(command())

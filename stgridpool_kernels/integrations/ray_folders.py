@@ -1,4 +1,4 @@
-"""Which file each input of `integrations.ray` becomes."""
+"""Output files of `integrations.ray`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..io.video import VIDEO_SUFFIXES
 
 
 def outputs_in(folder: Path, inputs: Sequence[str | os.PathLike[str]]) -> dict[Path, Path]:
-    """The output in `folder` of every input, and the input: a .safetensors file of the same name.
+    """Return all inputs by their outputs in `folder`, which are .safetensors files of the same names.
 
-    inputs: files, and folders, whose token files and videos are searched for in all folders below too. Their outputs
-    are in the same folders below `folder`. Hidden files are left out.
+    inputs: files, and folders, which are searched recursively for token files and videos; their outputs are in the same
+    subfolders of `folder`. Hidden files are left out.
 
-    Raises FileNotFoundError, NotADirectoryError or ValueError where inputs are missing or would become one file, or an
-    output would be among the inputs.
+    Raises FileNotFoundError, NotADirectoryError or ValueError if inputs are missing, would share an output, or would be
+    overwritten.
     """
     if not inputs:
         raise ValueError("inputs must name at least one file or folder, got none")
@@ -42,8 +42,8 @@ def _files(given: Path) -> list[Path]:
         raise FileNotFoundError(f"inputs must exist, there is no {given}")
     if not given.is_dir():
         return [given]
-    known = (*SUFFIXES, *VIDEO_SUFFIXES)
-    files = [file for file in sorted(given.rglob("[!.]*")) if file.is_file() and file.suffix.lower() in known]
+    suffixes = (*SUFFIXES, *VIDEO_SUFFIXES)
+    files = [file for file in sorted(given.rglob("[!.]*")) if file.is_file() and file.suffix.lower() in suffixes]
     if not files:
         raise ValueError(f"inputs must hold token files ({', '.join(SUFFIXES)}) or videos, {given} has none")
     return files

@@ -1,11 +1,12 @@
-"""SGLang: ST-GridPool of videos in LlavaLlama-, LlavaQwen- and LlavaMistralForCausalLM, by hooks of its plugin system.
+"""Integration into SGLang, by hooks of its plugin system, for LlavaLlama-, LlavaQwen- and LlavaMistralForCausalLM.
 
-Off unless the environment variable STGP_SGLANG is set where the engine is started: to `on`, or to options as in
+It is off unless the environment variable STGP_SGLANG is set when the engine starts: to `on`, or to options as in
 `STGP_SGLANG=temperature=2,frame_strides=2:4:8`.
 
-What is hooked is the class that the three inherit from. Its `forward` pools a video in the middle of other work, frame
-by frame, and says nowhere which frames are one video. So `pad_input_ids`, which has the prompt, names the videos;
-`forward` does not see what it would pool itself; and of what `encode_images` returns, it splits off pooled frames.
+The hooks are around methods of the common base class. Its `forward` pools videos in the middle of other work, frame by
+frame, without the boundaries of videos. The hook of `pad_input_ids`, which has the prompt, therefore marks the frames
+of each video; that of `forward` hides videos from SGLang's own pooling; and that of `encode_images` returns features
+that are pooled when `forward` splits them.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _MODEL = "sglang.srt.models.llava.LlavaBaseForCausalLM"
 
 
 def register() -> None:
-    """What the entry point group `sglang.srt.plugins` of this package names; nothing without STGP_SGLANG.
+    """Entry point of the group `sglang.srt.plugins`: register the hooks if STGP_SGLANG is set.
 
-    Ends the process if the options are wrong or SGLang has an untested version: the engine would log an exception and
-    go on without the plugin.
+    Raises SystemExit if the options are wrong or SGLang has an untested version, since the engine would log any other
+    exception and continue without the plugin.
     """
     text = os.environ.get(_VARIABLE, "")
     if not text:
@@ -51,30 +52,37 @@ def register() -> None:
 
 
 def switched_options(text: str) -> PoolOptions:
-    """The options in STGP_SGLANG: `on`, or text for `read_options`; `ceil_mode` is True unless given."""
+    """Return the options in the text of STGP_SGLANG, which is `on` or the input of `read_options`.
+
+    `ceil_mode` is True by default.
+    """
     return ceil_options(**read_options("" if text == "on" else text))
 
 
 HOOKED = ("load_weights", "pad_input_ids", "_infer_image_aspect_ratio", "encode_images", "forward")
+"""Names of the methods that have hooks."""
 
 
 @dataclass
 class _Call:
-    """One call of forward: the items of the requests that it encodes, in the order in which it encodes them."""
+    """State of one call of forward.
+
+    items: items of the requests that it encodes, in the order of encoding. pooled: whether their videos were pooled.
+    """
 
     items: list[Any] = field(default_factory=list)
     pooled: bool = False
 
 
 class Hooks:
-    """The hooks, by the names of the methods that they are around."""
+    """The hooks. Each has the name of the method that it is around."""
 
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
         self._call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("stgp_call", default=None)
 
     def load_weights(self, original: Callable[..., Any], model: Any, *arguments: Any, **named: Any) -> Any:
-        """Refuses, when the engine starts, options that leave another number of tokens than it has placeholders for."""
+        """Check, when the engine starts, that the options leave as many tokens as it has placeholders for."""
         loaded = original(model, *arguments, **named)
         expected = math.ceil(model.image_size / model.patch_size / 2) ** 2
         require_size("SGLang", (model.num_patches_per_side,) * 2, expected, self.options)
@@ -83,7 +91,7 @@ class Hooks:
     def pad_input_ids(
         self, original: Callable[..., Any], model: Any, input_ids: array[int], image_inputs: Any
     ) -> array[int]:
-        """Names the videos of a request, in the items of their frames, before placeholders take the items' values."""
+        """Mark the frames of each video of a request, before placeholders are made from the items' hashes."""
         kind: Any = type(model)
         hooked = next(base for base in kind.__mro__ if base.__name__ == _MODEL.rpartition(".")[2])
         pools = model.mm_patch_merge_type.startswith("spatial") and kind.forward is hooked.forward
@@ -93,7 +101,7 @@ class Hooks:
         return padded
 
     def _infer_image_aspect_ratio(self, original: Callable[..., Any], mm_items: Sequence[Any]) -> Any:
-        """forward asks this once for every request that it encodes."""
+        """Record the items of a request: forward calls this method once for every request that it encodes."""
         call = self._call.get()
         if call is not None:
             call.items.extend(mm_items)
@@ -118,7 +126,7 @@ class Hooks:
         call = _Call()
         token = self._call.set(call)
         try:
-            for frame in frames:  # it pools what is a video
+            for frame in frames:  # it would pool items of videos itself
                 frame.modality = type(modality).IMAGE
             result = original(model, input_ids, positions, forward_batch)
         finally:
@@ -131,7 +139,7 @@ class Hooks:
 
 
 class _Pooled:
-    """Features (ΣF, g², C) of all items, of which torch.split gives those of every item: pooled if it is a frame."""
+    """Features (ΣF, g², C) of all items. torch.split returns those of each item, pooled if it is a frame of a video."""
 
     def __init__(self, features: Tensor, grid: tuple[int, int], call: _Call, options: PoolOptions) -> None:
         self._features, self._grid, self._call, self._options = features, grid, call, options
@@ -161,11 +169,11 @@ class _Pooled:
 
 
 def name_videos(input_ids: Sequence[int], placeholder: int, items: Sequence[Any], options: PoolOptions) -> None:
-    """Notes in the item of every frame which frame of its video it is, counted from 1, and gives it a hash of its own.
+    """Set `stgp_frame` of every frame's item to the number of the frame in its video, from 1, and set its hash.
 
-    A video is frames with the same number of tokens between one and the next, the least in this prompt: text makes a
-    border. The hash, of which SGLang makes placeholders and by which it finds prefixes in its cache, is that of the
-    options and of all frames of the video, since a frame that is a summary depends on both.
+    A video is a run of frames whose distances in the prompt, in tokens, are the smallest in this prompt, so that text
+    separates videos. SGLang makes placeholders of an item's hash, and finds prefixes in its cache by it. The hash is
+    that of the options and of all frames of the video, since a summary depends on both.
     """
     places = [place for place, token in enumerate(input_ids) if token == placeholder]
     frames = all(item.is_video() and item.feature.shape[0] == 1 and not _place(item) for item in items)
@@ -183,6 +191,6 @@ def name_videos(input_ids: Sequence[int], placeholder: int, items: Sequence[Any]
 
 
 def _place(item: Any) -> int:
-    """Which frame of its video an item is, from 1; 0 if it is none that `name_videos` named."""
+    """Return the number of the frame in its video, from 1, 0 if the item is no frame that `name_videos` marked."""
     place: int = getattr(item, "stgp_frame", 0)
     return place

@@ -1,8 +1,8 @@
-"""LLaVA-OneVision and LLaVA-NeXT-Video in transformers: ST-GridPool in place of the pooling of video tokens.
+"""Integration into transformers: ST-GridPool replaces the video pooling of LLaVA-OneVision and LLaVA-NeXT-Video.
 
-`patch(model)` changes one loaded model, `register()` what the library loads from then on. Either puts a subclass in the
-place of the inner model's class, `LlavaOnevisionModel` or `LlavaNextVideoModel`, that differs in `get_video_features`
-alone. Parameters and their names, the configuration, images and the processor stay as they are.
+`patch(model)` changes one loaded model, `register()` all models that the library loads afterwards. Both replace the
+class of the inner model, `LlavaOnevisionModel` or `LlavaNextVideoModel`, by a subclass that overrides
+`get_video_features`. Parameters and their names, the configuration, images and the processor are unchanged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ _MODELS = "transformers.models"
 
 @dataclass(frozen=True)
 class _Architecture:
-    """An inner model: where the library has its class, what its get_video_features calls to pool (videos · frames,
-    side², C) features, and the tokens that its processor puts into a prompt for a frame of side × side."""
+    """An inner model of the library.
+
+    module, name: its class. pooling: name of the method by which get_video_features pools features of shape
+    (videos · frames, side², C). tokens_per_frame: number of tokens that its processor writes into a prompt for a frame
+    of side × side tokens.
+    """
 
     module: str
     name: str
@@ -51,22 +55,22 @@ _ARCHITECTURES = (
 
 
 def patch(model: nn.Module, *, tokens_per_frame: int | None = None, **options: Any) -> None:
-    """Replaces the pooling of video tokens of a loaded model, in place, by ST-GridPool of every video alone.
+    """Replace the pooling of video tokens of a loaded model, in place, by ST-GridPool of each video.
 
-    model: a LLaVA-OneVision or LLaVA-NeXT-Video model of transformers, with or without its language model head, or what
-        wraps one.
-    tokens_per_frame: what prompts have placeholders for. By default what the library's processors write: for frames of
-        g × g tokens, ⌈g/2⌉² with LLaVA-OneVision, ⌊g²/4⌋ with LLaVA-NeXT-Video. The latter equals what its own pooling
-        leaves for even g only.
-    options: keyword arguments of `grid_pool` except `frame_counts` and `out`; `ceil_mode` is True unless given.
+    model: a LLaVA-OneVision or LLaVA-NeXT-Video model of transformers, with or without its language model head, or a
+        module that contains one.
+    tokens_per_frame: number of placeholders per frame in prompts. The default is that of the library's processors: for
+        frames of g × g tokens, ⌈g/2⌉² with LLaVA-OneVision, ⌊g²/4⌋ with LLaVA-NeXT-Video, which equals the result of
+        its own pooling for even g only.
+    options: keyword arguments of `grid_pool` except `frame_counts` and `out`; `ceil_mode` is True by default.
 
-    `get_video_features` then pools (videos · frames, g², C) to (videos · frames, OH·OW, C), with as many videos as
-    `pixel_values_videos` has, after the projector in LLaVA-OneVision and before it in LLaVA-NeXT-Video, where the
-    models pool themselves. Models that are patched with different options do not affect each other.
+    `get_video_features` then pools (videos · frames, g², C) to (videos · frames, OH·OW, C) for the videos of
+    `pixel_values_videos`, at the place of the models' own pooling: after the projector in LLaVA-OneVision, before it in
+    LLaVA-NeXT-Video. Models that are patched with different options do not affect each other.
 
-    Raises ValueError for a size that the placeholders do not fit, with both numbers; RuntimeError if the model is
+    Raises ValueError for a size that does not fit the placeholders, with both numbers; RuntimeError if the model is
     patched already (`unpatch` it first) or transformers has an untested version; TypeError if there is no such model in
-    `model`; for options as `grid_pool` does.
+    `model`; for options as `grid_pool`.
     """
     require("transformers", at_least="5.17", below="5.24")
     inner = _inner_model(model)
@@ -78,9 +82,9 @@ def patch(model: nn.Module, *, tokens_per_frame: int | None = None, **options: A
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives a model that was patched, or loaded while `register` was in force, its own pooling back.
+    """Restore the own pooling of a model that was patched, or loaded while `register` was in force.
 
-    Raises RuntimeError if it is not patched; TypeError as `patch` does.
+    Raises RuntimeError if it is not patched, TypeError as `patch`.
     """
     inner = _inner_model(model)
     if not _is_pooled(type(inner)):
@@ -89,15 +93,15 @@ def unpatch(model: nn.Module) -> None:
 
 
 def register(*, tokens_per_frame: int | None = None, **options: Any) -> None:
-    """Lets the library load LLaVA-OneVision and LLaVA-NeXT-Video, with a language model head, as `patch` leaves them.
+    """Make the library load LLaVA-OneVision and LLaVA-NeXT-Video, with a language model head, as if patched by `patch`.
 
-    It goes through the library's patch mapping and holds for `from_pretrained` and `from_config` until `unregister`;
-    models that are loaded already stay as they are. Arguments as in `patch`. A size that the placeholders do not fit is
-    refused with a ValueError when a model is loaded.
+    It uses the library's patch mapping, and affects `from_pretrained` and `from_config` until `unregister`; loaded
+    models are unchanged. Arguments are those of `patch`. Loading a model raises ValueError if its size does not fit the
+    placeholders.
 
     Raises RuntimeError if it is in force already (`unregister` first), transformers has an untested version, or its
-    patch mapping does not work here: transformers 5.17 imports every image processor for it, which takes torchvision.
-    ValueError if somebody else registered one of the classes; for options as `grid_pool` does.
+    patch mapping does not work here: transformers 5.17 imports every image processor for it, which needs torchvision.
+    Raises ValueError if one of the classes is registered by other code; for options as `grid_pool`.
     """
     require("transformers", at_least="5.17", below="5.24")
     patching: Any = importlib.import_module("transformers.monkey_patching")
@@ -110,7 +114,7 @@ def register(*, tokens_per_frame: int | None = None, **options: Any) -> None:
         raise ValueError(f"{', '.join(taken)} must not be registered for patching by others")
     patching.register_patch_mapping(classes)
     try:
-        with patching.apply_patches():  # what every loading does first
+        with patching.apply_patches():  # the first step of loading any model
             pass
     except Exception as error:
         unregister()
@@ -118,14 +122,14 @@ def register(*, tokens_per_frame: int | None = None, **options: Any) -> None:
 
 
 def unregister() -> None:
-    """Ends `register`: what is loaded from then on pools as the library does. Raises RuntimeError if not registered."""
+    """End `register`: models that are loaded later have their own pooling. Raises RuntimeError if not registered."""
     require("transformers", at_least="5.17", below="5.24")
     patching: Any = importlib.import_module("transformers.monkey_patching")
     names = _registered(patching)
     if not names:
         raise RuntimeError("not registered")
     patching.unregister_patch_mapping(names)
-    # the library leaves registered classes in its modules where loading raises
+    # the library leaves registered classes in its modules if loading raises
     for name, module in list(sys.modules.items()):
         if name.startswith("transformers"):
             for of in _ARCHITECTURES:
@@ -136,9 +140,9 @@ def unregister() -> None:
 
 @functools.cache
 def _pooled_class(base: Any, options: PoolOptions, tokens_per_frame: int | None) -> type:
-    """The subclass of an inner model's class that pools with ST-GridPool.
+    """Return the subclass of an inner model's class that pools with ST-GridPool.
 
-    It has the name of `base`, by which the library finds how checkpoints of older layouts are converted.
+    It has the name of `base`, by which the library finds conversions of checkpoints with older layouts.
     """
     of = _architecture(base)
     assert of is not None
@@ -149,7 +153,7 @@ def _pooled_class(base: Any, options: PoolOptions, tokens_per_frame: int | None)
         base.__init__(self, config, *arguments, **keywords)
 
     signature = inspect.signature(base.get_video_features)
-    first = list(signature.parameters)[1]  # pixel_values, in later versions pixel_values_videos
+    first = list(signature.parameters)[1]  # pixel_values, or pixel_values_videos in later versions
 
     @functools.wraps(base.get_video_features)
     def get_video_features(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -176,10 +180,10 @@ def _pooled_class(base: Any, options: PoolOptions, tokens_per_frame: int | None)
 
 
 class _Pooling:
-    """A model for the length of one call: everything is the model's except for one attribute.
+    """Proxy of a model for the length of one call, which replaces one attribute.
 
-    Pooling has to know how many frames each video has, and the model calls it without. To note that in the model would
-    mix up calls from several threads.
+    Pooling needs the number of frames of each video, which the model does not pass to it. Storing the number in the
+    model would mix up calls from several threads.
     """
 
     def __init__(self, model: nn.Module, name: str, pool: Callable[[Tensor], Tensor]) -> None:
@@ -204,7 +208,7 @@ def _architecture(inner: type) -> _Architecture | None:
 
 
 def _stock_class(of: _Architecture) -> Any:
-    """The library's class of an inner model, even where it left a registered one in its place."""
+    """Return the library's own class of an inner model, even if the library left a registered one in its place."""
     found = getattr(importlib.import_module(of.module), of.name)
     return found.__base__ if _is_pooled(found) else found
 
@@ -214,7 +218,7 @@ def _is_pooled(inner: type) -> bool:
 
 
 def _registered(patching: Any) -> list[str]:
-    """The names that `register` put into the library's mapping."""
+    """Return the names that `register` added to the library's patch mapping."""
     return [name for name, replacement in patching.get_patch_mapping().items() if _is_pooled(replacement)]
 
 

@@ -1,17 +1,17 @@
-"""vLLM: LLaVA-OneVision and LLaVA-NeXT-Video with ST-GridPool in place of the pooling of video tokens, as a plugin.
+"""Plugin for vLLM: LLaVA-OneVision and LLaVA-NeXT-Video with ST-GridPool in place of their pooling of video tokens.
 
-Installing the package is enough: vLLM calls `register`, which adds two architectures and replaces none. An engine is
-told by its arguments to take one of them, and how it pools:
+Installing the package is enough: vLLM calls `register`, which adds two architectures and replaces none. The arguments
+of an engine select one of them, and its options:
 
     LLM(model, hf_overrides={
         "architectures": ["StgpLlavaOnevisionForConditionalGeneration"],
-        "stgp_options": {"temperature": 2.0},  # may be left out
+        "stgp_options": {"temperature": 2.0},  # optional
     })
 
-Options are the keyword arguments of `grid_pool` except `frame_counts` and `out`; `ceil_mode` is True unless given.
-Where the engine has no `stgp_options`, the environment variable STGP_VLLM_OPTIONS holds them: a JSON object, or text
-like `temperature=2,frame_strides=2:4:8`. They are fixed for the life of the engine, because vLLM finds cached prompts
-and videos without regard to them.
+Options are the keyword arguments of `grid_pool` except `frame_counts` and `out`; `ceil_mode` is True by default.
+Without `stgp_options`, an engine takes them from the environment variable STGP_VLLM_OPTIONS: a JSON object, or text
+like `temperature=2,frame_strides=2:4:8`. They are fixed for the lifetime of the engine, because the keys of vLLM's
+caches of prompts and videos do not contain them.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ ARCHITECTURES = (
     "StgpLlavaOnevisionForConditionalGeneration",
     "StgpLlavaNextVideoForConditionalGeneration",
 )
-"""What `hf_overrides` can select. The classes are attributes of this module, imported when they are first asked for."""
+"""Architectures that `hf_overrides` can select. Their classes are attributes of this module, imported on first use."""
 
 OPTIONS_VARIABLE = "STGP_VLLM_OPTIONS"
+"""Environment variable that holds the options of engines without `stgp_options`."""
 
-logger = logging.getLogger("vllm.stgridpool_kernels")  # below vllm, or the engine would not show it
+logger = logging.getLogger("vllm.stgridpool_kernels")  # vLLM shows only loggers below its own
 
 
 def register() -> None:
-    """Adds the architectures to those that vLLM knows, by name alone; vLLM calls it in each of its processes.
+    """Add the names of the architectures to vLLM's registry. vLLM calls this in each of its processes.
 
-    Nothing of a model is imported. It never raises: that would stop engines that use other models.
+    No model is imported. It never raises, since that would stop engines that use other models.
     """
     try:
         registry: Any = importlib.import_module("vllm").ModelRegistry
@@ -51,11 +52,11 @@ def register() -> None:
 
 
 def pool_options(config: Any) -> PoolOptions:
-    """The options of an engine: `stgp_options` of the model's configuration, else STGP_VLLM_OPTIONS, else the defaults.
+    """Return an engine's options: `stgp_options` of the model's configuration, else STGP_VLLM_OPTIONS, else defaults.
 
-    config: the model's configuration as vLLM has it, with `hf_overrides` applied.
+    config: the model's configuration in vLLM, with `hf_overrides` applied.
 
-    Raises ValueError that says where the options come from.
+    Raises ValueError, naming the source of the options, if they are invalid.
     """
     given, source = getattr(config, "stgp_options", None), "stgp_options"
     if given is None:
@@ -69,7 +70,7 @@ def pool_options(config: Any) -> PoolOptions:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes of ARCHITECTURES. Raises RuntimeError where vLLM has an untested version."""
+    """Return the class of one of `ARCHITECTURES`. Raises RuntimeError if vLLM has an untested version."""
     if name not in ARCHITECTURES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require("vllm", at_least="0.32", below="0.33")

@@ -1,8 +1,8 @@
-"""The model classes of vllm.py, which imports this where one was selected and vLLM has a tested version.
+"""The model classes of vllm.py, which imports this module if one is selected and vLLM has a tested version.
 
-Both differ from the class they extend in three things: how video tokens are pooled; videos of different lengths may
-come in one batch; and options are refused, in the process that makes the engine, unless they leave as many tokens as
-prompts have placeholders. Weights, images and the processor are as they were.
+Both differ from their base class in three respects: ST-GridPool pools video tokens; a batch may contain videos of
+different lengths; and the process that makes the engine refuses options unless they leave as many tokens as prompts
+have placeholders. Weights, images and the processor are unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StgpLlavaOnevisionProcessingInfo(llava_onevision.LlavaOnevisionProcessingI
     dummy_inputs=llava_onevision.LlavaOnevisionDummyInputsBuilder,
 )
 class StgpLlavaOnevisionForConditionalGeneration(llava_onevision.LlavaOnevisionForConditionalGeneration):
-    """Pools after the projector: F frames of g × g tokens become F·⌈g/2⌉² tokens and a newline."""
+    """LLaVA-OneVision that pools after the projector: F frames of g × g tokens become F·⌈g/2⌉² tokens and a newline."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -56,7 +56,7 @@ class StgpLlavaNextVideoProcessingInfo(llava_next_video.LlavaNextVideoProcessing
     dummy_inputs=llava_next_video.LlavaNextVideoDummyInputsBuilder,
 )
 class StgpLlavaNextVideoForConditionalGeneration(llava_next_video.LlavaNextVideoForConditionalGeneration):
-    """Pools before the projector, where the model it extends does: F frames of g × g tokens become F·⌈g/2⌉² tokens."""
+    """LLaVA-NeXT-Video that pools before the projector, as its base: F frames of g × g become F·⌈g/2⌉² tokens."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -70,9 +70,9 @@ class StgpLlavaNextVideoForConditionalGeneration(llava_next_video.LlavaNextVideo
 
 
 def _packed(videos: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """(ΣF, 3, height, width) and the frames of each video, of videos of one length in a tensor or of several in a list.
+    """Return the frames of all videos, (ΣF, 3, height, width), and the number of frames of each video.
 
-    They are those of a step of the engine, from all the requests that it serves.
+    videos: the videos of all requests in a step of the engine, as a tensor if they have one length, else as a sequence.
     """
     frames = [len(video) for video in videos]
     return videos.flatten(0, 1) if isinstance(videos, Tensor) else torch.cat(list(videos)), frames
@@ -91,13 +91,13 @@ def _announced(config: Any) -> PoolOptions:
 
 
 def _require_placeholders(info: Any) -> None:
-    """Raises RuntimeError unless the engine's options leave as many tokens of a frame as prompts have places for."""
+    """Raise RuntimeError unless the engine's options leave as many tokens per frame as prompts have placeholders."""
     config = info.get_hf_config()
     pixels = config.vision_config.image_size
-    # the difference leaves out what a video gets once, such as a newline
+    # the difference excludes tokens that a video gets once, such as a newline
     none, one = (info.get_num_video_tokens(image_width=pixels, image_height=pixels, num_frames=n) for n in (0, 1))
     try:
         require_size(f"vLLM's prompt for {config.model_type}", _grid(config), one - none, pool_options(config))
     except ValueError as error:
-        # vLLM takes a ValueError here to say that there is no processor, and goes on with text alone
+        # vLLM would interpret a ValueError as a missing processor, and continue with text only
         raise RuntimeError(str(error)) from error
