@@ -1,1 +1,1 @@
-"""Programs that measure the package, or inspect what it compiles to; none of them is installed."""
+"""Benchmarks of the package. They are not installed."""

@@ -1,13 +1,13 @@
-"""python -m benchmarks: times the ops on this machine, and shows, compares and draws results.
+"""The command python -m benchmarks times the ops on this machine, and shows, compares and draws results.
 
     python -m benchmarks [run] [options]      time workloads; --help lists the options
-    python -m benchmarks show FILE            the tables of results
-    python -m benchmarks compare A B          the changes from A to B, and which are beyond the noise
-    python -m benchmarks plot FILE FOLDER     pictures of results
-    python -m benchmarks goals [FILE …]       the goals that results reach
-    python -m benchmarks page                 docs/performance.md and the README's table
+    python -m benchmarks show FILE            print tables of results
+    python -m benchmarks compare A B          print the changes from A to B, and mark those beyond the noise
+    python -m benchmarks plot FILE FOLDER     draw results
+    python -m benchmarks goals [FILE …]       print the goals that results reach
+    python -m benchmarks page                 write docs/performance.md and the README's table
 
-FILE is a file of JSON lines, of which the newest run counts; FILE@RUN takes the run whose name begins with RUN.
+FILE is a file of JSON lines and stands for its newest run; FILE@RUN stands for the run whose name begins with RUN.
 """
 
 from __future__ import annotations
@@ -35,15 +35,18 @@ from benchmarks.run import list_workloads, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. 0, or 1 if a result is wrong, a goal is missed or a text is stale, or for an error that one line
-    on stderr names, or 130 for Ctrl-C."""
+    """Run a command and return its exit code.
+
+    It is 0 on success; 1 if a result is wrong, a goal is missed or a text is stale, and after an error, which is
+    described in one line on stderr; and 130 after Ctrl-C.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0] not in COMMANDS and given[0] not in ("-h", "--help")):
         given.insert(0, "run")
     parsed = build_parser().parse_args(given)
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=WIDTH, highlight=False)  # a file or a pipe has room for a whole table
+        console = Console(width=WIDTH, highlight=False)  # wide enough for a whole table in a file or pipe
     try:
         return COMMANDS[parsed.command](parsed, console)
     except KeyboardInterrupt:
@@ -82,7 +85,7 @@ def plot_command(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def goals_command(parsed: argparse.Namespace, console: Console) -> int:
-    """The goals of every file, by the run that is named, or by all runs of the last state with the main shape."""
+    """Print the goals of every file, from the given run, or from all runs of the last state with the main shape."""
     names = parsed.results or [str(path) for path in machine_files()]
     asked = (pick(name) if "@" in name else last_state(Path(name), T64) or last_state(Path(name)) for name in names)
     chosen = [results for results in asked if results is not None]
@@ -121,7 +124,7 @@ COMMANDS = {
 
 
 RUN = """\
-Times the ops on this machine, next to what they stand in for and to a plain copy. Every result is compared with its
+Times the ops on this machine, next to the code that they replace and to a plain copy. Every result is compared with its
 definition before it is timed. Results are appended to the file of the machine in benchmarks/results."""
 
 
@@ -132,14 +135,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="time workloads (the default)", description=RUN))
     show = commands.add_parser("show", help="print the tables of results")
     show.add_argument("results", metavar="FILE")
-    changes = commands.add_parser("compare", help="print what changed between two results")
+    changes = commands.add_parser("compare", help="print the changes between two results")
     changes.add_argument("before", metavar="A")
     changes.add_argument("after", metavar="B")
     plot = commands.add_parser("plot", help="draw results")
     plot.add_argument("results", metavar="FILE")
     plot.add_argument("folder", type=Path, metavar="FOLDER")
     plot.add_argument("--force", action="store_true", help="overwrite pictures in FOLDER")
-    reached = commands.add_parser("goals", help="print which goals results reach; exit with 0 if all are met")
+    reached = commands.add_parser("goals", help="print the goals that results reach; exit with 0 if all are met")
     reached.add_argument("--tables", action="store_true", help="print the results first")
     reached.add_argument("results", nargs="*", metavar="FILE", help="default: the files of all machines")
     written = commands.add_parser("page", help="write docs/performance.md, its pictures and the README's table")
@@ -157,22 +160,22 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "any of :fp16, :fp32, :ceil, :gradients, :stream and :prefill; default: all poolings that fit into memory"
     )  # fmt: skip
     several(
-        "--provider", "P", "only these: names of --list, the part before a colon, or patterns as in '*avg*'; default: "
-        "all, but those that take seconds on a CPU only on small shapes and on those that goals are set for"
+        "--provider", "P", "providers to time: names of --list, their parts before a colon, or patterns as in '*avg*'; "
+        "default: all, except that those which take seconds on a CPU are timed on small shapes and those of goals only"
     )  # fmt: skip
-    several("--skip", "P", "not these, named in the same way")
+    several("--skip", "P", "providers to leave out, named in the same way")
     parser.add_argument("--baseline", default=BASELINE, metavar="P", help="the unit of other times (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: as torch chooses)")
-    parser.add_argument("--samples", type=positive, metavar="N", help="of every call (default: by how long it takes)")
+    parser.add_argument("--device", help="device: cpu, cuda or cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of the CPU (default: torch's choice)")
+    parser.add_argument("--samples", type=positive, metavar="N", help="samples of a call (default: by its duration)")
     parser.add_argument("--limit", type=positive, metavar="SECONDS", help="end the process if a workload takes longer")
-    parser.add_argument("--times-only", action="store_true", help="do not count launches, which takes a profiler")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="append to this file, not to the machine's")
+    parser.add_argument("--times-only", action="store_true", help="do not count launches, which needs a profiler")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="append to FILE, not to the machine's file")
     parser.add_argument(
         "--continue",
         dest="continued",
         action="store_true",
-        help="pass over what the file has of this code on this device; write rows before they are timed",
+        help="skip rows that the file has for this code and device; write rows before they are timed",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line in place of tables")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the results into this folder")

@@ -1,4 +1,4 @@
-"""The device that microbenchmarks run on: a GPU if there is one, else the CPU with its threads pinned to cores."""
+"""Fixture of the device that microbenchmarks run on: a GPU if there is one, else the CPU with pinned threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a CPU and a GPU take the time of calls, and count their memory and launches."""
+"""Measurement of the time, memory and launches of calls on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from stgridpool_kernels.backends import compiled
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]
-"""Makes calls and returns the time of one, in µs."""
+"""Function that makes the calls of a sample and returns the time per call in µs."""
 
 GRAPH_US = 2000
-"""Time in µs that the calls of a sample on a GPU take together, about. They are at most 8 turns through the inputs."""
+"""Target duration in µs of a sample on a GPU, which makes at most 8 calls per input."""
 
 
 class Cpu:
-    """The threads of torch.
+    """The CPU, with the threads of torch.
 
     A sample is one call. Before it a buffer larger than the caches is read, so that x comes from memory, and so that
-    what is in the caches and which threads are awake does not depend on whose turn it was. Freeing the result is not
-    part of the time. `python -m benchmarks` has OpenMP pin each thread to a core.
+    caches and threads are in the same state whatever ran before. The time excludes freeing the result. Under
+    `python -m benchmarks`, OpenMP pins each thread to a core.
     """
 
     type = torch_device = "cpu"
     separates_out = True
-    """Results that go into given memory and into fresh memory are timed apart."""
+    """Whether calls with `out` and calls that allocate their result are timed separately."""
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None:
@@ -59,8 +59,11 @@ class Cpu:
         return [random_tokens(workload.shape, workload.dtype, "cpu", 0)]
 
     def limits(self, x: Tensor, pooled: tuple[int, int]) -> dict[str, tuple[list[Call], Traffic]]:
-        """The read probe reads x. The ceiling probe reads x and writes a result of `pooled` rows and columns, in the
-        order of 2 × 2 pooling; it is left out for other windows."""
+        """Return calls and traffic of the probes.
+
+        "read" reads x. "ceiling" reads x and writes a result of `pooled` rows and columns, in the order of 2 × 2
+        pooling; it is left out for other windows.
+        """
         frames = x.flatten(0, -4)
         token_bytes = x.shape[-1] * x.element_size()
         if self.probe is None or token_bytes % LINE or x.data_ptr() % LINE:
@@ -77,7 +80,7 @@ class Cpu:
         return limits
 
     def sampler(self, calls: Sequence[Call], captures: bool = True) -> tuple[Sampler, int]:
-        """A sampler, and the number of calls that a sample makes."""
+        """Return a sampler, and the number of calls per sample."""
         (call,) = calls
 
         def sample() -> float:
@@ -91,20 +94,20 @@ class Cpu:
         return sample, 1
 
     def evict(self) -> None:
-        """Reads a buffer larger than the caches."""
+        """Evict the caches by reading a buffer larger than them."""
         torch.amax(self._evictor)
 
     def extra_peak_bytes(self, call: Callable[[], Tensor], result_bytes: int) -> tuple[int | None, Tensor]:
-        """The most memory in use during a call beyond what was in use before and the result; and the result.
+        """Return the peak memory in bytes of a call beyond the memory in use before and the result, and the result.
 
-        It is what the operating system counts: every page that was touched. None where it does not say.
+        The operating system counts every page that was touched. None if it does not report the peak.
         """
         if compiled.LIBRARY is not None:
             compiled.LIBRARY.release_scratch()
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, and kept, would not be counted again
+            ctypes.CDLL(None).malloc_trim(0)  # otherwise reuse of freed memory would not be counted
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             before = _status_bytes("VmRSS")
             result = call()
             peak = _status_bytes("VmHWM")
@@ -119,7 +122,7 @@ class Cpu:
         return memory_bytes("MemAvailable")
 
     def others_cores(self) -> Callable[[], float | None]:
-        """A function that returns how many cores other processes and the hypervisor have used since now."""
+        """Return a function that returns the mean number of cores used since now by others, with the hypervisor."""
         before = cpu_seconds()
 
         def used() -> float:
@@ -129,7 +132,7 @@ class Cpu:
         return used
 
     def finish(self) -> None:
-        """Nothing is left to do when a call has returned."""
+        """Do nothing, since calls are complete when they return."""
 
 
 def _status_bytes(field: str) -> int:
@@ -142,15 +145,15 @@ def _status_bytes(field: str) -> int:
 class Gpu:
     """A CUDA device.
 
-    A sample is one replay of a CUDA graph of calls on rotating inputs and outputs, which together are at least five
-    times as large as the L2 cache.
+    A sample is one replay of a CUDA graph of calls on rotating inputs and outputs, whose total size is at least five
+    times that of the L2 cache.
     """
 
     type = "cuda"
     separates_out = False
 
     def __init__(self, device: str = "cuda") -> None:
-        """Raises ValueError where there is no such device."""
+        """Select the device. Raises ValueError if there is no such device."""
         if not torch.cuda.is_available() or (torch.device(device).index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device {device}: {torch.cuda.device_count()} CUDA devices can be used")
         torch.cuda.set_device(torch.device(device).index or 0)
@@ -166,8 +169,11 @@ class Gpu:
         return {}
 
     def sampler(self, calls: Sequence[Call], captures: bool = True) -> tuple[Sampler, int]:
-        """A sampler, and the number of calls that a sample makes: whole turns through `calls`, captured in a graph or
-        else made from Python. All must have been made before."""
+        """Return a sampler, and the number of calls per sample, a multiple of the number of `calls`.
+
+        captures: whether to capture the calls in a CUDA graph, or else make them from Python. Every call must have been
+        made before.
+        """
         repeats = min(max(1, math.ceil(GRAPH_US / (self.returns_us(calls) * len(calls)))), 8)
         repeated = list(calls) * repeats
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -182,11 +188,11 @@ class Gpu:
                 with torch.cuda.graph(graph):
                     run()
             finally:
-                torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream current
             run = graph.replay
 
         def sample() -> float:
-            run()  # so that the device is busy until the timed calls have arrived
+            run()  # keeps the device busy while the timed calls are queued
             start.record()
             run()
             end.record()
@@ -196,7 +202,7 @@ class Gpu:
         return sample, len(repeated)
 
     def returns_us(self, calls: Sequence[Call]) -> float:
-        """The median time of a call from Python to its end on the device, in µs. The inputs evict one another."""
+        """Return the median time in µs of a call until its end on the device. Rotating inputs keep caches cold."""
         times = []
         for i in range(12):
             torch.cuda.synchronize()
@@ -207,8 +213,10 @@ class Gpu:
         return statistics.median(times[2:])
 
     def extra_peak_bytes(self, call: Callable[[], Tensor], result_bytes: int) -> tuple[int, Tensor]:
-        """The most memory in use during a call beyond what was in use before and the result, as torch's allocator
-        counts it; and the result."""
+        """Return the peak memory in bytes of a call beyond the memory in use before and the result, and the result.
+
+        torch's allocator counts it.
+        """
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -218,7 +226,7 @@ class Gpu:
         return max(peak - before - result_bytes, 0), result
 
     def launches(self, call: Call) -> int | None:
-        """The number of kernels that a call launches."""
+        """Return the number of kernels that a call launches, None if the profiler saw none."""
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             call()
@@ -236,7 +244,7 @@ class Gpu:
         return lambda: None
 
     def finish(self) -> None:
-        """Waits for the device. Raises the error that has made it unusable for this process, if there is one."""
+        """Wait for the device. Raises the error that has made it unusable for this process, if there is one."""
         torch.cuda.synchronize()
 
 
@@ -244,9 +252,9 @@ Device = Cpu | Gpu
 
 
 def open_device(name: str | None, threads: int | None = None) -> Device:
-    """The device "cpu", "cuda" or "cuda:N", by default a GPU if there is one.
+    """Return the device "cpu", "cuda" or "cuda:N", by default a GPU if there is one.
 
-    Raises ValueError for other names, for a device that there is not, and for threads of a GPU.
+    Raises ValueError for other names, for a device that does not exist, and for threads of a GPU.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
@@ -259,7 +267,7 @@ def open_device(name: str | None, threads: int | None = None) -> Device:
 
 
 def overhead_us(device: Device, call: Call) -> float:
-    """The median time until a call returns, in µs; caches are warm and the device has nothing else to do."""
+    """Return the median time in µs until a call returns, with warm caches and an otherwise idle device."""
     for _ in range(3):
         call()
     times: list[float] = []

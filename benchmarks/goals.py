@@ -1,4 +1,4 @@
-"""The goals that results are held to."""
+"""Goals of the performance on CPUs and GPUs, and their evaluation on results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T16, T64, ONE_FRAME = "16x27x27x3584", "llava-video-7b", "1x9x9x384"
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal and how results stand to it; status: met, not met or not measured."""
+    """A goal and its evaluation. status: "met", "not met" or "not measured". detail: the worst value, and its place."""
 
     name: str
     status: str
@@ -23,8 +23,10 @@ class Goal:
 
     @staticmethod
     def of(name: str, values: Mapping[str, float | None], limit: float, unit: str, at_most: bool = False) -> Goal:
-        """A goal by one value for each shape, None where there is none: not met if any value is beyond the limit, met
-        if all are there and keep to it."""
+        """Evaluate a goal on values by shape, with None for missing ones.
+
+        It is not met if any value is beyond the limit, met if none is beyond it and none is missing, else not measured.
+        """
         measured = {where: value for where, value in values.items() if value is not None}
         if not measured:
             return Goal(name, "not measured", f"0 of {len(values)}")
@@ -35,13 +37,13 @@ class Goal:
 
 
 def goals(results: Results) -> list[Goal]:
-    """The goals of the device that results were measured on."""
+    """Evaluate the goals of the device that results were measured on."""
     found = Measured(results)
     return gpu_goals(found) if results.run.device["type"] == "cuda" else cpu_goals(found)
 
 
 class Measured:
-    """The values of results that were right."""
+    """Values of the rows whose result was right."""
 
     def __init__(self, results: Results) -> None:
         self.rows = {(row.workload, row.provider): row for row in results.rows if row.check == "ok"}
@@ -52,13 +54,13 @@ class Measured:
         return found
 
     def speedup(self, workload: str, other: str, ours: Sequence[str]) -> float | None:
-        """How many times as fast as another provider the slowest of ours is."""
+        """Return the time of another provider over that of the slowest of ours, None if one was not timed."""
         times = [self.value(workload, name, "p50_us") for name in (other, *ours)]
         known = [time for time in times if time is not None]
         return known[0] / max(known[1:]) if len(known) == len(times) else None
 
     def memory(self, provider: str) -> dict[str, float | None]:
-        """Memory beyond the input and the result, in percent of the input, on the shapes of goals."""
+        """Return the memory beyond input and result in percent of the input, on the shapes of goals."""
         extra = {name: self.value(name, provider, "extra_peak_bytes") for name in GOALS}
         return {name: None if b is None else 100 * b / WORKLOADS[name].input_bytes for name, b in extra.items()}
 

@@ -1,4 +1,4 @@
-"""The lower bound: every token that a result depends on is read once, and the result is written once."""
+"""Lower bound of memory traffic: every token that a result depends on is read once, the result is written once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stgridpool_kernels.plan import GridPlan, Runs
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that are read from and written to the memory of a device."""
+    """Numbers of bytes that are read from and written to the memory of a device."""
 
     read_bytes: int
     write_bytes: int
@@ -23,7 +23,7 @@ class Traffic:
 
 
 def lower_bound(plan: GridPlan, channels: int, value_bytes: int) -> Traffic:
-    """The fewest bytes of grid_pool by `plan`, or of norm_pool if the plan has no levels.
+    """Return the lower bound of grid_pool by `plan`, or of norm_pool if the plan has no levels.
 
     Intermediate results do not count, since at best they stay in caches.
     """
@@ -34,11 +34,11 @@ def lower_bound(plan: GridPlan, channels: int, value_bytes: int) -> Traffic:
 
 
 def tokens_read(plan: GridPlan) -> NDArray[np.bool_]:
-    """(T, H, W): whether a pooled token depends on this token of x.
+    """Return a mask (T, H, W) of the tokens of x that the pooled tokens depend on.
 
-    It follows the result backwards. Windows need tokens of the frames as gridding left them. Where a frame is a
-    summary, they need tokens of its source frames as the levels before left these, and none of the frame that it
-    replaces. Cropped tiles, and windows that leave out the last row and column, make this a part of a frame only.
+    It is computed backwards from the result. Windows read tokens of the gridded frames. If a frame is a summary, its
+    tokens depend on tokens of its sources after the previous levels, and not on the frame that it replaces. Only a part
+    of a frame is read if tiles are cropped, or if windows leave out the last row and column.
     """
     rows, cols = _covered(plan.window_rows, plan.height), _covered(plan.window_cols, plan.width)
     needed = np.tile(np.outer(rows.any(0), cols.any(0)), (sum(plan.frame_counts), 1, 1))
@@ -57,7 +57,7 @@ def tokens_read(plan: GridPlan) -> NDArray[np.bool_]:
 
 
 def _covered(runs: Runs, size: int) -> NDArray[np.bool_]:
-    """(runs, size): whether a run covers a position. Positions in the padding are left out."""
+    """Return a mask (runs, size) of the positions that each run covers, without padding."""
     position, start = np.arange(size), np.array(runs.start)[:, None]
     covered: NDArray[np.bool_] = (start <= position) & (position < start + np.array(runs.count)[:, None])
     return covered

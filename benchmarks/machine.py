@@ -1,4 +1,4 @@
-"""The machine, the versions and the state of the source that results belong to."""
+"""Description of the machine, the versions and the source that results belong to."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def new_run(device: str, settings: dict[str, Any], threads: int | None = None) -> Run:
-    """A run that begins now on `device` ("cpu", "cuda" or "cuda:1")."""
+    """Return a run that begins now. device: "cpu", "cuda" or "cuda:N". threads: of the CPU, by default torch's."""
     now = datetime.now(timezone.utc)
     name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     return Run(name, now.isoformat(timespec="seconds"), **describe(device, threads), settings=settings)
 
 
 def describe(device: str, threads: int | None = None) -> dict[str, Any]:
-    """The device, versions and source of a `Run`."""
-    found = _gpu(device) if device.startswith("cuda") else _cpu(threads)
-    return {"device": found, "versions": _versions(), "source": _source()}
+    """Return the device, versions and source of a `Run`."""
+    properties = _gpu(device) if device.startswith("cuda") else _cpu(threads)
+    return {"device": properties, "versions": _versions(), "source": _source()}
 
 
 def _gpu(device: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _gpu(device: str) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
-        "driver": next(iter(drivers.splitlines()), None),  # one for all GPUs of a machine
+        "driver": next(iter(drivers.splitlines()), None),  # all GPUs of a machine share it
     }
 
 
@@ -87,7 +87,7 @@ def _installed(package: str) -> str | None:
 
 
 def _source() -> dict[str, Any]:
-    """The commit of this checkout, or in a copy without history what STGP_COMMIT says, and digests of the package."""
+    """Return the commit of this checkout, or STGP_COMMIT in a copy without history, and digests of the package."""
     top = output_of(["git", "rev-parse", "--show-toplevel"])
     in_checkout = top is not None and Path(top) == ROOT
     changed = output_of(["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"]) if in_checkout else None
@@ -100,13 +100,13 @@ def _source() -> dict[str, Any]:
 
 
 def _sha256(paths: Iterable[Path]) -> str | None:
-    """One digest of all these files, or None if there are none."""
+    """Return one digest of all files, None if there are none."""
     ordered = sorted(paths)
     return hashlib.sha256(b"".join(path.read_bytes() for path in ordered)).hexdigest() if ordered else None
 
 
 def output_of(command: Sequence[str]) -> str | None:
-    """The standard output of a command, or None if it fails or there is no such command."""
+    """Return the standard output of a command, None if it fails or does not exist."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
         return done.stdout.strip()
@@ -114,7 +114,7 @@ def output_of(command: Sequence[str]) -> str | None:
 
 
 def largest_cache() -> int | None:
-    """Bytes of the largest cache that the first core has a share in; None where the system does not say."""
+    """Return the size in bytes of the largest cache of the first core, None if the system does not report it."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with suppress(OSError, ValueError):
@@ -124,7 +124,7 @@ def largest_cache() -> int | None:
 
 
 def memory_bytes(field: str) -> int | None:
-    """MemTotal or MemAvailable, within the limit of the process's control group; None where the system does not say."""
+    """Return MemTotal or MemAvailable in bytes, limited by the process's control group, None if it is not reported."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -141,9 +141,9 @@ def memory_bytes(field: str) -> int | None:
 
 
 def cpu_seconds() -> tuple[float, float, float]:
-    """Seconds on the clock, of this process on all cores, and of all processes and the hypervisor together.
+    """Return wall time, CPU time of this process, and CPU time of all processes and the hypervisor, in seconds.
 
-    The last is 0 where the system has no /proc/stat.
+    The last is 0 if the system has no /proc/stat.
     """
     busy = 0.0
     with suppress(OSError):

@@ -1,8 +1,8 @@
-"""Measuring a workload: results are checked, then all providers are timed in turns beside a plain copy.
+"""Measurement of a workload: results are checked, then all providers and a plain copy are timed in turns.
 
-Every provider is called on the same tokens. A provider with a wrong result is not timed. The others take turns in one
-process, so that changes of clocks and other load affect all alike, and so does the copy, which is the unit of their
-bandwidth.
+Every provider is called on the same tokens. Providers with a wrong result are not timed. The others take turns in one
+process, so that changes of clocks and other load affect all alike. The copy takes turns too; its bandwidth is the unit
+of theirs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from benchmarks.results import BenchRow, add_rates
 from benchmarks.workloads import Workload
 
 LOST = "failed: the process ended in it"
-"""The check of a row that is reported before its provider is called for the first time."""
+"""Check of a row that is reported before the first call of its provider, and stays if the process ends in the call."""
 LATE = "skipped: its time was over"
-"""The check of a row that was lost because the whole process was stopped, so that it says nothing of its provider."""
+"""Check of a row that was lost because the whole process was stopped, whatever its provider did."""
 
 
 @dataclass(frozen=True)
 class SampleBudget:
-    """The number of samples: `most` of quick calls, of slow ones as many as take `seconds`, and at least `least`."""
+    """Rule for the number of samples of a call: as many as fit into `seconds`, between `least` and `most`."""
 
     most: int = 25
     least: int = 3
@@ -47,11 +47,11 @@ QUICK = SampleBudget(most=15, least=3, seconds=0.6)
 
 
 class Mismatch(Exception):
-    """A result that is not what the provider's definition says."""
+    """Error about a result that differs too much from that of the provider's definition."""
 
 
 class Skipped(Exception):
-    """The reason why a provider is not timed."""
+    """Error with the reason why a provider is not timed."""
 
 
 def measure(
@@ -65,10 +65,11 @@ def measure(
     report: Callable[[BenchRow], None] = lambda row: None,
     extras: bool = True,
 ) -> list[BenchRow]:
-    """The rows of a workload: the copy, the probes of a CPU, and every provider of `timed`.
+    """Measure a workload; return the rows of the copy, of the probes of a CPU, and of every provider of `timed`.
 
-    report: is given each row of a provider before its first call, when its result has been checked, and when it has
-    been timed, so that a process that ends early loses nothing else. extras: also counts launches, by a profiler.
+    report: called with each row of a provider before its first call, when its result has been checked, and when it has
+    been timed, so that a process that ends early loses only the current row. extras: whether to count launches, by a
+    profiler.
 
     Raises the error that has made the device unusable, if there is one.
     """
@@ -92,7 +93,7 @@ def measure(
                     row.overhead_us = overhead_us(device, contender.calls[0])
                 samplers[name], row.calls_per_sample = device.sampler(contender.calls, provider.captures)
                 if device.type == "cuda":
-                    samplers[name]()  # a replay that hangs or fails does so where its provider is known
+                    samplers[name]()  # a replay that hangs or fails must do so while its row is reported
                 contenders[name] = contender
     samplers = {name: sampler for name, sampler in samplers.items() if rows[name].check == "ok"}
     turns = {name: (rows[name].calls_per_sample or 1, _period(contenders.get(name))) for name in samplers}
@@ -109,7 +110,7 @@ def measure(
         report(row)
     for name, contender in contenders.items() if extras else ():  # last: after a profiler, captures may fail
         if rows[name].check == "ok":
-            with suppress(RuntimeError):  # of a profiler, which costs the number and not the times
+            with suppress(RuntimeError):  # if the profiler fails, only the number of launches is missing
                 rows[name].launches = device.launches(contender.calls[0])
     return found
 
@@ -122,7 +123,7 @@ def _period(contender: Contender | None) -> int:
 
 
 def needed_bytes(workload: Workload, device: Device) -> int:
-    """Bytes that every workload takes: inputs, an expected result and one that is made, and both sides of a copy."""
+    """Return the bytes that a workload needs for inputs, expected and computed results, and both sides of the copy."""
     bound = workload.bound("grid_pool")
     sets = 1 if device.type == "cpu" else 2
     segment = workload.input_bytes // max(workload.frames // SEGMENT, 1)
@@ -133,7 +134,7 @@ def needed_bytes(workload: Workload, device: Device) -> int:
 def time_limits(
     workload: Workload, device: Device, run: str, xs: Sequence[Tensor]
 ) -> tuple[dict[str, BenchRow], dict[str, Sampler]]:
-    """Rows and samplers of a copy that moves as many bytes as grid_pool must, and of the device's probes."""
+    """Return rows and samplers of a copy that moves as many bytes as grid_pool must, and of the device's probes."""
     bound = workload.bound("grid_pool")
     limits = {"copy": (copies(bound.total_bytes, len(xs), device.torch_device), bound)}
     limits |= device.limits(xs[0], workload.plan("norm_pool").pooled_size)
@@ -147,7 +148,7 @@ def time_limits(
 
 
 def copies(total_bytes: int, sets: int, device: str) -> list[Call]:
-    """Plain copies that read and write `total_bytes` together."""
+    """Return `sets` plain copies, each of which reads and writes `total_bytes` in total."""
     sources = [torch.randn(total_bytes // 4, dtype=torch.bfloat16, device=device) for _ in range(sets)]
     return [partial(torch.ones_like(source).copy_, source) for source in sources]
 
@@ -174,7 +175,7 @@ def provider_row(run: str, workload: Workload, provider: Provider) -> BenchRow:
 
 
 def variants(provider: Provider, separates_out: bool) -> list[tuple[str, bool]]:
-    """The names that a provider is timed under, and whether its results go into memory that is given."""
+    """Return the names under which a provider is timed, each with whether `out` is given."""
     if not provider.takes_out:
         return [(provider.name, False)]
     if not separates_out:
@@ -183,7 +184,7 @@ def variants(provider: Provider, separates_out: bool) -> list[tuple[str, bool]]:
 
 
 class Expected:
-    """The definition's result for every input. The last ones are kept: providers that share it follow one another."""
+    """Expected results of all inputs. Those of the last definition are cached for the next providers that share it."""
 
     def __init__(self, xs: Sequence[Tensor]) -> None:
         self.xs, self.results = xs, list[Tensor]()
@@ -197,9 +198,9 @@ class Expected:
 
 
 class Contender:
-    """The calls of a provider on every input, and the results that are still needed.
+    """The calls of a provider on every input, and the results that must be kept.
 
-    On a CPU a result is freed with its call, as in use, unless it goes into memory that is given. In a graph it stays.
+    On a CPU a result is freed after its call, as in practice, unless `out` is given. In a CUDA graph it is kept.
     """
 
     def __init__(self, provider: Provider, xs: Sequence[Tensor], into_out: bool, expected: Expected) -> None:
@@ -222,9 +223,9 @@ class Contender:
         return self.results[i]
 
     def prepare(self, device: Device, row: BenchRow) -> None:
-        """Checks every result and counts the memory of a call. Raises Mismatch if a result is wrong."""
+        """Check every result and measure the memory of a call. Raises Mismatch if a result is wrong."""
         if self.provider.compiles or device.type == "cuda":
-            self.provider.call(self.xs[0])  # which compiles and starts what a first call does
+            self.provider.call(self.xs[0])  # compiles, and initialises libraries
         result_bytes = 0 if self.into_out else self.expected(self.provider)[0].nbytes
         row.extra_peak_bytes, first = device.extra_peak_bytes(partial(self.fresh_call, 0), result_bytes)
         for i, expected in enumerate(self.expected(self.provider)):
@@ -239,7 +240,7 @@ class Contender:
         row.check = "ok"
 
     def check_last(self) -> None:
-        """Raises Mismatch if a result that the last timed call left is wrong."""
+        """Raise Mismatch if a result of the last timed calls is wrong."""
         if self.keeps and self.provider.checked is None:
             for result, expected in zip(self.results, self.expected(self.provider), strict=True):
                 self.refuse_wrong(result, expected)
@@ -258,9 +259,9 @@ def refuse_without_memory(provider: Provider, x: Tensor, device: Device) -> None
 
 @contextmanager
 def reporting(row: BenchRow, device: Device, report: Callable[[BenchRow], None] = lambda row: None) -> Iterator[None]:
-    """Puts an error into the row in place of times, and goes on unless it has made the device unusable.
+    """Record an error of the block in the row, in place of times; raise only if it has made the device unusable.
 
-    The row is reported before as one that the process may have ended in, and then as it is.
+    The row is reported before the block, with the check `LOST`, and after it.
     """
     report(replace(row, check=LOST))
     try:
@@ -288,9 +289,9 @@ def take_turns(
     effort: SampleBudget,
     warm_up_s: float = 0.3,
 ) -> dict[str, list[float]]:
-    """Times in µs per call of every sampler, which are sampled in turns; slow ones in fewer turns, spread evenly.
+    """Sample all samplers in turns, slow ones in fewer, evenly spread turns; return times in µs per call.
 
-    turns: calls that a sample makes, and the period that the number of samples is a multiple of.
+    turns: for each sampler, its number of calls per sample, and a number that the number of samples is a multiple of.
     """
     first = next(iter(samplers.values()))
     begin = time.perf_counter()

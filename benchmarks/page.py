@@ -1,7 +1,6 @@
-"""docs/performance.md, its pictures and the README's table, written from the results of benchmarks/results.
+"""Generation of docs/performance.md, its pictures and the README's table from the results in benchmarks/results.
 
-Of every machine and kind of workload the last measured state of the code counts. Nothing is measured here, and no
-figure has another source.
+For every machine and kind of workload, the last measured state of the code counts. All figures come from these results.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ with equally many tokens differ by noise.
 
 
 def page(files: Sequence[Path]) -> str:
-    """The whole page, from the files of all machines."""
+    """Return the text of the page, from the files of all machines."""
     machines = last_states(files, T64)
     parts = [INTRODUCTION, *(part for results in machines for part in section(results))]
     if not any(each.run.device["type"] == "cuda" for each in machines):
@@ -111,12 +110,12 @@ def page(files: Sequence[Path]) -> str:
 
 
 def last_states(files: Sequence[Path], part: str) -> list[Results]:
-    """The results of every machine that has any of a workload or group."""
+    """Return the results of every machine that has any of the workload or group `part`."""
     return [results for results in (last_state(path, part) for path in files) if results is not None]
 
 
 def section(results: Results) -> list[str]:
-    """The section of a machine: goals, overhead, pictures, every main workload, sweeps."""
+    """Return the section of a machine: goals, overhead, pictures, every main workload, sweeps."""
     run, folder = results.run, PICTURES / picture_folder(results)
     parts = [f"## {run.device['name']}\n", f"{filled(machine_line(run))}.\n", "| goal | | |\n|---|---|---|"]
     parts += [f"| {goal.name} | {goal.status} | {goal.detail} |" for goal in goals(results)]
@@ -134,7 +133,7 @@ def section(results: Results) -> list[str]:
 
 
 def overhead(results: Results) -> list[str]:
-    """The time of a call on one small frame, which is not that of the arithmetic."""
+    """Return a line on the overhead of calls, which dominates the time of a call on one small frame."""
     rows = [row for row in results.of("overhead").get(ONE_FRAME, []) if row.overhead_us is not None]
     found = [
         f"{title_of(row.provider)} {row.overhead_us:.0f} ({row.us:.0f})"
@@ -146,7 +145,7 @@ def overhead(results: Results) -> list[str]:
 
 
 def workload_tables(results: Results, group: str) -> list[str]:
-    """A table for every workload of a group, and below each where and when it was measured."""
+    """Return a table for every workload of a group, each with its machine and time below."""
     parts = []
     for name, rows in results.of(group).items():
         bounds = {row.op: row for row in rows if row.op}
@@ -163,7 +162,7 @@ def workload_tables(results: Results, group: str) -> list[str]:
 
 
 def sweep(results: Results, group: str, title: str) -> list[str]:
-    """A table of medians: a line for every workload of a group, a column for every provider worth a comparison."""
+    """Return a table of medians with a line for every workload of a group and a column for every compared provider."""
     workloads = {name: [row for row in rows if row.is_timed] for name, rows in results.of(group).items()}
     names = sorted((name for name, rows in workloads.items() if rows), key=lambda name: size_of(workloads[name][0]))
     others = ("ceiling", "llava_avg_pool", "avg_pool2d", "adaptive_avg_pool2d")
@@ -187,7 +186,7 @@ def size_of(row: BenchRow) -> tuple[int, int]:
 
 
 def prefill_table(results: Results) -> str:
-    """A line for every pooling: tokens that are left, the pooling's time, the decoder's, and how much both save."""
+    """Return a table with a line for every pooling: remaining tokens, times of pooling and decoder, and speed-up."""
     lines = ["| pooled by | grid | visual tokens | of all | pooling | prefill | both faster by | pooling's share |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
     parts = []
@@ -218,12 +217,12 @@ def prefill_cells(row: BenchRow, pooling: BenchRow | None, unpooled: BenchRow) -
 
 
 def picture_folder(results: Results) -> str:
-    """The name of the folder of a machine's pictures, which is that of its file of results."""
+    """Return the name of the folder of a machine's pictures, which equals that of its file of results."""
     return file_name(results.run.device).removesuffix(".jsonl")
 
 
 def readme_table(results: Results) -> str:
-    """Medians relative to norm_pool's into given memory, with 16 and 64 frames, and on which machine."""
+    """Return a table of medians relative to norm_pool with `out`, for 16 and 64 frames, with the machine below."""
     ours = "norm_pool:cpu:out"
     lines = ["| time, relative to the first row | 16 frames | 64 frames |", "|---|---|---|"]
     for provider in dict.fromkeys([ours, *(row.provider for row in results.rows if row.workload == T64)]):
@@ -241,7 +240,7 @@ def readme_table(results: Results) -> str:
 
 
 def with_table(readme: str, files: Sequence[Path]) -> str:
-    """The README with the newest table of a CPU."""
+    """Return the text of the README with the newest table of a CPU."""
     cpus = [results for results in last_states(files, T64) if results.run.device["type"] == "cpu"]
     if not cpus:
         return readme
@@ -251,13 +250,13 @@ def with_table(readme: str, files: Sequence[Path]) -> str:
 
 
 def texts() -> dict[Path, str]:
-    """The page and the README as the results have them."""
+    """Return the texts of the page and the README that follow from the results."""
     files = machine_files()
     return {PAGE: page(files), README: with_table(README.read_text(encoding="utf-8"), files)}
 
 
 def write() -> list[Path]:
-    """Draws the pictures, writes the page and the README, and returns what was written."""
+    """Draw the pictures, write the page and the README, and return the files written."""
     machines = last_states(machine_files(), T64)
     written = [path for each in machines for path in save_plots(each, PICTURES / picture_folder(each), force=True)]
     for path, text in texts().items():
@@ -267,5 +266,5 @@ def write() -> list[Path]:
 
 
 def stale() -> list[Path]:
-    """The texts that are not what the results say."""
+    """Return the files whose text differs from the one that follows from the results."""
     return [path for path, text in texts().items() if not path.exists() or path.read_text(encoding="utf-8") != text]

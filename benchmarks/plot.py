@@ -1,6 +1,6 @@
-"""Results as pictures: the time of a call against frames, and times relative to the fastest of the package's kernels.
+"""Pictures of results: the time of a call against frames, and times relative to the package's fastest kernel.
 
-matplotlib is imported on first use, and its global state is not touched.
+matplotlib is imported on first use, and its global state is unchanged.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMALL, NORMAL = 7.0, 8.5
-"""Sizes of letters in points."""
+"""Font sizes in points."""
 WIDTH = 9.0
-"""Width of a picture in inches: a README shows it about as large as it is drawn."""
+"""Width of a picture in inches, about that of a page of documentation."""
 COLUMNS = 4
-"""Workloads beside one another in the picture of ratios."""
+"""Number of workloads per row in the picture of ratios."""
 BLACK, GREY, GRID, BAND = "#222222", "#666666", "#E4E4E4", "#EAF3F9"
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. Members of a family differ in line and marker.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish, for families of providers. Members of a
+# family differ in line and marker.
 _FAMILIES = {
     "#0072B2": ("grid_pool",),
     "#D55E00": ("norm_pool",),
@@ -43,10 +44,10 @@ _LINES = (("-", "o"), ("--", "s"), (":", "v"))
 
 
 def style_of(provider: str) -> dict[str, Any]:
-    """Colour, line and marker of a provider, the same in every picture. The package's kernels have filled marks."""
+    """Return colour, line and marker of a provider in every picture. Those of the package's kernels are filled."""
     name = provider.split(":")[0]
-    known = {member: (colour, _LINES[i]) for colour, names in _FAMILIES.items() for i, member in enumerate(names)}
-    colour, (line, marker) = known.get(provider) or known.get(name) or (GREY, _LINES[0])
+    styles = {member: (colour, _LINES[i]) for colour, names in _FAMILIES.items() for i, member in enumerate(names)}
+    colour, (line, marker) = styles.get(provider) or styles.get(name) or (GREY, _LINES[0])
     if is_ours(provider) and provider.endswith((":out", ":cuda")):
         line, marker = _LINES[1]
     fill = colour if is_ours(provider) else "white"
@@ -54,10 +55,10 @@ def style_of(provider: str) -> dict[str, Any]:
 
 
 def save_plots(results: Results, folder: Path, force: bool = False) -> list[Path]:
-    """Draws time.png and ratios.png into a folder, which is made if need be, and returns what was written.
+    """Draw time.png and ratios.png into a folder, which is made if needed, and return the files written.
 
-    A picture that there are no results for is left out. Raises FileExistsError, before anything is written, for one
-    that is there already, unless `force`, and ImportError without matplotlib.
+    Pictures without results are left out. Raises FileExistsError, before anything is written, if a picture exists,
+    unless `force`; ImportError without matplotlib.
     """
     refuse_existing(folder, force)
     figures = {folder / f"{name}.png": draw(results) for name, draw in PICTURES.items()}
@@ -69,7 +70,7 @@ def save_plots(results: Results, folder: Path, force: bool = False) -> list[Path
 
 
 def refuse_existing(folder: Path, force: bool) -> None:
-    """Raises FileExistsError if a picture is there already, unless `force`, and ImportError without matplotlib."""
+    """Raise FileExistsError if a picture exists in the folder, unless `force`; ImportError without matplotlib."""
     import matplotlib  # noqa: F401
 
     for name in PICTURES:
@@ -78,7 +79,7 @@ def refuse_existing(folder: Path, force: bool) -> None:
 
 
 def _figure(results: Results, title: str, note: str, height: float) -> Figure:
-    """An empty figure with a title, and below the machine, the date, the commit and a note."""
+    """Return an empty figure with a title, and with machine, date, commit and a note below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -99,7 +100,7 @@ def _clean(axes: Axes, grid: Literal["both", "x"]) -> None:
 
 
 def draw_times(results: Results) -> Figure | None:
-    """A panel for every sweep of frames; None if there is none."""
+    """Draw a panel for every sweep of frames; return None if there is none."""
     groups = {group for row in results.rows for group in row.groups if group.startswith("T-")}
     sweeps = [[row for rows in results.of(group).values() for row in rows if row.is_timed] for group in sorted(groups)]
     sweeps = [rows for rows in sweeps if len({row.frames for row in rows}) > 1]
@@ -139,13 +140,13 @@ def _draw_sweep(axes: Axes, rows: Sequence[BenchRow]) -> None:
     axes.xaxis.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, place: show_number(value))
     _clean(axes, "both")
-    # names in the order in which the lines end
+    # names in the vertical order of the lines' right ends
     handles = sorted(axes.get_lines(), key=lambda line: -np.asarray(line.get_ydata())[-1])
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=SMALL, frameon=False)
 
 
 def _lower_bound_us(probe: BenchRow, rows: Sequence[BenchRow]) -> float:
-    """The time in µs of grid_pool's fewest bytes, or norm_pool's where there is no other op, at a probe's rate."""
+    """Return the time in µs of the lower bound of grid_pool, or of another op if it is missing, at a probe's rate."""
     ops = {row.op: row for row in rows if row.frames == probe.frames and row.op}
     op = ops.get("grid_pool") or next(iter(ops.values()), probe)
     return (op.read_bytes + op.write_bytes) / (probe.read_bytes + probe.write_bytes) * probe.us
@@ -155,7 +156,7 @@ def _lower_bound_us(probe: BenchRow, rows: Sequence[BenchRow]) -> float:
 
 
 def draw_ratios(results: Results) -> Figure | None:
-    """A panel for every main workload, or for every one if none is a main one; None without a time to compare with."""
+    """Draw a panel for every main workload, or for all poolings if none is main; return None if nothing compares."""
     panels: list[tuple[list[BenchRow], dict[str, float], str]] = []
     for rows in (results.of("main") or results.of("pooling")).values():
         times = {row.provider: row.us for row in rows if row.is_timed and row.provider != "read"}

@@ -1,4 +1,4 @@
-"""Providers that pool tokens: the package's ops on every backend, the pooling that they stand in for, and gradients."""
+"""Providers that pool tokens: the package's ops on every backend, the poolings that they replace, and gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPS = ("norm_pool", "grid_pool")
 
 
 def poolings(workload: Workload, device: str) -> list[Provider]:
-    """Everything that can pool the tokens of a workload on a device ("cpu" or "cuda")."""
+    """Return all providers that pool the tokens of a workload on a device ("cpu" or "cuda")."""
     found = [*our_ops(workload, device), *plain_poolings(workload)]
     if workload.output_size is None:
         found += naive_code(workload, device)
@@ -33,9 +33,9 @@ def poolings(workload: Workload, device: str) -> list[Provider]:
 
 
 def gradients(workload: Workload, device: str) -> list[Provider]:
-    """The ops, and their gradients in the tokens alone, given a random gradient of the result."""
+    """Return the ops, and providers of their gradients with respect to x for a random gradient of the result."""
     w, found = workload, our_ops(workload, device)
-    # the definition rounds the gradients of summaries too
+    # the definition also rounds the gradients of summaries, hence the larger tolerance
     ulps, wide = 8 if w.dtype.itemsize == 2 else 64, 4 / w.dtype.itemsize
     for op, settings in zip(OPS, (w.windows, w.settings), strict=True):
         of_result = cache(partial(_random_gradient, op, settings))
@@ -58,7 +58,7 @@ def gradients(workload: Workload, device: str) -> list[Provider]:
 
 
 def backends(device: str) -> list[str]:
-    """The package's backends that are timed on a device, which are neither interpreted nor emulated there."""
+    """Return the package's backends that are timed on a device: those that run on it natively."""
     others = {"cpu": ("triton", "cuda"), "cuda": ("cpu",)}[device]
     return [backend for backend in available_backends() if backend not in others]
 
@@ -88,7 +88,7 @@ def our_ops(workload: Workload, device: str) -> list[Provider]:
 
 @cache
 def by_reference(workload: Workload, op: str) -> Pool:
-    """The definition of an op, which is the same object for every provider that it is the definition of."""
+    """Return the definition of an op. All providers of the op share the object, so that its results are cached."""
     own = {name: value for name, value in workload.settings.items() if name != "frame_counts"}
     settings = own if op == "grid_pool" else workload.windows
     return in_segments(workload, partial(getattr(functional, op), **settings, backend="reference"))
@@ -97,13 +97,14 @@ def by_reference(workload: Workload, op: str) -> Pool:
 def _random_gradient(
     op: str, settings: dict[str, Any], shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A gradient of the result that tokens of this shape have."""
+    """Return a random gradient of the op's result for tokens of this shape."""
     result = getattr(functional, op)(torch.empty(shape, dtype=dtype, device="meta"), **settings)
     generator = torch.Generator(device).manual_seed(len(shape))
     return torch.randn(result.shape, dtype=dtype, device=device, generator=generator)
 
 
 OfResult = Callable[[torch.Size, torch.dtype, torch.device], Tensor]
+"""Function that returns the gradient of the result for tokens of a shape, dtype and device."""
 
 
 def _gradient(op: str, backend: str, settings: dict[str, Any], of_result: OfResult, x: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ def _gradient(op: str, backend: str, settings: dict[str, Any], of_result: OfResu
 
 
 def _gradient_in_segments(workload: Workload, op: str, of_result: OfResult, x: Tensor) -> Tensor:
-    """The gradient by the reference, in parts as `in_segments` makes them."""
+    """Return the gradient by the reference, computed in the parts of `in_segments`."""
     counts, grad = list(workload.frame_counts), of_result(x.shape, x.dtype, x.device)
     parts: list[Tensor] = []
     for video, of_video in zip(x.flatten(0, -4).split(counts), grad.flatten(0, -4).split(counts), strict=True):
@@ -127,11 +128,11 @@ def _backward(op: str, backend: str, grad: Tensor, x: Tensor, settings: dict[str
     return found
 
 
-# ---- everything else ----
+# ---- other poolings ----
 
 
 def plain_poolings(workload: Workload) -> Iterator[Provider]:
-    """Poolings without weights and summaries: as engines call them, and on channels-last views, without a copy."""
+    """Yield poolings without weights and summaries: as engines call them, and on channels-last views without a copy."""
     w, size = workload, workload.plan("norm_pool").pooled_size
 
     def provider(name: str, pool: Pool, memory: float = 0.5, note: str = "") -> Provider:
@@ -156,7 +157,7 @@ def plain_poolings(workload: Workload) -> Iterator[Provider]:
 
 
 def naive_code(workload: Workload, device: str) -> Iterator[Provider]:
-    """ST-GridPool as people write it, op by op. It has no ceil_mode, as the published code has none."""
+    """Yield ST-GridPool op by op. Like the published code, it has no ceil_mode."""
     w, floor = workload, replace(workload, ceil_mode=False)
     size = floor.plan("norm_pool").pooled_size
     is_cut = size != w.plan("norm_pool").pooled_size
@@ -177,9 +178,9 @@ def naive_code(workload: Workload, device: str) -> Iterator[Provider]:
 
 
 def compiled_code(workload: Workload, device: str) -> Iterator[Provider]:
-    """The formulas op by op, with all indices given, under torch.compile, which compiles at the first call."""
+    """Yield the formulas op by op, with precomputed indices, under torch.compile, which compiles at the first call."""
     modes = {"compiled_grid_pool": "default"}
-    if device == "cuda":  # without graphs of its own, since every call is captured in one here
+    if device == "cuda":  # without torch's own CUDA graphs, since the benchmark captures every call in a graph
         modes["compiled_grid_pool:max-autotune"] = "max-autotune-no-cudagraphs"
     for name, mode in modes.items():
         yield Provider(
@@ -194,18 +195,18 @@ def compiled_code(workload: Workload, device: str) -> Iterator[Provider]:
 
 
 def op_by_op_ulps(workload: Workload) -> float:
-    """The allowed difference of code that rounds at every step. The ops round once, after sums in another order."""
+    """Return the tolerance in ulps for code that rounds at every step. The package's ops round once."""
     return 8 if workload.dtype.itemsize == 2 else 64
 
 
 def on_frames(pool: Pool, x: Tensor) -> Tensor:
-    """`pool`, which takes (T, H, W, C), on the frames of a batch too, as engines call it."""
+    """Apply `pool`, which takes (T, H, W, C), to the frames of a video or a batch at once, as engines do."""
     pooled = pool(x.flatten(0, -4))
     return pooled.unflatten(0, x.shape[:-3]) if x.dim() == 5 else pooled
 
 
 def video_by_video(workload: Workload, pool: Pool) -> Pool:
-    """`pool` on each video alone, and the results put together."""
+    """Return a function that applies `pool` to each video and joins the results."""
 
     def call(x: Tensor) -> Tensor:
         if len(workload.frame_counts) == 1 and x.dim() == 4:
@@ -218,9 +219,9 @@ def video_by_video(workload: Workload, pool: Pool) -> Pool:
 
 
 def in_segments(workload: Workload, pool: Pool) -> Pool:
-    """`pool` on each video alone, and on each segment of a video of whole segments alone.
+    """Return a function that applies `pool` to each video, and to each segment of a video of whole segments.
 
-    That takes less memory and gives the same bits, since no summary takes frames of two segments.
+    That takes less memory and gives the same bits, since groups never span two segments.
     """
 
     def one_video(x: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ def compiled_grid_pool(plan: GridPlan, mode: str) -> Pool:
 
 
 def op_by_op_grid_pool(plan: GridPlan, device: str) -> Pool:
-    """The formulas at the published settings, on the frames that a plan names: what torch.compile is given to fuse."""
+    """Return grid_pool at the published settings op by op, with indices from a plan, as input of torch.compile."""
     levels = [
         (torch.tensor(level.sources, device=device), torch.tensor(level.targets, device=device))
         for level in plan.levels
@@ -260,7 +261,7 @@ def op_by_op_grid_pool(plan: GridPlan, device: str) -> Pool:
         frames = x.clone()
         for sources, targets in levels:
             frames[targets] = mosaics(frames[sources])
-        windows = F.pad(frames, (0, 0, 0, right, 0, bottom))  # a negative number crops
+        windows = F.pad(frames, (0, 0, 0, right, 0, bottom))  # negative padding crops
         windows = windows.unflatten(2, (cols, 2)).unflatten(1, (rows, 2)).float()  # (T, OH, 2, OW, 2, C)
         logits = windows.square().mean(-1).sqrt()
         taken = F.pad(torch.ones_like(x[0, :, :, 0], dtype=torch.bool), (0, right, 0, bottom))

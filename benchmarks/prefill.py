@@ -1,8 +1,8 @@
-"""Providers of a prefill: what pooling saves the language model behind it.
+"""Providers of a prefill: the time that pooling saves the language model behind it.
 
-A decoder of the shape of Qwen2 runs over the visual tokens of a video and a short text: one forward that fills the KV
-cache and ends in the logits of the last position, as generation begins. Its weights are random, which changes no time;
-answers would mean nothing. The pooling before it is timed alone. A CPU without instructions for products of bfloat16
+A decoder with the architecture of Qwen2 runs over the visual tokens of a video and a short text: one forward that fills
+the KV cache and computes the logits of the last position, the first step of generation. Its weights are random, which
+does not affect times. The pooling before it is timed separately. A CPU without instructions for products of bfloat16
 (AVX512-BF16, AMX) is faster in float32: `--shape prefill-0.5b:fp32`.
 """
 
@@ -24,13 +24,14 @@ from benchmarks.provider import Pool, Provider
 from benchmarks.workloads import Workload, random_tokens
 
 TEXT_TOKENS = 64
+"""Number of tokens of text in a prompt."""
 BUDGETS = (0.5, 0.3)
-"""Shares of the tokens that output_size is chosen for."""
+"""Shares of the visual tokens, for each of which an `output_size` is timed."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Sizes of a decoder. tied: input and output embeddings are one matrix."""
+    """Sizes of a decoder. tied: whether input and output embeddings are one matrix."""
 
     name: str
     hidden: int
@@ -54,13 +55,13 @@ class Decoder:
         return (1 if self.tied else 2) * self.vocabulary * h + self.layers * layer + h
 
     def bound(self, prompt: int, value_bytes: int) -> Traffic:
-        """The fewest bytes of a prefill: weights and prompt are read, the KV cache and the logits are written."""
+        """Lower bound of a prefill: weights and prompt are read, the KV cache and the logits are written."""
         cache = 2 * self.layers * self.kv_width * prompt
         read = self.parameters + prompt * self.hidden
         return Traffic(read * value_bytes, (cache + self.vocabulary) * value_bytes)
 
     def needed_bytes(self, prompt: int, value_bytes: int) -> int:
-        """About the most memory in use during a prefill: activations are those of one layer."""
+        """Estimate of the peak memory in bytes of a prefill, with the activations of one layer."""
         activations = prompt * (5 * self.hidden + 3 * self.intermediate)
         return self.bound(prompt, value_bytes).total_bytes + activations * value_bytes
 
@@ -76,7 +77,7 @@ DECODERS = {
 
 
 def prefills(workload: Workload, device: str) -> list[Provider]:
-    """The prefill after every pooling, and the pooling alone, from the most tokens to the fewest.
+    """Return providers of the prefill after every pooling, and of the pooling alone, from most tokens to fewest.
 
     Raises ValueError unless the workload is one video whose channels are the width of a decoder.
     """
@@ -115,7 +116,7 @@ def prefills(workload: Workload, device: str) -> list[Provider]:
 
 
 def variants(workload: Workload, backend: str) -> list[tuple[str, Workload, str]]:
-    """Label, workload and provider of every pooling, the provider "" for none; from the most tokens to the fewest."""
+    """Return label, workload and provider ("" for none) of every pooling, from most tokens to fewest."""
     ours, floor, ceil = f"grid_pool:{backend}", workload, replace(workload, ceil_mode=True)
     squares = [(side_of(budget, workload.grid[0]),) * 2 for budget in BUDGETS]
     budgets = [replace(workload, output_size=square) for square in squares]
@@ -130,19 +131,19 @@ def variants(workload: Workload, backend: str) -> list[tuple[str, Workload, str]
 
 
 def side_of(budget: float, size: int) -> int:
-    """Rows and columns of the square of tokens that is closest to a share of size × size."""
+    """Return the side of the square of tokens whose number is closest to a share of size × size."""
     return min(range(1, size + 1), key=lambda side: abs(side * side - budget * size * size))
 
 
 class Prefill:
-    """A forward of the decoder over the pooled tokens of x and a text. Prompts are made once, and kept."""
+    """Forward of the decoder over the pooled tokens of x and a text. Prompts are cached by x."""
 
     def __init__(self, decoder: Decoder, pool: Pool | None) -> None:
         self.decoder, self.pool = decoder, pool
         self._prompts: dict[int, Tensor] = {}
 
     def with_cache(self, x: Tensor) -> Tensor:
-        """The logits of the last position, (1, 1, 1, vocabulary), as a forward that fills a KV cache gives them."""
+        """Return the logits of the last position, (1, 1, 1, vocabulary), by a forward that fills a KV cache."""
         prompt = self.prompt(x)
         result = self._forward(x, prompt, use_cache=True)
         assert result.past_key_values.get_seq_length() == prompt.shape[1]
@@ -150,12 +151,12 @@ class Prefill:
         return logits
 
     def without_cache(self, x: Tensor) -> Tensor:
-        """The same logits by a forward that keeps nothing."""
+        """Return the logits of the last position, (1, 1, 1, vocabulary), by a forward without a KV cache."""
         logits: Tensor = self._forward(x, self.prompt(x), use_cache=False).logits[None]
         return logits
 
     def prompt(self, x: Tensor) -> Tensor:
-        """(1, visual tokens + TEXT_TOKENS, C)"""
+        """Return the prompt of x, (1, visual tokens + TEXT_TOKENS, C)."""
         if x.data_ptr() not in self._prompts:
             pooled = x if self.pool is None else self.pool(x)
             text = random_tokens((TEXT_TOKENS, x.shape[-1]), x.dtype, str(x.device), seed=1)
@@ -164,7 +165,7 @@ class Prefill:
 
     @torch.inference_mode()
     def _forward(self, x: Tensor, prompt: Tensor, use_cache: bool) -> Any:
-        """Attention by kernels that never hold all L × L scores, which would be most of the memory."""
+        """Run the model with attention kernels that never store all L × L scores, which would take most memory."""
         model = build(self.decoder, x.dtype, str(x.device))
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
             return model(inputs_embeds=prompt, use_cache=use_cache, logits_to_keep=1)
@@ -172,7 +173,7 @@ class Prefill:
 
 @lru_cache(maxsize=1)
 def build(decoder: Decoder, dtype: torch.dtype, device: str) -> Callable[..., Any]:
-    """The decoder with random weights. Raises ImportError without transformers."""
+    """Return the decoder with random weights. Raises ImportError without transformers."""
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The most that a CPU's memory gives: pooling's bytes in pooling's order, without arithmetic, by a loop in C++."""
+"""Probe of the bandwidth of a CPU's memory: a C++ loop that moves the bytes of pooling, in its order, and only that."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from stgridpool_kernels.cli.machine import cpu_name
 
 SOURCE = Path(__file__).with_name("ceiling.cpp")
 LINE = 64
-"""Bytes of a cache line. Tokens and addresses must be multiples of it."""
+"""Size of a cache line in bytes. Sizes of tokens and addresses must be multiples of it."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wall", "-Wno-psabi")
+"""Options of the compiler."""
 
 
 def cache_folder() -> Path:
-    """The folder of the user's caches that compiled probes are kept in."""
+    """Return the folder of compiled probes among the user's caches."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home, "stgridpool_kernels")
 
 
 class Probe:
-    """The functions of ceiling.cpp."""
+    """The functions of ceiling.cpp, compiled for this machine."""
 
     def __init__(self) -> None:
-        """Compiles them unless that has been done here. Raises RuntimeError with the reason where it cannot be done."""
+        """Compile the functions unless they are cached. Raises RuntimeError with the reason if that fails."""
         given = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
         if given is None:
             raise RuntimeError("no C++ compiler")
         compiler = shlex.split(given)
-        known = hashlib.sha256(SOURCE.read_bytes())
-        known.update("\n".join([*compiler, output_of([*compiler, "--version"]) or "", *FLAGS, cpu_name()]).encode())
-        library = cache_folder() / f"ceiling-{known.hexdigest()[:16]}.so"
+        digest = hashlib.sha256(SOURCE.read_bytes())
+        digest.update("\n".join([*compiler, output_of([*compiler, "--version"]) or "", *FLAGS, cpu_name()]).encode())
+        library = cache_folder() / f"ceiling-{digest.hexdigest()[:16]}.so"
         try:
             if not library.exists():
                 _compile(compiler, library)
@@ -52,12 +53,12 @@ class Probe:
         self._read.argtypes, self._read.restype = [pointer, size, threads], ctypes.c_uint64
 
     def pool(self, x: Tensor, out: Tensor, threads: int) -> None:
-        """out (T, OH, OW, C) = the bitwise or of the tokens of each 2 × 2 window of x (T, H, W, C)."""
+        """Write the bitwise or of the tokens of each 2 × 2 window of x (T, H, W, C) into out (T, OH, OW, C)."""
         token = x.shape[3] * x.element_size()
         self._pool(*_addresses(token, x, out), *x.shape[:3], *out.shape[1:3], token, threads)
 
     def read(self, x: Tensor, threads: int) -> int:
-        """The bitwise or of all 64-bit words of x."""
+        """Return the bitwise or of all 64-bit words of x."""
         return int(self._read(*_addresses(x.nbytes, x), x.nbytes, threads))
 
 
@@ -65,8 +66,7 @@ def _compile(compiler: list[str], library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built, linked = Path(folder, "ceiling.o"), Path(folder, "ceiling.so")
-        # not linked to an OpenMP runtime, so that torch's is used: the threads of two would wait for work on each
-        # other's cores
+        # not linked to an OpenMP runtime, so that torch's is used: the threads of two runtimes would compete for cores
         for command in ([*FLAGS, "-c", f"{SOURCE}", "-o", f"{built}"], ["-shared", f"{built}", "-o", f"{linked}"]):
             done = subprocess.run([*compiler, *command], capture_output=True, text=True)
             if done.returncode != 0:

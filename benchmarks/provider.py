@@ -1,4 +1,4 @@
-"""A provider: something that is timed on a workload, and the definition that its result is compared with."""
+"""Providers: functions that are timed on a workload, with the definitions that their results are compared with."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from benchmarks.lower_bound import Traffic
 Pool = Callable[[Tensor], Tensor]
 
 SEGMENT = 32
-"""Frames of the longest segment at the published settings."""
+"""Number of frames of the longest segment at the published settings."""
 
 
 @dataclass(frozen=True)
 class Provider:
     """A function `call(x)`, or `call(x, out=…)` if it takes_out, whose result is compared with definition(x).
 
-    op: the op whose fewest bytes count, unless `moved` says how many bytes a call moves. ulps: the allowed difference,
-    in units of the last place of the largest value. checked: the function that is compared in place of `call`, where a
-    call computes a part only. period: calls in a row that differ from one another; samples are whole periods of them.
-    memory: bytes that a call needs besides x, as a multiple of the bytes of x. compiles: the first call takes long.
-    captures: a CUDA graph can capture a call. slow: a call takes seconds on large tokens. state_bytes: returns the
-    bytes that the provider keeps between calls. settings: what tells the provider from others of its workload.
+    op: the op whose lower bound is the traffic of a call, unless `moved` gives the traffic. ulps: tolerance, in units
+    in the last place of the largest value. checked: function that is compared in place of `call`, if a call computes a
+    part only. period: number of successive calls that differ; samples are whole periods of them. memory: bytes that a
+    call needs besides x, as a multiple of the bytes of x. compiles: whether the first call takes long. captures:
+    whether a CUDA graph can capture a call. slow: whether a call takes seconds on large tokens. state_bytes: returns
+    the bytes that the provider keeps between calls. note: remark below the table. settings: settings that distinguish
+    the provider from others of its workload.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Provider:
 
 
 def mismatch(result: Tensor, expected: Tensor, ulps: float) -> str | None:
-    """The reason why a result is not the expected one, or None. Every value is compared, a part at a time."""
+    """Return why a result is not the expected one, None if it is. All values are compared, a segment at a time."""
     if result.shape != expected.shape or result.dtype != expected.dtype:
         return f"{tuple(result.shape)} {result.dtype} in place of {tuple(expected.shape)} {expected.dtype}"
     pairs = zip(result.flatten(0, -4).split(SEGMENT), expected.flatten(0, -4).split(SEGMENT), strict=True)

@@ -1,4 +1,4 @@
-"""The providers of every kind of workload, and which of them are timed."""
+"""The providers of every kind of workload, and the choice of those that are timed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from benchmarks.provider import Provider
 from benchmarks.workloads import Workload
 
 BASELINE = "llava_avg_pool"
-"""The provider whose time others are compared with by default."""
+"""Provider whose time others are compared with by default."""
 PATIENCE_BYTES = 100_000_000
-"""Size of the tokens in bytes, up to which slow providers are timed too where nobody asks for them."""
+"""Maximum size of the tokens in bytes for which slow providers are timed by default."""
 
 PROVIDERS = {
     "pooling": poolings.poolings,
@@ -23,23 +23,25 @@ PROVIDERS = {
 
 
 def providers(workload: Workload, device: str) -> list[Provider]:
-    """All providers of a workload on a device ("cpu" or "cuda")."""
+    """Return all providers of a workload on a device ("cpu" or "cuda")."""
     return PROVIDERS[workload.kind](workload, device)
 
 
 def chosen(workload: Workload, device: str, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> list[Provider]:
-    """The providers that `select` picks. If none is wanted by name, those that are slow on large tokens are left out,
-    except on shapes that goals are set for."""
-    known = {provider.name: provider for provider in providers(workload, device)}
-    found = [known[name] for name in select(list(known), wanted, unwanted)]
+    """Return the providers that `select` selects.
+
+    If none is wanted by name, slow ones are left out on more than `PATIENCE_BYTES`, except on shapes of goals.
+    """
+    by_name = {provider.name: provider for provider in providers(workload, device)}
+    selected = [by_name[name] for name in select(list(by_name), wanted, unwanted)]
     patient = bool(wanted) or workload.goal or workload.input_bytes <= PATIENCE_BYTES
-    return [provider for provider in found if patient or not provider.slow]
+    return [provider for provider in selected if patient or not provider.slow]
 
 
 def select(names: Sequence[str], wanted: Sequence[str], unwanted: Sequence[str] = ()) -> list[str]:
-    """The names that are wanted, or all if nothing is, without the unwanted.
+    """Return the wanted names, all if none is given, without the unwanted ones.
 
-    A name, the part of it before a colon (`grid_pool` for every backend) and a pattern (`*avg*`) stand for it.
+    wanted, unwanted: names, their parts before a colon (`grid_pool` for every backend), or patterns (`*avg*`).
     """
 
     def among(name: str, patterns: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Results as text: tables for a terminal and for Markdown, and the names that people know providers by."""
+"""Texts of results: tables for a terminal and for Markdown, and titles of providers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from benchmarks.results import BenchRow, Change, Run
 PROBES = ("copy", "ceiling", "read")
 """Providers that move bytes and pool nothing."""
 QUIET_CORES = 0.1
-"""Number of cores in use by other processes that hardly shows in times."""
+"""Number of cores that other processes may use without a noticeable effect on times."""
 WIDTH = 100
-"""Columns of a terminal that a table fits into."""
+"""Width of a table in characters."""
 
 _TITLES = {
     "copy": "torch copy",
@@ -32,28 +32,28 @@ _TITLES = {
     "compiled_grid_pool": "torch.compile grid_pool",
 }
 _VARIANTS = {"cpu": "", "out": "out="}
-"""The backend `cpu` goes without saying, since a CPU has no other kernels of the package."""
+"""Words in titles for the variants of a provider. `cpu` has none, since a CPU has no other kernels of the package."""
 
 
 # ---- names and numbers ----
 
 
 def title_of(provider: str) -> str:
-    """The name that people know a provider by: "norm_pool:cpu:out" is "norm_pool, out="."""
+    """Return the title of a provider: "norm_pool:cpu:out" gives "norm_pool, out="."""
     name, *variants = provider.split(":")
     words = [_TITLES.get(name, name), *(_VARIANTS.get(variant, variant) for variant in variants)]
     return ", ".join(word for word in words if word)
 
 
 def is_ours(provider: str) -> bool:
-    """True if a provider is one of the package's kernels. Its reference, in plain PyTorch, is not."""
+    """Whether a provider is one of the package's kernels. The reference, in plain PyTorch, is not."""
     name, *variants = provider.split(":")
     ours = ("grid_pool", "norm_pool", "grid_pool_backward", "norm_pool_backward", "push")
     return name in ours and "reference" not in variants
 
 
 def workload_title(row: BenchRow) -> str:
-    """Shape, dtype and settings of a row's workload, as in "64 × 27 × 27 × 3584 bfloat16, ceil_mode=True"."""
+    """Return shape, dtype and settings of a row's workload, as "64 × 27 × 27 × 3584 bfloat16, ceil_mode=True"."""
     settings = [f"{key}={_setting(row.settings[key])}" for key in row.settings if key in _ARGUMENTS]
     return ", ".join([f"{' × '.join(map(str, row.shape))} {row.dtype}", *settings])
 
@@ -68,7 +68,7 @@ def _setting(value: Any) -> str:
 
 
 def machine_line(run: Run) -> str:
-    """The device, versions, date and commit of a run, in one line: a number means little without them."""
+    """Return device, versions, date and commit of a run in one line."""
     device, versions, source = run.device, run.versions, run.source
     commit = str(source.get("commit") or "")[:7]
     words = [
@@ -92,7 +92,7 @@ def _plural(count: int | None, noun: str) -> str:
 
 
 def show_number(value: float) -> str:
-    """A number with three digits, with two below 0.1, and without an exponent above 0.001."""
+    """Format a number with three digits, or two below 0.1, without an exponent above 0.001."""
     size = abs(value)
     if size >= 99.95 or size == 0:
         return f"{value:.0f}"
@@ -110,9 +110,9 @@ def show_time(us: float) -> str:
 
 
 def table_of(rows: Sequence[BenchRow]) -> tuple[list[str], list[list[str]]]:
-    """The titles of a workload's table, and a line of cells for each row.
+    """Return the titles of a workload's table, and a line of cells for each row.
 
-    Columns without a value are left out. All times are in one unit.
+    Columns without a value are left out. All times have the same unit.
     """
     unit, scale = ("ms", 1e-3) if min((row.us for row in rows if row.is_timed), default=0.0) >= 1e3 else ("µs", 1.0)
 
@@ -137,7 +137,7 @@ def table_of(rows: Sequence[BenchRow]) -> tuple[list[str], list[list[str]]]:
 
 
 def remarks(rows: Sequence[BenchRow]) -> list[str]:
-    """Lines below a table: the reasons why times are missing, notes, and the use of the machine by other processes."""
+    """Return the lines below a table: reasons for missing times, notes, and the use of cores by other processes."""
     texts = [(row, text) for row in rows for text in (row.check if row.check != "ok" else "", row.note) if text]
     found = [f"{title_of(row.provider)}: {printable(text)}" for row, text in texts]
     others = max((row.others_cores or 0.0 for row in rows), default=0.0)
@@ -145,12 +145,12 @@ def remarks(rows: Sequence[BenchRow]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """A text in one line, without what a terminal would act on: errors may hold anything."""
+    """Return a text in one line, without control characters, which messages of errors may contain."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def workload_table(rows: Sequence[BenchRow]) -> Table:
-    """Everything that was found on one workload, for a terminal."""
+    """Return the table of one workload, for a terminal."""
     notes = ["GB/s: the fewest bytes that the op must move, over p50. × a provider: its time over this one's."]
     table = Table(
         title=Text(f"{rows[0].workload}: {workload_title(rows[0])}", style="bold"),
@@ -173,7 +173,7 @@ def workload_table(rows: Sequence[BenchRow]) -> Table:
 
 
 def markdown_table(rows: Sequence[BenchRow]) -> str:
-    """Everything that was found on one workload, in Markdown."""
+    """Return the table of one workload in Markdown."""
     titles, cells = table_of(rows)
     lines = [["", *titles], ["---", *("---:" for _ in titles)]]
     for row, line in zip(rows, cells, strict=True):
@@ -182,7 +182,7 @@ def markdown_table(rows: Sequence[BenchRow]) -> str:
 
 
 def filled(text: str) -> str:
-    """A paragraph in lines of at most 120 characters."""
+    """Wrap a paragraph to lines of at most 120 characters."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -190,7 +190,7 @@ def filled(text: str) -> str:
 
 
 def compare_table(changes: Sequence[Change], before: Run, after: Run) -> Table:
-    """Two runs side by side; a change beyond the noise is coloured."""
+    """Return a table of the changes between two runs, with those beyond the noise in colour."""
     table = Table(title=Text(f"{before.run} → {after.run}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("workload", overflow="fold")
     table.add_column("provider")
@@ -207,7 +207,7 @@ def compare_table(changes: Sequence[Change], before: Run, after: Run) -> Table:
 
 
 def compare_summary(changes: Sequence[Change], before: Run, after: Run) -> str:
-    """A comparison in one line, and another one if the runs differ in more than the code."""
+    """Return a summary of a comparison in one line, and a second line if the runs differ in more than the code."""
     verdicts = Counter(change.verdict for change in changes)
     mean = math.exp(sum(math.log(change.ratio) for change in changes) / len(changes))
     facts = (("device", "name"), ("device", "threads"), ("versions", "torch"))

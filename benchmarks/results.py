@@ -1,7 +1,7 @@
-"""Results: JSON lines, which are only ever appended to, and what is computed from them.
+"""Results: append-only files of JSON lines, and values that are computed from them.
 
-A run writes one line that says where and how it measured (`Run`), then one line for every provider on every workload
-(`BenchRow`) as soon as it is known. Rows name their run, so a file may hold many runs. A machine has one file.
+A run writes one line about its machine and settings (`Run`), then one line for every provider on every workload
+(`BenchRow`) as soon as it is measured. Rows name their run, so a file may hold many runs. Every machine has one file.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 FOLDER = Path(__file__).with_name("results")
-"""The folder of the results that documents are made from."""
+"""Folder of the results that documents are generated from."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The conditions that rows were measured under.
+    """The conditions under which rows were measured.
 
-    run: the name, which begins with the time in UTC. device: its type ("cpu" or "cuda"), name and properties. versions
-    and source: what was measured. settings: the options that it was started with.
+    run: name, which begins with the time in UTC. device: type ("cpu" or "cuda"), name and properties of the device.
+    versions, source: software that was measured. settings: options of the run.
     """
 
     run: str
@@ -38,22 +38,22 @@ class Run:
 
 @dataclass(eq=False)
 class BenchRow:
-    """The result of one provider on one workload; None where a value was not measured or has no meaning.
+    """The result of one provider on one workload. Values that were not measured or have no meaning are None.
 
-    provider: "copy", "ceiling", "read", or the name of a provider of the workload. op: what it computes; "" for the
-    first three, which move bytes only. settings: arguments that are not the defaults. groups: "main", or the sweeps
+    provider: "copy", "ceiling", "read", or the name of a provider of the workload. op: the op that it computes; "" for
+    the first three, which move bytes only. settings: arguments that are not the defaults. groups: "main", or the sweeps
     and kinds that the workload belongs to.
-    read_bytes, write_bytes: the fewest bytes that the op must move; of a copy and of a probe, the bytes that it moves.
-    check: "ok", or "wrong: …", "failed: …" or "skipped: …", and then there are no times.
+    read_bytes, write_bytes: lower bound of the op's traffic; the actual traffic of a copy or a probe.
+    check: "ok", or "wrong: …", "failed: …" or "skipped: …" for a row without times. note: remark below the table.
     p20_us, p50_us, p80_us: quantiles of the time of a call in µs, over `samples` samples of `calls_per_sample` calls
     on `rotating_sets` inputs in turn.
-    gb_per_s: the fewest bytes over the median time, in 10⁹ bytes per second. percent_of_copy, percent_of_ceiling: that
-    as a share of what the copy, and the probe, reached between the same samples.
+    gb_per_s: the lower bound over the median time, in 10⁹ bytes per second. percent_of_copy, percent_of_ceiling: that
+    as a share of the bandwidth of the copy, and of the ceiling probe, between the same samples.
     times_baseline: median time of the provider `baseline` over that of this one, above 1 if this one is faster.
-    extra_peak_bytes: most memory in use during a call beyond the input and the result. state_bytes: most memory that a
-    stream keeps between two calls. launches: kernels that a call launches on a GPU.
-    overhead_us: median time in µs until a call on warm caches returns. others_cores: CPU cores that other processes and
-    the hypervisor used meanwhile.
+    extra_peak_bytes: peak memory of a call beyond the input and the result. state_bytes: maximum memory that a stream
+    keeps between two calls. launches: number of kernels that a call launches on a GPU.
+    overhead_us: median time in µs until a call on warm caches returns. others_cores: mean number of CPU cores that
+    other processes and the hypervisor used meanwhile.
     """
 
     run: str
@@ -88,12 +88,12 @@ class BenchRow:
 
     @property
     def frames(self) -> int:
-        """Frames of all videos together."""
+        """Total number of frames of all videos."""
         return self.shape[0] if len(self.shape) == 4 else self.shape[0] * self.shape[1]
 
     @property
     def outcome(self) -> str:
-        """ "ok", "wrong", "failed" or "skipped"."""
+        """Kind of the check: "ok", "wrong", "failed" or "skipped"."""
         return self.check.partition(":")[0]
 
     @property
@@ -102,14 +102,14 @@ class BenchRow:
 
     @property
     def us(self) -> float:
-        """The median time. Raises ValueError if there is none."""
+        """Median time of a call in µs. Raises ValueError if there is none."""
         if self.p50_us is None:
             raise ValueError(f"{self.provider} on {self.workload} was not timed")
         return self.p50_us
 
     @property
     def spread(self) -> float:
-        """(p80 − p20) / p50, or 0 where a quantile is not known."""
+        """Relative spread (p80 − p20) / p50 of the times, 0 if a quantile is missing."""
         if self.p20_us is None or self.p50_us is None or self.p80_us is None:
             return 0.0
         return (self.p80_us - self.p20_us) / self.p50_us
@@ -123,12 +123,12 @@ class Results:
     rows: list[BenchRow]
 
     def find(self, workload: str, provider: str) -> BenchRow | None:
-        """The row of a provider on a workload, if the result was right."""
+        """Return the row of a provider on a workload, None if there is none with a right result."""
         found = (r for r in self.rows if (r.workload, r.provider) == (workload, provider) and r.check == "ok")
         return next(found, None)
 
     def of(self, group: str) -> dict[str, list[BenchRow]]:
-        """The rows of a group by workload, in the order in which they were measured."""
+        """Return the rows of a group by workload, in the order of measurement."""
         found: dict[str, list[BenchRow]] = {}
         for row in self.rows:
             if group in row.groups:
@@ -136,7 +136,7 @@ class Results:
         return found
 
     def has(self, part: str) -> bool:
-        """True if there is a row of a workload of this name or group."""
+        """Whether there is a row of a workload of this name or group."""
         return any(part in (row.workload, *row.groups) for row in self.rows)
 
     @property
@@ -148,7 +148,7 @@ class Results:
 
 
 class Writer:
-    """Appends lines to a file, each in one piece. The file and its folder are made if need be; there may be none."""
+    """Writer that appends lines to a file, each in one write. It makes file and folder; with None it writes nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = None
@@ -156,7 +156,7 @@ class Writer:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
             if self._file.tell() and not path.read_bytes().endswith(b"\n"):
-                self._file.write(b"\n")  # a run that was killed may have left part of a line
+                self._file.write(b"\n")  # a killed run may have left an incomplete line
 
     def write(self, line: DataclassInstance) -> None:
         if self._file is not None:
@@ -168,15 +168,15 @@ class Writer:
 
 
 def encode(line: DataclassInstance) -> str:
-    """One line of JSON, without the values that are None; its kind is the name of the class."""
+    """Encode as one line of JSON, without None values; "kind" is the name of the class."""
     found = {name: value for name, value in asdict(line).items() if value is not None}
     return json.dumps({"kind": type(line).__name__.lower()} | found)
 
 
 def load(path: Path) -> list[Results]:
-    """All runs of a file, oldest first. Lines that are cut or of another kind are passed over.
+    """Load all runs of a file, oldest first. Incomplete lines and lines of other kinds are skipped.
 
-    A row may be written more than once, as more of it is known: the last one counts.
+    If a row was written more than once, the last one counts, which has the most values.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -204,12 +204,12 @@ Line = TypeVar("Line", Run, BenchRow)
 
 
 def _decode(kind: type[Line], found: dict[str, Any]) -> Line:
-    known = {each.name for each in fields(kind)}
-    return kind(**{name: value for name, value in found.items() if name in known})
+    names = {each.name for each in fields(kind)}
+    return kind(**{name: value for name, value in found.items() if name in names})
 
 
 def pick(argument: str) -> Results:
-    """The results that FILE or FILE@RUN names: the newest run of the file, or the newest whose name begins with RUN."""
+    """Load the results of FILE or FILE@RUN: the newest run of the file, or the newest whose name begins with RUN."""
     whole = "@" not in argument or Path(argument).exists()
     name, _, run = (argument, "", "") if whole else argument.rpartition("@")
     found = [results for results in load(Path(name)) if results.run.run.startswith(run)]
@@ -219,10 +219,10 @@ def pick(argument: str) -> Results:
 
 
 def last_state(path: Path, part: str | None = None) -> Results | None:
-    """The rows of all runs of one state of the code: the last that has any of the workload or group `part`.
+    """Load the rows of all runs of the last state of the code that has any of the workload or group `part`.
 
-    A state is the package with its compiled library, or without one where the library was built later. Quick runs do
-    not count. Where two runs measured the same, the later one counts. None if there is no such run.
+    A state is the package with its compiled library; runs of the same package without a library belong to it too. Quick
+    runs do not count. If runs have the same row, the latest counts. Returns None if there is no such run.
     """
     states: dict[Any, list[Results]] = {}
     for results in load(path):
@@ -239,20 +239,20 @@ def last_state(path: Path, part: str | None = None) -> Results | None:
 
 
 def machine_files(folder: Path = FOLDER) -> list[Path]:
-    """The files of all machines, ordered by name."""
+    """Return the files of all machines, ordered by name."""
     return sorted([*folder.glob("cpu-*.jsonl"), *folder.glob("cuda-*.jsonl")])
 
 
 def file_name(device: dict[str, Any]) -> str:
-    """The name of the file that the results of a machine are appended to."""
+    """Return the name of a machine's file of results."""
     return f"{device['type']}-{re.sub(r'[^a-z0-9]+', '-', str(device['name']).lower()).strip('-')}.jsonl"
 
 
-# ---- what follows from times ----
+# ---- values that follow from times ----
 
 
 def add_rates(rows: Sequence[BenchRow], baseline: str) -> None:
-    """Sets bandwidths, shares of the copy's and the probe's, and ratios to the baseline, in the rows of a workload."""
+    """Set bandwidths, their shares of the copy's and the probe's, and ratios to the baseline in a workload's rows."""
     timed = {row.provider: row for row in rows if row.is_timed}
     rates = {name: (row.read_bytes + row.write_bytes) / row.us / 1e3 for name, row in timed.items()}
     for row in rows:
@@ -270,8 +270,11 @@ def _ratio(value: float, unit: float | None, digits: int) -> float | None:
 
 @dataclass(frozen=True)
 class Change:
-    """A provider on a workload in two runs. ratio: its median time in `after` over that in `before`. noise: the sum of
-    both spreads. verdict: "faster" or "slower" where the ratio is beyond the noise, else ""."""
+    """A provider on a workload in two runs.
+
+    ratio: its median time in `after` over that in `before`. noise: sum of both spreads. verdict: "faster" or "slower"
+    if the ratio is beyond the noise, else "".
+    """
 
     workload: str
     provider: str
@@ -294,7 +297,7 @@ class Change:
 
 
 def compare(before: Results, after: Results) -> list[Change]:
-    """The changes of everything that both runs timed, in the order of `after`."""
+    """Return the changes of all rows that both runs timed, in the order of `after`."""
     pairs = ((before.find(new.workload, new.provider), new) for new in after.rows)
     return [
         Change(new.workload, new.provider, old, new)

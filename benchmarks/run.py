@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`: chooses workloads and providers, measures, prints, appends to a file, draws."""
+"""The command `python -m benchmarks run`: measure workloads, print tables, append results to a file, draw them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from benchmarks.workloads import WORKLOADS, Workload, parse_workload
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Measures, by the options that the command line has. 0, or 1 if a result was wrong or failed.
+    """Measure by the options of the command line; return the exit code, 0, or 1 if a result was wrong or failed.
 
-    Raises ValueError for a shape, provider, device or number that there is not, and FileExistsError for pictures that
-    are there already, before anything is measured.
+    Raises, before anything is measured, ValueError for an unknown shape, provider or device, and FileExistsError for
+    pictures that exist.
     """
     default = QUICK_NAMES if options.quick else [w.name for w in WORKLOADS.values() if w.kind == "pooling"]
     workloads = [parse_workload(text) for text in options.shape or default]
@@ -71,15 +71,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def check_names(options: argparse.Namespace, workloads: Sequence[Workload], device: Device) -> None:
-    """Raises ValueError for a provider or baseline that no workload has."""
+    """Raise ValueError for a provider or baseline that no workload has."""
     known = list(dict.fromkeys(provider.name for w in workloads for provider in providers(w, device.type)))
-    # a provider that is left out may be missing anyway: torch.compile is timed on few workloads
+    # --skip may name a provider that these workloads lack: torch.compile is timed on few workloads
     goals = [workload for workload in WORKLOADS.values() if workload.goal and options.skip]
     anywhere = [*known, *(provider.name for w in goals for provider in providers(w, device.type))]
     for asked, among in [(p, known) for p in options.provider] + [(p, anywhere) for p in options.skip]:
         if not select(among, [asked]):
             raise ValueError(f"provider must be among {', '.join(known)}, or a pattern that fits; got {asked!r}")
-    # the default too where no workload has it, since nobody asked for it
+    # the default baseline is allowed even if no workload has it
     allowed = {BASELINE, *known, *(f"{name}:out" for name in known), "copy", "ceiling"}
     if options.baseline not in allowed:
         raise ValueError(f"baseline must be copy, ceiling or one of {', '.join(known)}; got {options.baseline!r}")
@@ -101,7 +101,7 @@ def measure_all(
     known: Mapping[tuple[str, str], BenchRow],
     early: Callable[[BenchRow], None],
 ) -> Iterator[list[BenchRow]]:
-    """The rows of one workload after another. `early` gets a row as soon as anything of it is known."""
+    """Measure one workload after another and yield its rows. early: called with a row as soon as it has any value."""
     effort = QUICK if options.quick else SampleBudget()
     if options.samples is not None:
         effort = replace(effort, most=options.samples, least=options.samples)
@@ -123,7 +123,7 @@ def measure_all(
 
 @contextmanager
 def limited(seconds: int | None) -> Iterator[None]:
-    """Ends the process, and prints where it was, after so many seconds: nothing else ends a kernel that hangs."""
+    """End the process with a traceback if the block takes longer, since no exception can end a kernel that hangs."""
     if seconds is not None:
         faulthandler.dump_traceback_later(seconds, exit=True)
     try:
@@ -133,7 +133,7 @@ def limited(seconds: int | None) -> Iterator[None]:
 
 
 def known_rows(path: Path, run: Run) -> dict[tuple[str, str], BenchRow]:
-    """The rows that a file has of the code, versions and device of a run, quick ones if the run is quick."""
+    """Return the rows of a file with the code, versions and device of a run; quick rows only if the run is quick."""
 
     def identity(run: Run) -> list[Any]:
         code = [run.source.get("package_sha256"), run.source.get("library_sha256")]
@@ -146,7 +146,7 @@ def known_rows(path: Path, run: Run) -> dict[tuple[str, str], BenchRow]:
 
 
 def is_known(workload: str, provider: str, known: Mapping[tuple[str, str], BenchRow]) -> bool:
-    """True if a provider was timed or found wrong on a workload, or has ended a process on any workload."""
+    """Whether a provider was timed or found wrong on a workload, or has ended a process on any workload."""
     if any(row.check == LOST and row.provider == provider for row in known.values()):
         return True
     row = known.get((workload, provider))
@@ -154,7 +154,7 @@ def is_known(workload: str, provider: str, known: Mapping[tuple[str, str], Bench
 
 
 def list_workloads(name: str | None, console: Console) -> None:
-    """Prints all workloads, and the providers of every kind."""
+    """Print all workloads, and the providers of every kind."""
     device = open_device(name)
     table = Table("name", "tokens", "dtype", "pooled to", "groups", title="workloads", title_justify="left")
     kinds: dict[str, dict[str, None]] = {}

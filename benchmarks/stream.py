@@ -1,4 +1,4 @@
-"""Providers of a stream: pushes of frames as they arrive, next to grid_pool of the whole video."""
+"""Providers of a stream: pushes of chunks of frames, next to grid_pool of the whole video."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.workloads import Workload
 from stgridpool_kernels import GridPoolStream, grid_pool
 
 PUSHES = ((1, 1), (4, 1), (32, 1), (1, 4))
-"""Frames that a push has for each stream, and the number of streams that share it."""
+"""Kinds of pushes: number of frames for each stream, and number of streams."""
 
 
 def pushes(workload: Workload, device: str) -> list[Provider]:
-    """A push of every size, and the op on the whole video, by every kernel backend of a device ("cpu" or "cuda").
+    """Return providers of every kind of push, and of the op on the whole video, on a device ("cpu" or "cuda").
 
     Raises ValueError unless the workload is one video of whole segments.
     """
@@ -41,7 +41,7 @@ def pushes(workload: Workload, device: str) -> list[Provider]:
                     checked=pusher.push_all,
                     moved=Traffic(round(bound.read_bytes * share), round(bound.write_bytes * share)),
                     period=SEGMENT // frames,
-                    captures=False,  # a stream's state is in Python too
+                    captures=False,  # a part of a stream's state is in Python
                     state_bytes=lambda pusher=pusher: pusher.most_kept,  # type: ignore[misc]
                     settings={"frames": frames, "streams": streams},
                 )
@@ -50,7 +50,7 @@ def pushes(workload: Workload, device: str) -> list[Provider]:
 
 
 class Pusher:
-    """Pushes x (T, H, W, C) over and over, `frames` frames at a time to each of `streams` streams.
+    """Stream that x (T, H, W, C) is pushed to repeatedly, `frames` frames at a time to each of `streams` streams.
 
     The streams take turns: the first gets the first frames of x, the second the next ones.
     """
@@ -63,13 +63,13 @@ class Pusher:
         return GridPoolStream(streams=range(self.streams), **self.settings)
 
     def push(self, x: Tensor) -> Tensor:
-        """The next push, which begins again with the first frames of x behind the last ones."""
+        """Push the next frames, which are the first frames of x after the last ones."""
         begin = self.start % len(x)
         self.start = begin + self.frames * self.streams
         return self.stream.push(x[begin : self.start], frame_counts=[self.frames] * self.streams)
 
     def push_all(self, x: Tensor) -> Tensor:
-        """The results of pushing x once to new streams, in the order of x. Notes the most bytes kept on the way."""
+        """Push x once to new streams; return the results in the order of x, and record the largest state in bytes."""
         self.stream, self.start, parts = self._new_stream(), 0, list[Tensor]()
         while self.start < len(x):
             parts.append(self.push(x))
@@ -77,7 +77,7 @@ class Pusher:
         return torch.cat(parts)
 
     def whole(self, x: Tensor) -> Tensor:
-        """The results of grid_pool of the video that each stream gets, in the order of x."""
+        """Return the results of grid_pool on the videos of the streams, in the order of x."""
         each = len(x) // self.streams
         videos = x.unflatten(0, (-1, self.streams, self.frames)).transpose(0, 1).flatten(0, 2)
         pooled = grid_pool(videos, frame_counts=[each] * self.streams, **self.settings)

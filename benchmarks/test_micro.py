@@ -1,11 +1,11 @@
 """Microbenchmarks of the quick workloads' providers under pytest-benchmark, for a comparison of two commits.
 
-    make bench                             # all of them; results are kept in .benchmarks
-    make bench ARGS=--benchmark-compare    # next to the results that were kept last
-    make bench ARGS="-k norm_pool"         # some of them
+    make bench                             # all; results are kept in .benchmarks
+    make bench ARGS=--benchmark-compare    # next to the last results
+    make bench ARGS="-k norm_pool"         # a selection
 
 Every result is compared with its definition before it is timed. A group is a workload. A round is one call: on a CPU
-after a buffer larger than the caches was read, on a GPU on the next of several inputs and until its work is done.
+with cold caches, on a GPU on rotating inputs and until the device has finished.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def cases() -> Iterator[object]:
 
 @lru_cache(maxsize=1)
 def tokens(workload: Workload, device: Device) -> tuple[list[Tensor], dict[str, Provider], Expected]:
-    """Inputs, providers and definitions of the last workload. The cases of one workload follow one another."""
+    """Return inputs, providers and expected results of a workload, cached for its other cases, which come next."""
     xs = device.inputs(workload)
     return xs, {provider.name: provider for provider in providers(workload, device.type)}, Expected(xs)
 
 
 @pytest.mark.parametrize(("workload", "provider", "into_out"), list(cases()))
 def test_provider(benchmark: BenchmarkFixture, device: Device, workload: str, provider: str, into_out: bool) -> None:
-    xs, known, expected = tokens(WORKLOADS[workload], device)
-    contender = Contender(known[provider], xs, into_out, expected)
-    row = provider_row("", WORKLOADS[workload], known[provider])
+    xs, by_name, expected = tokens(WORKLOADS[workload], device)
+    contender = Contender(by_name[provider], xs, into_out, expected)
+    row = provider_row("", WORKLOADS[workload], by_name[provider])
     contender.prepare(device, row)
     calls = itertools.cycle(contender.calls)
 
@@ -76,7 +76,7 @@ def test_provider(benchmark: BenchmarkFixture, device: Device, workload: str, pr
 
 @pytest.mark.parametrize("op", ["grid_pool", "norm_pool"])
 def test_before_the_launches(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    """A warm call of the triton backend whose launches do nothing takes its time in Python, the result included.
+    """Time the Python code of a warm call on the triton backend, with its result, by launches that do nothing.
 
     On a CPU it needs TRITON_INTERPRET=1.
     """
@@ -93,7 +93,7 @@ def test_before_the_launches(benchmark: BenchmarkFixture, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
 def test_plan(benchmark: BenchmarkFixture, kept: bool) -> None:
-    """A plan of 4096 frames is made anew, or found among the plans that are kept."""
+    """Time the creation of a plan of 4096 frames, and its look-up in the cache of plans."""
     plan = grid_plan((4096,), 27, 27)
     benchmark.group = "plan"
     if kept:

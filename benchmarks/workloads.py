@@ -20,12 +20,12 @@ KINDS = ("pooling", "gradients", "stream", "prefill")
 
 @dataclass(frozen=True)
 class Workload:
-    """Tokens and the settings they are pooled by: (sum(frame_counts), *grid, channels), or (batch, T, *grid, channels)
-    where frame_counts is batch times T.
+    """Shape and dtype of tokens, and the settings of their pooling.
 
-    kind: what is timed: the ops and what they stand in for, their gradients, pushes to a stream, or the prefill of a
-    language model after the pooling. groups: "main", or the sweeps that it is a point of, or its kind. goal: it is one
-    of the shapes that goals are set for. torch.compile is timed on these alone, since it takes long.
+    The shape is (sum(frame_counts), *grid, channels), or (batch, T, *grid, channels) if frame_counts is batch times T.
+    kind: calls that are timed: the ops and the poolings that they replace, the ops' gradients, pushes to a stream, or
+    the prefill of a language model after the pooling. groups: "main", or the sweeps that it is a point of, or its kind.
+    goal: whether goals are set for the shape. torch.compile is timed on such shapes only, since it takes long.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Workload:
 
     @property
     def windows(self) -> dict[str, Any]:
-        """The arguments of norm_pool that are not the defaults."""
+        """Arguments of norm_pool that are not the defaults."""
         if self.output_size is not None:
             return {"output_size": list(self.output_size)}
         settings: dict[str, Any] = {} if self.kernel_size == 2 else {"kernel_size": self.kernel_size}
@@ -65,7 +65,7 @@ class Workload:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of grid_pool that are not the defaults."""
+        """Arguments of grid_pool that are not the defaults."""
         packed = self.batch is None and len(self.frame_counts) > 1
         gridding = {"frame_counts": list(self.frame_counts)} if packed else {}
         return self.windows | gridding | ({} if self.resize == "area" else {"resize": self.resize})
@@ -76,15 +76,18 @@ class Workload:
         return grid_plan(self.frame_counts, height, width, **gridding, **self.windows)
 
     def bound(self, op: str) -> Traffic:
-        """The fewest bytes of an op. A gradient, as in "grid_pool_backward", reads the bytes that the op reads and the
-        gradient of the result, and writes that of x."""
+        """Return the lower bound of an op's traffic.
+
+        A gradient, as in "grid_pool_backward", reads the op's input and the gradient of the result, and writes that of
+        x.
+        """
         forward = op.removesuffix("_backward")
         bound = lower_bound(self.plan(forward), self.channels, self.dtype.itemsize)
         return bound if op == forward else Traffic(bound.total_bytes, self.input_bytes)
 
 
 def _models() -> list[Workload]:
-    seven, half = 3584, 896  # channels of decoders of 7 and of half a billion parameters
+    seven, half = 3584, 896  # channels of decoders with 7 and with half a billion parameters
     video = Workload("llava-video-7b", (64,), channels=seven, groups=("main", "T-3584"), goal=True)
     return [
         video,
@@ -142,7 +145,7 @@ def _others() -> list[Workload]:
 
 
 def merged(workloads: Sequence[Workload]) -> list[Workload]:
-    """The workloads, of which those with the same name become one that is in the groups of all."""
+    """Merge workloads of the same name into one that belongs to the groups of all of them."""
     found: dict[str, Workload] = {}
     for workload in workloads:
         groups = found[workload.name].groups if workload.name in found else ()
@@ -153,14 +156,14 @@ def merged(workloads: Sequence[Workload]) -> list[Workload]:
 WORKLOADS = {workload.name: workload for workload in (*_models(), *_sweeps(), *_others())}
 
 QUICK = ("16x27x27x3584", "8x27x27x896", "16x27x27x896", "32x27x27x896", "llava-video-0.5b", "1x9x9x384")
-"""Workloads that take two minutes together on a small machine."""
+"""Names of workloads that take two minutes in total on a small machine."""
 
 
 def parse_workload(text: str) -> Workload:
-    """The workload that a text names: a key of WORKLOADS, or a shape like 64x27x27x3584 or 8x32x27x27x896 (a batch),
-    each followed by any of :bf16, :fp16, :fp32, :ceil, :gradients, :stream and :prefill.
+    """Return the workload that a text names.
 
-    Raises ValueError for other texts.
+    text: a key of WORKLOADS, or a shape like 64x27x27x3584 or 8x32x27x27x896 (a batch), each followed by any of :bf16,
+    :fp16, :fp32, :ceil, :gradients, :stream and :prefill. Raises ValueError for other texts.
     """
     if text in WORKLOADS:
         return WORKLOADS[text]
@@ -194,7 +197,7 @@ def _of_shape(text: str) -> Workload | None:
 
 
 def random_tokens(shape: Sequence[int], dtype: torch.dtype, device: str, seed: int) -> Tensor:
-    """Random tokens of RMS 2 ± 0.3, whose unequal norms make the weights of a window unequal."""
+    """Return random tokens of RMS 2 ± 0.3, whose unequal norms make the weights of a window unequal."""
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(shape, dtype=dtype, device=device, generator=generator)
     return x.mul_(2 + 0.3 * torch.randn((*shape[:-1], 1), dtype=dtype, device=device, generator=generator))
