@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
 VENV := .venv
-# one stamp for each torch asked for, and one for each way to build: naming another one installs again
+# One stamp per requested torch, and one per way to build, so that another choice installs again.
 stamp = $(shell printf '%s' '$(1)' | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
@@ -35,22 +35,17 @@ lint: $(BUILT) ## ruff, mypy and clang-format
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
-# microbenchmarks for a comparison of two commits; `python -m benchmarks` measures more, and documents are made of that
-
+# `make bench` serves comparisons of two commits. `python -m benchmarks` measures more, and documents are generated from its results.
 bench: $(BUILT) ## microbenchmarks under pytest-benchmark
 	$(VENV)/bin/python -m pytest benchmarks -q --benchmark-autosave --benchmark-storage=file://.benchmarks \
 	    --benchmark-columns=median,iqr,min,rounds --benchmark-sort=min $(ARGS)
 
-# what pooling saves a language model (on a GPU `python -m benchmarks --shape prefill-7b`); docs/performance.md and its
-# pictures from the results that are kept
-
-prefill: $(BUILT) ## what pooling saves a language model
+# On a GPU: `python -m benchmarks --shape prefill-7b`.
+prefill: $(BUILT) ## the time that pooling saves a language model
 	$(VENV)/bin/python -m benchmarks --shape prefill-0.5b $(ARGS)
 
-performance: $(BUILT) ## docs/performance.md and its pictures from the results that are kept
+performance: $(BUILT) ## docs/performance.md and its pictures from benchmarks/results
 	$(VENV)/bin/python -m benchmarks page $(ARGS)
-
-# CPU kernels: 5 minutes of random calls, memory and threads under sanitizers
 
 fuzz: $(BUILT) ## 5 minutes of random calls of the CPU kernels against the reference
 	$(VENV)/bin/python -m tools.fuzz --seconds 300 $(ARGS)
@@ -58,28 +53,23 @@ fuzz: $(BUILT) ## 5 minutes of random calls of the CPU kernels against the refer
 sanitize: $(BUILT) ## the CPU kernels under sanitizers for memory, undefined behaviour and threads
 	$(VENV)/bin/python -m tools.sanitize $(ARGS)
 
-# CUDA kernels: what nvcc makes of them; that they link with a CUDA build of torch, which is several GB
-
-cuda-check: $(BUILT) ## what nvcc makes of the CUDA kernels
+cuda-check: $(BUILT) ## the CUDA kernels compiled by nvcc, within limits of registers and spills
 	$(VENV)/bin/python -m tools.cuda_check $(ARGS)
 
 CUDA_TORCH ?= torch==2.14.1
 LINK_TOOLS := numpy|rich|markdown-it-py|mdurl|Pygments|safetensors|setuptools|cmake|ninja|pybind11|pytest|iniconfig|pluggy|packaging|hypothesis|sortedcontainers|exceptiongroup|tomli
 
-cuda-link-check: ## a build with CUDA kernels links with a torch for CUDA; installs several GB
+cuda-link-check: ## the link of a build with CUDA kernels to a torch for CUDA; installs several GB
 	$(PYTHON) -m venv build/cuda-link
 	build/cuda-link/bin/pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)"
 	grep -E '^($(LINK_TOOLS))==' requirements.txt | build/cuda-link/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
 	build/cuda-link/bin/python -m tools.check_cuda_link $(ARGS)
 
-# the C++ files against the headers of the oldest supported torch and of the one after it, from wheels of 1 GB each
-
+# The headers of the oldest supported torch, and of the one after it, come from wheels of 1 GB each.
 header-check: $(BUILT) ## the C++ files against the headers of torch 2.10 and 2.11
 	$(VENV)/bin/python -m tools.check_headers build/headers $(ARGS)
 
-# the models for lmms-eval, in an environment of their own; metadata that `make wheel` leaves in the checkout would hide the
-# entry points of what is installed
-
+# Metadata that `make wheel` leaves in the checkout would hide the installed entry points, so it is removed.
 LMMS_EVAL := build/lmms-eval-venv
 
 test-lmms-eval: ## the models for lmms-eval, in an environment of their own
@@ -90,8 +80,7 @@ test-lmms-eval: ## the models for lmms-eval, in an environment of their own
 	STGP_NO_EXT=1 $(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS_EVAL)/bin/python -m pytest tests/with_lmms_eval $(ARGS)
 
-# the patch for LLaVA-NeXT, on its own classes; no package has them under their name
-
+# No package has LLaVA-NeXT's classes under their own name.
 LLAVA_NEXT := build/llava-next-venv
 
 test-llava-next: ## the patch for LLaVA-NeXT on its own classes
@@ -102,8 +91,6 @@ test-llava-next: ## the patch for LLaVA-NeXT on its own classes
 	    cp tests/with_vllm/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. $(LLAVA_NEXT)/bin/python -m pytest \
 	    --confcutdir=tests/with_llava_next tests/with_llava_next $(ARGS)
-
-# the hooks for SGLang, on its published sources
 
 SGLANG := build/sglang-venv
 
@@ -116,8 +103,7 @@ test-sglang: ## the hooks for SGLang on its published sources
 	STGP_NO_EXT=1 $(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	OMP_NUM_THREADS=1 $(SGLANG)/bin/python -m pytest tests/with_sglang $(ARGS)
 
-# the plugin for vLLM, in an environment of its own; the package is put beside that, so that an engine can run without it
-
+# The package is installed beside vLLM's environment, so that an engine can also run without it.
 VLLM := build/vllm-venv
 
 test-vllm: $(VLLM)/installed ## the plugin in a vLLM engine
@@ -134,35 +120,32 @@ $(VLLM)/installed: tests/with_vllm/requirements.txt tests/with_vllm/cpu_torchvis
 	    cp tests/with_vllm/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 	touch $@
 
-# a wheel with the compiled kernels, built from the sdist, and a check of it in an environment without compiler
-
-wheel: $(INSTALLED) ## source distribution and wheel, checked where there is no compiler
+# The wheel is built from the source distribution, and has the compiled kernels.
+wheel: $(INSTALLED) ## source distribution and wheel, checked in an environment without compiler
 	rm -rf dist
 	$(VENV)/bin/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
 	$(VENV)/bin/python -m tools.check_wheel dist/*.whl --torch "$(TORCH)"
 
-# what the Triton kernels compile to with the oldest Triton that is supported; `make test` asks the pinned one
-compile-check: $(BUILT) ## what the Triton kernels compile to with the oldest supported Triton
+# `make test` runs the same test with the pinned Triton.
+compile-check: $(BUILT) ## the code of the Triton kernels under the oldest supported Triton
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/oldest-triton triton==3.6.0
 	PYTHONPATH=build/oldest-triton $(VENV)/bin/python -m pytest tests/tools/test_compile_report.py
 
-# with the Python that has torch for the GPU, as it is: a checkout needs no installation
+# PYTHON must have torch for the GPU. A checkout needs no installation.
 gpu-check: ## tests, timings, counters and sanitizers on a machine with a GPU
 	@$(PYTHON) -c "import importlib.util as u; raise SystemExit(u.find_spec('torch') is None)" || \
 	{ echo "$(PYTHON) has no torch: nothing was measured; PYTHON=… names the one that has it" >&2; exit 2; }
 	$(PYTHON) -m tools.gpu_check $(ARGS)
 
-# the library to take along, where PYTHON has the version of the Python there
-
-gpu-library: ## the library to take to that machine
+# PYTHON must have the same version as the Python on the machine with the GPU.
+gpu-library: ## the compiled library for a machine with a GPU
 	$(PYTHON) -m venv build/gpu-library
 	grep -E '^(setuptools|cmake|ninja|pybind11)==' requirements.txt | build/gpu-library/bin/pip install --quiet --disable-pip-version-check -r /dev/stdin
 	PATH="$(CURDIR)/build/gpu-library/bin:$$PATH" build/gpu-library/bin/python -m tools.gpu_library build/headers $(ARGS)
 
-# all of gpu-check on a CPU, on a copy of the tree without its history, with torch and Triton as on such a machine. The
-# interpreter of Triton 3.6 needs NumPy below 2.4
-
+# The rehearsal runs on a copy of the tree without history, with the torch and Triton of a machine with a GPU. The
+# interpreter of Triton 3.6 needs NumPy below 2.4.
 GPU_TORCH ?= torch==2.11.0
 REHEARSAL := build/gpu-rehearsal
 
@@ -184,7 +167,7 @@ $(INSTALLED): requirements.txt
 	rm -f $(VENV)/installed-* $(VENV)/built-*
 	touch $@
 
-# what is there is removed first: with STGP_NO_EXT=1 nothing takes its place
+# An old library is removed first, since a build with STGP_NO_EXT=1 does not replace it.
 $(BUILT): $(INSTALLED) pyproject.toml setup.py CMakeLists.txt $(CPP)
 	rm -f stgridpool_kernels/_C*.so
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

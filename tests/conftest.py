@@ -1,7 +1,7 @@
-"""Hooks and fixtures of the suite: which tests run here, on which backends, and how many examples hypothesis draws.
+"""Hooks and fixtures of the suite: selection of tests and backends, and the number of examples of hypothesis.
 
-`pytest --slow` runs the slow tests too; `--hypothesis-profile=thorough` draws many fresh examples, where the default
-draws a few, the same ones every time.
+`pytest --slow` also runs the slow tests. `--hypothesis-profile=thorough` draws many fresh examples; the default draws
+few, which are the same every time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a test that takes some of `ARGUMENTS` on every triple that exists here."""
+    """Parametrize a test that takes any of `ARGUMENTS` with every triple that exists on this machine."""
     given = {
         name.strip()
         for mark in metafunc.definition.iter_markers("parametrize")
@@ -62,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what this machine lacks something for, and the slow tests where they are not asked for."""
+    """Deselect tests that need something this machine lacks, and slow tests unless --slow is given."""
     kept, dropped = [], []
     for item in items:
         needs = [what for mark in item.iter_markers("needs") for what in mark.args]
@@ -84,14 +84,14 @@ def _is_slow(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Fails a test that is skipped for a reason that is not one of the allowed ones."""
+    """Fail a test that is skipped for a reason that is not allowed."""
     report = yield
     return _without_excuses(report)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Iterator[None]:
-    """Fails a module that is skipped for a reason that is not one of the allowed ones."""
+    """Fail a module that is skipped for a reason that is not allowed."""
     report = yield
     return _without_excuses(report)
 
@@ -110,7 +110,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A folder for caches that is not the user's."""
+    """Set the folder of caches to a temporary one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         yield
@@ -118,7 +118,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=usable() or ["none"])
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every usable set of vector instructions of the CPU kernels, in use."""
+    """Select every usable set of vector instructions of the CPU kernels in turn, and yield its name."""
     with restored():
         compiled.LIBRARY.use_cpu_capability(request.param)
         yield request.param

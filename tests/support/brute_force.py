@@ -1,8 +1,8 @@
-"""ST-GridPool written from its definition: plain loops, numpy, float64.
+"""ST-GridPool implemented from its definition by plain loops in NumPy, in float64.
 
-An independent second opinion for the tests. It shares nothing with the package, is slow, and expects small
-arrays. Every function asks what its part of the definition asks: which frames are sampled, which rows does
-this cell average, which positions are in this window, which are padding, what is the norm of each token.
+It is an independent check for the tests: it shares no code with the package, is slow, and expects small arrays.
+Every function implements one part of the definition: the sampled frames, the rows that a cell averages, the
+positions of a window, those of its padding, the norm of a token.
 
 Arrays are `(T, H, W, C)` or `(B, T, H, W, C)`. Results are always float64. NaN and infinities follow the
 formulas in float64, so norms that overflow only in float32 do not overflow here.
@@ -19,14 +19,14 @@ Array = np.ndarray
 Round = Callable[[Array], Array]
 Group = tuple[int, list[int]]
 
-silent = np.errstate(all="ignore")  # NaN, inf and overflow are legitimate here
+silent = np.errstate(all="ignore")  # NaN, infinities and overflow are valid results
 
 
 # ---------------------------------------------------------------------------------------------- token norm
 
 
 def norm_of(token: Array, norm_type: float, normalize_norm: bool) -> float:
-    """The norm of one token: a vector over the channels."""
+    """Return the norm of one token, a vector over the channels."""
     magnitudes = np.abs(token)
     if norm_type == math.inf:
         return magnitudes.max()
@@ -39,7 +39,7 @@ def norm_of(token: Array, norm_type: float, normalize_norm: bool) -> float:
 
 @silent
 def token_norm(x: Array, norm_type: float = 2.0, normalize_norm: bool = True) -> Array:
-    """The norm of every token: `x.shape[:-1]`."""
+    """Return the norm of every token, of shape `x.shape[:-1]`."""
     if not norm_type > 0:
         raise ValueError(f"norm_type must be positive, not {norm_type}")
     x = np.asarray(x, dtype=np.float64)
@@ -53,12 +53,12 @@ def token_norm(x: Array, norm_type: float = 2.0, normalize_norm: bool = True) ->
 
 
 def float32_linspace(end: int, steps: int) -> list[np.float32]:
-    """`torch.linspace(0, end, steps, dtype=torch.float32)`.
+    """Compute `torch.linspace(0, end, steps, dtype=torch.float32)`.
 
     The first half counts up from 0, the second half counts down from `end`, and `step` is rounded to float32.
     PyTorch's vectorised CPU code fuses the product and the sum (one rounding), its plain code does not (two).
-    Here the product is exact in float64, hence fused. The values differ in the last bit, the rounded frame
-    numbers do not: equal for every T <= 4096 and stride <= 16.
+    This function fuses them, since the product is exact in float64. Values may differ in the last bit, but the
+    rounded frame numbers are equal for every T <= 4096 and stride <= 16.
     """
     if steps == 1:
         return [np.float32(0)]
@@ -73,7 +73,7 @@ def float32_linspace(end: int, steps: int) -> list[np.float32]:
 
 
 def sampled_groups(T: int, f: int, S: int, sampling: str = "last") -> list[Group]:
-    """The groups of one level: `(target frame, [S source frames])` for each."""
+    """Return the groups of one level, each as `(target frame, [S source frames])`."""
     if f < 1 or S < 1:
         raise ValueError(f"stride {f} and grid size {S} must be positive")
     groups: list[Group] = []
@@ -103,14 +103,14 @@ def sampled_groups(T: int, f: int, S: int, sampling: str = "last") -> list[Group
 
 
 def adaptive_run(i: int, size: int, cells: int) -> list[int]:
-    """The positions that cell `i` of `cells` covers, as in adaptive average pooling."""
+    """Return the positions that cell `i` of `cells` covers in adaptive average pooling."""
     start = math.floor(i * size / cells)
     end = math.ceil((i + 1) * size / cells)
     return list(range(start, end))
 
 
 def area_summary(frames: list[Array], m: int, n: int) -> Array:
-    """Every frame shrunk to (ceil(H/m), ceil(W/n)), the tiles joined, the result cropped to (H, W)."""
+    """Shrink every frame to (ceil(H/m), ceil(W/n)), join the tiles, and crop the mosaic to (H, W)."""
     H, W, C = frames[0].shape
     h, w = math.ceil(H / m), math.ceil(W / n)
     summary = np.empty((H, W, C))
@@ -128,7 +128,7 @@ def area_summary(frames: list[Array], m: int, n: int) -> Array:
 
 
 def bilinear_taps(i: int, size_in: int, size_out: int) -> list[tuple[int, float]]:
-    """The `(position, weight)` pairs of output `i` with half-pixel centres. Weights of 0 are left out."""
+    """Return the `(position, weight)` pairs of output `i` with half-pixel centres, without weights of 0."""
     source = max((i + 0.5) * size_in / size_out - 0.5, 0.0)
     lower = math.floor(source)
     upper = min(lower + 1, size_in - 1)
@@ -137,7 +137,7 @@ def bilinear_taps(i: int, size_in: int, size_out: int) -> list[tuple[int, float]
 
 
 def bilinear_summary(frames: list[Array], m: int, n: int) -> Array:
-    """The (m*H, n*W) mosaic of the frames, resized to (H, W)."""
+    """Resize the (m*H, n*W) mosaic of the frames to (H, W)."""
     H, W, C = frames[0].shape
     summary = np.zeros((H, W, C))
     for y in range(H):
@@ -150,7 +150,7 @@ def bilinear_summary(frames: list[Array], m: int, n: int) -> Array:
 
 
 def level_shapes(grid_shape: Sequence[int], levels: int) -> list[tuple[int, int]]:
-    """(m, n) of every level: two numbers serve all levels, otherwise there are two per level."""
+    """Return (m, n) of every level. Two numbers apply to all levels; otherwise there are two per level."""
     if len(grid_shape) == 2:
         m, n = grid_shape
         return [(m, n)] * levels
@@ -169,10 +169,10 @@ def temporal_grid(
     frame_counts: Sequence[int] | None = None,
     round_to: Round | None = None,
 ) -> Array:
-    """Pyramid Temporal Gridding.
+    """Pyramid temporal gridding.
 
-    `frame_counts` are the lengths of the videos packed along T (the same in every batch entry). `round_to`
-    rounds a summary frame the way storing it in the dtype of the tensor does.
+    frame_counts: numbers of frames of the videos packed along T, the same in every batch entry. round_to: rounds a
+    summary as storing it in the dtype of the tensor does.
     """
     x = np.asarray(x, dtype=np.float64)
     if x.ndim == 5:
@@ -197,7 +197,7 @@ def temporal_grid(
         video = x[first : first + count].copy()
         first += count
         for f, (m, n) in zip(frame_strides, level_shapes(grid_shape, len(frame_strides)), strict=True):
-            before = video.copy()  # what the levels before this one left
+            before = video.copy()  # a level reads frames as the levels before it left them
             for target, sources in sampled_groups(count, f, m * n, sampling):
                 summary = shrink([before[frame] for frame in sources], m, n)
                 video[target] = summary if round_to is None else round_to(summary)
@@ -216,9 +216,9 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def window_positions(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> list[list[int]]:
-    """The positions of every window along one axis of `size` tokens.
+    """Return the positions of every window along one axis of `size` tokens.
 
-    Positions below 0 and from `size` on are padding. What lies beyond the padding is left out.
+    Positions below 0 and from `size` on are padding. Positions beyond the padding are left out.
     """
     if kernel < 1 or stride < 1 or padding < 0:
         raise ValueError(f"no windows with kernel {kernel}, stride {stride}, padding {padding}")
@@ -250,7 +250,7 @@ def pool_window(
     norm_type: float,
     normalize_norm: bool,
 ) -> Array:
-    """The softmax-weighted sum of one window's tokens."""
+    """Return the softmax-weighted sum of one window's tokens."""
     H, W, C = frame.shape
     tokens: list[Array] = []
     norms: list[float] = []
@@ -285,7 +285,7 @@ def norm_pool(
     norm_type: float = 2.0,
     normalize_norm: bool = True,
 ) -> Array:
-    """Norm-based Spatial Pooling."""
+    """Norm-based spatial pooling."""
     x = np.asarray(x, dtype=np.float64)
     if x.ndim not in (4, 5):
         raise ValueError(f"x must have 4 or 5 dimensions, not {x.ndim}")
@@ -341,7 +341,7 @@ def grid_pool(
     frame_counts: Sequence[int] | None = None,
     round_to: Round | None = None,
 ) -> Array:
-    """Norm-based pooling of the temporal grid."""
+    """Pyramid temporal gridding, then norm-based spatial pooling."""
     grid = temporal_grid(x, frame_strides, grid_shape, sampling, resize, frame_counts, round_to)
     return norm_pool(
         grid,

@@ -1,4 +1,4 @@
-"""Calls, tokens and memory layouts that tests share, and a call on a backend by its name."""
+"""Calls, tokens and memory layouts that tests share, and a function that calls an op on a backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Size = tuple[int, int, int]
 
 
 def run(backend: str, op: str, x: Tensor, **arguments: Any) -> Tensor:
-    """`op(x, **arguments)` on `backend`."""
+    """Return `op(x, **arguments)` on `backend`."""
     return getattr(stgridpool_kernels, op)(x, backend=backend, **arguments)
 
 
@@ -26,7 +26,10 @@ def tokens(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Tensor:
-    """Tokens (…, C) of RMS 2 ± 0.3, one of them 50 times larger and one 0 ("outlier"), all "equal" or all "zero"."""
+    """Return random tokens (…, C) of RMS 2 ± 0.3.
+
+    content: "usual"; "outlier" with one token 50 times larger and one 0; "equal" for equal tokens; "zero" for zeros.
+    """
     generator = torch.Generator().manual_seed(seed)
     *positions, C = shape
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -48,7 +51,7 @@ LAYOUTS = ("contiguous", "sliced", "every second channel", "channels first", "mi
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The values of x in other memory; what surrounds them there is NaN."""
+    """Return a copy of x in another memory layout, surrounded by NaN."""
     if layout == "sliced":
         base = x.new_full([2 * size + 3 for size in x.shape], math.nan)
         inner = base[tuple(slice(1, 1 + 2 * size, 2) for size in x.shape[:-1]) + (slice(3, 3 + x.shape[-1]),)]
@@ -64,7 +67,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-# Calls for the properties. Shapes are odd on purpose; videos of 21 (or 10) frames leave incomplete groups.
+# Calls for tests of properties. Shapes are odd on purpose; videos of 21 (or 10) frames leave incomplete groups.
 CALLS: dict[str, tuple[str, Arguments]] = {
     "grid_pool-published": ("grid_pool", {}),
     "grid_pool-ceil": ("grid_pool", {"ceil_mode": True}),

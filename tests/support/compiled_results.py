@@ -1,6 +1,6 @@
-"""Prints as JSON what the compiled library is and computes in this environment; `tools/check_abi.py` compares.
+"""Program that prints build information and results of the compiled library as JSON, for `tools/check_abi.py`.
 
-It needs torch, numpy and the package. Inputs come from numpy, whose generators give the same everywhere.
+It needs torch, NumPy and the package. Inputs come from NumPy, whose generators give the same values everywhere.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def check_golden_values() -> int:
-    """Raises AssertionError if the backend `cpu` misses a golden value; how many there are."""
+    """Check the golden values on the backend `cpu`; return their number. Raises AssertionError if one is missed."""
     paths = sorted(Path(__file__).parents[1].joinpath("data").glob("*.npz"))
     for path in paths:
         with np.load(path) as data:
@@ -47,7 +47,7 @@ def check_golden_values() -> int:
             dtype = getattr(torch, meta["dtype"])
             x, grid, out = (torch.from_numpy(data[name]).to(dtype) for name in ("x", "grid", "out"))
         shape: list[int] = []
-        for size in meta["grid_sizes"]:  # the most square grid of so many frames, rows ≥ cols
+        for size in meta["grid_sizes"]:  # the most square grid of `size` frames with rows ≥ cols
             rows = next(rows for rows in range(1, size + 1) if size % rows == 0 and rows * rows >= size)
             shape += (rows, size // rows)
         gridding = {"frame_strides": meta["freqs"], "grid_shape": shape or [2, 2]}
@@ -59,7 +59,7 @@ def check_golden_values() -> int:
 
 
 def results() -> Iterator[tuple[str, Tensor]]:
-    """Every call in every dtype, on tokens that are contiguous and on every second channel of others."""
+    """Yield the results of every call in every dtype, on contiguous tokens and on every second channel of others."""
     values = np.random.default_rng(0).standard_normal((33, 9, 11, 70), dtype=np.float32)
     for dtype in DTYPES:
         base = torch.from_numpy(values).to(dtype)
@@ -78,7 +78,7 @@ def main() -> None:
     for capability in info["cpu capabilities"].split(", "):
         try:
             LIBRARY.use_cpu_capability(capability)
-        except ValueError:  # this CPU does not run it
+        except ValueError:  # this CPU lacks the instructions
             continue
         capabilities.append(capability)
         golden += check_golden_values()

@@ -1,8 +1,8 @@
-"""The CUDA kernels on a CPU: csrc/cuda, compiled by a C++ compiler, with the threads of a block as fibers.
+"""Emulation of the CUDA kernels on a CPU: csrc/cuda, compiled by a C++ compiler, with a block's threads as fibers.
 
-What runs is the source that nvcc compiles, against small headers in tests/support/cuda_headers. These end the process
-where threads of a block wait for others that never come, and fill shared memory with NaN before every block. Time,
-caches and the order in which a GPU runs warps are not emulated.
+It runs the source that nvcc compiles, with small headers in tests/support/cuda_headers. They end the process if threads
+of a block wait at a barrier that others never reach, and fill shared memory with NaN before every block. Time, caches
+and the order in which a GPU runs warps are not emulated.
 
 `backend()` is a `Backend` named "cuda" for tensors on the CPU.
 """
@@ -41,20 +41,20 @@ FLAGS = (
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""In the order of the C++ enumeration."""
+"""Supported dtypes, in the order of the C++ enumeration."""
 
 OPS = ("grid_pool", "temporal_grid", "token_norm", "grid_pool_backward", "temporal_grid_backward")
-"""In the order of the C++ enumeration."""
+"""Names of the operations, in the order of the C++ enumeration."""
 
 
 class Strides(ctypes.Structure):
-    """`stgp::Strides`"""
+    """The C++ struct `stgp::Strides`."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("video", "frame", "row", "col", "channel")]
 
 
 class Call(ctypes.Structure):
-    """`stgp::Call`"""
+    """The C++ struct `stgp::Call`."""
 
     _fields_ = [
         ("dtype", ctypes.c_int32),
@@ -76,12 +76,12 @@ class Call(ctypes.Structure):
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: what CXX names, else g++ or another one in PATH."""
+    """Return the C++ compiler: that of CXX, else g++ or c++ in PATH, None if there is none."""
     return next((found for name in (os.environ.get("CXX", "g++"), "g++", "c++") if (found := shutil.which(name))), None)
 
 
 def content_hash(files: Sequence[Path], *more: str) -> str:
-    """Of the names and contents of files, and of what else decides what is made of them."""
+    """Return a digest of the names and contents of files, and of further inputs of the compilation."""
     digest = hashlib.sha256("\0".join(more).encode())
     for file in files:
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
@@ -89,9 +89,9 @@ def content_hash(files: Sequence[Path], *more: str) -> str:
 
 
 def build(sanitize: bool = False, kernels: Path = KERNELS) -> Path:
-    """The library, compiled unless one of the same content is there. Safe to call from several processes at once.
+    """Compile the library unless it exists for the same sources; return its path. Processes may call it concurrently.
 
-    sanitize: with the address and undefined behaviour sanitizers, whose runtime the process must have preloaded.
+    sanitize: whether to use the address and undefined behaviour sanitizers, whose runtime must be preloaded.
     kernels: another copy of csrc/cuda, beside copies of the headers that it includes.
     """
     compiler = find_compiler()
@@ -111,7 +111,7 @@ def build(sanitize: bool = False, kernels: Path = KERNELS) -> Path:
 
 
 def _compile(compiler: str, flags: Sequence[str], files: Sequence[Path], library: Path) -> None:
-    """All files side by side, then one library under its name at once."""
+    """Compile all files in parallel, link them, and rename the library to its name."""
     folder = library.with_suffix(f".{os.getpid()}")
     folder.mkdir()
     try:
@@ -136,7 +136,7 @@ def _compile(compiler: str, flags: Sequence[str], files: Sequence[Path], library
 
 @cache
 def load(library: Path | None = None) -> ctypes.CDLL:
-    """The library, built first if none is given."""
+    """Load the library, which is built if None is given."""
     functions = ctypes.CDLL(str(library or build()))
     for function in (functions.stgp_scratch_bytes, functions.stgp_call_bytes):
         function.restype = ctypes.c_int64
@@ -146,7 +146,7 @@ def load(library: Path | None = None) -> ctypes.CDLL:
 
 
 def _five(strides: Sequence[int], dimensions: int) -> Strides:
-    """(frame, row, col, channel) with a batch before or without one."""
+    """Return the strides of a 4-D or 5-D tensor as `Strides`, with 0 for the videos of a 4-D one."""
     return Strides(*strides) if dimensions == 5 else Strides(0, *strides)
 
 
@@ -161,11 +161,10 @@ def run(
     grad: Tensor | None = None,
     cells: int = 0,
 ) -> None:
-    """`op` of x into out by tables; settings are (temperature, norm_type, normalize_norm).
+    """Write `op` of x into out by tables.
 
-    thumbnails: of streams, for tables of a chunk of them.
-    grad: of the result, for gradients.
-    cells: that a block walks; 0 is the kernel's own choice.
+    settings: (temperature, norm_type, normalize_norm). thumbnails: those of the streams, for tables of a chunk.
+    grad: gradient of the result, for backward operations. cells: cells per thread block; 0 takes the kernel's default.
     """
     functions = load(library)
     T, H, W, C = x.shape[-4:]
@@ -222,7 +221,7 @@ def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -
 
 
 def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: Any) -> None:
-    """Gradient of grid_pool, norm_pool or temporal_grid, written into the last argument."""
+    """Write the gradient of grid_pool, norm_pool or temporal_grid into the last argument."""
     *settings, out = settings_and_out
     tables = plan_tables(plan, Dataflow.none if op == "norm_pool" else Dataflow.of, gradient=True)
     if op == "temporal_grid":
@@ -233,7 +232,7 @@ def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out
 
 
 def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:
-    """None where the emulation can run a call, else the reason."""
+    """Return why the emulation cannot run a call, None if it can."""
     if find_compiler() is None:
         return "no C++ compiler to build the emulation with"
     if x is None:
@@ -244,7 +243,7 @@ def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:
 
 
 def backend() -> Backend:
-    """A backend named "cuda" that runs the kernels on tensors of the CPU; `auto` passes over it."""
+    """Return a backend named "cuda" that runs the kernels on tensors on the CPU; `auto` skips it."""
     return Backend(
         name="cuda",
         unsupported_reason=unsupported_reason,

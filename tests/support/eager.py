@@ -1,6 +1,6 @@
 """The published formulas, op by op in x.dtype by PyTorch: channels first, one frame at a time, unfold, softmax.
 
-This is what a kernel is measured against: its errors may be at most twice these. No function of the package is used.
+The errors of a kernel may be at most twice those of these functions, which use no function of the package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def sampled_groups(frames: int, stride: int, group: int, sampling: str) -> list[tuple[int, list[int]]]:
-    """(target, sources) of every whole group of one video."""
+    """Return (target, sources) of every complete group of one video."""
     if sampling == "first":
         segment = stride * group
         return [
@@ -27,7 +27,7 @@ def sampled_groups(frames: int, stride: int, group: int, sampling: str) -> list[
 
 
 def summary(frames: list[Tensor], rows: int, cols: int, resize: str) -> Tensor:
-    """(C, H, W) frames in a rows × cols mosaic, shrunk to one (C, H, W) frame."""
+    """Return the summary (C, H, W) of frames (C, H, W) in a rows × cols mosaic."""
     _, H, W = frames[0].shape
     if resize == "area":
         frames = [F.adaptive_avg_pool2d(frame, (math.ceil(H / rows), math.ceil(W / cols))) for frame in frames]
@@ -62,7 +62,7 @@ def temporal_grid(
 
 
 def token_norm(tokens: Tensor, norm_type: float = 2.0, normalize_norm: bool = True) -> Tensor:
-    """(…, C) → (…)"""
+    """Return the norm of every token: (…, C) → (…)."""
     if norm_type == math.inf:
         return tokens.abs().amax(-1)
     powers = tokens.abs().pow(norm_type)
@@ -70,7 +70,7 @@ def token_norm(tokens: Tensor, norm_type: float = 2.0, normalize_norm: bool = Tr
 
 
 def windows(size: int, count: int) -> list[slice]:
-    """Windows of AdaptiveAvgPool2d along one axis."""
+    """Return the windows of AdaptiveAvgPool2d along one axis."""
     return [slice(math.floor(i * size / count), math.ceil((i + 1) * size / count)) for i in range(count)]
 
 
@@ -87,7 +87,7 @@ def norm_pool(
     normalize_norm: bool = True,
 ) -> Tensor:
     def pooled(tokens: Tensor, taken: Tensor | None = None) -> Tensor:
-        """(…, window, C) tokens, of which some are taken: (…, C)"""
+        """Pool windows of tokens: (…, window, C) → (…, C). taken: mask of the tokens that are in the window."""
         logits = temperature * token_norm(tokens, norm_type, normalize_norm)
         if taken is not None:
             logits = logits.masked_fill(~taken, -math.inf)
@@ -105,7 +105,7 @@ def norm_pool(
     step = kernel if stride is None else (stride,) * 2 if isinstance(stride, int) else tuple(stride)
     pad = (padding,) * 2 if isinstance(padding, int) else tuple(padding)
     OH, OW = F.avg_pool2d(x.new_zeros(1, H, W, dtype=torch.float32), kernel, step, pad, ceil_mode).shape[1:]
-    # What the windows cover may end before the padded input, or beyond it with ceil_mode: such positions are not taken.
+    # The windows may end before the padded input, or with ceil_mode beyond it. Positions beyond it are not taken.
     border = (pad[1], pad[1], pad[0], pad[0])
     beyond = (0, (OW - 1) * step[1] + kernel[1] - W - 2 * pad[1], 0, (OH - 1) * step[0] + kernel[0] - H - 2 * pad[0])
     taken = F.pad(torch.ones(1, 1, H, W, device=x.device), border, value=float(count_include_pad))

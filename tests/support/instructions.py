@@ -1,4 +1,4 @@
-"""The sets of vector instructions of the compiled CPU kernels, and a switch between them that is set back."""
+"""The sets of vector instructions of the compiled CPU kernels, and a context manager that restores the current one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def known() -> list[str]:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Leaves the instructions in use, and the number of threads, as they were."""
+    """Restore the set of instructions in use, and the number of threads, after the block."""
     before, threads = compiled.LIBRARY.cpu_capability(), torch.get_num_threads()
     try:
         yield
@@ -26,7 +26,7 @@ def restored() -> Iterator[None]:
 
 
 def usable() -> list[str]:
-    """The sets of instructions that the library holds and this CPU runs."""
+    """Return the sets of instructions that the library contains and this CPU supports."""
     found = []
     for name in known():
         with restored(), suppress(ValueError):

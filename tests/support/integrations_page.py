@@ -1,4 +1,4 @@
-"""The snippets of docs/integrations.md, by the name in the comment before each."""
+"""Snippets of docs/integrations.md, by the names in the comments before them, and a function that runs one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SNIPPETS = dict(re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", PAGE, re
 
 
 def run(name: str, names: dict[str, object], *replaced: tuple[str, str]) -> None:
-    """Runs a snippet in `names`, with every (old, new) of `replaced` exchanged, which must be there."""
+    """Run a snippet with the global variables `names`. replaced: (old, new) texts; old must occur in the snippet."""
     source = SNIPPETS[name]
     for old, new in replaced:
         assert old in source

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU with NumPy, made fast enough for a suite."""
+"""Patches of Triton's interpreter, which runs kernels on the CPU with NumPy, for accuracy, speed and counts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 
 def use_interpreter() -> None:
-    """Has kernels that are imported from now on run in the interpreter, where there is no GPU to run them."""
+    """Make kernels that are imported later run in the interpreter if there is no GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def repair_interpreter() -> None:
-    """Has it convert between float32 and bfloat16 as GPUs do, to nearest even; by itself it cuts bits off."""
+    """Make conversions between float32 and bfloat16 round to nearest even, as on GPUs; the interpreter truncates."""
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter
 
@@ -37,9 +37,10 @@ def repair_interpreter() -> None:
 
 
 def hasten_interpreter() -> None:
-    """Patches `triton.language` once per launch for every module of device functions, not at each of their calls.
+    """Speed up the interpreter.
 
-    And does not check every int32 operation for overflow, which takes half of the time: `check_integers` turns that on.
+    It then patches `triton.language` once per launch for every module of device functions, not at each call, and does
+    not check int32 operations for overflow, which takes half of the time; `check_integers` turns the check on.
     """
     from triton.runtime import interpreter
 
@@ -57,7 +58,7 @@ def hasten_interpreter() -> None:
         return launch(self, *args, **kwargs)
 
     def keep_results(self: Any, *args: Any) -> None:
-        """Tensors on the CPU are not copied before a launch, and so need not be copied back."""
+        """Skip copying tensors back after a launch, since tensors on the CPU are not copied before it."""
 
     interpreter.InterpretedFunction.__call__ = call_device_function
     interpreter.GridExecutor.__call__ = launch_kernel
@@ -67,7 +68,7 @@ def hasten_interpreter() -> None:
 
 @dataclasses.dataclass
 class Requests:
-    """Bytes that kernels loaded and stored, every access counted."""
+    """Numbers of bytes that kernels loaded and stored, counting every access."""
 
     loaded: int = 0
     stored: int = 0
@@ -75,7 +76,7 @@ class Requests:
 
 @contextmanager
 def counted_traffic() -> Iterator[Requests]:
-    """Counts the bytes of all loads and stores of the interpreter, those of tables included, but not masked ones."""
+    """Count the bytes of all unmasked loads and stores of the interpreter, with those of tables."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     traffic = Requests()
@@ -100,7 +101,7 @@ def counted_traffic() -> Iterator[Requests]:
 
 
 def check_integers(check: bool) -> None:
-    """Whether the interpreter raises an error where an int32 result overflows."""
+    """Set whether the interpreter raises an error if an int32 result overflows."""
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder

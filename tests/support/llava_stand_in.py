@@ -1,7 +1,7 @@
-"""What LLaVA-NeXT does between projector and language model, in few lines and with its names: `llava.model.llava_arch`.
+"""Stand-in for `llava.model.llava_arch` of LLaVA-NeXT, between projector and language model, with the original's names.
 
-Written for the tests of integrations/llava_next.py, which then need no LLaVA-NeXT; `make test-llava-next` compares
-the two. Its pooling hands out views of what the projector returned where it can, as the original does.
+With it, the tests of integrations/llava_next.py need no LLaVA-NeXT; `make test-llava-next` compares the two. Like the
+original, its pooling returns views of the projector's result if possible.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class LlavaMetaForCausalLM:
         return images.flatten(2).mT
 
     def video_tokens(self, videos: Sequence[Tensor]) -> list[Tensor]:
-        """(F, g², C) of each video → (tokens, C), newlines included."""
+        """Pool the frames of each video, (F, g², C) → (tokens, C) with newlines."""
         projected = self.get_model().mm_projector(torch.cat(list(videos))).split([len(video) for video in videos])
         return [self.with_newlines(self.get_2dPool(video)) for video in projected]
 
     def with_newlines(self, pooled: Tensor) -> Tensor:
-        """(F, P², C) → (tokens, C)"""
+        """Add newlines to pooled frames: (F, P², C) → (tokens, C)."""
         newline, frames, channels = self.get_model().image_newline, len(pooled), pooled.shape[-1]
         position = self.config.mm_newline_position
         if position == "grid":
@@ -54,7 +54,7 @@ class LlavaMetaForCausalLM:
 
 
 class LlavaQwenForCausalLM(LlavaMetaForCausalLM):
-    """A model of the clone: the method is that of its base class."""
+    """Model of a clone of LLaVA-NeXT, which inherits the pooling from its base class."""
 
     def __init__(self, side: int = 27, channels: int = 16, mode: str = "bilinear", newline: str = "grid") -> None:
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ class LlavaQwenForCausalLM(LlavaMetaForCausalLM):
 
 
 def install(monkeypatch: pytest.MonkeyPatch, owner: type = LlavaMetaForCausalLM) -> None:
-    """Makes `import llava.model.llava_arch` find this, until the test ends."""
+    """Make `import llava.model.llava_arch` find the stand-in until the test ends."""
     for name in ("llava", "llava.model", "llava.model.llava_arch"):
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)

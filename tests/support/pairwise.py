@@ -1,4 +1,4 @@
-"""Covering arrays: few combinations in which any two values of different factors meet."""
+"""Covering arrays: few combinations in which any two values of different factors occur together."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T", bound=Hashable)
 
 
 def pairwise(*factors: Sequence[T]) -> list[tuple[T, ...]]:
-    """Rows of one value of each factor, in which any two values of two factors meet in at least one row.
+    """Return rows of one value per factor, in which any two values of two factors occur together at least once.
 
-    Greedy: every row is the one of the full product that has most pairs which have not met, the first of them in the
-    order of the product. The factors are small, so that the product can be looked at.
+    A greedy algorithm: every row is the first one of the full product that has the most missing pairs. The factors are
+    small enough to enumerate the product.
     """
 
     def pairs(row: tuple[T, ...]) -> set[tuple[int, T, int, T]]:

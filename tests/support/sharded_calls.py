@@ -1,7 +1,7 @@
-"""What tests/test_dtensor.py runs in every one of four processes: the ops on DTensors and on plain tensors.
+"""Cases of tests/test_dtensor.py, which run in each of four processes: the ops on DTensors and on plain tensors.
 
-The cases run one after the other in the same processes: what a call leaves behind, such as a cache, is there for the
-next. The first case is the one that finds nothing loaded yet.
+The cases run one after the other in the same processes, so later cases see state of earlier ones, such as caches. The
+first case must run before torch.distributed.tensor is imported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPS = ("grid_pool", "temporal_grid", "norm_pool", "token_norm")
 
 
 def run(rank: int, folder: str) -> None:
-    """One process: runs every case, and leaves a file with what went wrong in each (None for nothing)."""
+    """Run every case in one process; write a file with the traceback of each, None if it passed."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -51,7 +51,7 @@ def run(rank: int, folder: str) -> None:
     Path(folder, f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # as examples/sharded.py, which says why
+    os._exit(0)  # examples/sharded.py gives the reason
 
 
 def case(function: Callable[[], None]) -> Callable[[], None]:
@@ -63,7 +63,7 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same in every process."""
+    """Return random tokens that are the same in every process."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -74,14 +74,14 @@ def mesh(*shape: int) -> Any:
 
 
 def placements(dims: tuple[int | None, ...]) -> tuple[Any, ...]:
-    """Shard(dim) for every mesh dimension, Replicate() for None."""
+    """Return Shard(dim) for every mesh dimension, Replicate() for None."""
     from torch.distributed.tensor import Replicate, Shard
 
     return tuple(Replicate() if dim is None else Shard(dim) for dim in dims)
 
 
 def shard(x: Tensor, on: Any, *dims: int | None) -> Any:
-    """Every process takes its shard of its own copy of x: nothing is sent."""
+    """Return x as a DTensor; every process takes its shard from its own copy of x, without communication."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(x, on, placements(dims), src_data_rank=None)
@@ -97,7 +97,7 @@ def no_communication() -> Iterator[None]:
 
 
 def same(sharded: Any, expected: Tensor) -> None:
-    """`sharded` is a DTensor of `expected`, and this process holds the shard that belongs here, bit by bit."""
+    """Check that `sharded` is a DTensor of `expected`, and that this process holds its shard bit by bit."""
     from torch.distributed.tensor import distribute_tensor
 
     assert (sharded.shape, sharded.stride(), sharded.dtype) == (expected.shape, expected.stride(), expected.dtype)
@@ -106,7 +106,7 @@ def same(sharded: Any, expected: Tensor) -> None:
 
 
 def compare(name: str, x: Tensor, on: Any, dims: tuple[int | None, ...], **given: Any) -> None:
-    """A call without a gradient, one with, and its backward: bit by bit what one process gets, and nothing is sent."""
+    """Check that calls with and without gradient, and the backward, equal one process bit by bit and send nothing."""
     function = getattr(stgp, name)
     plain = x.clone().requires_grad_()
     expected = function(plain, **given)
@@ -129,7 +129,7 @@ def compare(name: str, x: Tensor, on: Any, dims: tuple[int | None, ...], **given
 def refused(
     name: str, x: Tensor, on: Any, dims: tuple[int | None, ...], works: list[tuple[int | None, ...]], **given: Any
 ) -> None:
-    """x is refused before anything is sent; what the message says would work does."""
+    """Check that x is refused before anything is sent, and that the placements offered by the message work."""
     function = getattr(stgp, name)
     sharded = shard(x, on, *dims)
     offered = [placements(choice) for choice in works]

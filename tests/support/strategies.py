@@ -1,4 +1,4 @@
-"""Random arguments and inputs of the ops, as strategies of hypothesis."""
+"""Strategies of hypothesis for random arguments and inputs of the ops."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ temperatures = st.sampled_from([1.0, 0.0, -1.5, 1.7, 8.0, 40.0])
 
 @st.composite
 def inputs(draw: st.DrawFn, dtype: torch.dtype, device: torch.device, size: Size) -> Tensor:
-    """(T, H, W, C) or (B, T, H, W, C)"""
+    """Draw tokens (T, H, W, C) or (B, T, H, W, C)."""
     lead = draw(st.sampled_from([(), (), (), (2,), (), (1,), (), (0,), (2,)]))
     most = (64 if size[0] > 10 else 17) // max(1, *lead, 1)
     T = draw(st.sampled_from([T for T in (13, 16, 24, 19, 8, 32, 0, 5, 17, 3, 21, 1) if most >= T]))
@@ -72,7 +72,7 @@ def inputs(draw: st.DrawFn, dtype: torch.dtype, device: torch.device, size: Size
 
 @st.composite
 def packings(draw: st.DrawFn, x: Tensor) -> Arguments:
-    """frame_counts, some of them 0, or none."""
+    """Draw the argument frame_counts for x, possibly with zeros, or no argument."""
     if x.dim() == 5 or draw(st.booleans()):
         return {}
     cuts = sorted(draw(st.lists(st.integers(0, len(x)), max_size=2)))

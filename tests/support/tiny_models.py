@@ -1,4 +1,4 @@
-"""Models of transformers with few random weights, and prompts for them: the real code paths in milliseconds."""
+"""Models of transformers with few random weights, and prompts for them, to run real code paths in milliseconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 IMAGE, VIDEO = 60, 61
-"""The tokens that placeholders are made of."""
+"""Ids of the placeholder tokens of images and of videos."""
 
 _TEXT = {
     "hidden_size": 32,
@@ -28,7 +28,7 @@ _VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "
 
 
 def onevision(side: int = 27) -> Any:
-    """A LlavaOnevisionForConditionalGeneration with frames of side × side tokens."""
+    """Return a LlavaOnevisionForConditionalGeneration with frames of side × side tokens."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
     tower = {"model_type": "siglip_vision_model", "image_size": 2 * side, "patch_size": 2, "vision_use_head": False}
@@ -42,7 +42,7 @@ def onevision(side: int = 27) -> Any:
 
 
 def next_video(side: int = 24, **settings: Any) -> Any:
-    """A LlavaNextVideoForConditionalGeneration with frames of side × side tokens."""
+    """Return a LlavaNextVideoForConditionalGeneration with frames of side × side tokens."""
     from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
     config = LlavaNextVideoConfig(
@@ -59,21 +59,24 @@ def _build(model_class: Any, config: Any) -> Any:
     torch.manual_seed(0)
     model = model_class(config).eval()
     for name, parameter in model.named_parameters():
-        # as initialised, the text would drown in what all frames have in common
+        # with the default initialisation, the part that all frames share would dominate text
         if "embed_tokens" in name or "lm_head" in name or "multi_modal_projector" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 
 def pixels(model: Any, videos: int, frames: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(videos, frames, 3, height, width)"""
+    """Return random pixels (videos, frames, 3, height, width) for a model."""
     size = model.config.vision_config.image_size
     generator = torch.Generator().manual_seed(100 * videos + frames)
     return torch.randn(videos, frames, 3, size, size, generator=generator).to(dtype)
 
 
 def prompt(placeholders: Sequence[int]) -> Tensor:
-    """(1, tokens): text, then every video's placeholders followed by text."""
+    """Return the ids (1, tokens) of a prompt: text, then the placeholders of every video, each followed by text.
+
+    placeholders: number of placeholders of each video.
+    """
     ids = [1, 7]
     for video, count in enumerate(placeholders):
         ids += [VIDEO] * count + [8 + video, 9]

@@ -1,7 +1,7 @@
-"""Every tolerance of the suite, and how results are compared.
+"""Tolerances of the suite, and comparisons of results.
 
-A result is measured against brute force in float64 that rounds nothing in between. Its largest error may be twice that
-of the published formulas run op by op in x.dtype by PyTorch (`eager`), plus one ulp at the largest value.
+A result is compared with brute force in float64, without intermediate rounding. Its largest error may be twice that of
+the published formulas, run op by op in x.dtype by PyTorch (`eager`), plus one ulp at the largest value.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ import stgridpool_kernels
 from tests.support import brute_force, eager
 
 GOLDEN = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-"""Largest relative norm of the difference to a golden value."""
+"""Maximum norm of the difference to golden values, relative to their norm, by dtype."""
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
-    """The distance between neighbouring numbers of `dtype` at `value`."""
+    """Return the distance between neighbouring numbers of `dtype` at `value`."""
     info = torch.finfo(dtype)
     return info.eps * 2.0 ** (math.frexp(max(value, info.smallest_normal))[1] - 1)
 
 
 def error(result: Tensor, exact: Tensor) -> float:
-    """The largest absolute error where `exact` is finite."""
+    """Return the largest absolute error where `exact` is finite."""
     finite = exact.isfinite()
     return (result.double()[finite] - exact[finite]).abs().max().item() if finite.any() else 0.0
 
 
 def oracle(op: str, x: Tensor, **arguments: Any) -> Tensor:
-    """`op` in float64 by brute force."""
+    """Return the result of `op` in float64 by brute force."""
     result = getattr(brute_force, op)(x.double().cpu().numpy(), **arguments)
     return torch.from_numpy(np.ascontiguousarray(result)).to(x.device)
 
 
 def published_error(op: str, x: Tensor, arguments: dict[str, Any], dtype: torch.dtype, exact: Tensor) -> float:
-    """The error of the published formulas in `dtype`; in float32 where they overflow in a narrower one.
+    """Return the largest error of the published formulas in `dtype`, or in float32 if they overflow in `dtype`.
 
-    On few tokens they may be right by luck, hence the largest error over x and some inputs near x.
+    On few tokens they may be accurate by chance, so it is the largest error over x and some inputs near x.
     """
     generator, tokens = torch.Generator().manual_seed(0), x.numel() // x.shape[-1]
     largest = 0.0
@@ -63,10 +63,10 @@ def published_error(op: str, x: Tensor, arguments: dict[str, Any], dtype: torch.
 def accuracy(
     op: str, x: Tensor, *, published_dtype: torch.dtype | None = None, **arguments: Any
 ) -> tuple[Tensor, float]:
-    """The exact result of `op(x, **arguments)` and the largest error allowed beside one ulp.
+    """Return the exact result of `op(x, **arguments)`, and the largest error allowed in addition to one ulp.
 
-    The norms of tokens are float32 whatever x is (float64 for float64), so they compare with float32 formulas.
-    `published_dtype` asks for more than x.dtype does.
+    Norms of tokens are float32 (float64 for float64 x), so they are compared with formulas in that dtype.
+    published_dtype: dtype of the published formulas, by default that of x.
     """
     exact = oracle(op, x, **arguments)
     dtype = published_dtype or (torch.promote_types(x.dtype, torch.float32) if op == "token_norm" else x.dtype)
@@ -74,7 +74,7 @@ def accuracy(
 
 
 def assert_accurate(result: Tensor, op: str, x: Tensor, **arguments: Any) -> None:
-    """`result` of `op(x, **arguments)` is as accurate as `accuracy` has it."""
+    """Check that `result` of `op(x, **arguments)` is within the error that `accuracy` allows."""
     assert_within(result, *accuracy(op, x, **arguments))
 
 
@@ -87,10 +87,10 @@ def reference_gradient(op: str, x: Tensor, grad: Tensor, **arguments: Any) -> Te
 def assert_gradient_accurate(
     result: Tensor, op: str, x: Tensor, grad: Tensor, *, nearby: bool = True, **arguments: Any
 ) -> None:
-    """`result`, the gradient of `op(x, **arguments)` for `grad`, is as accurate as it must be.
+    """Check that `result`, the gradient of `op(x, **arguments)` for `grad`, is accurate.
 
-    The reference may be right by luck on few tokens, hence its largest error over x and some inputs near x; at x alone
-    without `nearby`, for an x at which norms have no derivative.
+    Its error may be twice the largest error of the reference in x.dtype, over x and some inputs near x, since the
+    reference may be accurate by chance on few tokens. nearby: False uses x alone, where norms have no derivative.
     """
     wide = torch.float64
     exact = reference_gradient(op, x.to(wide), grad.to(wide), **arguments)
@@ -107,7 +107,7 @@ def assert_gradient_accurate(
 
 
 def assert_within(result: Tensor, exact: Tensor, allowed: float = 0.0) -> None:
-    """The largest error of `result` is at most `allowed` and one ulp at the largest value; NaN and infinities agree."""
+    """Check that the largest error is at most `allowed` plus one ulp at the largest value; NaN and inf must agree."""
     assert result.shape == exact.shape
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(kind(result), kind(exact))
@@ -118,20 +118,20 @@ def assert_within(result: Tensor, exact: Tensor, allowed: float = 0.0) -> None:
 
 
 def assert_rounded_once(result: Tensor, exact: Tensor) -> None:
-    """`result` is `exact` rounded to its 16-bit dtype, give or take the float32 arithmetic before the rounding."""
+    """Check that `result` is `exact` rounded to its 16-bit dtype, up to errors of float32 arithmetic before it."""
     low, high = ((exact * (1 + sign * 1e-5) + sign * 1e-5).to(result.dtype) for sign in (-1, 1))
     low, high = torch.minimum(low, high), torch.maximum(low, high)
     assert ((low <= result) & (result <= high)).all()
 
 
 def assert_golden(result: Tensor, golden: Tensor) -> None:
-    """`result` agrees with values that the published implementation computed in the same dtype."""
+    """Check that `result` agrees with values that the published implementation computed in the same dtype."""
     difference = (result.double() - golden.double()).norm() / golden.double().norm()
     assert difference <= GOLDEN[result.dtype]
 
 
 def assert_same_bits(left: Tensor, right: Tensor) -> None:
-    """Same shape, dtype and bits, NaN and signed zeros included."""
+    """Check that shape, dtype and bits are the same, also those of NaN and signed zeros."""
     assert left.shape == right.shape
     assert left.dtype == right.dtype
     bits = _BITS[left.element_size()]

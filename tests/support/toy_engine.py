@@ -1,4 +1,4 @@
-"""An engine as small as one can be: what the example of integrations/base.py adapts."""
+"""Minimal engine that the example of integrations/base.py adapts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __version__ = "1.2"
 
 
 class VideoModel(nn.Module):
-    """Counts the tokens of a video before it computes them, as engines do, and shrinks all videos in one call."""
+    """Model that, as in engines, counts the tokens of a video before it computes them, and pools all in one call."""
 
     def __init__(self, side: int, channels: int) -> None:
         super().__init__()
@@ -22,12 +22,12 @@ class VideoModel(nn.Module):
         self.tokens_per_frame = math.ceil(side / 2) ** 2
 
     def shrink(self, features: Tensor, frames_per_video: Sequence[int]) -> Tensor:
-        """(ΣF, h·w, C) → (ΣF, ⌈h/2⌉·⌈w/2⌉, C)."""
+        """Pool all frames: (ΣF, h·w, C) → (ΣF, ⌈h/2⌉·⌈w/2⌉, C)."""
         images = features.unflatten(1, self.grid).movedim(-1, 1)
         return F.avg_pool2d(images, 2, ceil_mode=True).flatten(2).mT
 
     def forward(self, videos: Sequence[Tensor]) -> list[Tensor]:
-        """(F, h·w, C) of each video → the tokens that take the places of its placeholders."""
+        """Return the tokens that replace the placeholders of each video. videos: features (F, h·w, C) of each."""
         counts = [len(video) for video in videos]
         tokens = self.shrink(self.projector(torch.cat(list(videos))), counts)
         flat = [video.flatten(0, 1) for video in tokens.split(counts)]

@@ -1,7 +1,7 @@
-"""The triples (backend, device, dtype) that exist on this machine, why others are left out, and tests over them.
+"""The triples (backend, device, dtype) that exist on this machine, reasons for missing ones, and tests over them.
 
-A test that takes the arguments `backend`, `device`, `dtype` and `size`, or some of them, runs on every triple that
-exists (conftest.py). `each` and `pairs` add factors of its own without their full product.
+A test that takes any of the arguments `backend`, `device`, `dtype` and `size` runs on every triple that exists
+(conftest.py). `each` and `pairs` add the test's own factors without their full product.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tests.support.pairwise import pairwise
 OPS = ("grid_pool", "temporal_grid", "norm_pool", "token_norm")
 
 KERNELS = ("triton", "cuda", "cpu")
-"""The backends that are not the reference."""
+"""Backends other than the reference."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes that kernels take; the reference takes float64 as well."""
+"""Dtypes that kernels support; the reference also supports float64."""
 
 INTERPRETER_DTYPE = torch.bfloat16
-"""The dtype of the interpreter's tests outside the slow ones: both its conversions and its products round."""
+"""Dtype of the interpreter's tests that are not slow. Conversions and products round in it."""
 
 NO_GPU, NO_EXTENSION, NO_COMPILER, NO_TRITON = "no GPU", "STGP_NO_EXT=1", "no compiler", "no Triton"
 ALLOWED_REASONS = (NO_GPU, NO_EXTENSION, NO_COMPILER, NO_TRITON)
-"""Beginnings of the reasons for which a test may be skipped; one that is skipped for another reason fails."""
+"""Prefixes of the allowed reasons for skipping a test; a test that is skipped for another reason fails."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Triple:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """(T, H, W) of most tests: odd, and smaller where a window takes the interpreter milliseconds."""
+        """(T, H, W) of most tests: odd, and smaller for the interpreter, which takes milliseconds per window."""
         return (10, 3, 4) if self.interpreted else (21, 5, 7)
 
     @property
     def interpreted(self) -> bool:
-        """Whether Triton's interpreter runs the kernels: milliseconds for a window."""
+        """Whether Triton's interpreter runs the kernels."""
         return self.backend == "triton" and self.device == "cpu"
 
 
 def absent() -> dict[str, str]:
-    """What this machine lacks of what a test may need (`needs` in conftest.py): the reason by name."""
+    """Return the reasons, by the names of needs (`needs` in conftest.py) that this machine does not meet."""
     found = {}
     if torch.cuda.is_available():
         found["no gpu"] = "there is a GPU"
@@ -80,10 +80,10 @@ ABSENT = absent()
 
 
 def find_triples() -> tuple[list[Triple], list[str]]:
-    """The triples that can run here, and one line for each kind that cannot.
+    """Return the triples that can run on this machine, and one line for each kind that cannot.
 
-    A GPU runs triton, cuda and the reference; without one, the interpreter runs triton and the emulation runs cuda. A
-    compiled library that is missing although it could have been built is no reason: its triples are there, and fail.
+    A GPU runs triton, cuda and the reference; without one, the interpreter runs triton and the emulation runs cuda. If
+    the compiled library is missing although it could have been built, its triples are included, and fail.
     """
     gpu = "gpu" not in ABSENT
     pairs, left_out = [], []
@@ -110,14 +110,14 @@ TRIPLES, LEFT_OUT = find_triples()
 # ---- tests over triples ----
 
 ARGUMENTS = ("backend", "device", "dtype", "size")
-"""What a test may take of a triple."""
+"""Arguments of a test that a triple provides."""
 
 Factors = Mapping[str, Mapping[str, Any] | Sequence[Any]]
-"""Values by the name of an argument, or of several with commas between; a mapping gives the values their names."""
+"""Values by the name of an argument, or of several separated by commas. Keys of a mapping are names of the values."""
 
 
 def param(triple: Triple, names: Sequence[str], values: Sequence[Any], words: Sequence[str], slow: bool) -> Any:
-    """The parameters `names` of one test: of the triple what is among the names, and the values behind it."""
+    """Return the parameters of one test: those of `names` from the triple, then `values`. words: rest of its id."""
     given = {name: getattr(triple, name) for name in ARGUMENTS if name in names}
     words = [*(str(value).removeprefix("torch.") for name, value in given.items() if name != "size"), *words]
     if "device" in given:
@@ -127,9 +127,9 @@ def param(triple: Triple, names: Sequence[str], values: Sequence[Any], words: Se
 
 
 def over_triples(names: Sequence[str], test: Any) -> list[Any]:
-    """Parameters for a test that takes `names` of ARGUMENTS: what exists, each once.
+    """Return the parameters of a test that takes `names` of `ARGUMENTS`, without duplicates.
 
-    On the interpreter random calls, and dtypes but one, are slow.
+    On the interpreter, random calls and all dtypes but `INTERPRETER_DTYPE` are slow.
     """
     random = getattr(test, "is_hypothesis_test", False)
     found = {}
@@ -141,7 +141,7 @@ def over_triples(names: Sequence[str], test: Any) -> list[Any]:
 
 
 def only(*dtypes: torch.dtype, backends: Sequence[str] = ()) -> Callable[[Any], Any]:
-    """Restricts a test to some dtypes or backends; stands below `each` or `pairs`."""
+    """Restrict a test to some dtypes or backends. Apply this decorator before `each` or `pairs`."""
 
     def decorate(test: Any) -> Any:
         test.only = dtypes, backends
@@ -151,7 +151,7 @@ def only(*dtypes: torch.dtype, backends: Sequence[str] = ()) -> Callable[[Any], 
 
 
 def selected(test: Any) -> list[Triple]:
-    """The triples that a test runs on."""
+    """Return the triples that a test runs on."""
     dtypes, backends = getattr(test, "only", ((), ()))
     return [
         triple
@@ -161,9 +161,9 @@ def selected(test: Any) -> list[Triple]:
 
 
 def each(factors: Factors) -> Callable[[Any], Any]:
-    """Parametrizes a test so that each backend meets each value of every factor; dtypes take turns.
+    """Parametrize a test so that each backend runs with each value of every factor; dtypes take turns.
 
-    For claims that do not depend on how these values meet.
+    It is for properties that do not depend on combinations of these values.
     """
 
     def rows(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
@@ -175,7 +175,7 @@ def each(factors: Factors) -> Callable[[Any], Any]:
 
 
 def pairs(factors: Factors) -> Callable[[Any], Any]:
-    """Parametrizes a test so that any two values, of two factors or of one and the dtypes, meet once a backend."""
+    """Parametrize a test so that, on each backend, any two values of two factors or of the dtypes occur together."""
 
     def rows(dtypes: Sequence[torch.dtype]) -> Iterable[tuple[Any, ...]]:
         numbers = [range(len(values)) for values in factors.values()]
@@ -193,9 +193,9 @@ def _named(values: Mapping[str, Any] | Sequence[Any]) -> Iterable[tuple[str, Any
 def _over_rows(
     factors: Factors, rows: Callable[[Sequence[torch.dtype]], Iterable[tuple[Any, ...]]]
 ) -> Callable[[Any], Any]:
-    """The decorator for rows of a dtype and, for each factor, (name, value).
+    """Return a decorator for rows of a dtype and, for each factor, (name, value).
 
-    On the interpreter only the first row of an op, in its one dtype, is not slow.
+    On the interpreter, all rows are slow except the first row of an op in `INTERPRETER_DTYPE`.
     """
 
     def decorate(test: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the checks of built wheels share: a wheel of a clean copy of the tree, and commands that must succeed."""
+"""Functions that checks of built wheels share: building a wheel of a clean copy of the tree, and running commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMPILERS = ("CC", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH")
 
 
 def run(*command: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """What a command prints on stdout. Raises SystemExit with all it printed if it fails."""
+    """Run a command and return its stdout. Raises SystemExit with its output if it fails."""
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -24,14 +24,17 @@ def run(*command: object, cwd: Path | None = None, env: dict[str, str] | None = 
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """This process's environment without what leads to another copy of the package; None removes a variable."""
+    """Return this process's environment with changes, where None removes a variable.
+
+    Variables that could select another copy of the package are removed by default.
+    """
     changes = {"PYTHONPATH": None, "STGP_BACKEND": None, "PYTHONDONTWRITEBYTECODE": "1", **changes}
     kept = {name: value for name, value in os.environ.items() if name not in changes}
     return kept | {name: value for name, value in changes.items() if value is not None}
 
 
 def build_wheel(python: Path, folder: Path, **variables: str) -> Path:
-    """A wheel that `python` builds, with its torch and tools, of a copy of the tree without what was built there."""
+    """Build a wheel by `python`, with its torch and tools, of a copy of the tree without build outputs."""
     source = folder / "source"
     left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, source, ignore=left_out)
@@ -50,7 +53,7 @@ def build_wheel(python: Path, folder: Path, **variables: str) -> Path:
 
 
 def compiled_library(wheel: Path, folder: Path) -> Path:
-    """The compiled library of a wheel, extracted into `folder`. Raises SystemExit unless the wheel holds just one."""
+    """Extract the compiled library of a wheel into `folder`. Raises SystemExit unless the wheel has exactly one."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if re.fullmatch(r"stgridpool_kernels/_C\..*so", name)]
         if len(names) != 1:
@@ -59,14 +62,14 @@ def compiled_library(wheel: Path, folder: Path) -> Path:
 
 
 def copy_tests(folder: Path) -> None:
-    """The tests, and what they import, without the package that they are for."""
+    """Copy the tests and the modules that they import, without the package."""
     for name in ("tests", "benchmarks", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 
 def run_backend_tests(python: Path, folder: Path, env: dict[str, str]) -> str:
-    """The suite of the backend `cpu`, golden values included, on what `python` imports; pytest's last line."""
+    """Run the tests of the backend `cpu`, with golden values, on the package of `python`; return pytest's last line."""
     selected = ("tests/backends/test_backends.py", "-k", "cpu and not triton and not cuda and not reference")
     shown = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected, cwd=folder, env=env)
     return shown.strip().splitlines()[-1]
