@@ -28,7 +28,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 if "gpu" in ABSENT and "compiler" not in ABSENT:
     BACKENDS[[backend.name for backend in BACKENDS].index("cuda")] = cuda_emulation.backend()
 
-settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True, database=None)
+settings.register_profile("quick", max_examples=16, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile("quick")
 

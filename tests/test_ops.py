@@ -226,7 +226,8 @@ def test_gradcheck(name, arguments, shape):
     if len(shape) == 5 and "frame_counts" in arguments:
         arguments = {key: value for key, value in arguments.items() if key != "frame_counts"}
     x = tokens(*shape, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: op(name)(x, **arguments), x)
+    # a batch adds a dimension and no formula: products of its Jacobian with random vectors are enough
+    assert torch.autograd.gradcheck(lambda x: op(name)(x, **arguments), x, fast_mode=len(shape) == 5)
 
 
 @pytest.mark.parametrize("norm_type", [0.5, 1.0, 1.5, 2.0, 3.0, math.inf])

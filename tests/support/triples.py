@@ -78,24 +78,28 @@ def absent() -> dict[str, str]:
 
 ABSENT = absent()
 
+ACCELERATOR = "cpu" if "gpu" in ABSENT else "cuda"
+"""The device type of the backends for GPUs. Without a GPU, the interpreter runs triton and the emulation runs cuda."""
+
+PLACES: dict[str, tuple[str, str | None]] = {
+    "triton": (ACCELERATOR, "triton"),
+    "cuda": (ACCELERATOR, "library" if ACCELERATOR == "cuda" else "compiler"),
+    "cpu": ("cpu", "library"),
+}
+"""For every backend besides the reference: its device type, and the entry of `ABSENT` that leaves it out."""
+
 
 def find_triples() -> tuple[list[Triple], list[str]]:
     """Return the triples that can run on this machine, and one line for each kind that cannot.
 
-    A GPU runs triton, cuda and the reference; without one, the interpreter runs triton and the emulation runs cuda. If
-    the compiled library is missing although it could have been built, its triples are included, and fail.
+    If the compiled library is missing although it could have been built, its triples are included, and fail.
     """
     gpu = "gpu" not in ABSENT
-    pairs, left_out = [], []
-    places = {"triton": ["cuda" if gpu else "cpu"], "cuda": ["cuda" if gpu else "cpu"], "cpu": ["cpu"]}
-    lacks = {"triton": "triton", "cuda": "library" if gpu else "compiler", "cpu": "library"}
+    reasons = {backend: ABSENT[lack] for backend, (_, lack) in PLACES.items() if lack in ABSENT}
     if gpu and compiled.LIBRARY is not None and not compiled.LIBRARY.build_info()["cuda"]:
-        ABSENT["nvcc"], lacks["cuda"] = f"{NO_COMPILER}: the library was built without nvcc", "nvcc"
-    for backend, devices in places.items():
-        if lacks[backend] in ABSENT:
-            left_out.append(f"{backend}: {ABSENT[lacks[backend]]}")
-        else:
-            pairs += [(backend, device) for device in devices]
+        reasons["cuda"] = f"{NO_COMPILER}: the library was built without nvcc"
+    pairs = [(backend, device) for backend, (device, _) in PLACES.items() if backend not in reasons]
+    left_out = [f"{backend}: {reason}" for backend, reason in reasons.items()]
     if not gpu:
         left_out.append(f"GPU tests: {NO_GPU}")
     triples = [Triple(*pair, dtype) for pair, dtype in product(pairs, KERNEL_DTYPES)]
