@@ -52,7 +52,18 @@ CALLS: dict[str, Arguments] = {
     "adaptive": {"frame_strides": (1, 2), "output_size": (3, 4), "norm_type": math.inf},
     "off": {"frame_strides": ()},
 }
-calls = pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS.keys())
+FEW = ("published", "bilinear-mixed", "overlapping", "adaptive")
+"""The calls that Triton's interpreter runs outside the slow tests: fused kernels, other grids, other windows, both."""
+
+
+def named(*names: str) -> Any:
+    """Parametrizes a test over calls by their names, all by default."""
+    slow = pytest.mark.slow_interpreted
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[slow] * (name not in FEW)) for name in names or CALLS]
+    )
+
+
 two_calls = pytest.mark.parametrize("name", ["published", "bilinear"])  # fused kernels, and others
 
 
@@ -74,8 +85,11 @@ def pushed(stream: GridPoolStream, chunks: list[Tensor] | tuple[Tensor, ...]) ->
 # ---- the same bits ----
 
 
-@pytest.mark.parametrize("cuts", [[1] * 6, [5, 0, 1]], ids=["frames", "chunks"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "cuts",
+    [pytest.param([1] * 6, id="frames", marks=pytest.mark.slow_interpreted), pytest.param([5, 0, 1], id="chunks")],
+)
+@named()
 def test_chunks_give_the_bits_of_the_whole_video(
     name: str, cuts: list[int], backend: str, device: torch.device
 ) -> None:
@@ -88,8 +102,9 @@ def test_chunks_give_the_bits_of_the_whole_video(
     assert stream.frames() == len(x)
 
 
-@calls
-def test_float64(arguments: Arguments) -> None:
+@pytest.mark.parametrize("name", CALLS)
+def test_float64(name: str) -> None:
+    arguments = CALLS[name]
     x = tokens(24, 5, 7, 11, dtype=torch.float64)
     whole = stgridpool_kernels.grid_pool(x, **arguments)
     assert_same_bits(pushed(GridPoolStream(**arguments), x.split(5)), whole)
@@ -126,8 +141,17 @@ LAYOUTS = {"channels first": (0, 3, 1, 2), "frames last": (3, 1, 2, 0), "columns
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("published", name) for name in LAYOUTS]
-    + [("nested", "frames last"), ("overlapping", "channels first"), ("bilinear", "columns first")],
+    [
+        ("published", "channels first"),
+        ("overlapping", "frames last"),
+        *(
+            pytest.param(*others, marks=pytest.mark.slow_interpreted)
+            for others in (
+                *(("published", layout) for layout in ("frames last", "columns first")),
+                *(("nested", "frames last"), ("overlapping", "channels first"), ("bilinear", "columns first")),
+            )
+        ),
+    ],
 )
 def test_chunks_of_a_permuted_video(name: str, layout: str, backend: str, device: torch.device) -> None:
     order = LAYOUTS[layout]
@@ -179,7 +203,7 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic)
 
 
-@pytest.mark.parametrize("name", ["published", "bilinear-mixed", "overlapping", "whole frames", "nested", "adaptive"])
+@named("published", "bilinear-mixed", "overlapping", "whole frames", "nested", "adaptive")
 def test_nan_goes_where_it_goes_in_the_whole_video(
     name: str, poisoned: None, backend: str, device: torch.device
 ) -> None:
@@ -221,8 +245,9 @@ def test_matches_offline_says_when() -> None:
 # ---- memory ----
 
 
-@calls
-def test_state_is_bounded(arguments: Arguments, backend: str, device: torch.device) -> None:
+@named()
+def test_state_is_bounded(name: str, backend: str, device: torch.device) -> None:
+    arguments = CALLS[name]
     H, W = small(backend, device)
     x = tokens(12 if backend == "triton" else 96, H, W, 4, device=device)
     run(backend, "grid_pool", x[:1], **arguments)  # skips what the backend refuses
@@ -298,7 +323,7 @@ def test_whole_periods_of_a_chunk_are_a_video(
     arguments: Arguments, called: list[tuple[str, Any]], backend: str, device: torch.device
 ) -> None:
     """The levels begin again every 8 frames: grid_pool takes what is between, if a chunk has it all."""
-    x = tokens(26, *small(backend, device), 8, device=device)
+    x = tokens(26, *small(backend, device), 2, device=device)
     whole = run(backend, "grid_pool", x, **arguments)
     stream = GridPoolStream(backend=backend, **arguments)
     for _ in range(2):  # the second time, with the memory of the first
@@ -322,9 +347,10 @@ def test_whole_periods_of_a_chunk_are_a_video(
 @pytest.mark.parametrize(
     ("name", "at"),
     [
-        ("published", 0),
+        pytest.param("published", 0, marks=pytest.mark.slow_interpreted),
         ("bilinear-mixed", 1),
-        *((name, 11) for name in ("published", "paper", "nested", "overlapping")),
+        ("published", 11),
+        *(pytest.param(name, 11, marks=pytest.mark.slow_interpreted) for name in ("paper", "nested", "overlapping")),
     ],
 )
 def test_state_goes_through_a_file(name: str, at: int, backend: str, device: torch.device) -> None:
@@ -615,7 +641,7 @@ def test_a_push_that_cannot_give_memory_back_leaves_the_state(monkeypatch: pytes
     assert_same_bits(stream.push(x[5:]), stgridpool_kernels.grid_pool(x, backend="cpu")[5:])
 
 
-@pytest.mark.parametrize("name", ["published", "bilinear-mixed", "whole frames"])
+@named("published", "bilinear-mixed", "whole frames")
 def test_input_is_not_modified_nor_kept(name: str, backend: str, device: torch.device) -> None:
     x = video(backend, device)
     stream = GridPoolStream(backend=backend, **CALLS[name])

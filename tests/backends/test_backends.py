@@ -273,6 +273,7 @@ def test_no_videos(op: str, arguments: Arguments, backend: str, device: torch.de
 # ---- bitwise properties ----
 
 
+@pytest.mark.slow_interpreted  # one thread runs one program after the other there
 @each(EVERY_CALL)
 def test_runs_are_repeatable(
     op: str, arguments: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size

@@ -136,6 +136,7 @@ def test_random_gradient_of_temporal_grid(
     )
 
 
+@pytest.mark.slow_interpreted
 @pairs({"shape": [(8, 5, 7, 3584), (16, 9, 9, 100)]})
 @only(torch.bfloat16, torch.float16)
 def test_realistic_tokens(shape: tuple[int, ...], dtype: torch.dtype, backend: str, device: torch.device) -> None:
@@ -204,6 +205,7 @@ def test_equal_tokens(windows: Arguments, backend: str, device: torch.device) ->
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow_interpreted  # one thread runs one program after the other there
 @each(EVERY_CALL)
 @only(*KERNEL_DTYPES)
 def test_repeatable(
