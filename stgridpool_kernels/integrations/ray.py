@@ -2,9 +2,8 @@
 
     report = extract(["videos/", "tokens/a.npy"], "pooled/", temperature=2.0)
 
-The command `python -m stgridpool_kernels.integrations.ray videos/ -o pooled/ temperature=2` does the same. Ray
-schedules, retries, scales and shows the progress. This file has one step of a Ray dataset, `PoolFiles`, and a pipeline
-around it.
+The command `python -m stgridpool_kernels.integrations.ray videos/ -o pooled/ temperature=2` does the same.
+Ray schedules, retries, scales and shows the progress.
 """
 
 from __future__ import annotations
@@ -38,11 +37,7 @@ _Path = str | os.PathLike[str]
 
 @dataclass
 class Report:
-    """Result of `extract`.
-
-    written: outputs of this call. skipped: outputs that existed before. failed: reasons, by input that failed. warned:
-    warnings about damaged videos, by input.
-    """
+    """Result of `extract`: outputs of this call and those that existed before; reasons and warnings by input."""
 
     written: list[Path] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
@@ -151,8 +146,7 @@ def extract(
     rows = [{"source": str(source.absolute()), "output": str(target.absolute())} for target, source in new.items()]
     if not rows:
         return report
-    started = not ray.is_initialized()
-    if started:
+    if started := not ray.is_initialized():
         ray.init(include_dashboard=None if os.environ.get("RAY_ADDRESS") else False)
     try:
         for row in _pooled(ray, rows, device, actors, batch_size, options):
@@ -172,8 +166,8 @@ def extract(
 
 def _pooled(ray: Any, rows: list[Any], device: str | None, actors: int | None, size: int, options: Any) -> Any:
     """Return an iterator over the rows that `PoolFiles` returns, in any order."""
-    for row in rows:
-        os.makedirs(os.path.dirname(row["output"]), exist_ok=True)
+    for folder in {os.path.dirname(row["output"]) for row in rows}:
+        os.makedirs(folder, exist_ok=True)
     gpus, cpus = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
     device = device or ("cuda" if gpus else "cpu")
     if device == "cuda" and not gpus:
