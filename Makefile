@@ -35,7 +35,7 @@ lint: $(BUILT) ## ruff, mypy and clang-format
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
-# `make bench` serves comparisons of two commits. `python -m benchmarks` measures more, and documents are generated from its results.
+# `make bench` serves comparisons of two commits. `python -m benchmarks` measures more; documents come from its results.
 bench: $(BUILT) ## microbenchmarks under pytest-benchmark
 	$(VENV)/bin/python -m pytest benchmarks -q --benchmark-autosave --benchmark-storage=file://.benchmarks \
 	    --benchmark-columns=median,iqr,min,rounds --benchmark-sort=min $(ARGS)

@@ -78,7 +78,7 @@ def our_ops(workload: Workload, device: str) -> list[Provider]:
             2 if w.dtype.itemsize == 2 else 64,
             takes_out=backend != "reference",
             memory=8 * wide if backend == "reference" else 0.5,
-            captures=backend != "reference",  # it copies its indices from the CPU at every call
+            captures=backend != "reference",  # the reference copies indices from the CPU at every call
             slow=backend == "reference" and device == "cpu",
         )
         for op, call in zip(OPS, calls, strict=True)

@@ -169,7 +169,7 @@ def _pool_file(
     check_dtype(output, dtype)
     with torch.no_grad():
         pooled = _cast(grid_pool(x.to(device), **options), dtype).cpu()
-    output.parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
+    output.parent.mkdir(parents=True, exist_ok=True)  # made late, so that failures leave no folder
     write_tokens(output, pooled, force=args.force)
     return _Pooled(source, tuple(x.shape), tuple(pooled.shape), dtype, time.perf_counter() - start)
 
@@ -204,7 +204,7 @@ def _stream_file(
     chunks = pooled_chunks()
     first = next(chunks)  # stream_input yields at least one chunk, or raises
     check_dtype(output, first.dtype)
-    output.parent.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no folder
+    output.parent.mkdir(parents=True, exist_ok=True)  # made late, so that failures leave no folder
     write_chunks(output, chain([first], chunks), force=args.force)
     if not stream.matches_offline():
         complain(

@@ -65,7 +65,7 @@ def pool_options(config: Any) -> PoolOptions:
         raise ValueError(f"{source} must be options by name, got {given!r}")
     try:
         return ceil_options(**read_options(given))
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch, for a type that it cannot convert
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises RuntimeError for types it cannot convert
         raise ValueError(f"{source}: {error}") from error
 
 

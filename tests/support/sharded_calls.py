@@ -45,7 +45,7 @@ def run(rank: int, folder: str) -> None:
         try:
             case()
             outcomes[name] = None
-        except (Exception, pytest.fail.Exception):  # the second is no Exception
+        except (Exception, pytest.fail.Exception):  # pytest.fail.Exception is no Exception
             outcomes[name] = traceback.format_exc()
         dist.barrier()
     Path(folder, f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
@@ -164,14 +164,14 @@ def the_rules_are_imported_by_the_first_call_on_a_dtensor() -> None:
     assert slow in sys.modules
     assert torch.equal(stgp.grid_pool(x, ceil_mode=True), expected)
     assert rules not in sys.modules
-    raises(NotImplementedError, "sharding strategy", lambda: torch.ops.stgp.grid_pool(sharded))  # docs: import them
+    raises(NotImplementedError, "sharding strategy", lambda: torch.ops.stgp.grid_pool(sharded))  # documented
 
     def call(t: Tensor) -> Tensor:
         return stgp.grid_pool(t, ceil_mode=True) * 2
 
     plain, leaf = x.clone().requires_grad_(), sharded.detach().requires_grad_()
     call(plain).sum().backward()
-    one_compiles = dist.get_rank() == 0  # since compiling takes seconds, and the calls send nothing
+    one_compiles = dist.get_rank() == 0  # one process is enough, since calls send nothing and compiling takes seconds
     if one_compiles:
         call = torch.compile(call, backend="aot_eager", fullgraph=True)
     same(call(sharded), expected.detach() * 2)
@@ -257,10 +257,10 @@ def two_mesh_dimensions() -> None:
         compare(name, tokens(3, 64, 4, 3, 8), on, (1, 0))
         compare(name, tokens(128, 4, 3, 8), on, (0, 0))
         compare(name, tokens(3, 64, 4, 3, 8), on, (None, 1))
-    # 96 = 48 + 48: not for both; the batch takes what the frames cannot
+    # pieces of 48 of 96 frames cannot be gridded alone; the batch can be sharded over both mesh dimensions
     refused("grid_pool", tokens(4, 96, 4, 3, 8), on, (0, 1), [(0, 0), (0, None), (None, None)])
     refused("grid_pool", tokens(3, 96, 4, 3, 8), on, (0, 1), [(0, None), (None, None)])
-    # right over either, not over both: pieces of 16
+    # frames can be sharded over either mesh dimension, but both would give pieces of 16
     refused("grid_pool", tokens(4, 64, 4, 3, 8), on, (1, 1), [(0, 0), (None, None)])
 
 
@@ -366,7 +366,7 @@ def calls_that_differ_in_one_argument() -> None:
     for name, its_changes in of_op.items():
         for arguments in [{}, *its_changes, {}]:
             compare(name, x, on, (0,), **arguments)
-    # and a string on which it depends whether x is refused: 63 frames
+    # whether 63 frames are refused depends on a string
     x = tokens(63, 4, 3, 8)
     for _ in range(2):
         refused("grid_pool", x, on, (0,), [(None,)], frame_strides=[2], sampling="last")
@@ -449,4 +449,4 @@ def a_module_trains() -> None:
         projected = (shard(x, mesh(), 0) if sharded else x) @ w
         stgp.GridPool(frame_strides=(2,))(projected).square().sum().backward()
         gradients.append(w.grad.full_tensor() if sharded else w.grad)
-    torch.testing.assert_close(*gradients)  # a sum over processes: another order of additions
+    torch.testing.assert_close(*gradients)  # the sum over processes has another order of additions

@@ -1,4 +1,4 @@
-"""Gradients of grid_pool, norm_pool and temporal_grid with respect to x. The forward saves nothing but its input.
+"""Gradients of grid_pool, norm_pool and temporal_grid with respect to x. Backwards recompute all values from x.
 
 The gradient G(c) of a node c (frame t ≥ 0, or summary ~s), of shape (H, W, C), adds the gradient own(c) of the output
 that c is, if any, and shares of G(~s) of the summaries s that consume c,
