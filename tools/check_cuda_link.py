@@ -58,7 +58,7 @@ def main() -> None:
             archive.extractall(installed)
         copy_tests(folder)
         env = environment(PYTHONPATH=f"{installed}:{folder}", COLUMNS="120")
-        where = "from tools.compile_report import find_tool; print(find_tool('cuobjdump'))"
+        where = "from tools.machine_code import find_tool; print(find_tool('cuobjdump'))"
         tool = run(python, "-c", where, cwd=folder, env=env).strip()
         found = {}
         for kind, ending in (("elf", "cubin"), ("ptx", "ptx")):
