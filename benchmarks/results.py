@@ -168,9 +168,9 @@ class Writer:
 
 
 def encode(line: DataclassInstance) -> str:
-    """Encode as one line of JSON, without None values; "kind" is the name of the class."""
+    """Encode as one line of JSON, without None values; "kind" is run or row."""
     found = {name: value for name, value in asdict(line).items() if value is not None}
-    return json.dumps({"kind": type(line).__name__.lower()} | found)
+    return json.dumps({"kind": "row" if isinstance(line, BenchRow) else "run"} | found)
 
 
 def load(path: Path) -> list[Results]:
