@@ -65,13 +65,17 @@ def number_of_launches(case: Case) -> int:
     return 3 + 3 + 1 if case.gradient else 1 + 3
 
 
-def test_published_settings(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shapes", "architectures"), [(SHAPES[:1], [90]), pytest.param(SHAPES, ARCHITECTURES, marks=pytest.mark.slow)]
+)
+def test_published_settings(tmp_path: Path, shapes: list[tuple[int, ...]], architectures: list[int]) -> None:
     """For every width and architecture, nothing spills, tokens move by 128 bits, and 16 or 24 warps are resident."""
-    rows = report(tmp_path, "--calls", "published")
+    given = ("--shape", *map(show_shape, shapes), "--arch", *map(str, architectures))
+    rows = report(tmp_path, "--calls", "published", *given)
     launches = [(row.title, row.arch, call, n) for row in rows for call, ns in row.launches.items() for n in ns]
     assert sorted(launches) == sorted(
         (f"{show_shape(shape)} bf16", arch, case.name, n)
-        for shape, arch, case in product(SHAPES, ARCHITECTURES, PUBLISHED)
+        for shape, arch, case in product(shapes, architectures, PUBLISHED)
         for n in range(1, number_of_launches(case) + 1)
     )
     assert all(row.published for row in rows)
@@ -79,12 +83,14 @@ def test_published_settings(tmp_path: Path) -> None:
     assert missed(rows) == []
 
 
+@pytest.mark.slow
 def test_one_odd_side(tmp_path: Path) -> None:
     """Odd heights of even widths, and even heights of odd widths, have kernels of their own with the same limits."""
     rows = report(tmp_path, "--calls", "published", "--shape", "64x27x24x3584", "64x24x27x3584", "--arch", "90")
     assert missed(rows) == []
 
 
+@pytest.mark.slow
 def test_general_kernels(tmp_path: Path) -> None:
     """General kernels do not spill either, and the machine code is written into the folder that is given."""
     rows = report(tmp_path, "--shape", "64x27x27x3584", "--arch", "90", "--cubins", str(tmp_path / "cubins"))
@@ -99,6 +105,7 @@ def test_general_kernels(tmp_path: Path) -> None:
     assert "grid_pool_kernel.grid_pool-1.64x27x27x3584.bf16.sm_90.cubin" in {file.name for file in cubins}
 
 
+@pytest.mark.slow
 def test_every_norm_compiles(tmp_path: Path) -> None:
     """Every norm is compiled by itself, since the interpreter runs kernels that the compiler rejects.
 
@@ -111,7 +118,7 @@ def test_every_norm_compiles(tmp_path: Path) -> None:
     assert [row.name for row in spilled if row not in powers] == []
 
 
-@pytest.mark.parametrize("size", [(27, 27), (24, 24)], ids=str)
+@pytest.mark.parametrize("size", [(27, 27), pytest.param((24, 24), marks=pytest.mark.slow)], ids=str)
 def test_windows_are_computed_alike_however_a_row_is_cut(size: tuple[int, int]) -> None:
     """The compiler fuses the same products and sums wherever a window is pooled, in a walk or by itself."""
     found = json.loads(run("tests.tools.compile_cuts", *map(str, size)).stdout)
@@ -192,6 +199,14 @@ needs_nvcc = pytest.mark.skipif(search_tool("nvcc") is None, reason="no compiler
 
 
 @needs_nvcc
+def test_a_cuda_kernel_keeps_the_limits() -> None:
+    rows = compile_file(KERNELS / "pool.cu", 90)
+    assert {re.split("[<(]", row.kernel)[0] for row in rows} == {"norm_pool_kernel"}
+    assert missed(rows) == []
+
+
+@pytest.mark.slow
+@needs_nvcc
 def test_every_cuda_kernel(tmp_path: Path) -> None:
     """No kernel misses a limit, and every architecture has every kernel."""
     rows = report(tmp_path, "--backend", "cuda")
@@ -218,6 +233,7 @@ def changed(folder: Path, name: str, old: str, new: str) -> Path:
     return folder / "csrc" / "cuda" / "fused.cu"
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize(
     ("change", "message"),
