@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "grid_pool.h"
+#include "sizes.h"
 #include "tables.h"
 
 #ifdef STGP_CUDA
@@ -109,7 +110,7 @@ class Scratch {
       size = std::exchange(kept_size, 0);
     }
     if (size < bytes) {
-      memory.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+      memory.reset(static_cast<char*>(std::aligned_alloc(SCRATCH_ALIGNMENT, aligned(bytes))));
       size = bytes;
       STD_TORCH_CHECK(memory != nullptr, "no memory for ", bytes, " bytes of scratch");
     }

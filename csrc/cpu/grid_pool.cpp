@@ -10,6 +10,7 @@
 #include <iterator>
 #include <thread>
 
+#include "../sizes.h"
 #include "../tables.h"
 #include "kernels.h"
 
@@ -59,24 +60,7 @@ constexpr int64_t BYTES_PER_THREAD = 128 << 10;
 // lines would be read before they are written.
 constexpr int64_t STREAM_BYTES = 4 << 20;
 
-int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-int64_t thumbnail_bytes(const int32_t* t, const Call& call) {
-  const int64_t cells = ((int64_t{t[H_HEIGHT]} + 1) / 2) * ((int64_t{t[H_WIDTH]} + 1) / 2);
-  return aligned(t[H_SLOTS] * cells * call.C * element_size(call.dtype));
-}
-
-int64_t summary_bytes(const int32_t* t, const Call& call) {
-  return aligned(int64_t{t[H_SUMMARIES]} * t[H_HEIGHT] * t[H_WIDTH] * call.C * element_size(call.dtype));
-}
-
-bool is_fused(Op op, const int32_t* t) {
-  return (op == Op::grid_pool || op == Op::grid_pool_backward) && t[H_NUM_STAGES] > 0;
-}
-
-bool is_backward(Op op) { return op == Op::grid_pool_backward || op == Op::temporal_grid_backward; }
+bool is_fused(Op op, const int32_t* t) { return is_pooling(op) && has_fused_form(t); }
 
 int64_t whole_blocks(int64_t C) { return (C + WIDEST_BLOCK - 1) / WIDEST_BLOCK * WIDEST_BLOCK; }
 
@@ -134,7 +118,7 @@ WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
       tokens = std::max(tokens, int64_t{*std::max_element(heights, heights + t[H_HEIGHT])} *
                                     *std::max_element(widths, widths + t[H_WIDTH]));
     }
-    if (op == Op::grid_pool || op == Op::grid_pool_backward) {
+    if (is_pooling(op)) {
       const int64_t frame = int64_t{t[H_HEIGHT]} * t[H_WIDTH];
       const int64_t window = std::min<int64_t>(t[H_LARGEST_WINDOW], frame);  // padding is never looked at
       tokens = std::max(tokens, window);
@@ -306,7 +290,7 @@ void grid_pool(const int32_t* t, const Call& call, const Threads& threads) {
   const int64_t token_bytes = call.C * element_size(call.dtype), row_bytes = t[H_WIDTH] * token_bytes;
   const bool stream = frames * OH * OW * token_bytes >= STREAM_BYTES;
   Phases phases;
-  if (t[H_NUM_STAGES] > 0) {
+  if (has_fused_form(t)) {
     const int32_t* stages = t + t[H_STAGES];
     for (int s = 0; s < t[H_NUM_STAGES]; ++s) {
       const int32_t* stage = stages + s * STAGE_WORDS;
@@ -356,7 +340,7 @@ void grid_pool_backward(const int32_t* t, const Call& call, const Threads& threa
   const bool stream = frames * H * row_bytes >= STREAM_BYTES;
   const Gradients gradients = gradients_in(Op::grid_pool_backward, t, call);
   Phases phases;
-  if (t[H_NUM_STAGES] > 0) {
+  if (has_fused_form(t)) {
     // the thumbnails, stage by stage, then gradients, from the last stage to the first
     const int64_t num_stages = t[H_NUM_STAGES], shrinking = t[H_SUMMARIES] > 0 ? num_stages : 0;
     const int32_t* stages = t + t[H_STAGES];

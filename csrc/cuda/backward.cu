@@ -339,7 +339,7 @@ inline bool all_vectorized(const int32_t* tables, const Call& call, bool pooled)
   return is_vectorized(tables, call, tables[H_HEIGHT], tables[H_WIDTH]) &&
          is_vectorized(call.grad, call.grad_strides, tables[H_FRAMES] / call.T, call.T,
                        tables[pooled ? H_OUT_ROWS : H_HEIGHT], tables[pooled ? H_OUT_COLS : H_WIDTH], call.C,
-                       value_bytes(call.dtype));
+                       element_size(call.dtype));
 }
 
 template <class T, Access A>

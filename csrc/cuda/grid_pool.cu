@@ -13,28 +13,16 @@
 namespace stgp::cuda {
 namespace {
 
-int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-int64_t summary_bytes(const int32_t* tables, const Call& call) {
-  const int64_t tokens = static_cast<int64_t>(tables[H_SUMMARIES]) * tables[H_HEIGHT] * tables[H_WIDTH];
-  return rounded_up(tokens * call.C * value_bytes(call.dtype));
-}
-
-int64_t thumbnail_bytes(const int32_t* tables, const Call& call) {
-  const int64_t h = (tables[H_HEIGHT] + 1) / 2, w = (tables[H_WIDTH] + 1) / 2;
-  return rounded_up(tables[H_SLOTS] * h * w * call.C * value_bytes(call.dtype));
-}
-
 // Where a gradient's parts of scratch are, and in `bytes` how much it is in all.
 GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool pooled, int64_t* bytes) {
   const int64_t summaries = tables[H_SUMMARIES], frames = tables[H_FRAMES];
-  const int64_t tokens = static_cast<int64_t>(tables[H_HEIGHT]) * tables[H_WIDTH];
-  const int64_t windows = static_cast<int64_t>(tables[H_OUT_ROWS]) * tables[H_OUT_COLS];
+  const int64_t tokens = int64_t{tables[H_HEIGHT]} * tables[H_WIDTH];
+  const int64_t windows = int64_t{tables[H_OUT_ROWS]} * tables[H_OUT_COLS];
   const bool fused = pooled && takes_fused(tables, call);
   *bytes = fused ? thumbnail_bytes(tables, call) : pooled ? summary_bytes(tables, call) : 0;
   const auto take = [&](int64_t words) {
     const int64_t start = *bytes;
-    *bytes += rounded_up(words * 4);
+    *bytes += aligned(words * 4);
     return call.scratch == nullptr ? nullptr : static_cast<char*>(call.scratch) + start;
   };
   GradientScratch scratch{};
@@ -58,16 +46,14 @@ Norm norm_kind(double norm_type) {
   return std::isinf(norm_type) ? Norm::max : Norm::power;
 }
 
-int64_t value_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 bool takes_fused(const int32_t* tables, const Call& call) {
-  return tables[H_NUM_STAGES] > 0 && call.C <= MAX_CHANNELS && norm_kind(call.norm_type) != Norm::power;
+  return has_fused_form(tables) && call.C <= MAX_CHANNELS && norm_kind(call.norm_type) != Norm::power;
 }
 
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call) {
   if (op == Op::token_norm || call.thumbnails != nullptr) return 0;
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
-  if (op == Op::grid_pool_backward || op == Op::temporal_grid_backward) {
+  if (is_backward(op)) {
     int64_t bytes = 0;
     gradient_scratch(tables, call, op == Op::grid_pool_backward, &bytes);
     return bytes;

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../grid_pool.h"
+#include "../sizes.h"
 #include "../tables.h"
 
 namespace stgp::cuda {
@@ -17,8 +18,6 @@ Norm norm_kind(double norm_type);
 // Whether the fused kernel runs a call; it depends on nothing that differs between a video alone and packed with others
 // but on the tables.
 bool takes_fused(const int32_t* tables, const Call& call);
-
-int64_t value_bytes(DType dtype);
 
 // The fused form: out from x, thumbnails in scratch. Without `pools` the thumbnails alone.
 cudaError_t pool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call, bool pools,

@@ -37,7 +37,7 @@ inline bool is_vectorized(const void* base, const Strides& strides, int64_t vide
 
 // x and out, where out has `rows` x `cols` tokens a frame.
 inline bool is_vectorized(const int32_t* tables, const Call& call, int64_t rows, int64_t cols) {
-  const int64_t videos = tables[H_FRAMES] / call.T, bytes = value_bytes(call.dtype);
+  const int64_t videos = tables[H_FRAMES] / call.T, bytes = element_size(call.dtype);
   return is_vectorized(call.x, call.x_strides, videos, call.T, tables[H_HEIGHT], tables[H_WIDTH], call.C, bytes) &&
          is_vectorized(call.out, call.out_strides, videos, call.T, rows, cols, call.C, bytes);
 }
