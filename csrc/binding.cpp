@@ -1,5 +1,5 @@
 // The private ops of stgridpool_kernels/backends/compiled.py on tensors, through torch's stable ABI: the library is
-// built once and loads under every later torch. Tensors are checked here; below, kernels know pointers only.
+// built once and loads under every later torch. Tensors are checked here. The kernels only get pointers.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -41,7 +41,7 @@ DType dtype_of(const Tensor& x) {
   }
 }
 
-// Strides of (T, H, W, ...) or (B, T, H, W, ...), the last of which is that of the channels unless there are none.
+// Strides of a tensor (T, H, W, C) or (B, T, H, W, C); without `channels`, of (T, H, W) or (B, T, H, W).
 Strides strides_of(const Tensor& t, bool channels) {
   const auto strides = t.strides();
   const int64_t rank = t.dim(), inner = channels ? 1 : 0, frame = rank - 3 - inner;
@@ -49,7 +49,7 @@ Strides strides_of(const Tensor& t, bool channels) {
           channels ? strides[rank - 1] : 1};
 }
 
-// x, out and how to weigh, with sizes that agree.
+// A call with x and out, whose frames agree. Without `channels`, out has one value for each token.
 Call call_of(const Tensor& x, const Tensor& out, bool channels) {
   const int64_t rank = x.dim();
   STD_TORCH_CHECK(rank == 4 || rank == 5, "x must have 4 or 5 dimensions");
@@ -70,12 +70,15 @@ Call call_of(const Tensor& x, const Tensor& out, bool channels) {
   return call;
 }
 
-// The tables, which must be of tensors like these.
-const int32_t* tables_of(const Tensor& tables, const Tensor& x, const Tensor& out, bool pooled) {
+const int32_t* words_of(const Tensor& tables) { return static_cast<const int32_t*>(tables.const_data_ptr()); }
+
+// Returns the words of `tables`. Checks that they are tables for x and out; if `pooled`, out has pooled frames, else
+// frames like those of x.
+const int32_t* checked_words(const Tensor& tables, const Tensor& x, const Tensor& out, bool pooled) {
   STD_TORCH_CHECK(
       tables.scalar_type() == ScalarType::Int && tables.dim() == 1 && tables.is_contiguous() && tables.is_cpu(),
       "tables must be contiguous int32 on the CPU");
-  const auto* t = static_cast<const int32_t*>(tables.const_data_ptr());
+  const int32_t* t = words_of(tables);
   const char* wrong = check_tables(t, tables.numel());
   STD_TORCH_CHECK(wrong == nullptr, wrong);
   const int64_t rank = x.dim();
@@ -96,10 +99,10 @@ void set_weighting(Call& call, double temperature, double norm_type, bool normal
   call.normalize_norm = normalize_norm;
 }
 
-// ---- CPU ----
+// ---- on the CPU ----
 
-// Memory for one call at a time. It is kept for the next one, up to KEPT bytes: fresh memory costs a page fault every 4
-// KiB, which takes longer than what is done with it. A call beside another one gets memory of its own.
+// Scratch memory of a call. It is kept for the next call, because fresh memory costs a page fault every 4 KiB, which
+// takes longer than the work on it. If two calls run at the same time, the second one allocates its own memory.
 class Scratch {
  public:
   Scratch(Call& call, int64_t bytes) {
@@ -129,7 +132,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // Frees what is kept; how many bytes that was.
+  // Frees the memory that is kept. Returns its size in bytes.
   static int64_t release() {
     const std::lock_guard<std::mutex> guard(mutex);
     kept.reset();
@@ -137,7 +140,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t KEPT = 64 << 20;
+  static constexpr int64_t KEPT = 64 << 20;  // bytes: larger memory is freed after its call
 
   struct Free {
     void operator()(char* memory) const { std::free(memory); }
@@ -161,110 +164,27 @@ cpu::Threads torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()), run, nullptr};
 }
 
-void grid_pool_on_cpu(const Tensor& x, const Tensor& tables, const std::optional<Tensor>&, double temperature,
-                      double norm_type, bool normalize_norm, const Tensor& out, int64_t /* cells: of CUDA blocks */) {
-  Call call = call_of(x, out, true);
-  set_weighting(call, temperature, norm_type, normalize_norm);
-  const int32_t* t = tables_of(tables, x, out, true);
+void run_on_cpu(Op op, Call& call, const int32_t* t) {
   const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(Op::grid_pool, t, call, threads));
-  cpu::grid_pool(t, call, threads);
-}
-
-// Where a chunk of streams keeps its thumbnails: (slots, h, w, C), at least as many slots as the tables name.
-void attach_thumbnails(Call& call, const Tensor& thumbnails, const int32_t* t, const Tensor& x) {
-  STD_TORCH_CHECK(thumbnails.dim() == 4 && thumbnails.is_contiguous() && thumbnails.scalar_type() == x.scalar_type() &&
-                      thumbnails.get_device_index() == x.get_device_index() && thumbnails.sizes()[0] >= t[H_SLOTS] &&
-                      thumbnails.sizes()[1] == (t[H_HEIGHT] + 1) / 2 && thumbnails.sizes()[2] == (t[H_WIDTH] + 1) / 2 &&
-                      thumbnails.sizes()[3] == call.C,
-                  "the tables are of other thumbnails");
-  STD_TORCH_CHECK(t[H_NUM_STAGES] > 0, "the tables have no fused form");
-  call.thumbnails = thumbnails.mutable_data_ptr();
-}
-
-void pool_chunk_on_cpu(const Tensor& x, const Tensor& tables, const std::optional<Tensor>&, double temperature,
-                       double norm_type, bool normalize_norm, const Tensor& thumbnails, const Tensor& out) {
-  Call call = call_of(x, out, true);
-  set_weighting(call, temperature, norm_type, normalize_norm);
-  const int32_t* t = tables_of(tables, x, out, true);
-  attach_thumbnails(call, thumbnails, t, x);
-  const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(Op::grid_pool, t, call, threads));
-  cpu::grid_pool(t, call, threads);
-}
-
-void temporal_grid_on_cpu(const Tensor& x, const Tensor& tables, const std::optional<Tensor>&, const Tensor& out) {
-  Call call = call_of(x, out, true);
-  const int32_t* t = tables_of(tables, x, out, false);
-  const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(Op::temporal_grid, t, call, threads));
-  cpu::temporal_grid(t, call, threads);
-}
-
-// Of a gradient: x is the gradient of the result where the kernels need no more of x, and out that of x.
-Call call_of_gradient(const Tensor& grad, const Tensor& x, const Tensor& out) {
-  Call call = call_of(x, out, true);
-  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() &&
-                      grad.get_device_index() == x.get_device_index() && out.is_contiguous(),
-                  "grad must be like x, out contiguous");
-  call.grad = grad.const_data_ptr();
-  call.grad_strides = strides_of(grad, true);
-  return call;
-}
-
-// The tables, with what a gradient follows, which must be of tensors like these; grad's frames are pooled or as x's.
-const int32_t* gradient_tables_of(const Tensor& tables, const Tensor& grad, const Tensor& x, const Tensor& out,
-                                  bool pooled) {
-  const int32_t* t = tables_of(tables, x, out, false);
-  tables_of(tables, x, grad, pooled);
-  STD_TORCH_CHECK(t[H_GRADIENT] > 0, "the tables have nothing for gradients");
-  for (int64_t axis = 0; axis < x.dim() - 3; ++axis) {
-    STD_TORCH_CHECK(grad.sizes()[axis] == x.sizes()[axis], "grad must have the frames of x");
+  const Scratch scratch(call, cpu::scratch_bytes(op, t, call, threads));
+  switch (op) {
+    case Op::grid_pool:
+      return cpu::grid_pool(t, call, threads);
+    case Op::temporal_grid:
+      return cpu::temporal_grid(t, call, threads);
+    case Op::grid_pool_backward:
+      return cpu::grid_pool_backward(t, call, threads);
+    case Op::temporal_grid_backward:
+      return cpu::temporal_grid_backward(t, call, threads);
+    case Op::token_norm:
+      break;
   }
-  return t;
+  STD_TORCH_CHECK(false, "token_norm has no tables");
 }
 
-void grid_pool_backward_on_cpu(const Tensor& grad, const Tensor& x, const Tensor& tables, const std::optional<Tensor>&,
-                               double temperature, double norm_type, bool normalize_norm, const Tensor& out) {
-  Call call = call_of_gradient(grad, x, out);
-  set_weighting(call, temperature, norm_type, normalize_norm);
-  const int32_t* t = gradient_tables_of(tables, grad, x, out, true);
-  const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(Op::grid_pool_backward, t, call, threads));
-  cpu::grid_pool_backward(t, call, threads);
-}
-
-void temporal_grid_backward_on_cpu(const Tensor& grad, const Tensor& tables, const std::optional<Tensor>&,
-                                   const Tensor& out) {
-  Call call = call_of_gradient(grad, grad, out);
-  const int32_t* t = gradient_tables_of(tables, grad, grad, out, false);
-  const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(Op::temporal_grid_backward, t, call, threads));
-  cpu::temporal_grid_backward(t, call, threads);
-}
-
-int64_t frames_of(const Tensor& x) { return x.dim() == 5 ? x.sizes()[0] * x.sizes()[1] : x.sizes()[0]; }
-
-void token_norm_on_cpu(const Tensor& x, double norm_type, bool normalize_norm, const Tensor& out) {
-  Call call = call_of(x, out, false);
-  set_weighting(call, 1, norm_type, normalize_norm);
-  const int64_t rank = x.dim(), H = x.sizes()[rank - 3], W = x.sizes()[rank - 2];
-  STD_TORCH_CHECK(out.sizes()[rank - 3] == H && out.sizes()[rank - 2] == W, "out must have one norm per token");
-  const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(Op::token_norm, nullptr, call, threads));
-  cpu::token_norm(frames_of(x), H, W, call, threads);
-}
-
-// ---- CUDA ----
+// ---- on a GPU ----
 
 #ifdef STGP_CUDA
-
-// torch's allocator knows which stream uses it.
-Tensor scratch_for(Call& call, const Tensor& x, int64_t bytes) {
-  Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-  call.scratch = scratch.mutable_data_ptr();
-  return scratch;
-}
 
 void* current_stream(const Tensor& x) {
   void* stream = nullptr;
@@ -276,76 +196,147 @@ void check_launch(int error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
 
-const int32_t* on_device(const std::optional<Tensor>& device_tables, const Tensor& tables, const Tensor& x) {
+const int32_t* checked_device_words(const std::optional<Tensor>& device_tables, const Tensor& tables, const Tensor& x) {
   STD_TORCH_CHECK(device_tables.has_value() && device_tables->get_device_index() == x.get_device_index() &&
                       device_tables->scalar_type() == ScalarType::Int && device_tables->is_contiguous() &&
                       device_tables->numel() == tables.numel(),
                   "device_tables must be a copy of tables on the device of x");
-  return static_cast<const int32_t*>(device_tables->const_data_ptr());
+  return words_of(*device_tables);
 }
 
-void grid_pool_on_cuda(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
-                       double temperature, double norm_type, bool normalize_norm, const Tensor& out, int64_t cells) {
+void run_on_cuda(Op op, Call& call, const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int32_t *t = words_of(tables), *on_device = checked_device_words(device_tables, tables, x);
+  // The tensor may go before the kernels are done: torch's allocator reuses its memory in the order of the stream.
+  const Tensor scratch = torch::stable::new_empty(x, {cuda::scratch_bytes(op, t, call)}, ScalarType::Byte);
+  call.scratch = scratch.mutable_data_ptr();
+  void* const stream = current_stream(x);
+  switch (op) {
+    case Op::grid_pool:
+      return check_launch(cuda::grid_pool(t, on_device, call, stream));
+    case Op::temporal_grid:
+      return check_launch(cuda::temporal_grid(t, on_device, call, stream));
+    case Op::grid_pool_backward:
+      return check_launch(cuda::grid_pool_backward(t, on_device, call, stream));
+    case Op::temporal_grid_backward:
+      return check_launch(cuda::temporal_grid_backward(t, on_device, call, stream));
+    case Op::token_norm:
+      break;
+  }
+  STD_TORCH_CHECK(false, "token_norm has no tables");
+}
+
+#endif
+
+// ---- the ops ----
+
+// Runs a checked call on the device of x.
+void run(Op op, Call& call, [[maybe_unused]] const Tensor& x, const Tensor& tables,
+         [[maybe_unused]] const std::optional<Tensor>& device_tables) {
+#ifdef STGP_CUDA
+  if (x.is_cuda()) return run_on_cuda(op, call, x, tables, device_tables);
+#endif
+  run_on_cpu(op, call, words_of(tables));
+}
+
+void grid_pool_by_tables(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
+                         double temperature, double norm_type, bool normalize_norm, const Tensor& out, int64_t cells) {
   Call call = call_of(x, out, true);
   set_weighting(call, temperature, norm_type, normalize_norm);
   STD_TORCH_CHECK(cells >= 0 && cells < (1 << 24), "cells must be from 0 to 2^24 - 1, got ", cells);
   call.cells = static_cast<int32_t>(cells);
-  const int32_t* t = tables_of(tables, x, out, true);
-  const Tensor scratch = scratch_for(call, x, cuda::scratch_bytes(Op::grid_pool, t, call));
-  check_launch(cuda::grid_pool(t, on_device(device_tables, tables, x), call, current_stream(x)));
+  checked_words(tables, x, out, true);
+  run(Op::grid_pool, call, x, tables, device_tables);
 }
 
-void pool_chunk_on_cuda(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
-                        double temperature, double norm_type, bool normalize_norm, const Tensor& thumbnails,
-                        const Tensor& out) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+// `thumbnails` keeps the thumbnails of streams between their chunks: (slots, h, w, C).
+void pool_chunk_by_tables(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
+                          double temperature, double norm_type, bool normalize_norm, const Tensor& thumbnails,
+                          const Tensor& out) {
   Call call = call_of(x, out, true);
   set_weighting(call, temperature, norm_type, normalize_norm);
-  const int32_t* t = tables_of(tables, x, out, true);
-  attach_thumbnails(call, thumbnails, t, x);
-  check_launch(cuda::grid_pool(t, on_device(device_tables, tables, x), call, current_stream(x)));
+  const int32_t* t = checked_words(tables, x, out, true);
+  STD_TORCH_CHECK(thumbnails.dim() == 4 && thumbnails.is_contiguous() && thumbnails.scalar_type() == x.scalar_type() &&
+                      thumbnails.get_device_index() == x.get_device_index() && thumbnails.sizes()[0] >= t[H_SLOTS] &&
+                      thumbnails.sizes()[1] == (t[H_HEIGHT] + 1) / 2 && thumbnails.sizes()[2] == (t[H_WIDTH] + 1) / 2 &&
+                      thumbnails.sizes()[3] == call.C,
+                  "the tables are of other thumbnails");
+  STD_TORCH_CHECK(has_fused_form(t), "the tables have no fused form");
+  call.thumbnails = thumbnails.mutable_data_ptr();
+  run(Op::grid_pool, call, x, tables, device_tables);
 }
 
-void temporal_grid_on_cuda(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
-                           const Tensor& out) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+void temporal_grid_by_tables(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
+                             const Tensor& out) {
   Call call = call_of(x, out, true);
-  const int32_t* t = tables_of(tables, x, out, false);
-  const Tensor scratch = scratch_for(call, x, cuda::scratch_bytes(Op::temporal_grid, t, call));
-  check_launch(cuda::temporal_grid(t, on_device(device_tables, tables, x), call, current_stream(x)));
+  checked_words(tables, x, out, false);
+  run(Op::temporal_grid, call, x, tables, device_tables);
 }
 
-void grid_pool_backward_on_cuda(const Tensor& grad, const Tensor& x, const Tensor& tables,
-                                const std::optional<Tensor>& device_tables, double temperature, double norm_type,
-                                bool normalize_norm, const Tensor& out) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+// A call for a gradient. `grad` is the gradient of the result, out that of x. Pass `grad` as x if x is not read.
+Call call_of_gradient(const Tensor& grad, const Tensor& x, const Tensor& out) {
+  Call call = call_of(x, out, true);
+  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() &&
+                      grad.get_device_index() == x.get_device_index() && out.is_contiguous(),
+                  "grad must be like x, out contiguous");
+  call.grad = grad.const_data_ptr();
+  call.grad_strides = strides_of(grad, true);
+  return call;
+}
+
+// Checks that the tables have a gradient section and are for tensors like these; if `pooled`, grad has pooled frames.
+void check_gradient_tables(const Tensor& tables, const Tensor& grad, const Tensor& x, const Tensor& out, bool pooled) {
+  const int32_t* t = checked_words(tables, x, out, false);
+  checked_words(tables, x, grad, pooled);
+  STD_TORCH_CHECK(t[H_GRADIENT] > 0, "the tables have nothing for gradients");
+  for (int64_t axis = 0; axis < x.dim() - 3; ++axis) {
+    STD_TORCH_CHECK(grad.sizes()[axis] == x.sizes()[axis], "grad must have the frames of x");
+  }
+}
+
+void grid_pool_backward_by_tables(const Tensor& grad, const Tensor& x, const Tensor& tables,
+                                  const std::optional<Tensor>& device_tables, double temperature, double norm_type,
+                                  bool normalize_norm, const Tensor& out) {
   Call call = call_of_gradient(grad, x, out);
   set_weighting(call, temperature, norm_type, normalize_norm);
-  const int32_t* t = gradient_tables_of(tables, grad, x, out, true);
-  const Tensor scratch = scratch_for(call, x, cuda::scratch_bytes(Op::grid_pool_backward, t, call));
-  check_launch(cuda::grid_pool_backward(t, on_device(device_tables, tables, x), call, current_stream(x)));
+  check_gradient_tables(tables, grad, x, out, true);
+  run(Op::grid_pool_backward, call, x, tables, device_tables);
 }
 
-void temporal_grid_backward_on_cuda(const Tensor& grad, const Tensor& tables,
-                                    const std::optional<Tensor>& device_tables, const Tensor& out) {
-  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+void temporal_grid_backward_by_tables(const Tensor& grad, const Tensor& tables,
+                                      const std::optional<Tensor>& device_tables, const Tensor& out) {
   Call call = call_of_gradient(grad, grad, out);
-  const int32_t* t = gradient_tables_of(tables, grad, grad, out, false);
-  const Tensor scratch = scratch_for(call, grad, cuda::scratch_bytes(Op::temporal_grid_backward, t, call));
-  check_launch(cuda::temporal_grid_backward(t, on_device(device_tables, tables, grad), call, current_stream(grad)));
+  check_gradient_tables(tables, grad, grad, out, false);
+  run(Op::temporal_grid_backward, call, grad, tables, device_tables);
 }
 
-void token_norm_on_cuda(const Tensor& x, double norm_type, bool normalize_norm, const Tensor& out) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+void token_norm_compiled(const Tensor& x, double norm_type, bool normalize_norm, const Tensor& out) {
   Call call = call_of(x, out, false);
   set_weighting(call, 1, norm_type, normalize_norm);
   const int64_t rank = x.dim(), H = x.sizes()[rank - 3], W = x.sizes()[rank - 2];
+  const int64_t frames = rank == 5 ? x.sizes()[0] * x.sizes()[1] : x.sizes()[0];
   STD_TORCH_CHECK(out.sizes()[rank - 3] == H && out.sizes()[rank - 2] == W, "out must have one norm per token");
-  check_launch(cuda::token_norm(frames_of(x), H, W, call, current_stream(x)));
+#ifdef STGP_CUDA
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    return check_launch(cuda::token_norm(frames, H, W, call, current_stream(x)));
+  }
+#endif
+  const cpu::Threads threads = torch_threads();
+  const Scratch scratch(call, cpu::scratch_bytes(Op::token_norm, nullptr, call, threads));
+  cpu::token_norm(frames, H, W, call, threads);
 }
 
-#endif
+// One function implements an op on every device.
+template <class Library>
+void implement_ops(Library& library) {
+  library.impl("_grid_pool_by_tables", TORCH_BOX(&grid_pool_by_tables));
+  library.impl("_pool_chunk_by_tables", TORCH_BOX(&pool_chunk_by_tables));
+  library.impl("_temporal_grid_by_tables", TORCH_BOX(&temporal_grid_by_tables));
+  library.impl("_grid_pool_backward_by_tables", TORCH_BOX(&grid_pool_backward_by_tables));
+  library.impl("_temporal_grid_backward_by_tables", TORCH_BOX(&temporal_grid_backward_by_tables));
+  library.impl("_token_norm_compiled", TORCH_BOX(&token_norm_compiled));
+}
 
 }  // namespace
 
@@ -353,22 +344,8 @@ int64_t release_scratch() { return Scratch::release(); }
 
 }  // namespace stgp
 
-STABLE_TORCH_LIBRARY_IMPL(stgp, CPU, library) {
-  library.impl("_grid_pool_by_tables", TORCH_BOX(&stgp::grid_pool_on_cpu));
-  library.impl("_pool_chunk_by_tables", TORCH_BOX(&stgp::pool_chunk_on_cpu));
-  library.impl("_temporal_grid_by_tables", TORCH_BOX(&stgp::temporal_grid_on_cpu));
-  library.impl("_grid_pool_backward_by_tables", TORCH_BOX(&stgp::grid_pool_backward_on_cpu));
-  library.impl("_temporal_grid_backward_by_tables", TORCH_BOX(&stgp::temporal_grid_backward_on_cpu));
-  library.impl("_token_norm_compiled", TORCH_BOX(&stgp::token_norm_on_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(stgp, CPU, library) { stgp::implement_ops(library); }
 
 #ifdef STGP_CUDA
-STABLE_TORCH_LIBRARY_IMPL(stgp, CUDA, library) {
-  library.impl("_grid_pool_by_tables", TORCH_BOX(&stgp::grid_pool_on_cuda));
-  library.impl("_pool_chunk_by_tables", TORCH_BOX(&stgp::pool_chunk_on_cuda));
-  library.impl("_temporal_grid_by_tables", TORCH_BOX(&stgp::temporal_grid_on_cuda));
-  library.impl("_grid_pool_backward_by_tables", TORCH_BOX(&stgp::grid_pool_backward_on_cuda));
-  library.impl("_temporal_grid_backward_by_tables", TORCH_BOX(&stgp::temporal_grid_backward_on_cuda));
-  library.impl("_token_norm_compiled", TORCH_BOX(&stgp::token_norm_on_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(stgp, CUDA, library) { stgp::implement_ops(library); }
 #endif

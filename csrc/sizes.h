@@ -13,7 +13,9 @@ namespace stgp {
 constexpr int64_t SCRATCH_ALIGNMENT = 64;  // bytes: a cache line, and the widest vector
 
 // `bytes`, rounded up to a multiple of SCRATCH_ALIGNMENT.
-inline int64_t aligned(int64_t bytes) { return (bytes + SCRATCH_ALIGNMENT - 1) / SCRATCH_ALIGNMENT * SCRATCH_ALIGNMENT; }
+inline int64_t aligned(int64_t bytes) {
+  return (bytes + SCRATCH_ALIGNMENT - 1) / SCRATCH_ALIGNMENT * SCRATCH_ALIGNMENT;
+}
 
 // Bytes of one channel of a token.
 inline int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
