@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -87,9 +88,8 @@ class Recorder:
                 return
         raise IndexError(f"an access at {addresses[0]:#x} is in none of {', '.join(self.tensors)}")
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Records what interpreted kernels load and store meanwhile, except what they mask."""
+    def watch(self) -> AbstractContextManager[object]:
+        """Record what interpreted kernels load and store while the context is entered, except what they mask."""
         from triton.runtime.interpreter import InterpreterBuilder
 
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -102,11 +102,7 @@ class Recorder:
             self.note(self.stores, pointers.data[mask.data].astype(np.int64))
             return store(builder, pointers, value, mask, *rest)
 
-        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = watched_load, watched_store
-        try:
-            yield
-        finally:
-            InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+        return patch.multiple(InterpreterBuilder, create_masked_load=watched_load, create_masked_store=watched_store)
 
 
 def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
@@ -133,42 +129,35 @@ def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
         raise ValueError(f"the general kernels run {plan}: one channel does not stand for all of a token there")
     cells = torch.empty(call.scratch, dtype=x.dtype)
     tables = call.tables.tensor if call.tables else torch.empty(0, dtype=torch.int32)
-    tensors = {"x": x, "out": out, "cells": cells, "tables": tables}
-    if gradient:
-        tensors |= {"grad": result, "sums": torch.empty(call.gradients)}
+    grad, sums = result if gradient else torch.empty(0), torch.empty(call.gradients)
+    tensors = {"x": x, "out": out, "cells": cells, "tables": tables, "grad": grad, "sums": sums}
 
     counts = []
     for launch in call.launches:
         recorder = Recorder(**tensors)
         with recorder.watch():
             launch(tuple(tensors.values()), 0)
-        loads, stores = recorder.loads, recorder.stores
-        again = {name: int(times.sum()) - np.count_nonzero(times) for name, times in loads.items()}
+        loads, stores = (
+            {name: int(times.sum()) for name, times in found.items()} for found in (recorder.loads, recorder.stores)
+        )
+        again = {name: loads[name] - np.count_nonzero(times) for name, times in recorder.loads.items()}
         counts.append(
             Counts(
                 programs=launch.grid[0],
-                x_loads=int(loads["x"].sum()),
+                x_loads=loads["x"],
                 x_again=again["x"],
-                cell_loads=int(loads["cells"].sum()),
+                cell_loads=loads["cells"],
                 cells_again=again["cells"],
-                out_stores=int(stores["out"].sum()),
-                cell_stores=int(stores["cells"].sum()),
-                table_loads=int(loads["tables"].sum()),
-                **of_gradient(recorder) if gradient else {},
+                out_stores=stores["out"],
+                cell_stores=stores["cells"],
+                table_loads=loads["tables"],
+                grad_loads=loads["grad"],
+                sum_loads=loads["sums"],
+                sums_again=again["sums"],
+                sum_stores=stores["sums"],
             )
         )
     return counts
-
-
-def of_gradient(recorder: Recorder) -> dict[str, int]:
-    """What a gradient asks for besides what its call does."""
-    sums = recorder.loads["sums"]
-    return {
-        "grad_loads": int(recorder.loads["grad"].sum()),
-        "sum_loads": int(sums.sum()),
-        "sums_again": int(sums.sum()) - np.count_nonzero(sums),
-        "sum_stores": int(recorder.stores["sums"].sum()),
-    }
 
 
 def loads_without_carrying(plan: GridPlan) -> int:
