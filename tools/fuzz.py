@@ -42,6 +42,7 @@ from stgridpool_kernels import grid_plan
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.plan.tables import HEADER_WORDS, plan_tables
 from tests.support.cases import LAYOUTS, laid_out, tokens
+from tests.support.instructions import usable
 from tests.support.tolerance import (
     assert_gradient_accurate,
     assert_same_bits,
@@ -54,19 +55,6 @@ from tests.support.tolerance import (
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("grid_pool", "grid_pool", "grid_pool", "temporal_grid", "norm_pool", "token_norm")
 EPS = torch.finfo(torch.float32).eps
-
-
-def capabilities() -> list[str]:
-    """The sets of vector instructions that the library holds and this CPU runs."""
-    before, found = compiled.LIBRARY.cpu_capability(), []
-    for name in compiled.LIBRARY.build_info()["cpu capabilities"].split(", "):
-        try:
-            compiled.LIBRARY.use_cpu_capability(name)
-            found.append(name)
-        except ValueError:
-            pass
-    compiled.LIBRARY.use_cpu_capability(before)
-    return found
 
 
 @dataclass
@@ -223,7 +211,7 @@ def draw_call(seed: int, capability: str | None = None) -> RandomCall:
         draw.choice(LAYOUTS),
         draw.choice(["contiguous", "sliced", "every second channel", "channels first", "misaligned"]),
         draw.choice([1, 2, 2, 3, 7]),
-        capability or draw.choice(capabilities()),
+        capability or draw.choice(usable()),
         draw.randrange(10),
         arguments,
     )
@@ -243,7 +231,7 @@ def wrong_tables(seed: int) -> bool:
         near = int(words[place]) % (1 << 30) + draw.choice([-2, -1, 1, 2])
         any_word = int(words[draw.randrange(len(words))])
         words[place] = draw.choice([near, near, any_word, -1, 0, draw.randint(-40, 40), -(1 << 31), (1 << 31) - 1])
-    compiled.LIBRARY.use_cpu_capability(draw.choice(capabilities()))
+    compiled.LIBRARY.use_cpu_capability(draw.choice(usable()))
     torch.set_num_threads(draw.choice([1, 2]))
     dtype = getattr(torch, draw.choice(["bfloat16", "float16", "float32"]))
     x = laid_out(tokens(T, H, W, C, dtype=dtype), draw.choice(["contiguous", "channels first"]))
@@ -301,7 +289,7 @@ def main() -> int:
         "machine": platform.machine(),
         "torch": torch.__version__,
         "library": compiled.LIBRARY.build_info(),
-        "capabilities": capabilities(),
+        "capabilities": usable(),
         "seconds": round(time.monotonic() - start, 1),
         "first seed": first,
         "calls": 0 if given.tables_only else seed - first,

@@ -30,21 +30,11 @@ import torch
 
 from stgridpool_kernels.plan import grid_plan, save_tables
 from tests.support import cuda_emulation
+from tests.support.wheels import BUILT
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 COPY = BUILD / "checkout"
-COPIED = (
-    "stgridpool_kernels",
-    "tests",
-    "benchmarks",
-    "tools",
-    "csrc",
-    "CMakeLists.txt",
-    "pyproject.toml",
-    "setup.py",
-    "Makefile",
-)
 
 # Python and torch free at exit what they like; what torch allocates in one library may be freed in another
 ADDRESS = {
@@ -78,10 +68,11 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PATH": path} | more
 
 
-def run(name: str, command: list[str], log: Path, cwd: Path = ROOT, **more: str) -> dict[str, Any]:
-    """Runs a command with its output in a file; its outcome in a few words."""
+def run(name: str, command: list[str], cwd: Path = ROOT, **more: str) -> dict[str, Any]:
+    """Run a command with its output in a file of the step's name, and summarise the outcome."""
     print(f"{name}: {' '.join(command)}", flush=True)
     start = time.monotonic()
+    log = BUILD / "logs" / (re.sub(r"\W+", "-", name) + ".log")
     with open(log, "w") as out:
         done = subprocess.run(command, cwd=cwd, env=environment(**more), stdout=out, stderr=subprocess.STDOUT)
     text = log.read_text(errors="replace")
@@ -109,15 +100,12 @@ def configure(folder: Path, sanitizers: str, *definitions: str) -> list[str]:
 
 
 def copy_checkout() -> None:
-    """One state of the files for all steps, in which a library is put beside the package."""
+    """Copy the tree, so that all steps see one state of it and a library can be put beside the package.
+
+    The copies keep their times, so that files which have not changed are not built again.
+    """
     shutil.rmtree(COPY, ignore_errors=True)
-    COPY.mkdir(parents=True)
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, COPY / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
-        else:
-            shutil.copy2(source, COPY / name)  # its time too: what has not changed is not built again
+    shutil.copytree(ROOT, COPY, ignore=shutil.ignore_patterns(*BUILT, "results"))
 
 
 def runtimes(compiler: str) -> str:
@@ -128,7 +116,7 @@ def runtimes(compiler: str) -> str:
 
 
 def address(seconds: float) -> list[dict[str, Any]]:
-    folder, logs = BUILD / "address", BUILD / "logs"
+    folder = BUILD / "address"
     pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
     command = configure(
         folder,
@@ -145,7 +133,7 @@ def address(seconds: float) -> list[dict[str, Any]]:
     ]
     outcomes = []
     for name, command in steps:
-        outcomes.append(run(name, command, logs / f"{name.replace(': ', '-')}.log"))
+        outcomes.append(run(name, command))
         if not outcomes[-1]["ok"]:
             return outcomes
 
@@ -169,16 +157,15 @@ def address(seconds: float) -> list[dict[str, Any]]:
         ("address: wrong tables", [*fuzz, "--tables-only"]),
     ]
     for name, command in tests:
-        outcomes.append(run(name, command, logs / f"{name.replace(': ', '-').replace(' ', '_')}.log", COPY, **more))
+        outcomes.append(run(name, command, COPY, **more))
     return outcomes
 
 
 def emulation() -> list[dict[str, Any]]:
     """In this checkout, where the library of the emulation is kept from one time to the next."""
-    logs = BUILD / "logs"
     build = "from tests.support import cuda_emulation; print(cuda_emulation.build(sanitize=True))"
     # with a sanitizer loaded into it, a compiler takes many times as long
-    outcomes = [run("emulation: build", [sys.executable, "-c", build], logs / "emulation-build.log")]
+    outcomes = [run("emulation: build", [sys.executable, "-c", build])]
     compiler = cuda_emulation.find_compiler()
     if not outcomes[0]["ok"] or compiler is None:
         return outcomes
@@ -186,28 +173,27 @@ def emulation() -> list[dict[str, Any]]:
     # -s: what a sanitizer says before it ends the process must not be caught
     tests = ["-q", "-s", "-p", "no:cacheprovider", "tests/backends/test_cuda_emulation.py", "-k", "not meet"]
     command = [sys.executable, "-c", EMULATED, *tests]
-    return [*outcomes, run("emulation: test_cuda_emulation", command, logs / "emulation.log", **more)]
+    return [*outcomes, run("emulation: test_cuda_emulation", command, **more)]
 
 
 def thread() -> list[dict[str, Any]]:
-    folder, logs = BUILD / "thread", BUILD / "logs"
+    folder = BUILD / "thread"
     build = ["cmake", "--build", str(folder)]
     outcomes = [
-        run("thread: configure", configure(folder, "thread"), logs / "thread-configure.log"),
-        run("thread: build", [*build, "--target", "grid_pool_test"], logs / "thread-build.log"),
+        run("thread: configure", configure(folder, "thread")),
+        run("thread: build", [*build, "--target", "grid_pool_test"]),
     ]
     if not all(outcome["ok"] for outcome in outcomes):
         return outcomes
     program = str(folder / "grid_pool_test")
-    outcomes.append(run("thread: checks", [program], logs / "thread-checks.log"))
+    outcomes.append(run("thread: checks", [program]))
     for number, (counts, height, width, arguments, channels, dtype, weights) in enumerate(THREADED):
         for saved in ({}, {"frames_per_stage": 4}, {"gradient": True}):
             tables = BUILD / f"tables-{number}"
             save_tables(grid_plan(counts, height, width, **arguments), tables, **saved)
             command = [program, str(tables), "-", str(BUILD / "out"), dtype, "1", str(channels), "4", *weights]
             words = ", ".join(f"{key}={value}" for key, value in saved.items()) or "for a GPU"
-            log = logs / f"thread-{number}-{len(outcomes)}.log"
-            outcomes.append(run(f"thread: plan {number}, {words}", command, log))
+            outcomes.append(run(f"thread: plan {number}, {words}", command))
     return outcomes
 
 

@@ -10,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+BUILT = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so")
+"""Patterns of the files that are no part of the tree: hidden ones and build outputs."""
 COMPILERS = ("CC", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH")
 """Environment variables that name a compiler."""
 
@@ -36,8 +38,7 @@ def environment(**changes: str | None) -> dict[str, str]:
 def build_wheel(python: Path, folder: Path, **variables: str) -> Path:
     """Build a wheel by `python`, with its torch and tools, of a copy of the tree without build outputs."""
     source = folder / "source"
-    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so")
-    shutil.copytree(ROOT, source, ignore=left_out)
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*BUILT))
     pip = (python, "-m", "pip", "--disable-pip-version-check", "wheel")
     run(
         *pip,
