@@ -127,10 +127,10 @@ wheel: $(INSTALLED) ## source distribution and wheel, checked in an environment 
 	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
 	$(VENV)/bin/python -m tools.check_wheel dist/*.whl --torch "$(TORCH)"
 
-# `make test` runs the same test with the pinned Triton.
+# `make test-all` runs the same tests with the pinned Triton.
 compile-check: $(BUILT) ## the code of the Triton kernels under the oldest supported Triton
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/oldest-triton triton==3.6.0
-	PYTHONPATH=build/oldest-triton $(VENV)/bin/python -m pytest tests/tools/test_compile_report.py -k "not cuda"
+	PYTHONPATH=build/oldest-triton $(VENV)/bin/python -m pytest --slow tests/tools/test_compile_report.py -k "not cuda"
 
 # PYTHON must have torch for the GPU. A checkout needs no installation.
 gpu-check: ## tests, timings, counters and sanitizers on a machine with a GPU
