@@ -1,4 +1,4 @@
-"""Results that were not measured, for tests of what is made of results."""
+"""This module has results that were not measured, for tests of what is made of results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUN = Run(
 
 
 def make_row(provider: str, p50_us: float | None = None, **values: Any) -> BenchRow:
-    """A row on llava-video-7b that took `p50_us`, 1 % less at p20 and 2 % more at p80."""
+    """Return a row on llava-video-7b that took `p50_us`, 1 % less at p20 and 2 % more at p80."""
     facts: dict[str, Any] = {
         "run": RUN.run,
         "workload": "llava-video-7b",

@@ -1,4 +1,4 @@
-"""The command `stgp bench`: what it prints of times that are made up, and what it refuses before anything is timed."""
+"""The command `stgp bench` prints times, here made-up ones, and refuses mistakes before anything is timed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.benchmark
-from torch import Tensor
 
 from stgridpool_kernels import grid_pool
 from stgridpool_kernels.cli import bench as bench_command
@@ -20,7 +19,7 @@ SMALL = ["bench", "--device", "cpu", "--shape", "9x5x7x8"]
 
 @pytest.fixture(autouse=True)
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The functions that were timed. The first takes 1, 2 and 3 ms, and each takes 10 times as long as the last."""
+    """List the functions that were timed, of which the first takes 1 to 3 ms and each 10 times as long as the last."""
     calls = []
 
     class Timer:
@@ -40,44 +39,32 @@ def test_table_and_its_meaning(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setenv("COLUMNS", "100")
     assert main(SMALL) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("9x5x7x8 bfloat16, ")
     (line,) = [line.split() for line in printed.splitlines() if line.strip().startswith("LLaVA")]
-    assert line[2:5] == ["100", "200", "300"]
-    assert line[-1] == "100.00"
-    assert printed.splitlines()[-1] == (
-        "grid_pool is 100 times as fast as LLaVA-style pooling, which it stands in for, and 10000 times as fast as "
-        "naive ST-GridPool."
-    )
+    assert (line[2:5], line[-1]) == (["100", "200", "300"], "100.00")
+    assert "grid_pool is 100 times as fast as LLaVA-style pooling, which it stands in for, and 10000 times" in printed
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_one_json_object(capsys: pytest.CaptureFixture[str], dtype: str, timed: list[Any]) -> None:
-    assert main([*SMALL, "--dtype", dtype, "--json"]) == 0
+def test_one_json_object(capsys: pytest.CaptureFixture[str], timed: list[Any]) -> None:
+    assert main([*SMALL, "--dtype", "float32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["device"], found["dtype"], found["shape"]) == ("cpu", dtype, [9, 5, 7, 8])
-    assert found["threads"] == torch.get_num_threads()
+    assert (found["device"], found["dtype"], found["shape"]) == ("cpu", "float32", [9, 5, 7, 8])
     names = ["grid_pool", "norm_pool", "LLaVA-style pooling", "avg_pool2d", "naive ST-GridPool"]
     assert [timing["name"] for timing in found["timings"]] == names
     assert len(timed) == 5
     first = found["timings"][0]
     assert (first["p20_us"], first["p50_us"], first["p80_us"]) == pytest.approx((1000, 2000, 3000))
-    moved = (9 * 5 * 7 * 8 + 9 * 2 * 3 * 8) * getattr(torch, dtype).itemsize
-    assert first["gb_per_s"] == pytest.approx(moved / 2e6)
+    assert first["gb_per_s"] == pytest.approx((9 * 5 * 7 * 8 + 9 * 2 * 3 * 8) * 4 / 2e6)
 
 
-@pytest.mark.parametrize("spoilt", [lambda y: y * float("nan"), lambda y: y * 1.2], ids=["NaN", "too large"])
+@pytest.mark.parametrize("factor", [float("nan"), 1.2])
 def test_wrong_results_are_not_timed(
-    spoilt: Any, timed: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    factor: float, timed: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong(x: Tensor) -> Tensor:
-        return spoilt(grid_pool(x))
-
-    monkeypatch.setattr(bench_command, "naive_grid_pool", wrong)
+    monkeypatch.setattr(bench_command, "naive_grid_pool", lambda x: grid_pool(x) * factor)
     assert main(SMALL) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("stgp bench: naive ST-GridPool is off by ")
-    assert printed.out == ""
-    assert wrong not in timed
+    assert (printed.out, len(timed)) == ("", 4)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +72,6 @@ def test_wrong_results_are_not_timed(
     [
         (["--shape", "9x5x7"], "--shape must be TxHxWxC with H and W of at least 2, as in 32x27x27x896; got '9x5x7'"),
         (["--shape", "9x1x7x8"], "got '9x1x7x8'"),
-        (["--shape", "0x5x7x8"], "got '0x5x7x8'"),
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["--device", "cuda:99"], "--device cuda:99: torch finds "),
     ],

@@ -1,4 +1,4 @@
-"""Providers of a stream: every push is right, in every phase of a segment."""
+"""Every push of the providers of a stream is right, in every phase of a segment."""
 
 from __future__ import annotations
 
@@ -8,36 +8,32 @@ import pytest
 import torch
 
 import stgridpool_kernels as stgp
-from benchmarks.provider import Provider, mismatch
+from benchmarks.provider import mismatch
 from benchmarks.providers import providers
 from benchmarks.stream import Pusher
 from benchmarks.workloads import Workload, random_tokens
-from stgridpool_kernels.backends import compiled
 
 SMALL = Workload("small", (64,), (5, 7), 16, kind="stream")
-BACKENDS = ["cpu"] if compiled.LIBRARY is not None else []
 
 
-def pushes(workload: Workload) -> list[Provider]:
-    return [provider for provider in providers(workload, "cpu") if provider.op == "push"]
-
-
-@pytest.mark.parametrize("settings", [{}, {"output_size": (2, 3)}, {"resize": "bilinear"}], ids=str)
+@pytest.mark.needs("library")
+@pytest.mark.parametrize("settings", [{}, {"output_size": (2, 3), "resize": "bilinear"}], ids=str)
 def test_pushes_are_the_whole_video_bit_by_bit(settings: dict[str, object]) -> None:
+    """Each push counts its share of the fewest bytes."""
     workload = replace(SMALL, **settings)
-    x = random_tokens(workload.shape, workload.dtype, "cpu", 0)
-    names = [f"push:{size}:{backend}" for backend in BACKENDS for size in ("1", "4", "32", "1x4")]
-    assert [provider.name for provider in pushes(workload)] == names
-    for provider in pushes(workload):
-        assert provider.checked is not None
+    x, bound = random_tokens(workload.shape, workload.dtype, "cpu", 0), workload.bound("grid_pool")
+    pushes = [provider for provider in providers(workload, "cpu") if provider.op == "push"]
+    assert [provider.name for provider in pushes] == [f"push:{size}:cpu" for size in ("1", "4", "32", "1x4")]
+    for provider in pushes:
+        frames, streams = provider.settings["frames"], provider.settings["streams"]
         assert mismatch(provider.checked(x), provider.definition(x), 0) is None
-        assert provider.state_bytes is not None
         assert (provider.state_bytes() > 0) == (provider.period > 1)
-        assert provider.period * provider.settings["frames"] == 32
+        assert provider.period * frames == 32
+        assert provider.moved.total_bytes == pytest.approx(bound.total_bytes * frames * streams / 64, abs=1)
 
 
 def test_each_stream_has_a_video_of_its_own() -> None:
-    """The first of two gets the first frames of x, the second the next ones; behind the last comes the first again."""
+    """The first of two streams gets the first frames of x and the second the next; x begins again after its end."""
     x = random_tokens(SMALL.shape, SMALL.dtype, "cpu", 0)
     pusher = Pusher(2, 2, {"backend": "reference"})
     videos = [torch.cat([x[start : start + 2] for start in range(first, 64, 4)]) for first in (0, 2)]
@@ -47,14 +43,6 @@ def test_each_stream_has_a_video_of_its_own() -> None:
     assert torch.equal(pusher.push_all(x), whole)
     again = pusher.push(x)
     assert (len(again), pusher.start) == (4, 4)
-
-
-def test_bytes_are_shared_out() -> None:
-    bound = SMALL.bound("grid_pool")
-    for provider in pushes(SMALL):
-        share = provider.settings["frames"] * provider.settings["streams"] / 64
-        assert provider.moved is not None
-        assert provider.moved.total_bytes == pytest.approx(bound.total_bytes * share, abs=1)
 
 
 def test_other_videos_are_refused() -> None:
