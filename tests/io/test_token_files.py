@@ -1,4 +1,4 @@
-"""Files of tokens: every format holds what was written, nothing damaged or hostile is read, nothing is half written."""
+"""Files of tokens hold what was written, are never half written, and are not read when they are damaged or hostile."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from stgridpool_kernels.io import inputs, writing
+from stgridpool_kernels.io.encoder import find_sample_video
 from stgridpool_kernels.io.inputs import load_input
 from stgridpool_kernels.io.token_files import (
     SUFFIXES,
@@ -29,6 +31,7 @@ from stgridpool_kernels.io.token_files import (
     stream_safetensors,
     write_tokens,
 )
+from stgridpool_kernels.io.video import read_frames
 from stgridpool_kernels.io.writing import atomic_write, refuse_existing, remove_leftovers
 
 DTYPES = (torch.float16, torch.float32, torch.float64, torch.bfloat16)
@@ -36,7 +39,7 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(x: Tensor) -> Tensor:
-    """For comparing NaNs, infinities and signed zeros too."""
+    """Return the bits of a tensor, which compare NaNs, infinities and signed zeros too."""
     return x.contiguous().view(BITS[x.element_size()])
 
 
@@ -58,14 +61,14 @@ def npz(member: bytes, name: str = "a.npy") -> bytes:
 
 
 def encrypted(archive: bytes) -> bytes:
-    """The archive with its first member marked as encrypted."""
+    """Return the archive with its first member marked as encrypted."""
     changed = bytearray(archive)
     changed[6] |= 1
     changed[archive.index(b"PK\x01\x02") + 8] |= 1
     return bytes(changed)
 
 
-def safetensors(header: dict[str, object], data: bytes = b"", length: int | None = None) -> bytes:
+def st_file(header: dict[str, object], data: bytes = b"", length: int | None = None) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -94,7 +97,7 @@ class Evil:
 @given(data=st.data(), suffix=st.sampled_from(SUFFIXES), dtype=st.sampled_from(DTYPES))
 def test_a_written_tensor_is_read_back_bit_for_bit(data: st.DataObject, suffix: str, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and suffix in (".npy", ".npz"):
-        return
+        suffix = ".safetensors"
     batch = data.draw(st.sampled_from([(), (1,), (2,)]))
     shape = (*batch, *data.draw(st.tuples(st.integers(0, 3), *[st.integers(1, 3)] * 3)))
     size = int(np.prod(shape)) * dtype.itemsize
@@ -113,72 +116,48 @@ def test_a_written_tensor_is_read_back_bit_for_bit(data: st.DataObject, suffix: 
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"x{suffix}"
-    write_tokens(path, tokens(1000, 2, 2, 8)[3:4], force=False)
+def test_views_gradients_and_upper_case(tmp_path: Path, suffix: str) -> None:
+    """A view is written without the rest of its storage."""
+    path, x = tmp_path / f"x{suffix}".upper(), tokens(1000, 2, 2, 8)[3:4].requires_grad_()
+    write_tokens(path, x, force=False)
     assert path.stat().st_size < 8000
-    assert torch.equal(read_tokens(path), tokens(1000, 2, 2, 8)[3:4])
+    assert torch.equal(read_tokens(path), x.detach())
 
 
-def test_a_tensor_that_requires_grad_is_written(tmp_path: Path) -> None:
-    x = tokens(1, 2, 2, 2).requires_grad_()
-    for suffix in SUFFIXES:
-        write_tokens(tmp_path / f"x{suffix}", x, force=False)
-        assert torch.equal(read_tokens(tmp_path / f"x{suffix}"), x.detach())
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_numpy_formats_refuse_bfloat16_and_name_what_can_hold_it(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"x{suffix}"
-    with pytest.raises(TokenFileError, match=r"cannot hold bfloat16: write \.pt or \.safetensors"):
-        write_tokens(path, tokens(1, 1, 1, 1).bfloat16(), force=False)
-    assert not path.exists()
-
-
-def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    for call in (
-        lambda path: check_dtype(path, torch.float32),
-        lambda path: write_tokens(path, tokens(1, 1, 1, 1), force=True),
-        read_tokens,
-    ):
+def test_what_cannot_be_written_is_refused_with_what_can(tmp_path: Path) -> None:
+    x = tokens(1, 1, 1, 1)
+    for suffix in (".npy", ".npz"):
+        with pytest.raises(TokenFileError, match=r"cannot hold bfloat16: write \.pt or \.safetensors"):
+            write_tokens(tmp_path / f"x{suffix}", x.bfloat16(), force=False)
+    for call in (lambda path: check_dtype(path, x.dtype), lambda path: write_tokens(path, x, force=True), read_tokens):
         with pytest.raises(TokenFileError, match=r"x\.bin: token files end in \.npy, \.npz, \.pt, \.safetensors"):
             call(tmp_path / "x.bin")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_upper_case_suffixes_are_known(tmp_path: Path) -> None:
-    write_tokens(tmp_path / "X.NPY", tokens(1, 2, 3, 4), force=False)
-    assert torch.equal(read_tokens(tmp_path / "X.NPY"), tokens(1, 2, 3, 4))
-
-
-def test_arrays_of_another_byte_or_axis_order_are_read(tmp_path: Path) -> None:
+def test_other_ways_to_store_an_array_are_read(tmp_path: Path) -> None:
     x = tokens(2, 3, 4, 5)
     np.save(tmp_path / "big.npy", x.numpy().astype(">f4"))
     np.save(tmp_path / "fortran.npy", np.asfortranarray(x.numpy()))
-    assert torch.equal(read_tokens(tmp_path / "big.npy"), x)
-    assert torch.equal(read_tokens(tmp_path / "fortran.npy"), x)
+    np.savez_compressed(tmp_path / "compressed.npz", x.numpy())
+    torch.save(x, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    assert [path.name for path in tmp_path.iterdir() if not torch.equal(read_tokens(path), x)] == []
 
 
 # ---- which tensor ----
 
 
-def write_several(path: Path) -> None:
-    a, b = tokens(1, 2, 2, 2), tokens(2, 2, 2, 2)
-    match path.suffix:
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
+def test_of_several_tensors_the_key_chooses(tmp_path: Path, suffix: str) -> None:
+    path, a, b = tmp_path / f"x{suffix}", tokens(1, 2, 2, 2), tokens(2, 2, 2, 2)
+    match suffix:
         case ".npz":
             np.savez(path, a=a.numpy(), b=b.numpy())
         case ".pt":
             torch.save({"a": a, "b": b, "note": "not a tensor"}, path)
-        case ".safetensors":
-            import safetensors.torch
-
+        case _:
             safetensors.torch.save_file({"a": a, "b": b}, path)
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
-def test_of_several_tensors_the_key_chooses(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"x{suffix}"
-    write_several(path)
-    assert torch.equal(read_tokens(path, "b"), tokens(2, 2, 2, 2))
+    assert torch.equal(read_tokens(path, "b"), b)
     with pytest.raises(TokenFileError, match=rf"x\{suffix}: holds several tensors; choose one with --key: a, b$"):
         read_tokens(path)
     with pytest.raises(TokenFileError, match=r"holds no tensor 'c'; it has a, b$"):
@@ -202,65 +181,32 @@ REFUSED = {
     "npy: empty": (".npy", b"", "the file is empty"),
     "npy: other format": (".npy", b"hello, world", UNREAD + "an array of floats, as numpy.save writes it"),
     "npy: huge shape": (".npy", npy(HUGE), UNREAD),
-    "npy: shape beyond int64": (".npy", npy((10**9,) * 4), UNREAD),
     "npy: negative shape": (".npy", npy((-1, -1, 1, 1), data=b"1234"), UNREAD),
-    "npy: header longer than the file": (".npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff", UNREAD),
-    "npy: large header": (".npy", b"\x93NUMPY\x01\x00\xff\xff" + b" " * 70000, UNREAD),
-    "npy: two arrays": (
-        ".npy",
-        2 * npy((1, 1, 1, 1), data=b"1234"),
-        "more follows its array; stgp pool --stream reads",
-    ),
-    "npy: rank 0": (".npy", npy((), data=b"1234"), r"\(B, T, H, W, C\) or \(T, H, W, C\), got \(\)"),
+    "npy: two arrays": (".npy", 2 * npy((1, 1, 1, 1), data=b"1234"), "more follows its array; stgp pool --stream"),
     "npy: rank 3": (".npy", npy((1, 1, 1), data=b"1234"), r"\(T, H, W, C\), got \(1, 1, 1\)"),
-    "npy: rank 6": (".npy", npy((1,) * 6, data=b"1234"), "got .1, 1, 1, 1, 1, 1"),
     "npy: no channel": (".npy", npy((1, 1, 1, 0)), "at least 1, got shape"),
     "npy: integers": (".npy", npy((1, 1, 1, 1), "<i4", b"1234"), "float32 or float64, got int32"),
-    "npy: complex": (".npy", npy((1, 1, 1, 1), "<c8", b"12345678"), "got complex64"),
-    "npy: long double": (".npy", npy((1, 1, 1, 1), "<f16", b"1" * 16), "got float128"),
     "npy: bare bytes": (".npy", npy((1, 1, 1, 1), "|V2", b"12"), r"bfloat16\? use .pt or .safetensors"),
     "npy: objects": (".npy", npy((1, 1, 1, 1), "|O", b"1234"), "Object arrays cannot be loaded.*allowed: an array of"),
-    "npz: empty": (".npz", b"", "the file is empty"),
-    "npz: other format": (".npz", b"hello, world", "not a zip archive, or cut short.*allowed: arrays of floats"),
-    "npz: one array": (".npz", npy((1, 1, 1, 1), data=b"1234"), "not a zip archive"),
     "npz: no member": (".npz", b"PK\x05\x06" + bytes(18), "holds no tensor"),
     "npz: no array": (".npz", npz(b"text", "notes.txt"), "float32 or float64, got bytes32"),
     "npz: password": (".npz", encrypted(npz(npy((1, 1, 1, 1), data=b"1234"))), UNREAD),
     "npz: member cut short": (".npz", npz(npy((1, 1, 1, 2), data=b"1234")), UNREAD),
-    "npz: huge shape": (".npz", npz(npy(HUGE)), UNREAD),
-    "npz: integers": (".npz", npz(npy((1, 1, 1, 1), "<i4", b"1234")), "got int32"),
     "npz: objects": (".npz", npz(npy((1, 1, 1, 1), "|O", b"1234")), "Object arrays cannot be loaded"),
-    "npz: rank 2": (".npz", npz(npy((1, 1), data=b"1234")), r"got \(1, 1\)"),
-    "pt: empty": (".pt", b"", "the file is empty"),
     "pt: other format": (".pt", b"hello, world", UNREAD + "a tensor or a dict of tensors, as torch.save writes them"),
     "pt: an array": (".pt", npy((1, 1, 1, 1), data=b"1234"), "not a pickle of tensors, or damaged; allowed: a"),
     "pt: legacy, cut short": (".pt", pt(torch.zeros(ONE), _use_new_zipfile_serialization=False)[:-3], UNREAD),
     "pt: code": (".pt", pt(Evil()), rf"refused: needs unpickling of {os.name}.mkdir"),
-    "pt: legacy code": (".pt", pt(Evil(), _use_new_zipfile_serialization=False), "refused: needs unpickling of"),
-    "pt: module": (".pt", pt(torch.nn.Linear(1, 1)), "needs unpickling of torch.nn.modules.linear.Linear"),
     "pt: list": (".pt", pt([tokens(1, 1, 1, 1)]), "holds a list; allowed: a tensor or a dict of tensors"),
     "pt: no tensor": (".pt", pt({"a": 1}), "holds no tensor"),
     "pt: integers": (".pt", pt(torch.zeros(ONE, dtype=torch.int64)), "got int64"),
-    "pt: float8": (".pt", pt(torch.zeros(ONE).to(torch.float8_e4m3fn)), "got float8_e4m3fn"),
-    "pt: rank 3": (".pt", pt(torch.zeros(1, 1, 1)), r"got \(1, 1, 1\)"),
     "pt: sparse": (".pt", pt(torch.zeros(ONE).to_sparse()), "its tensor is sparse; allowed: one whose elements"),
     "pt: meta": (".pt", pt(torch.zeros(ONE, device="meta")), "its tensor is meta"),
     "pt: expanded": (".pt", pt(torch.zeros(1).expand(HUGE)), "its tensor is expanded"),
-    "st: empty": (".safetensors", b"", "the file is empty"),
     "st: too short": (".safetensors", b"1234", UNREAD + "tensors, as safetensors.torch.save_file writes them"),
-    "st: no json": (".safetensors", struct.pack("<Q", 5) + b"hello", UNREAD),
-    "st: huge header length": (".safetensors", safetensors({}, length=2**60), UNREAD),
-    "st: header longer than the file": (".safetensors", safetensors({}, length=10**6), UNREAD),
-    "st: huge shape": (".safetensors", safetensors(one_tensor("F32", [*HUGE], 4)), UNREAD),
-    "st: more than the file": (
-        ".safetensors",
-        safetensors(one_tensor("F32", [1, 1, 1, 10**9], 4 * 10**9), b"1234"),
-        UNREAD,
-    ),
-    "st: no tensor": (".safetensors", safetensors({}), "holds no tensor"),
-    "st: integers": (".safetensors", safetensors(one_tensor("I32", ONE, 4), b"1234"), "got int32"),
-    "st: complex": (".safetensors", safetensors(one_tensor("C64", ONE, 8), b"12345678"), "got complex64"),
-    "st: rank 3": (".safetensors", safetensors(one_tensor("F32", [1, 1, 1], 4), b"1234"), r"got \(1, 1, 1\)"),
+    "st: huge header length": (".safetensors", st_file({}, length=2**60), UNREAD),
+    "st: cut short": (".safetensors", st_file(one_tensor("F32", [1, 1, 1, 10**9], 4 * 10**9), b"1234"), UNREAD),
+    "st: no tensor": (".safetensors", st_file({}), "holds no tensor"),
 }
 
 
@@ -291,28 +237,23 @@ def test_quantized_and_nested_tensors_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), OverflowError("too large\nby far"), RuntimeError("a. b. c")], ids=repr
+    ("error", "cause"),
+    [(MemoryError(), ""), (OverflowError("too large\nby far"), "too large"), (RuntimeError("a. b. c"), "a. b")],
+    ids=repr,
 )
-def test_errors_of_any_kind_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_errors_of_any_kind_name_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, cause: str
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(np.lib.format, "read_array", fail)
     np.save(tmp_path / "x.npy", FLOATS)
-    cause = {MemoryError: "", OverflowError: "too large", RuntimeError: "a. b"}[type(error)]
     expected = f"x.npy: cannot be read ({type(error).__name__}: {cause}); allowed: an array of floats, as numpy.save "
     with pytest.raises(TokenFileError) as caught:
         read_tokens(tmp_path / "x.npy")
     assert expected in str(caught.value)
     assert caught.value.__cause__ is error
-
-
-def test_legacy_and_compressed_files_are_read(tmp_path: Path) -> None:
-    x = tokens(2, 3, 4, 5)
-    torch.save(x, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    np.savez_compressed(tmp_path / "x.npz", x.numpy())
-    assert torch.equal(read_tokens(tmp_path / "x.pt"), x)
-    assert torch.equal(read_tokens(tmp_path / "x.npz"), x)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -382,18 +323,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 # ---- writing all or nothing ----
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "x.bin"
-    with atomic_write(path, force=False) as file:
-        file.write(b"whole")
-        assert not path.exists()
-        assert [entry.parent for entry in tmp_path.iterdir()] == [tmp_path]
-    assert path.read_bytes() == b"whole"
-    assert os.listdir(tmp_path) == ["x.bin"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError, ValueError])
-@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+@pytest.mark.parametrize(("error", "existing"), [(KeyboardInterrupt, False), (SystemExit, True), (OSError, True)])
 def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, error: type[BaseException], existing: bool) -> None:
     path = tmp_path / "x.bin"
     if existing:
@@ -418,7 +348,7 @@ def test_tokens_whose_write_fails_leave_nothing(tmp_path: Path, suffix: str, mon
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077], ids=oct)
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
 def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
@@ -440,27 +370,26 @@ def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_appears_when_it_is_whole(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is written under another name in its folder, and one that appears meanwhile is kept."""
+
+    def no_link(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
     if not links:
         monkeypatch.setattr(writing.os, "link", no_link)
     path = tmp_path / "x.bin"
+    with atomic_write(path, force=False) as file:
+        file.write(b"whole")
+        assert not path.exists()
+        assert [entry.parent for entry in tmp_path.iterdir()] == [tmp_path]
+    assert path.read_bytes() == b"whole"
+    path.unlink()
     appeared = pytest.raises(FileExistsError, match="appeared while it was being made")
     with appeared, atomic_write(path, force=False) as file:
         file.write(b"ours")
         path.write_bytes(b"theirs")
     assert path.read_bytes() == b"theirs"
-    assert os.listdir(tmp_path) == ["x.bin"]
-
-
-def no_link(source: Path, target: Path) -> None:
-    raise PermissionError(1, "Operation not permitted")
-
-
-def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing.os, "link", no_link)
-    with atomic_write(tmp_path / "x.bin", force=False) as file:
-        file.write(b"whole")
-    assert (tmp_path / "x.bin").read_bytes() == b"whole"
     assert os.listdir(tmp_path) == ["x.bin"]
 
 
@@ -513,22 +442,22 @@ def test_token_files_have_no_frames(tmp_path: Path) -> None:
     assert frames is None
 
 
-def test_a_video_becomes_tokens_of_its_frames() -> None:
-    from stgridpool_kernels.io.encoder import Encoder, find_sample_video
-    from stgridpool_kernels.io.video import read_frames
-
+def test_a_video_becomes_tokens_of_its_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder gets the frames in the size of the grid."""
     video = find_sample_video("carphone_pristine.mp4")
-    encoder = Encoder("l11")
-    seen: list[tuple[str, int, int]] = []
-    found, frames = load_input(
-        video, key=None, num_frames=5, grid=(2, 3), tap="l11", progress=lambda *step: seen.append(step)
-    )
+    asked: list[object] = []
+
+    def encode(frames: np.ndarray, progress: Callable[[int, int], object]) -> np.ndarray:
+        progress(len(frames), len(frames))
+        return frames[:, ::14, ::14].astype(np.float32)
+
+    monkeypatch.setattr(inputs, "_encoder", lambda tap: asked.append(tap) or encode)
+    given = {"key": None, "num_frames": 5, "grid": (2, 3), "tap": "l11"}
+    found, frames = load_input(video, **given, progress=lambda *step: asked.append(step))
     assert frames is not None
     assert np.array_equal(frames, read_frames(video, 5, size=(28, 42)))
-    assert found.shape == (5, 2, 3, 384)
-    assert torch.equal(found, torch.from_numpy(encoder(frames)))
-    assert [step for step in seen if step[0] == "decoding"] == [("decoding", done, 5) for done in range(1, 6)]
-    assert seen[-1] == ("encoding", 5, 5)
+    assert torch.equal(found, torch.from_numpy(frames[:, ::14, ::14].astype(np.float32)))
+    assert asked == ["l11", *(("decoding", done, 5) for done in range(1, 6)), ("encoding", 5, 5)]
 
 
 def test_what_is_no_video_either_hears_of_token_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
