@@ -245,6 +245,7 @@ def test_matches_offline_says_when() -> None:
 # ---- memory ----
 
 
+@pytest.mark.slow_interpreted
 @named()
 def test_state_is_bounded(name: str, backend: str, device: torch.device) -> None:
     arguments = CALLS[name]
@@ -318,6 +319,7 @@ def test_a_push_is_one_pass_where_kernels_are_fused(
     assert ([name for name, _ in called] == ["pool_chunk"] * 3) == (backend != "reference")
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("arguments", [{"frame_strides": (1, 2)}, CALLS["adaptive"]], ids=["fused", "not fused"])
 def test_whole_periods_of_a_chunk_are_a_video(
     arguments: Arguments, called: list[tuple[str, Any]], backend: str, device: torch.device
@@ -591,6 +593,7 @@ def test_bad_arguments_raise_at_once(kind: type[Exception], arguments: Arguments
         GridPoolStream(**arguments)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("failing", ["grid_pool", "pool_chunk", "temporal_grid"])
 def test_failed_push_leaves_the_state(
     failing: str, monkeypatch: pytest.MonkeyPatch, backend: str, device: torch.device
