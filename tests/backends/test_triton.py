@@ -621,7 +621,7 @@ def test_captured_tables_are_kept(streams: SimpleNamespace) -> None:
 
 
 def test_call_that_failed_is_no_warm_up() -> None:
-    call = launch.Call(None, [], 0, None)
+    call = launch.PreparedCall(None, [], 0, None)
     launch._find("failed", lambda: call, capturing=False)
     with pytest.raises(RuntimeError, match="warm up first"):
         launch._find("failed", lambda: call, capturing=True)
