@@ -78,7 +78,7 @@ parities = pytest.mark.parametrize(
 
 def prepared(
     op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, gradient: bool = False, **arguments: Any
-) -> launch.Call:
+) -> launch.PreparedCall:
     """What a call with tensors of that shape launches, or its gradient; nothing is allocated."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     plan = grid_plan(arguments.pop("frame_counts", shape[:1]), *shape[1:3], **arguments)
@@ -457,7 +457,7 @@ def test_launches_depend_on_nothing_that_packing_changes() -> None:
         "T",
     }
 
-    def recipe(call: launch.Call) -> list[Any]:
+    def recipe(call: launch.PreparedCall) -> list[Any]:
         found = []
         for one in call.launches:
             names = one.kernel.arg_names[one.tensors :]
