@@ -1,5 +1,5 @@
-// Sizes of scratch that the CPU and the CUDA functions have in common. csrc/cpu/kernels.cpp must not include this file:
-// it is compiled once for each set of vector instructions, and an inline function could be linked from the wrong object.
+// Sizes of scratch that the CPU and the CUDA functions have in common. csrc/cpu/kernels.cpp must not include this file,
+// for the reason that csrc/cpu/vector.h gives.
 
 #pragma once
 

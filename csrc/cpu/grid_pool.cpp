@@ -1,4 +1,5 @@
-// How a call is cut into rows of tokens, and rows are given to threads.
+// The CPU functions of csrc/grid_pool.h. This file cuts a call into pieces of work and runs them on threads. The
+// arithmetic is in kernels.cpp.
 
 #include "../grid_pool.h"
 
@@ -18,6 +19,7 @@ namespace stgp::cpu {
 
 namespace {
 
+// Returns the kernels for a dtype, compiled for one set of vector instructions.
 using Provider = const Kernels* (*)(DType);
 
 bool runs_here(Provider provider) {
@@ -33,7 +35,7 @@ bool runs_here(Provider provider) {
   return provider == portable_kernels;
 }
 
-// From the widest.
+// The providers of this library, from the widest vectors to the narrowest.
 constexpr Provider PROVIDERS[] = {
 #ifdef STGP_X86_64
     avx512_kernels,
@@ -42,7 +44,7 @@ constexpr Provider PROVIDERS[] = {
     portable_kernels,
 };
 
-std::atomic<Provider> chosen{nullptr};
+std::atomic<Provider> chosen{nullptr};  // nullptr until the first call
 
 Provider provider() {
   Provider found = chosen.load(std::memory_order_relaxed);
@@ -53,40 +55,44 @@ Provider provider() {
   return found;
 }
 
-// Below so many bytes for a thread, waking it takes longer than its work.
+// The least number of bytes that a thread reads or writes. Waking a thread for less takes longer than the work.
 constexpr int64_t BYTES_PER_THREAD = 128 << 10;
 
-// Results from so many bytes on are written past the cache: they would push out what is still to be read, and their
-// lines would be read before they are written.
+// The least size, in bytes, of a result that is stored past the cache. In the cache, a large result would displace data
+// that is read again, and each cache line of it would be read before it is
+// written.
 constexpr int64_t STREAM_BYTES = 4 << 20;
 
 bool is_fused(Op op, const int32_t* t) { return is_pooling(op) && has_fused_form(t); }
 
+// C, rounded up to whole blocks of channels.
 int64_t whole_blocks(int64_t C) { return (C + WIDEST_BLOCK - 1) / WIDEST_BLOCK * WIDEST_BLOCK; }
 
-// Of the gradients of summaries, and of windows.
+// Bytes of Gradients::summaries.
 int64_t gradient_bytes(const int32_t* t, const Call& call) {
   return aligned(int64_t{t[H_SUMMARIES]} * t[H_HEIGHT] * t[H_WIDTH] * whole_blocks(call.C) * sizeof(float));
 }
 
+// Bytes of Gradients::windows.
 int64_t window_bytes(Op op, const int32_t* t) {
   if (op != Op::grid_pool_backward || is_fused(op, t)) return 0;
   return aligned(int64_t{t[H_FRAMES]} * t[H_OUT_ROWS] * t[H_OUT_COLS] * 3 * sizeof(double));
 }
 
-// What one thread needs, by the most tokens that are looked at together.
+// Sizes of the arrays of a Workspace.
 struct WorkspaceSizes {
-  int64_t gathered = 0;  // bytes of tokens that are copied because their channels are not neighbours
-  int64_t carried = 0;   // bytes of a column of sums
-  int64_t taps = 0;      // tokens; 0 where no list of them is kept
-  int64_t norms = 0;
-  int64_t window = 0;  // tokens of which the logit and the product with the gradient are kept
+  int64_t gathered = 0;  // bytes
+  int64_t carried = 0;   // bytes
+  int64_t taps = 0;      // elements of `taps` and of `weights`
+  int64_t norms = 0;     // elements of `norms`
+  int64_t window = 0;    // elements of `logits` and of `dots`
 
   int64_t bytes() const {
     return aligned(gathered) + aligned(carried) + aligned(taps * sizeof(void*)) + aligned(taps * sizeof(float)) +
            aligned(norms * sizeof(float)) + 2 * aligned(window * sizeof(double));
   }
 
+  // A workspace whose arrays are in `memory`, of size bytes().
   Workspace at(char* memory) const {
     const auto take = [&](int64_t bytes) {
       char* const taken = memory;
@@ -107,7 +113,7 @@ struct WorkspaceSizes {
 
 WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
   WorkspaceSizes sizes;
-  int64_t tokens = 1;
+  int64_t tokens = 1;  // of x that a kernel may gather at the same time
   if (is_fused(op, t)) {
     tokens = 9;
     if (t[H_SLOTS] > 0 && t[H_WIDTH] % 2 == 1) sizes.carried = (call.C + WIDEST_BLOCK) * sizeof(float);
@@ -120,7 +126,7 @@ WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
     }
     if (is_pooling(op)) {
       const int64_t frame = int64_t{t[H_HEIGHT]} * t[H_WIDTH];
-      const int64_t window = std::min<int64_t>(t[H_LARGEST_WINDOW], frame);  // padding is never looked at
+      const int64_t window = std::min<int64_t>(t[H_LARGEST_WINDOW], frame);  // padding has no tokens
       tokens = std::max(tokens, window);
       if (op == Op::grid_pool) {
         sizes.norms = frame;
@@ -130,6 +136,7 @@ WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
     }
     sizes.taps = tokens;
   }
+  // at most four sums: those of two columns of cells, for two rows of tokens each
   if (is_backward(op)) sizes.carried = 4 * whole_blocks(call.C) * sizeof(float);
   if (call.x_strides.channel != 1 || (is_backward(op) && call.grad_strides.channel != 1)) {
     sizes.gathered = (1 + tokens) * call.C * element_size(call.dtype);
@@ -139,6 +146,7 @@ WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
   return sizes;
 }
 
+// Bytes of scratch before the workspaces: thumbnails or summaries, then what gradients need.
 int64_t stored_bytes(Op op, const int32_t* t, const Call& call) {
   if (op == Op::token_norm || call.thumbnails != nullptr) return 0;
   const int64_t nodes = op == Op::temporal_grid_backward ? 0
@@ -150,16 +158,19 @@ int64_t stored_bytes(Op op, const int32_t* t, const Call& call) {
 Gradients gradients_in(Op op, const int32_t* t, const Call& call) {
   char* const end = static_cast<char*>(call.scratch) + stored_bytes(op, t, call);
   char* const windows = end - window_bytes(op, t);
-  return {windows - gradient_bytes(t, call), reinterpret_cast<double*>(windows)};
+  return {windows - gradient_bytes(t, call), window_bytes(op, t) > 0 ? reinterpret_cast<double*>(windows) : nullptr};
 }
 
-// Rows of `count` frames or summaries, each `height` rows, that wait for the first `after` phases of the call.
+// A part of a call whose pieces of work may run at the same time.
 struct Phase {
-  int64_t count, height, row_bytes;
-  int64_t after;
+  int64_t count;      // number of frames, summaries or entries
+  int64_t height;     // rows of each
+  int64_t row_bytes;  // bytes that a row reads and writes
+  int64_t after;      // number of phases, from the first, that must be complete before this one begins
 
-  int64_t band = 0, pieces = 0;         // rows of a piece of work, and how many pieces there are
-  std::atomic<int64_t> unfinished = 0;  // pieces
+  int64_t band = 0;                     // rows of a piece of work
+  int64_t pieces = 0;                   // number of pieces
+  std::atomic<int64_t> unfinished = 0;  // number of pieces that are not complete
 
   Phase(int64_t count, int64_t height, int64_t row_bytes, int64_t after)
       : count(count), height(height), row_bytes(row_bytes), after(after) {}
@@ -167,11 +178,11 @@ struct Phase {
   int64_t bands() const { return (height + band - 1) / band; }
 };
 
-using Phases = std::deque<Phase>;  // atomics cannot move
+using Phases = std::deque<Phase>;  // not a vector, because a Phase cannot be moved
 
-// Runs `work(phase, n, first, last, workspace)` for rows [first, last) of every n in [0, count) of every phase. Pieces
-// are begun in order, each by the next thread that is free: they differ in time, and so do threads. A piece waits for
-// phases before it only, whose pieces have been begun: so whoever waits, somebody works.
+// Runs work(phase, n, first, last, workspace) for rows [first, last) of each n in [0, count) of each phase. Pieces
+// start in order, each on the next free thread, because both pieces and threads differ in speed. Deadlock-free: a
+// thread only waits for pieces that another thread has already started.
 template <typename F>
 class Runner {
  public:
@@ -187,7 +198,7 @@ class Runner {
     const int64_t useful = (bytes + BYTES_PER_THREAD - 1) / BYTES_PER_THREAD;
     const int64_t workers = std::min<int64_t>({threads.run == nullptr ? 1 : threads.count, useful, most});
     for (Phase& phase : phases) {
-      // four pieces a thread even out their times; not smaller, since a piece may read a row that another has read
+      // Four pieces a thread balance the load. Smaller pieces would read more rows twice, where their cells overlap.
       phase.band = workers <= 1 ? phase.height
                                 : std::clamp<int64_t>(phase.count * phase.height / (4 * workers), 1, phase.height);
       phase.pieces = phase.unfinished = phase.count * phase.bands();
@@ -229,7 +240,8 @@ class Runner {
     }
   }
 
-  static constexpr int SPINS = 2000;  // microseconds: a piece takes some tens of them
+  // Number of times a waiting thread looks before it yields. That takes some microseconds; a piece takes some tens.
+  static constexpr int SPINS = 2000;
 
   Phases& phases;
   const WorkspaceSizes sizes;
@@ -238,13 +250,18 @@ class Runner {
   std::atomic<int64_t> next = 0, finished = 0;
 };
 
-// Room for threads is behind what a call stores.
+// Runs work(phase, n, piece) for all pieces of all phases. The workspaces of the threads follow what the call stores.
 template <typename F>
-void run_phases(Op op, const int32_t* tables, const Call& call, const Threads& threads, Phases& phases, const F& work) {
+void run_phases(Op op, const int32_t* tables, const Call& call, const Threads& threads, bool stream, Phases& phases,
+                const F& work) {
+  const auto run = [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
+    work(s, n, Piece{tables, call, first, last, stream, workspace});
+  };
   char* const memory = static_cast<char*>(call.scratch) + stored_bytes(op, tables, call);
-  Runner<F>(phases, workspace_sizes(op, tables, call), memory, work).run(threads);
+  Runner<decltype(run)>(phases, workspace_sizes(op, tables, call), memory, run).run(threads);
 }
 
+// Appends the phases of the general form that make summaries, one for each level.
 void add_summaries(const int32_t* t, int64_t row_bytes, Phases& phases) {
   for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
     const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
@@ -252,7 +269,8 @@ void add_summaries(const int32_t* t, int64_t row_bytes, Phases& phases) {
   }
 }
 
-// Gradients in the general form: of the summaries of each level, from the last, then of the frames.
+// Appends the phases of the general form that make gradients: one for each level, from the last to the first, and one
+// for the frames of x.
 void add_gradients(const int32_t* t, int64_t row_bytes, Phases& phases) {
   for (int l = t[H_NUM_LEVELS] - 1; l >= 0; --l) {
     phases.emplace_back(t[t[H_LEVELS] + l * LEVEL_WORDS + L_COUNT], t[H_HEIGHT], 4 * row_bytes, phases.size());
@@ -260,7 +278,7 @@ void add_gradients(const int32_t* t, int64_t row_bytes, Phases& phases) {
   phases.emplace_back(t[H_FRAMES], t[H_HEIGHT], 4 * row_bytes, phases.size());
 }
 
-// Number n of phase s of these.
+// The node that has number n in phase s of add_gradients.
 int64_t node_of(const int32_t* t, int64_t s, int64_t n) {
   const int64_t level = t[H_NUM_LEVELS] - 1 - s;
   return level < 0 ? n : -1 - (t[t[H_LEVELS] + level * LEVEL_WORDS + L_FIRST] + n);
@@ -296,24 +314,20 @@ void grid_pool(const int32_t* t, const Call& call, const Threads& threads) {
       const int32_t* stage = stages + s * STAGE_WORDS;
       phases.emplace_back(stage[S_COUNT], (H + 1) / 2, 2 * row_bytes, stage[S_AFTER]);
     }
-    run_phases(Op::grid_pool, t, call, threads, phases,
-               [&](int64_t s, int64_t e, int64_t first, int64_t last, const Workspace& workspace) {
-                 const int32_t* stage = stages + s * STAGE_WORDS;
-                 const int32_t* entry = t + stage[S_ENTRIES] + e * ENTRY_WORDS;
-                 kernels.fused_rows(t, call, entry, stage[S_MOSAIC] != 0, first, last, stream, workspace);
-               });
+    run_phases(Op::grid_pool, t, call, threads, stream, phases, [&](int64_t s, int64_t e, const Piece& piece) {
+      kernels.fused_rows(piece, t + stages[s * STAGE_WORDS + S_ENTRIES] + e * ENTRY_WORDS);
+    });
     return;
   }
   add_summaries(t, row_bytes, phases);
   phases.emplace_back(frames, OH, H * row_bytes / OH, levels);
-  run_phases(Op::grid_pool, t, call, threads, phases,
-             [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
-               if (s < levels) {
-                 kernels.summary_rows(t, call, t + t[H_LEVELS] + s * LEVEL_WORDS, n, first, last, workspace);
-               } else {
-                 kernels.pooled_rows(t, call, n, first, last, stream, workspace);
-               }
-             });
+  run_phases(Op::grid_pool, t, call, threads, stream, phases, [&](int64_t s, int64_t n, const Piece& piece) {
+    if (s < levels) {
+      kernels.summary_rows(piece, t + t[H_LEVELS] + s * LEVEL_WORDS, n);
+    } else {
+      kernels.pooled_rows(piece, n);
+    }
+  });
 }
 
 void temporal_grid(const int32_t* t, const Call& call, const Threads& threads) {
@@ -323,62 +337,66 @@ void temporal_grid(const int32_t* t, const Call& call, const Threads& threads) {
   Phases phases;
   add_summaries(t, row_bytes, phases);
   phases.emplace_back(t[H_FRAMES], t[H_HEIGHT], row_bytes, levels);
-  run_phases(Op::temporal_grid, t, call, threads, phases,
-             [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
-               if (s < levels) {
-                 kernels.summary_rows(t, call, t + t[H_LEVELS] + s * LEVEL_WORDS, n, first, last, workspace);
-               } else {
-                 kernels.final_rows(t, call, n, first, last, stream, workspace);
-               }
-             });
+  run_phases(Op::temporal_grid, t, call, threads, stream, phases, [&](int64_t s, int64_t n, const Piece& piece) {
+    if (s < levels) {
+      kernels.summary_rows(piece, t + t[H_LEVELS] + s * LEVEL_WORDS, n);
+    } else {
+      kernels.output_rows(piece, n);
+    }
+  });
 }
+
+namespace {
+
+// The fused form: all thumbnails are stored first, stage by stage. Gradients follow, from the last stage to the first.
+void fused_backward(const int32_t* t, const Call& call, const Threads& threads, bool stream) {
+  const Kernels& kernels = *provider()(call.dtype);
+  const Gradients gradients = gradients_in(Op::grid_pool_backward, t, call);
+  const int64_t h = (t[H_HEIGHT] + 1) / 2, row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype);
+  const int64_t num_stages = t[H_NUM_STAGES], shrinking = t[H_SUMMARIES] > 0 ? num_stages : 0;
+  const int32_t* stages = t + t[H_STAGES];
+  Phases phases;
+  for (int64_t s = 0; s < shrinking; ++s) {
+    const int32_t* stage = stages + s * STAGE_WORDS;
+    phases.emplace_back(stage[S_SHRUNK], h, 2 * row_bytes, stage[S_AFTER]);
+  }
+  for (int64_t s = num_stages - 1; s >= 0; --s) {
+    phases.emplace_back(stages[s * STAGE_WORDS + S_COUNT], h, 4 * row_bytes, phases.size());
+  }
+  run_phases(Op::grid_pool_backward, t, call, threads, stream, phases, [&](int64_t s, int64_t e, const Piece& piece) {
+    const bool shrinks = s < shrinking;
+    const int32_t* stage = stages + (shrinks ? s : num_stages - 1 - (s - shrinking)) * STAGE_WORDS;
+    const int32_t* entry = t + stage[S_ENTRIES] + e * ENTRY_WORDS;
+    if (shrinks) {
+      kernels.fused_rows(piece, entry);
+    } else {
+      kernels.fused_gradient_rows(piece, entry, gradients);
+    }
+  });
+}
+
+}  // namespace
 
 void grid_pool_backward(const int32_t* t, const Call& call, const Threads& threads) {
   const Kernels& kernels = *provider()(call.dtype);
   const int64_t H = t[H_HEIGHT], OH = t[H_OUT_ROWS], frames = t[H_FRAMES], levels = t[H_NUM_LEVELS];
   const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype);
   const bool stream = frames * H * row_bytes >= STREAM_BYTES;
+  if (has_fused_form(t)) return fused_backward(t, call, threads, stream);
   const Gradients gradients = gradients_in(Op::grid_pool_backward, t, call);
   Phases phases;
-  if (has_fused_form(t)) {
-    // the thumbnails, stage by stage, then gradients, from the last stage to the first
-    const int64_t num_stages = t[H_NUM_STAGES], shrinking = t[H_SUMMARIES] > 0 ? num_stages : 0;
-    const int32_t* stages = t + t[H_STAGES];
-    for (int64_t s = 0; s < shrinking; ++s) {
-      const int32_t* stage = stages + s * STAGE_WORDS;
-      phases.emplace_back(stage[S_SHRUNK], (H + 1) / 2, 2 * row_bytes, stage[S_AFTER]);
-    }
-    for (int64_t s = num_stages - 1; s >= 0; --s) {
-      phases.emplace_back(stages[s * STAGE_WORDS + S_COUNT], (H + 1) / 2, 4 * row_bytes, phases.size());
-    }
-    run_phases(Op::grid_pool_backward, t, call, threads, phases,
-               [&](int64_t s, int64_t e, int64_t first, int64_t last, const Workspace& workspace) {
-                 const bool shrinks = s < shrinking;
-                 const int32_t* stage = stages + (shrinks ? s : num_stages - 1 - (s - shrinking)) * STAGE_WORDS;
-                 const int32_t* entry = t + stage[S_ENTRIES] + e * ENTRY_WORDS;
-                 const bool mosaic = stage[S_MOSAIC] != 0;
-                 if (shrinks) {
-                   kernels.fused_rows(t, call, entry, mosaic, first, last, false, workspace);
-                 } else {
-                   kernels.fused_gradient_rows(t, call, entry, mosaic, first, last, stream, gradients, workspace);
-                 }
-               });
-    return;
-  }
   add_summaries(t, row_bytes, phases);
   phases.emplace_back(frames, OH, H * row_bytes / OH, levels);
   add_gradients(t, row_bytes, phases);
-  run_phases(Op::grid_pool_backward, t, call, threads, phases,
-             [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
-               if (s < levels) {
-                 kernels.summary_rows(t, call, t + t[H_LEVELS] + s * LEVEL_WORDS, n, first, last, workspace);
-               } else if (s == levels) {
-                 kernels.window_rows(t, call, n, first, last, gradients, workspace);
-               } else {
-                 const int64_t node = node_of(t, s - levels - 1, n);
-                 kernels.gradient_rows(t, call, true, node, first, last, stream, gradients, workspace);
-               }
-             });
+  run_phases(Op::grid_pool_backward, t, call, threads, stream, phases, [&](int64_t s, int64_t n, const Piece& piece) {
+    if (s < levels) {
+      kernels.summary_rows(piece, t + t[H_LEVELS] + s * LEVEL_WORDS, n);
+    } else if (s == levels) {
+      kernels.window_rows(piece, n, gradients);
+    } else {
+      kernels.gradient_rows(piece, node_of(t, s - levels - 1, n), gradients);
+    }
+  });
 }
 
 void temporal_grid_backward(const int32_t* t, const Call& call, const Threads& threads) {
@@ -388,11 +406,9 @@ void temporal_grid_backward(const int32_t* t, const Call& call, const Threads& t
   const Gradients gradients = gradients_in(Op::temporal_grid_backward, t, call);
   Phases phases;
   add_gradients(t, row_bytes, phases);
-  run_phases(Op::temporal_grid_backward, t, call, threads, phases,
-             [&](int64_t s, int64_t n, int64_t first, int64_t last, const Workspace& workspace) {
-               const int64_t node = node_of(t, s, n);
-               kernels.gradient_rows(t, call, false, node, first, last, stream, gradients, workspace);
-             });
+  run_phases(
+      Op::temporal_grid_backward, t, call, threads, stream, phases,
+      [&](int64_t s, int64_t n, const Piece& piece) { kernels.gradient_rows(piece, node_of(t, s, n), gradients); });
 }
 
 void token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, const Threads& threads) {
@@ -400,10 +416,8 @@ void token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, const Th
   const Kernels& kernels = *provider()(call.dtype);
   Phases phases;
   phases.emplace_back(frames, H, W * call.C * element_size(call.dtype), 0);
-  run_phases(Op::token_norm, nullptr, call, threads, phases,
-             [&](int64_t, int64_t frame, int64_t first, int64_t last, const Workspace& workspace) {
-               kernels.norm_rows(call, W, frame, first, last, workspace);
-             });
+  run_phases(Op::token_norm, nullptr, call, threads, false, phases,
+             [&](int64_t, int64_t frame, const Piece& piece) { kernels.norm_rows(piece, W, frame); });
 }
 
 }  // namespace stgp::cpu

@@ -1,4 +1,4 @@
-// What csrc/cpu/kernels.cpp computes, once for every set of vector instructions: single tokens and rows of tokens.
+// The functions of csrc/cpu/kernels.cpp, which is compiled once for each set of vector instructions.
 
 #pragma once
 
@@ -8,53 +8,62 @@
 
 namespace stgp::cpu {
 
-// Memory of one thread: where tokens are gathered whose channels are not neighbours, the column of sums that a walk
-// carries, and what a window needs. `norms` has one place per token of a frame; below 0 it is not known yet.
+// Memory of one thread.
 struct Workspace {
-  char* gathered;
-  void* carried;
-  const void** taps;
-  float* weights;
-  float* norms;
-  double* logits;  // and products, of a window whose gradient is asked for
-  double* dots;
+  char* gathered;     // copies of tokens whose channels are not contiguous
+  void* carried;      // sums of tokens in float, in whole blocks of channels
+  const void** taps;  // pointers to the tokens of a window, or of a run of rows and columns
+  float* weights;     // one for each of the taps
+  float* norms;       // one for each token of a frame; negative: not computed yet
+  double* logits;     // one for each token of a window, for gradients
+  double* dots;       // the product of each token of a window and the gradient of the pooled token
 };
 
-// What a gradient keeps beside thumbnails or summaries. Channels of `summaries` are in whole blocks, in the order in
-// which kernels hold them.
+// A piece of work: rows [first, last) of the output of a kernel.
+struct Piece {
+  const int32_t* tables;
+  const Call& call;
+  int64_t first, last;
+  bool stream;  // whether results are stored past the cache
+  const Workspace& workspace;
+};
+
+// Scratch that gradients need beside thumbnails or summaries.
 struct Gradients {
-  void* summaries;  // (S, H, W, C rounded up to WIDEST_BLOCK) float
-  double* windows;  // (frames, OH, OW, 3): largest logit, sum of powers, mean of grad . token
+  // Gradients of the summaries in float: (summaries, H, W, C rounded up to WIDEST_BLOCK). Channels have the order in
+  // which blocks hold them.
+  void* summaries;
+  // Statistics of the windows, (frames, OH, OW, 3): the largest logit, the sum of exp(logit - largest), and the mean of
+  // grad . token by the weights. nullptr in the fused form and for temporal_grid, which need none.
+  double* windows;
 };
 
-// Sums are kept in whole blocks of channels; the widest vectors have blocks of so many.
+// Channels of a block of the widest vectors. Sums of tokens are stored in whole blocks.
 constexpr int64_t WIDEST_BLOCK = 32;
 
 struct Kernels {
-  const char* name;
+  const char* name;  // of the set of vector instructions
 
-  // Fused form, rows [first, last) of an entry: windows are pooled into out, cells stored in the entry's thumbnail.
-  void (*fused_rows)(const int32_t* tables, const Call&, const int32_t* entry, bool mosaic, int64_t first, int64_t last,
-                     bool stream, const Workspace&);
-  // General form: rows of summary s of a level; rows of windows of an output frame; rows of a frame as it ends.
-  void (*summary_rows)(const int32_t* tables, const Call&, const int32_t* level, int64_t s, int64_t first, int64_t last,
-                       const Workspace&);
-  void (*pooled_rows)(const int32_t* tables, const Call&, int64_t frame, int64_t first, int64_t last, bool stream,
-                      const Workspace&);
-  void (*final_rows)(const int32_t* tables, const Call&, int64_t frame, int64_t first, int64_t last, bool stream,
-                     const Workspace&);
-  // Gradients, whose Call has `grad`. Fused form: rows of cells of an entry. General form: rows of windows of a frame,
-  // then rows of tokens of a node; by windows, or else `grad` is that of every token.
-  void (*fused_gradient_rows)(const int32_t* tables, const Call&, const int32_t* entry, bool mosaic, int64_t first,
-                              int64_t last, bool stream, const Gradients&, const Workspace&);
-  void (*window_rows)(const int32_t* tables, const Call&, int64_t frame, int64_t first, int64_t last, const Gradients&,
-                      const Workspace&);
-  void (*gradient_rows)(const int32_t* tables, const Call&, bool windows, int64_t node, int64_t first, int64_t last,
-                        bool stream, const Gradients&, const Workspace&);
-  void (*norm_rows)(const Call&, int64_t W, int64_t frame, int64_t first, int64_t last, const Workspace&);
+  // Fused form. Pools rows of windows of an entry into out, and stores the same rows of its thumbnail.
+  void (*fused_rows)(const Piece&, const int32_t* entry);
+
+  // General form: rows of summary s of a level, rows of windows of an output frame, and rows of an output frame of
+  // temporal_grid.
+  void (*summary_rows)(const Piece&, const int32_t* level, int64_t s);
+  void (*pooled_rows)(const Piece&, int64_t frame);
+  void (*output_rows)(const Piece&, int64_t frame);
+
+  // Gradients. Fused form: gradients of the tokens under rows of windows of an entry. General form: statistics of rows
+  // of windows of an output frame, then gradients of rows of tokens of a node.
+  void (*fused_gradient_rows)(const Piece&, const int32_t* entry, const Gradients&);
+  void (*window_rows)(const Piece&, int64_t frame, const Gradients&);
+  void (*gradient_rows)(const Piece&, int64_t node, const Gradients&);
+
+  // Norms of the tokens of a frame of W columns. The piece has no tables.
+  void (*norm_rows)(const Piece&, int64_t W, int64_t frame);
 };
 
-// By dtype.
+// Each function returns the kernels for one dtype.
 const Kernels* portable_kernels(DType);
 #ifdef STGP_X86_64
 const Kernels* avx2_kernels(DType);

@@ -1,8 +1,10 @@
-// Vectors of floats as wide as STGP_VECTOR_BYTES, and how tokens become them. The compiler's vector types give the
-// arithmetic on every architecture; intrinsics are left for conversions of float16 and for stores past the cache.
+// Vectors of floats, STGP_VECTOR_BYTES wide, and conversions between them and tokens. The arithmetic is that of the
+// compiler's vector types, which exist on every architecture. Intrinsics are used for operations that these types lack:
+// conversions of float16, and stores past the cache.
 //
-// kernels.cpp is compiled once for every set of instructions. Everything here and there is in an unnamed namespace, and
-// no header of the C++ library is used: a function that two of these objects shared could be linked from the wrong one.
+// kernels.cpp is compiled once for each set of vector instructions. All functions in it and in its headers are in an
+// unnamed namespace, and they use no header of the C++ library: if two of the objects had a function of one name, the
+// linker could give code for AVX-512 to a CPU without it.
 
 #pragma once
 
@@ -19,7 +21,7 @@
 namespace {
 
 constexpr int LANES = STGP_VECTOR_BYTES / 4;
-constexpr int BLOCK = 2 * LANES;  // channels that are loaded and stored at once
+constexpr int BLOCK = 2 * LANES;  // channels of a Block
 
 typedef float Floats __attribute__((vector_size(STGP_VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(STGP_VECTOR_BYTES)));
@@ -32,8 +34,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The BLOCK channels of a token from some channel on. Which channel is in which lane depends on the type of the token:
-// load and store agree on it, and arithmetic on channels does not mind.
+// BLOCK consecutive channels of a token. The type of the token decides which channel is in which lane. load and store
+// use the same order, and arithmetic on single channels does not depend on it.
 struct Block {
   Floats a, b;
 };
@@ -70,12 +72,13 @@ typedef float HalfFloats __attribute__((vector_size(STGP_VECTOR_BYTES / 2)));
 typedef double Doubles __attribute__((vector_size(STGP_VECTOR_BYTES)));
 typedef uint64_t LongWords __attribute__((vector_size(STGP_VECTOR_BYTES)));
 
-// log2(v) for normal v > 0, to some 1e-12: v = 2^e m with m near 1, and log(m) = 2 artanh(s), s = (m - 1) / (m + 1).
+// log2(v) for normal v > 0, with an error near 1e-12: v = 2^e m with m near 1, and log(m) = 2 artanh(s), where
+// s = (m - 1) / (m + 1).
 inline Doubles log2_of(Doubles v) {
-  // adding the bits of 1 less those of sqrt(1/2) makes m in [sqrt(1/2), sqrt(2)) out of a fraction in [1, 2)
+  // Adding the bits of 1 minus those of sqrt(1/2) maps a fraction in [1, 2) to m in [sqrt(1/2), sqrt(2)).
   const LongWords shifted = bit_cast<LongWords>(v) + (0x3ff0000000000000u - 0x3fe6a09e667f3bcdu);
   const Doubles m = bit_cast<Doubles>((shifted & 0x000fffffffffffffu) + 0x3fe6a09e667f3bcdu);
-  // an integer below 2^52 is the fraction of 2^52 and itself
+  // The bits of an integer n < 2^52 are the fraction of the double 2^52 + n.
   const Doubles e = bit_cast<Doubles>((shifted >> 52) | 0x4330000000000000u) - (0x1p52 + 1023);
   const Doubles s = (m - 1) / (m + 1), z = s * s;
   Doubles sum = Doubles{} + 1.0 / 15;
@@ -83,7 +86,8 @@ inline Doubles log2_of(Doubles v) {
   return e + s * sum * 2.8853900817779268;  // 2 / log(2)
 }
 
-// 2^v to some 1e-12, for v in [-1022, 1023]: the power of the nearest integer by its bits, of the rest by its series.
+// 2^v for v in [-1022, 1023], with an error near 1e-12: v is an integer, whose power is set as an exponent, plus a rest
+// in [-1/2, 1/2], whose power is a series.
 inline Doubles exp2_of(Doubles v) {
   const Doubles rounded = v + 0x1.8p52;
   const Doubles rest = (v - (rounded - 0x1.8p52)) * 0.69314718055994531;  // log(2)
@@ -92,23 +96,26 @@ inline Doubles exp2_of(Doubles v) {
   return sum * bit_cast<Doubles>((bit_cast<LongWords>(rounded) + 1023) << 52);
 }
 
-// v^p for v >= 0 and p > 0, rounded from float64. Zero, infinity and NaN stay.
-inline Floats power(Floats v, double p) {
-  const auto half = [=](HalfFloats from) {
-    const Doubles exponent = p * log2_of(__builtin_convertvector(from, Doubles));
-    const Doubles low = exponent > -1022.0 ? exponent : Doubles{} - 1022;
-    return __builtin_convertvector(exp2_of(low < 1023.0 ? low : Doubles{} + 1023), HalfFloats);
-  };
+// v^p for half of the lanes: see power. Both functions are always inlined, so that loops keep constants in registers.
+__attribute__((always_inline)) inline HalfFloats half_power(HalfFloats v, double p) {
+  const Doubles exponent = p * log2_of(__builtin_convertvector(v, Doubles));
+  const Doubles low = exponent > -1022.0 ? exponent : Doubles{} - 1022;
+  return __builtin_convertvector(exp2_of(low < 1023.0 ? low : Doubles{} + 1023), HalfFloats);
+}
+
+// v^p for v >= 0 and p > 0, rounded from float64. Zero, infinity and NaN are their own powers.
+__attribute__((always_inline)) inline Floats power(Floats v, double p) {
   HalfFloats halves[2];
   __builtin_memcpy(halves, &v, sizeof v);
-  halves[0] = half(halves[0]), halves[1] = half(halves[1]);
+  halves[0] = half_power(halves[0], p), halves[1] = half_power(halves[1], p);
   const Floats powers = load_bytes<Floats>(halves);
   const Ints usual = (v > 0.0f) & (v < __builtin_inff());
   return usual ? powers : v;
 }
 
-// ---- stores: past the cache where `stream` and the address allow it ----
+// ---- stores ----
 
+// Stores v past the cache if `stream` is set and the address is aligned.
 template <typename V>
 inline void store_bytes(void* to, V v, bool stream) {
 #if defined(__SSE2__)
@@ -128,7 +135,7 @@ inline void store_bytes(void* to, V v, bool stream) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// After the last of them: others see the stores that went past the cache before they see what follows.
+// Call this after the last store past the cache: it makes them visible to other threads before any later store.
 inline void finish_stores() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -144,14 +151,15 @@ inline void store(float* token, Block v, bool stream) {
   store_bytes(token + LANES, v.b, stream);
 }
 
-// ---- bfloat16: even channels and odd channels, so that 16 bits are moved within their word only ----
+// ---- bfloat16 ----
 
+// One vector holds the even channels, the other one the odd channels: bits move within 32-bit words only.
 inline Block load(const BFloat16* token) {
   const Words pairs = load_bytes<Words>(token);
   return {bit_cast<Floats>(pairs << 16), bit_cast<Floats>(pairs & 0xffff0000u)};
 }
 
-// In the upper half of every word: the nearest bfloat16, ties to even. NaN stays NaN.
+// The upper half of each word is the nearest bfloat16, ties to even. NaN stays NaN.
 inline Words round_to_bfloat16(Floats v) {
   const Words bits = bit_cast<Words>(v);
   const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -190,8 +198,8 @@ inline void store(Float16* token, Block v, bool stream) {
 
 #else
 
-// Exponent and fraction move to their places in a float; multiplying by a power of 2 then corrects the exponent's bias,
-// exactly for subnormal numbers too.
+// Exponent and fraction are shifted to their places in a float. A multiplication by a power of 2 then corrects the bias
+// of the exponent; it is exact for subnormal numbers too.
 inline float to_float(Float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16, magnitude = uint32_t{value.bits & 0x7fffu} << 13;
   if (magnitude >= 0x0f800000) return bit_cast<float>(sign | magnitude | 0x7f800000);  // infinity, NaN
@@ -234,8 +242,9 @@ inline void store(Float16* token, Block v, bool stream) {
 
 #endif
 
-// ---- the last channels, fewer than BLOCK: the others are 0 ----
+// ---- fewer channels than a block ----
 
+// The last channels of a token. The other lanes are 0.
 template <typename T>
 inline Block load_some(const T* token, int64_t channels) {
   T padded[BLOCK] = {};
