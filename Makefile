@@ -21,7 +21,7 @@ demo: $(BUILT) ## the whole chain on a real video
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 quick: $(BUILT) ## golden values, ops, plans and the command line, in less than a minute
-	$(PYTEST) -q tests/plan/test_plan.py tests/test_ops.py tests/cli/test_cli.py tests/backends/test_backends.py -k "not test_backends or golden"
+	$(PYTEST) -q tests/plan/test_plan.py tests/test_ops.py tests/cli/test_cli.py tests/backends/test_backends.py -k "(not test_backends or golden) and not opcheck and not gradcheck"
 
 test: $(BUILT) ## the tests, without the slow ones
 	$(PYTEST) $(ARGS)
