@@ -1,4 +1,4 @@
-// stgridpool_kernels._C: what is no op. Importing it also registers the ops of binding.cpp.
+// The Python module stgridpool_kernels._C. Importing it registers the ops of binding.cpp.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,7 +11,7 @@
 #include "tables.h"
 
 namespace stgp {
-int64_t release_scratch();  // binding.cpp
+int64_t release_scratch();  // defined in binding.cpp
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -32,13 +32,13 @@ PYBIND11_MODULE(_C, m) {
             {"cpu capabilities", STGP_BUILD_CPU_CAPABILITIES},
         };
       },
-      "How this library was built; \"cuda\" is empty where it holds no CUDA kernels.");
+      "How this library was built. \"cuda\" is empty if it has no CUDA kernels.");
 
   m.def("cpu_capability", &stgp::cpu::capability,
         "The vector instructions in use: \"avx512\", \"avx2\" or \"portable\".");
 
   m.def("release_scratch", &stgp::release_scratch,
-        "Free the memory that is kept from CPU calls for the next one, at most 64 MB; how many bytes that was.");
+        "Free the memory that is kept from one CPU call for the next, at most 64 MB. Returns its size in bytes.");
 
   m.def(
       "use_cpu_capability",
@@ -49,6 +49,6 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       pybind11::arg("name"),
-      "Use these vector instructions from now on, in every thread. Raises ValueError where this CPU does not run "
+      "Use these vector instructions from now on, in every thread. Raises ValueError if this CPU does not run "
       "them.");
 }

@@ -8,7 +8,7 @@ namespace stgp {
 
 namespace {
 
-// Whether `count` words from `offset` on are inside the tables.
+// Whether the tables hold `count` words from `offset` on, behind the header.
 bool inside(int64_t offset, int64_t count, int64_t words) {
   return offset >= HEADER_WORDS && count >= 0 && offset + count <= words;
 }
@@ -17,7 +17,7 @@ bool all_between(const int32_t* values, int64_t count, int64_t low, int64_t high
   return std::all_of(values, values + count, [=](int64_t value) { return low <= value && value < high; });
 }
 
-// Runs of windows: from the first position of the frame's padding on, none empty, no further than a frame beyond it.
+// Whether there are `count` starts and counts at `offset`, whose runs are not empty and between `low` and `high`.
 bool runs_fit(const int32_t* t, int64_t words, int64_t offset, int64_t count, int64_t low, int64_t high) {
   if (!inside(offset, 2 * count, words)) return false;
   for (int64_t i = 0; i < count; ++i) {
@@ -47,7 +47,7 @@ const char* check_levels(const int32_t* t, int64_t words) {
   return summaries == t[H_SUMMARIES] ? nullptr : "the levels do not hold all summaries";
 }
 
-// Whether a mosaic has the tiles that its entry reads, of h x w tokens each: -1 stands for one that nothing depends on.
+// Whether a mosaic has all tiles that its entry reads, of h x w tokens each. Other tiles may be -1.
 bool has_tiles(const int32_t* t, const int32_t* entry, int64_t h, int64_t w) {
   const int64_t H = t[H_HEIGHT], W = t[H_WIDTH];
   for (int64_t i = 0; i < h; ++i) {
@@ -90,7 +90,7 @@ const char* check_stages(const int32_t* t, int64_t words) {
   return nullptr;
 }
 
-// Starts and counts of what covers each of `size` positions: consecutive ones out of `count`, or none.
+// Whether there are `size` starts and counts at `offset`, whose runs are empty or between 0 and `count`.
 bool inverse_runs_fit(const int32_t* t, int64_t words, int64_t offset, int64_t size, int64_t count) {
   if (!inside(offset, 2 * size, words)) return false;
   for (int64_t p = 0; p < size; ++p) {
@@ -114,9 +114,10 @@ const char* check_gradient(const int32_t* t, int64_t words) {
       if (consumer[C_LEVEL] < 0 || consumer[C_LEVEL] >= t[H_NUM_LEVELS]) return "a consumer is out of range";
       const int32_t* level = t + t[H_LEVELS] + consumer[C_LEVEL] * LEVEL_WORDS;
       const int64_t s = consumer[C_SUMMARY] - int64_t{level[L_FIRST]};
-      const int64_t after = c - t[H_FRAMES];  // the summary that reads it, if it is one: it comes before
+      // A summary is read by later levels only. `summary` is the node's number as a summary, negative for a frame.
+      const int64_t summary = c - t[H_FRAMES];
       if (s < 0 || s >= level[L_COUNT] || consumer[C_TILE] < 0 ||
-          consumer[C_TILE] >= int64_t{level[L_ROWS]} * level[L_COLS] || after >= level[L_FIRST]) {
+          consumer[C_TILE] >= int64_t{level[L_ROWS]} * level[L_COLS] || summary >= level[L_FIRST]) {
         return "a consumer is out of range";
       }
     }
@@ -148,7 +149,8 @@ const char* check_tables(const int32_t* t, int64_t words) {
   if (t == nullptr || words < HEADER_WORDS || t[H_MAGIC] != MAGIC) return "these are no tables of a plan";
   if (t[H_VERSION] != VERSION) return "the tables have another version";
   if (t[H_WORDS] != words) return "the tables have another length";
-  constexpr int64_t MOST = 1 << 24;  // rows or columns: products of two fit into 64 bits many times over
+  // The limit of sizes: rows, columns and slots are fewer. Products of two of them are far below the limit of int64.
+  constexpr int64_t MOST = 1 << 24;
   if (!all_between(t + H_HEIGHT, 4, 1, MOST) || !all_between(t + H_FRAMES, 1, 0, words) ||
       !all_between(t + H_SUMMARIES, 1, 0, words) || !all_between(t + H_NUM_LEVELS, 1, 0, words) ||
       !all_between(t + H_NUM_STAGES, 1, 0, words) || !all_between(t + H_SLOTS, 1, 0, MOST)) {

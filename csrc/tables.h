@@ -1,5 +1,5 @@
-// The form of a plan's tables: one array of int32, little-endian in files. An offset is the number of a word, counted
-// from 0. stgridpool_kernels/plan/tables.py writes tables.
+// The form of a plan's tables: one array of int32 words, little-endian in files. An offset is the index of a word, from
+// 0. stgridpool_kernels/plan/tables.py writes tables.
 //
 // A *node* is a value that a frame holds at some time, as one integer: t >= 0 is frame t of x, ~s (that is -1 - s) is
 // summary s. A summary is the mosaic that replaces a target frame.
@@ -12,7 +12,7 @@
 //
 // General form: the summaries of each level in turn, in full, rounded to the dtype of x; then every output frame.
 //
-//   outputs[frames]         the node that each frame ends with
+//   outputs[frames]         the node of each output frame: its frame of x, or a summary
 //   levels[][LEVEL_WORDS]   in the order they run
 //   window rows             OH starts, then OH counts: output row i reads rows start[i], ..., start[i] + count[i] - 1.
 //                           Rows before 0 and from H on are zero padding (norm 0)
@@ -32,8 +32,8 @@
 //
 //   consumers               F + S + 1 offsets: node number n of 0, ..., F - 1, ~0, ..., ~(S - 1) is read by the triples
 //                           (summary, level, tile) from offset n up to offset n + 1
-//   window inverses         H starts, then H counts: row r is read by output rows start[r], ..., start[r] + count[r] -
-//                           1; the same for W
+//   window inverses         H starts, then H counts: row r is read by output rows start[r], ...,
+//                           start[r] + count[r] - 1; the same for W
 //   level inverses          the same for the rows and columns of a level's mosaics: rows x H, cols x W
 
 #pragma once
@@ -51,28 +51,28 @@ enum Header : int32_t {
   H_VERSION,
   H_WORDS,   // number of words in the array
   H_FRAMES,  // number of frames of all videos together
-  H_HEIGHT,  // H, W: tokens of a frame
+  H_HEIGHT,  // H x W: number of tokens of a frame
   H_WIDTH,
-  H_OUT_ROWS,  // OH, OW: tokens of a pooled frame
+  H_OUT_ROWS,  // OH x OW: number of tokens of a pooled frame
   H_OUT_COLS,
-  H_LARGEST_WINDOW,  // tokens and padding of the largest window
+  H_LARGEST_WINDOW,  // number of tokens of the largest window, padding included
   H_SUMMARIES,       // number of summaries
   H_OUTPUTS,         // offset of `outputs`
   H_LEVELS,          // offset of `levels`
-  H_NUM_LEVELS,      // levels that have summaries
-  H_WINDOW_ROWS,     // offsets of the windows
-  H_WINDOW_COLS,
-  H_STAGES,      // offset of `stages`
-  H_NUM_STAGES,  // 0: there is no fused form
-  H_SLOTS,       // number of thumbnail slots
-  H_GRADIENT,    // offset of the gradient section; 0: there is none
+  H_NUM_LEVELS,      // number of levels that have summaries
+  H_WINDOW_ROWS,     // offset of the window rows
+  H_WINDOW_COLS,     // offset of the window cols
+  H_STAGES,          // offset of `stages`
+  H_NUM_STAGES,      // 0: there is no fused form
+  H_SLOTS,           // number of thumbnail slots
+  H_GRADIENT,        // offset of the gradient section; 0: there is none
   HEADER_WORDS,
 };
 
 // Offsets that the gradient section starts with.
 enum Gradient : int32_t {
   G_CONSUMERS,
-  G_WINDOW_ROWS,
+  G_WINDOW_ROWS,  // the window inverses
   G_WINDOW_COLS,
   G_LEVELS,  // two offsets for every level: for its rows, for its columns
 };
@@ -98,6 +98,7 @@ enum Level : int32_t {
   LEVEL_WORDS,
 };
 
+// A stage is a set of entries that may be computed at the same time.
 enum Stage : int32_t {
   S_MOSAIC,   // 1: the nodes are summaries, 0: frames of x
   S_ENTRIES,  // offset of its entries
@@ -107,6 +108,7 @@ enum Stage : int32_t {
   STAGE_WORDS,
 };
 
+// An entry is a node with what is computed from it.
 enum Entry : int32_t {
   E_NODE,
   E_TARGET,   // frame of out that the node is pooled into, or -1
