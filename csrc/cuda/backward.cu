@@ -1,15 +1,22 @@
 // Gradients of grid_pool, norm_pool and temporal_grid in x.
 //
-// The gradient of a node, a frame of x or a summary, is its own from the pooling (of temporal_grid: that of the
-// frame which ends with it) and its share of the gradients of summaries that are made of it. Every token gathers them:
-// the summaries level by level from the last, in float32, then the frames of x. Sums have one order.
+// The gradient of a node has two parts: the gradient from the windows that read it (for temporal_grid: the gradient of
+// the output frame that it is copied to), and a part of the gradients of the summaries that read it. Every token
+// gathers both. The summaries come first, level by level from the last, in float32; then the frames of x. Sums have one
+// order.
 //
-// Of window w with gradient g: a = softmax(temperature * n), n the norms of its tokens t_k, d_k = g . t_k, then
+// A window has tokens t_k with norms n_k, weights a = softmax(temperature * n), and the gradient g of its pooled token.
+// With d_k = g . t_k,
 //
-//   gradient of t_k += a_k g + temperature a_k (d_k - sum of a d) dn_k / dt_k
-//   dn/dt_c = t_c / (M n) for p = 2; sign(t_c) / M for p = 1; sign(t_c) / how many are largest, for these, for
-//   infinity;
-//             else sign(t_c) (|t_c| / n)^(p - 1) / M; where M = C or 1. 0 where t_c or n is 0.
+//   gradient of t_k += a_k g + temperature a_k (d_k - sum_k a_k d_k) dn_k / dt_k
+//
+//   dn / dt_c = t_c / (M n)                            p = 2
+//               sign(t_c) / M                          p = 1
+//               sign(t_c) / L if |t_c| = n, else 0     p = infinity
+//               sign(t_c) (|t_c| / n)^(p - 1) / M      any other p
+//
+// where M is C for a norm with the mean and 1 for one with the sum, and L is the number of channels with |t_c| = n. The
+// derivative is 0 if t_c or n is 0.
 
 #include <cmath>
 
@@ -22,21 +29,21 @@ struct Sum {
   __device__ __forceinline__ float operator()(float left, float right) const { return left + right; }
 };
 
-constexpr int QUAD = PER_VEC<float>;  // channels of a summary's gradient that are moved at a time
+constexpr int QUAD = PER_VEC<float>;  // channels of a summary's gradient that are moved at the same time
 
-// sign(value) * magnitude, 0 for 0
+// sign(value) * magnitude, where sign(0) is 0.
 __device__ __forceinline__ float with_sign_of(float value, float magnitude) {
   return value == 0.0f ? 0.0f : copysignf(1.0f, value) * magnitude;
 }
 
-// What of dn/dt_c does not depend on c, times `factor`; `largest` elements have the magnitude n.
+// factor * dn / dt_c without the part that depends on c. `largest` is the number of channels of magnitude n.
 __device__ __forceinline__ float slope_of_token(Norm norm, float factor, float n, float inv_count, float largest) {
   if (n == 0.0f) return 0.0f;
   if (norm == Norm::l2) return __fdiv_rn(factor * inv_count, n);
   return norm == Norm::max ? __fdiv_rn(factor, largest) : factor * inv_count;
 }
 
-// And what depends on it.
+// factor * dn / dt_c for a channel of this value. `of_token` is the result of slope_of_token.
 template <bool POWER>
 __device__ __forceinline__ float slope(Norm norm, float of_token, float value, float n, float p) {
   if constexpr (POWER) {
@@ -48,6 +55,7 @@ __device__ __forceinline__ float slope(Norm norm, float of_token, float value, f
   }
 }
 
+// Unpacks all channels of a vec.
 template <class T>
 __device__ __forceinline__ void unpack_all(const Vec& vec, float (&values)[PER_VEC<T>]) {
 #pragma unroll
@@ -59,7 +67,7 @@ __device__ __forceinline__ void unpack_all(const Vec& vec, float (&values)[PER_V
   }
 }
 
-// The part of sum_c g_c t_c in a vec, added to a sum.
+// Adds the products of the channels of two vecs to `total`.
 template <class T>
 __device__ __forceinline__ float add_dot(float total, const Vec& left, const Vec& right) {
 #pragma unroll
@@ -73,7 +81,7 @@ __device__ __forceinline__ float add_dot(float total, const Vec& left, const Vec
   return total;
 }
 
-// How many values have the magnitude n, added to a count.
+// Adds the number of channels of magnitude n to `count`.
 template <class T>
 __device__ __forceinline__ float add_largest(float count, const Vec& vec, float n) {
   float values[PER_VEC<T>];
@@ -85,9 +93,9 @@ __device__ __forceinline__ float add_largest(float count, const Vec& vec, float 
 
 // ---- general form ----
 
-constexpr int GENERAL_REGISTERS = 128;  // of a thread: room for a block of MAX_THREADS
+constexpr int GENERAL_REGISTERS = 128;  // limit of the registers of a thread, for blocks of MAX_THREADS threads
 
-// ends[s] = the frame that ends with summary s, or -1
+// ends[s] = the output frame whose node is summary s, or -1
 struct Ends {
   const int32_t* final;
   int32_t* ends;
@@ -111,21 +119,21 @@ struct Gradients {
   const int32_t* tables;
   const int32_t* final;
   const int32_t* ends;
-  const int32_t* rows;  // OH starts of windows, OH counts
-  const int32_t* cols;
-  const int32_t* gradient;  // the section of the tables
+  const int32_t* rows;      // window rows: OH starts, then OH counts
+  const int32_t* cols;      // window cols: OW starts, then OW counts
+  const int32_t* gradient;  // the gradient section of the tables
   const int32_t* levels;
   const float* norms;  // (frames, H, W)
   float* statistics;   // (frames, OH, OW, 3)
   int32_t OH, OW, frames;
-  int32_t first;    // frame of this launch, or summary
-  bool of_summary;  // what the launch is about
+  int32_t first;    // first frame of x or summary of this launch
+  bool of_summary;  // whether this launch computes gradients of summaries; else of frames of x
   Norm norm;
   float inv_count, temperature, p;
 };
 
-// statistics[t, i, j] = of window (i, j): the largest logit l, the sum of exp(logit - l), and sum of a_k d_k. A block
-// takes one window.
+// statistics[t, i, j] = the largest logit l of window (i, j), the sum of exp(logit - l), and sum_k a_k d_k. A block
+// computes one window.
 template <class T, Access A>
 __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __grid_constant__ Gradients<T> p) {
   const int32_t H = p.nodes.H, W = p.nodes.W, C = p.nodes.C;
@@ -147,7 +155,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __
   join_block([](float a, float b) { return fmaxf(a, b); }, highest, 0);
 
   const T* grad = p.grad.token(p.grad.frame(frame), i, j);
-  // in float64: of equal products the mean is exactly one of them, and a temperature magnifies what is not
+  // The sums are float64: the mean of equal products must be equal to them, because temperature magnifies differences.
   double total = 0.0, mean = 0.0;
   int32_t buffer = 1;
   for (int64_t n = 0; n < size; n += 4, buffer ^= 1) {
@@ -185,10 +193,10 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __
   statistics[2] = static_cast<float>(mean / total);
 }
 
-// The gradient of a token of a node. A block takes one token.
+// Stores the gradient of a token of a node. A block computes one token.
 //
-// Products have the bits that window_statistics_kernel found: where one token has all the weight, their difference is
-// 0.
+// The products d have the same bits as in window_statistics_kernel, so that d_k - sum_k a_k d_k is 0 if one token has
+// all the weight.
 template <class T, Access A, bool POOLED, bool POWER>
 __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __grid_constant__ Gradients<T> p) {
   const int32_t H = p.nodes.H, W = p.nodes.W, C = p.nodes.C;
@@ -196,7 +204,8 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
   const int32_t node = p.of_summary ? ~number : number;
   const int32_t frame = p.of_summary ? p.ends[number] : p.final[number] == number ? number : -1;
 
-  // the windows that cover it, or its place in the frame
+  // The windows that read the token are rows top, ..., top + height - 1 and columns left, ..., left + width - 1. For
+  // temporal_grid that is the token itself.
   int32_t top = row, height = frame >= 0 ? 1 : 0, left = col, width = 1;
   if constexpr (POOLED) {
     const int32_t* rows = p.tables + p.gradient[G_WINDOW_ROWS];
@@ -217,7 +226,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
     const float* of_window = statistics(i, j);
     return __fdividef(expf(logit(p.temperature, norm) - of_window[0]), of_window[1]);
   };
-  // sum of a_w g_w
+  // Adds the sum of a g over these windows.
   const auto add_grads = [&](int32_t channel, float (&sum)[PER_VEC<T>]) {
     for (int32_t i = top; i < top + height; ++i) {
       for (int32_t j = left; j < left + width; ++j) {
@@ -334,7 +343,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
   }
 }
 
-// Whether x, grad and out can all be moved in vecs of 128 bits.
+// Whether tokens of x, grad and out can all be moved 128 bits at a time.
 inline bool all_vectorized(const int32_t* tables, const Call& call, bool pooled) {
   return is_vectorized(tables, call, tables[H_HEIGHT], tables[H_WIDTH]) &&
          is_vectorized(call.grad, call.grad_strides, tables[H_FRAMES] / call.T, call.T,
@@ -413,7 +422,7 @@ cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, con
 
 // ---- fused form ----
 
-// Of a thread: a multiprocessor has room for 16 warps, which blocks of a power of two of warps fill.
+// Limit of the registers of a thread: a multiprocessor has room for 16 warps, in blocks of a power of two of warps.
 constexpr int FUSED_REGISTERS = 128;
 
 template <class T>
@@ -421,23 +430,24 @@ struct FusedGradients {
   Frames<const T> x;
   Frames<const T> grad;
   Frames<T> out;
-  const T* scratch;        // thumbnails: (slots, h, w, C)
-  float* summaries;        // gradients of summaries: (summaries, H, W, C)
-  const int32_t* tables;   // the offsets of consumers count from here
-  const int32_t* entries;  // of this launch
-  const int32_t* consumers;
+  const T* scratch;          // thumbnails: (slots, h, w, C)
+  float* summaries;          // gradients of summaries: (summaries, H, W, C)
+  const int32_t* tables;     // base of the offsets of consumers
+  const int32_t* entries;    // entries of this launch
+  const int32_t* consumers;  // frames + summaries + 1 offsets
   int32_t H, W, h, w, OH, OW, C, frames;
   Norm norm;
   float inv_count, temperature;
 };
 
-// The gradients of the tokens of window (i, j) of an entry, which is cell (i, j) of its thumbnail as well.
+// Stores the gradients of the tokens of window (i, j) of an entry, which is also cell (i, j) of its thumbnail.
 //
-// A block takes one window, with its tokens packed in registers. MOSAIC: the entries are summaries, whose gradients are
-// float32. HALO: H or W is odd, so that the second row and column are in the next cells as well.
+// A block computes one window, with its tokens packed in registers. MOSAIC: the entries are summaries, whose gradients
+// are float32. HALO: H or W is odd, so that the second row and column of the window are also in the halo of other
+// cells.
 template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
 __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __grid_constant__ FusedGradients<T> p) {
-  // Or else tokens are loaded at each use: these would take too many registers.
+  // Whether the tokens are kept in registers; else they are loaded at each use, because they take too many registers.
   constexpr bool KEEPS = A == Access::vector && (sizeof(T) == 2 || !MOSAIC || L2_NORM);
   constexpr bool KEEPS_GRAD = KEEPS && sizeof(T) == 2;
   constexpr int HELD = KEEPS ? VECS<T> : 1, GRADS = KEEPS_GRAD ? VECS<T> : 1, CELLS = HALO ? 4 : 1;
@@ -518,7 +528,8 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
     }
   }
 
-  // 1 / n of the tokens of cells (i, j), (i, j + 1), (i + 1, j), (i + 1, j + 1), 0 where these tokens are not in it
+  // 1 / n for cells (i, j), (i, j + 1), (i + 1, j), (i + 1, j + 1) of n tokens each; 0 for a cell without tokens of
+  // this window
   float inv_counts[CELLS];
   const bool odd_H = p.H % 2 == 1, odd_W = p.W % 2 == 1;
 #pragma unroll
@@ -577,7 +588,7 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
             values[e] = sum;
             wide.word[n] = __float_as_uint(sum);
           }
-          if constexpr (!MOSAIC) word = pack<T>(values);  // in place of the token, which is not needed any more
+          if constexpr (!MOSAIC) word = pack<T>(values);  // the token is not used again
         }
         if constexpr (MOSAIC) {
           if (taken(q)) {

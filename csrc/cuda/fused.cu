@@ -1,21 +1,23 @@
-// grid_pool where windows are 2 x 2 at stride 2 and grids 2 x 2 shrunk by area. Tokens are read once, but for halos.
+// grid_pool in the fused form: windows are 2 x 2 at stride 2, and grids are 2 x 2 and shrunk by area. Each token is
+// read once, except tokens of the halo.
 //
-// Summaries are tiled from thumbnails: D(node) is the node average-pooled to h x w = ceil(H / 2) x ceil(W / 2)
-// cells, the same for every level. Cell (i, j) averages rows 2i, 2i + 1 and columns 2j, 2j + 1, which are window (i,
-// j); where H is odd also row 2i - 1, and where W is odd also column 2j - 1.
+// Summaries are mosaics of thumbnails. The thumbnail of a node is the node average-pooled to h x w = ceil(H / 2) x
+// ceil(W / 2) cells, for every level. Cell (i, j) averages rows 2i, 2i + 1 and columns 2j, 2j + 1, which are also
+// window (i, j). Its halo is row 2i - 1 if H is odd, and column 2j - 1 if W is odd.
 //
-// A launch per stage of the tables: the frames of x, then the summaries of each level, read as mosaics of thumbnails.
+// Each stage of the tables is one launch: first the frames of x, then the summaries of each level.
 
 #include "fused.cuh"
 
 namespace stgp::cuda {
 namespace {
 
-// Cells or windows of a row that a block walks where no column is carried and the call does not say how many. While it
-// works on one, the next is being loaded; yet many blocks even out better than few. Not measured.
+// The number of cells or windows in a row that a block walks, if no column is carried and Call::cells is 0. In a walk,
+// the next cell is loaded while the block computes the current one; shorter walks balance the load better. This choice
+// has not been measured.
 constexpr int32_t CELLS = 4;
 
-// Of a thread. A multiprocessor has room for 24 warps at 80, and for 16 at 128.
+// Limit of the registers of a thread. A multiprocessor has room for 24 warps with 80 registers, for 16 with 128.
 template <class T, Access A>
 constexpr int REGISTERS = sizeof(T) == 2 && A == Access::vector ? 80 : 128;
 
@@ -24,20 +26,21 @@ struct Fused {
   Frames<const T> x;
   Frames<T> out;
   T* scratch;                     // thumbnails: (slots, h, w, C)
-  const int32_t* tables;          // the offsets in entries count from here
-  const int32_t* entries;         // of this launch
-  int32_t walked;                 // how many of them have a thumbnail; these come first
-  int32_t cells, spans;           // of a row, for those that have a thumbnail: cells of a block, and blocks
-  int32_t windows, window_spans;  // the same of the others
+  const int32_t* tables;          // base of the offsets in entries
+  const int32_t* entries;         // entries of this launch
+  int32_t walked;                 // number of entries with a thumbnail; they come first
+  int32_t cells, spans;           // for entries with a thumbnail: cells of a block, and blocks of a row
+  int32_t windows, window_spans;  // for the other entries: windows of a block, and blocks of a row
   int32_t H, W, h, w, OH, OW, C;
-  bool pools;  // or else only thumbnails are made
+  bool pools;  // whether windows are pooled; else only thumbnails are stored
   Norm norm;
   float inv_count, temperature;
 };
 
-// Whether blocks take more than a cell or a window each.
+// Whether a block computes more than one cell or window.
 __host__ __device__ constexpr bool walks(Access access, bool mosaic) { return access == Access::vector && !mosaic; }
 
+// Adds the channels of a word to sums.
 template <class T>
 __device__ __forceinline__ void add_word(float (&sums)[PER_WORD<T>], uint32_t word) {
   float values[PER_WORD<T>];
@@ -46,23 +49,23 @@ __device__ __forceinline__ void add_word(float (&sums)[PER_WORD<T>], uint32_t wo
   for (int e = 0; e < PER_WORD<T>; ++e) sums[e] += values[e];
 }
 
-// out[t, i, j] = sum of a * x[t, r, c] over window (i, j), a = softmax(temperature * norm of x[t, r, c])
-// D[t, i, j] = mean of x[t, r, c] over cell (i, j)
+// out[t, i, j] = sum of a[r, c] * x[t, r, c] over window (i, j), where a = softmax(temperature * norm) over the window
+// thumbnail[t, i, j] = mean of x[t, r, c] over cell (i, j)
 //
-// MOSAIC: the entries are summaries. HALO: H or W is odd, so that cells reach one row up and one column to the left.
+// MOSAIC: the entries are summaries. HALO: H or W is odd, so that cells have a halo.
 //
-// A block walks: it takes neighbouring cells of one row of one entry from left to right. As soon as the registers of a
-// vec are free, that of the next cell is on its way to them. Where W is odd, the sum of a cell's last column is
-// carried to the next cell, and a walk is the whole row, so that no column is read twice, unless the call cuts it. Of
-// mosaics and of element accesses a block takes one cell.
+// A block walks: it computes neighbouring cells of one row of one entry, from left to right. A vec of the next cell is
+// loaded as soon as its registers are free. If W is odd, the sum of a cell's last column is carried to the next cell; a
+// walk is then a whole row, unless Call::cells cuts it, so that no column is read twice. For mosaics and for scalar
+// access a block computes one cell.
 template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
 __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_constant__ Fused<T> p) {
   constexpr bool WALKS = walks(A, MOSAIC), CARRIES = HALO && WALKS;
-  // Or else tokens are loaded at each use. Elements would take too many registers, and so would 32-bit mosaics, which
-  // are in L2.
+  // Whether the tokens of a window are kept in registers; else they are loaded at each use. With scalar access they
+  // would take too many registers, and so would 32-bit mosaics, which are in the L2 cache.
   constexpr bool KEEPS = A == Access::vector && (sizeof(T) == 2 || !MOSAIC);
   constexpr int HELD = KEEPS ? VECS<T> : 1;
-  constexpr int ABOVE = HALO ? 2 : 0, BESIDE = HALO && !WALKS ? 3 : 0;  // tokens of the halo
+  constexpr int ABOVE = HALO ? 2 : 0, BESIDE = HALO && !WALKS ? 3 : 0;  // number of tokens of the halo that are loaded
   constexpr CacheHint HINT = MOSAIC ? CacheHint::keep : CacheHint::stream;
   const Norm norm = L2_NORM ? Norm::l2 : p.norm;
 
@@ -89,8 +92,8 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
     return wanted ? load_vec<A, HINT>(image.token(row, col), channel(k), p.C, x_channel) : Vec{};
   };
 
-  Vec tile[4][HELD];        // the tokens of a window row by row
-  const T* walk = nullptr;  // the first of them, if this is a walk: a step is less work than a place
+  Vec tile[4][HELD];        // the tokens of a window, row-major
+  const T* walk = nullptr;  // in a walk, the first token of the window; adding a stride is less work than an address
   if constexpr (WALKS) walk = image.token(2 * i, 2 * first);
   const auto load_beside = [&](int row, int col, bool wanted, int k) {
     const T* token = walk + row * p.x.strides.row + col * p.x.strides.col;
@@ -107,10 +110,11 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
 #pragma unroll
     for (int k = 0; k < HELD; ++k) load_tile(j, k);
   };
-  // a sum of four channels that this thread carries, of as many as it has; in registers they would leave no room
+  // Carried sums of four channels of this thread. They are in shared memory, because registers have no room for them.
   const auto carried = [&](int four) -> float4& { return dynamic_shared_memory[four * blockDim.x + threadIdx.x]; };
   if constexpr (CARRIES) {
-    const bool beside = odd_W && first > 0 && first < live;  // what a walk from the left would have carried to here
+    // A walk that starts inside a row first sums the column that a walk from the left would have carried.
+    const bool beside = odd_W && first > 0 && first < live;
     for (int k = 0; k < VECS<T>; ++k) {
       float sums[PER_VEC<T>] = {};
       for (int32_t row = top; beside && row < bottom; ++row) {
@@ -132,7 +136,7 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
   if constexpr (KEEPS) load_tiles(first);
 
   T* pooled_token = pooled ? p.out.token(p.out.frame(target), i, first) : p.out.base;
-  T* cell = p.scratch;  // nullptr where nothing is stored
+  T* cell = p.scratch;  // scratch is nullptr if there are no thumbnails
   if (MOSAIC || live > 0) cell += ((static_cast<int64_t>(entry[E_SLOT]) * p.h + i) * p.w + first) * p.C;
   for (int32_t j = first; j < stop; ++j) {
     const bool pools = pooled && j < p.OW, shrinks = j < live;
@@ -193,7 +197,7 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
           beside[n] = load(row, 2 * j - 1, odd_W && j > 0 && row >= top && row < bottom, k);
         }
         Vec result;
-        float lasts[PER_VEC<T>];  // sums of the last column
+        float lasts[PER_VEC<T>];  // sums over the last column of the cell
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
           float left[PER_WORD<T>] = {}, right[PER_WORD<T>] = {}, before[PER_WORD<T>] = {};

@@ -1,4 +1,4 @@
-// What the fused form's kernels share: where an entry's tokens are, and weights of a window.
+// Functions that the forward and the backward kernel of the fused form share: tokens of an entry, weights of a window.
 
 #pragma once
 
@@ -6,11 +6,11 @@
 
 namespace stgp::cuda {
 
-// 1 / n of the 1, 2 or 3 rows or columns of a cell: rounded once, exact for 1 and 2, and no division.
+// 1 / n for a cell of n = 1, 2 or 3 rows or columns. The constants save a division.
 __device__ __forceinline__ float inverse(int32_t n) { return n == 3 ? 1.0f / 3.0f : n == 2 ? 0.5f : 1.0f; }
 
-// Where the tokens of an entry are: in a frame of x, or in the four thumbnails that a summary is tiled from. Of the
-// parameters P it takes x, the thumbnails in scratch, and h, w, C.
+// The tokens of an entry's node: a frame of x, or the mosaic of four thumbnails. The parameters P of a kernel must have
+// x, scratch, h, w and C.
 template <class T, bool MOSAIC, class P>
 struct Image {
   const P& p;
@@ -39,7 +39,8 @@ struct Image {
   }
 };
 
-// Weights of the four tokens of a window: softmax(temperature * norm), 0 for tokens that are not taken.
+// The weights of the four tokens of a window: softmax(temperature * norm). Tokens outside the frame are not `taken`;
+// their weight is 0.
 __device__ __forceinline__ void weigh(const float (&norms)[4], const bool (&taken)[4], float temperature,
                                       float (&weights)[4]) {
   float highest = -INFINITY;
@@ -50,7 +51,7 @@ __device__ __forceinline__ void weigh(const float (&norms)[4], const bool (&take
   }
 #pragma unroll
   for (int q = 0; q < 4; ++q) weights[q] = expf(weights[q] - highest);
-  // in the order of pool.cu's join over a block
+  // The order of this sum is that of join_block, by which pool.cu adds the four powers of such a window.
   const float total = (weights[0] + weights[2]) + (weights[1] + weights[3]);
 #pragma unroll
   for (int q = 0; q < 4; ++q) weights[q] = __fdividef(weights[q], total);

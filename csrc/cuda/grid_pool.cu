@@ -1,9 +1,9 @@
-// The functions of grid_pool.h: START HERE. What kernels a call takes, and how much scratch.
+// The CUDA functions of csrc/grid_pool.h: START HERE. This file chooses the kernels of a call and divides its scratch.
 //
-//   grid_pool      fused.cu where tables, channels and norm allow; else summaries.cu, token_norm.cu and pool.cu
+//   grid_pool      fused.cu if takes_fused() is true; else summaries.cu, token_norm.cu and pool.cu
 //   temporal_grid  summaries.cu
 //   token_norm     token_norm.cu
-//   ..._backward   backward.cu, after what these need of the forward
+//   ..._backward   backward.cu, after the kernels that compute thumbnails or summaries again
 
 #include <cmath>
 #include <limits>
@@ -13,7 +13,7 @@
 namespace stgp::cuda {
 namespace {
 
-// Where a gradient's parts of scratch are, and in `bytes` how much it is in all.
+// The arrays of scratch of a gradient. `bytes` is set to the size of all scratch.
 GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool pooled, int64_t* bytes) {
   const int64_t summaries = tables[H_SUMMARIES], frames = tables[H_FRAMES];
   const int64_t tokens = int64_t{tables[H_HEIGHT]} * tables[H_WIDTH];
@@ -35,7 +35,7 @@ GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool p
   return scratch;
 }
 
-// Kernels count channels in int32, those of a block's vecs beyond the last channel included.
+// Whether a channel index does not fit into int32. The indices of a block's last vecs exceed C.
 bool too_many_channels(const Call& call) { return call.C > std::numeric_limits<int32_t>::max() - 2 * MAX_CHANNELS; }
 
 }  // namespace

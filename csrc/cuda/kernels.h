@@ -1,4 +1,4 @@
-// What the files of this folder offer each other. grid_pool.cu chooses among them.
+// The functions that launch kernels. grid_pool.cu chooses among them.
 
 #pragma once
 
@@ -10,48 +10,49 @@
 
 namespace stgp::cuda {
 
-// How a token's magnitude is taken. `power` is any p but 1, 2 and infinity.
+// The kind of a norm by its p: 1, 2, infinity, or any other p.
 enum class Norm : int32_t { l1, l2, max, power };
 
 Norm norm_kind(double norm_type);
 
-// Whether the fused kernel runs a call; it depends on nothing that differs between a video alone and packed with others
-// but on the tables.
+// Whether the fused kernel computes a call. The answer is the same for a video alone and packed with others.
 bool takes_fused(const int32_t* tables, const Call& call);
 
-// The fused form: out from x, thumbnails in scratch. Without `pools` the thumbnails alone.
+// The fused form: computes out from x, and stores thumbnails in scratch. Without `pools` it only stores the thumbnails.
 cudaError_t pool_fused(const int32_t* tables, const int32_t* device_tables, const Call& call, bool pools,
                        cudaStream_t stream);
 
-// The general form: every summary into scratch as (summaries, H, W, C).
+// The general form: stores every summary in scratch as (summaries, H, W, C).
 cudaError_t make_summaries(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream);
 
-// out = what every frame ends with.
+// Copies the node of every output frame to out.
 cudaError_t copy_final(const int32_t* tables, const int32_t* device_tables, const Call& call, cudaStream_t stream);
 
-// norms = the norm of every token of what frames end with, as (frames, H, W); then out from those and the tokens.
+// Stores the norms of the tokens of the output frames in `norms` as (frames, H, W), and pools the tokens into out.
 cudaError_t pool_windows(const int32_t* tables, const int32_t* device_tables, const Call& call, float* norms,
                          cudaStream_t stream);
 
-// Norms of frames 0, ..., frames - 1, or of the nodes that `final` on the device names. exact: division and root
-// round correctly; norms that only become weights do without.
+// Stores the norms of the tokens of frames 0, ..., frames - 1 of x. If `final` is not nullptr, final[f], on the device,
+// is the node that replaces frame f. exact: division and root are rounded correctly, which weights do not need.
 cudaError_t find_norms(int32_t frames, int32_t H, int32_t W, const Call& call, const int32_t* final, float* norms,
                        const Strides& norm_strides, bool exact, cudaStream_t stream);
 
-// What gradients need of scratch beside what the forward left at its start. None of it is initialized.
+// Arrays in scratch that gradients need beside thumbnails or summaries. They are not initialized.
 struct GradientScratch {
-  float* summaries;   // gradients of summaries: (summaries, H, W, C)
-  float* norms;       // of what frames end with: (frames, H, W); those from here on of the general form alone
-  float* statistics;  // of windows: (frames, OH, OW, 3)
-  int32_t* ends;      // (summaries)
+  float* summaries;  // gradients of summaries: (summaries, H, W, C)
+
+  // The general form alone has these.
+  float* norms;       // norms of the tokens of the output frames: (frames, H, W)
+  float* statistics;  // statistics of the windows: (frames, OH, OW, 3)
+  int32_t* ends;      // the output frame of each summary, or -1: (summaries)
 };
 
-// Gradients in x, the fused form: thumbnails are in scratch.
+// Gradients of grid_pool in the fused form. Scratch must hold the thumbnails.
 cudaError_t grid_pool_backward_fused(const int32_t* tables, const int32_t* device_tables, const Call& call,
                                      const GradientScratch& scratch, cudaStream_t stream);
 
-// The same in the general form: summaries and norms are in scratch. Without `pooled` it is that of temporal_grid, which
-// needs neither.
+// Gradients of grid_pool in the general form. Scratch must hold the summaries and the norms. Without `pooled` it
+// computes the gradient of temporal_grid, which needs neither.
 cudaError_t grid_pool_backward(const int32_t* tables, const int32_t* device_tables, const Call& call,
                                const GradientScratch& scratch, bool pooled, cudaStream_t stream);
 

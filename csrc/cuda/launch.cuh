@@ -1,4 +1,4 @@
-// From sizes to a launch: threads of a block, which access a layout allows, and the launch itself.
+// Launches of kernels: the number of threads of a block, the access that a layout allows, and the launch itself.
 
 #pragma once
 
@@ -10,15 +10,16 @@
 
 namespace stgp::cuda {
 
-constexpr int32_t WARP = 32;
-constexpr int32_t MAX_THREADS = 512;
-constexpr int32_t MAX_CHANNELS = MAX_THREADS * THREAD_CHANNELS;  // that a block holds in registers
+constexpr int32_t WARP = 32;                                     // threads of a warp
+constexpr int32_t MAX_THREADS = 512;                             // limit of the threads of a block
+constexpr int32_t MAX_CHANNELS = MAX_THREADS * THREAD_CHANNELS;  // limit of the channels in the registers of a block
 
-constexpr int64_t MAX_BLOCKS = (int64_t{1} << 31) - 1;  // in x of a grid
+constexpr int64_t MAX_BLOCKS = (int64_t{1} << 31) - 1;  // limit of CUDA for the blocks of a launch
 
-// Threads that hold a token, THREAD_CHANNELS each. A thread of the fused kernel takes up to 128 registers for 32-bit
-// values, so that a multiprocessor has room for 16 warps: a power of two of them fills it. For 16-bit values it takes
-// fewer, and a warp without channels would only cost instructions.
+// The number of threads of a block that holds a token, THREAD_CHANNELS channels each. For 32-bit values it is a power
+// of two of warps: a thread of the fused kernel takes up to 128 registers, so that a multiprocessor has room for 16
+// warps, which only such blocks fill. A thread takes fewer registers for 16-bit values, and a warp without channels
+// would only cost instructions.
 inline int32_t block_threads(int64_t C, int64_t bytes) {
   const int64_t threads = (std::min<int64_t>(C, MAX_CHANNELS) + THREAD_CHANNELS - 1) / THREAD_CHANNELS;
   int32_t warps = static_cast<int32_t>((threads + WARP - 1) / WARP);
@@ -26,7 +27,7 @@ inline int32_t block_threads(int64_t C, int64_t bytes) {
   return std::max(warps, 1) * WARP;
 }
 
-// Whether tokens at these strides can be moved 16 bytes at a time. A stride along a size of 1 is never used.
+// Whether tokens at these strides can be moved 16 bytes at a time. The stride of a dimension of size 1 does not matter.
 inline bool is_vectorized(const void* base, const Strides& strides, int64_t videos, int64_t T, int64_t rows,
                           int64_t cols, int64_t C, int64_t bytes) {
   const int64_t values = VEC_BYTES / bytes;
@@ -35,7 +36,7 @@ inline bool is_vectorized(const void* base, const Strides& strides, int64_t vide
          fits(videos, strides.video) && fits(T, strides.frame) && fits(rows, strides.row) && fits(cols, strides.col);
 }
 
-// x and out, where out has `rows` x `cols` tokens a frame.
+// Whether tokens of x and of out can both be moved 16 bytes at a time. A frame of out has rows x cols tokens.
 inline bool is_vectorized(const int32_t* tables, const Call& call, int64_t rows, int64_t cols) {
   const int64_t videos = tables[H_FRAMES] / call.T, bytes = element_size(call.dtype);
   return is_vectorized(call.x, call.x_strides, videos, call.T, tables[H_HEIGHT], tables[H_WIDTH], call.C, bytes) &&
@@ -52,8 +53,8 @@ Frames<T> frames_of_out(const Call& call) {
   return {static_cast<T*>(call.out), call.out_strides, static_cast<int32_t>(call.T)};
 }
 
-// kernel(parameters) on `blocks` blocks, with so many bytes of dynamic shared memory. An error is returned and not left
-// behind for others to find.
+// Launches kernel(parameters) on `blocks` blocks with `shared_bytes` bytes of dynamic shared memory. If the launch
+// fails, CUDA's last error is cleared, so that a later check does not report it again.
 template <class Parameters>
 cudaError_t launch(void (*kernel)(Parameters), int64_t blocks, int32_t threads, cudaStream_t stream,
                    const Parameters& parameters, int64_t shared_bytes = 0) {
@@ -68,10 +69,11 @@ cudaError_t launch(void (*kernel)(Parameters), int64_t blocks, int32_t threads, 
   return error;
 }
 
-// launch_range(first, count) for ranges of 0, ..., count - 1 of as many as a grid has room for, `blocks` blocks each.
+// Calls launch_range(first, range) for consecutive ranges of 0, ..., count - 1. One launch takes `blocks` blocks for
+// each element of its range, and a range has as many elements as a launch has room for.
 template <class LaunchRange>
 cudaError_t launch_in_ranges(int64_t count, int64_t blocks, LaunchRange launch_range) {
-  if (blocks > MAX_BLOCKS) return cudaErrorInvalidConfiguration;  // for one frame
+  if (blocks > MAX_BLOCKS) return cudaErrorInvalidConfiguration;
   if (blocks == 0) return cudaSuccess;
   const int64_t most = MAX_BLOCKS / blocks;
   for (int64_t first = 0; first < count; first += most) {
@@ -82,7 +84,7 @@ cudaError_t launch_in_ranges(int64_t count, int64_t blocks, LaunchRange launch_r
   return cudaSuccess;
 }
 
-// function(value of the type that `dtype` names)
+// Returns function(value) with a value of the type of `dtype`.
 template <class Function>
 cudaError_t with_type(DType dtype, Function function) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// Norms of tokens that are spread over a block, and weights from them. Sums have one order, whatever kernel takes them.
+// Norms of tokens that are spread over a block. Sums have the same order in all kernels.
 
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace stgp::cuda {
 
-// Adds |v|^p of the values of a vec to a thread's sum; or takes the largest |v| so far. Without their sign, floats
-// are in the order of their bits, and NaN is above infinity: no maximum of bits loses it, as one of floats would.
+// Adds |v|^p to a thread's sum for the values v of a vec; for p = infinity, updates the thread's largest |v|.
+// Magnitudes are compared as integers, in which NaN is above infinity: a maximum of floats could lose it.
 template <class T>
 __device__ __forceinline__ float add_vec(Norm norm, float total, const Vec& vec) {
 #pragma unroll
@@ -28,7 +28,7 @@ __device__ __forceinline__ float add_vec(Norm norm, float total, const Vec& vec)
   return total;
 }
 
-// What `add_vec` made of all the channels of two.
+// Joins the results of add_vec for two sets of channels.
 struct Join {
   Norm norm;
 
@@ -37,9 +37,9 @@ struct Join {
   }
 };
 
-extern __shared__ float4 dynamic_shared_memory[];  // as much as the launch asks for
+extern __shared__ float4 dynamic_shared_memory[];  // its size is an argument of the launch
 
-// What warps of a block tell each other, for two calls of join_block.
+// Values of the warps of a block, in two buffers for consecutive calls of join_block.
 using Exchange = float4[2][MAX_THREADS / WARP];
 
 static __device__ __forceinline__ Exchange& exchange() {
@@ -47,9 +47,9 @@ static __device__ __forceinline__ Exchange& exchange() {
   return of_warps;
 }
 
-// Every thread of a block gets join of all of theirs, of N values at once (1 or 4), with one barrier; none for a single
-// warp. Calls take turns with `buffer` 0 and 1: whoever has passed the barrier of one has read what the one before
-// left.
+// Joins N values (1 or 4) of each thread over all threads of a block, and gives the results to every thread. It takes
+// one barrier, or none if the block is a single warp. Consecutive calls must alternate between buffers 0 and 1: a
+// thread that has passed the barrier of one call has finished reading the buffer of the call before.
 template <int N, class Join>
 __device__ __forceinline__ void join_block(Join join, float (&values)[N], int32_t buffer) {
   static_assert(N == 1 || N == 4);
@@ -59,7 +59,7 @@ __device__ __forceinline__ void join_block(Join join, float (&values)[N], int32_
 
   float value = values[0];
   if constexpr (N == 4) {
-    // lanes 8q, ..., 8q + 7 go on with value q: 6 exchanges in place of 20
+    // Lanes 8q, ..., 8q + 7 continue with value q alone. This takes 6 exchanges instead of 20.
     const bool upper = lane & 16, second = lane & 8;
     float kept[2];
 #pragma unroll
@@ -91,14 +91,16 @@ __device__ __forceinline__ void join_block(Join join, float (&values)[N], int32_
   }
 }
 
-// (total * inv_count)^(1/p) for p = 1, 2 and infinity; `total` comes from `join_block`, inv_count is 1 / C, or 1.
+// (total * inv_count)^(1/p) for p = 1 and 2, total for infinity. `total` is a result of join_block; inv_count is 1 / C,
+// or 1 for norms that are not normalized.
 __device__ __forceinline__ float finish_norm(Norm norm, float total, float inv_count) {
   if (norm == Norm::max) return total;
   const float mean = __fmul_rn(total, inv_count);
   return norm == Norm::l2 ? sqrtf(mean) : mean;
 }
 
-// What a norm weighs before its softmax. As a product that is rounded by itself, the largest one minus itself is 0.
+// temperature * norm. The product is rounded before it is used: if it were fused with a subtraction, logit - largest
+// could differ from 0 for the largest logit.
 __device__ __forceinline__ float logit(float temperature, float norm) { return __fmul_rn(temperature, norm); }
 
 }  // namespace stgp::cuda

@@ -1,11 +1,11 @@
-// norm_pool with windows of any size, anywhere, over frames of x or the summaries that replace them.
+// Pooling in the general form: windows have any size and position, and read frames of x or summaries.
 
 #include "norms.cuh"
 
 namespace stgp::cuda {
 namespace {
 
-constexpr int32_t WEIGHTS = 256;  // of a window that are in shared memory at a time
+constexpr int32_t WEIGHTS = 256;  // limit of the weights of a window that are in shared memory at the same time
 
 using Weights = float[WEIGHTS];
 
@@ -19,19 +19,19 @@ struct Windows {
   Nodes<T> nodes;
   Frames<T> out;
   const int32_t* final;
-  const int32_t* rows;  // OH starts of windows, OH counts
-  const int32_t* cols;
-  const float* norms;  // (frames, H, W)
+  const int32_t* rows;  // window rows: OH starts, then OH counts
+  const int32_t* cols;  // window cols: OW starts, then OW counts
+  const float* norms;   // (frames, H, W)
   int32_t OH, OW;
-  int32_t chunks;  // of MAX_CHANNELS or fewer channels
-  int32_t first;   // frame of this launch
+  int32_t chunks;  // number of blocks that share the channels of a window
+  int32_t first;   // first frame of this launch
   float temperature;
 };
 
-// out[t, i, j] = sum of a * x[t, r, c] over window (i, j), a = softmax(temperature * norm of x[t, r, c])
+// out[t, i, j] = sum of a[r, c] * x[t, r, c] over window (i, j), where a = softmax(temperature * norm) over the window
 //
-// A block takes one window, of longer tokens one chunk of its channels. Positions in the padding have norm 0 and take
-// part in the softmax; there is no token to add.
+// A block computes one window; if a token has more than MAX_CHANNELS channels, it computes one chunk of them. The
+// softmax includes positions in the padding, which have norm 0 and no token.
 template <class T, Access A>
 __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_constant__ Windows<T> p) {
   Weights& weights = shared_weights();
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
     return logit(p.temperature, in_frame(row, col) ? norms[static_cast<int64_t>(row) * W + col] : 0.0f);
   };
 
-  // a maximum of floats may lose a NaN, but the sum does not
+  // The maximum may lose a NaN. The sum does not.
   float highest[1] = {-INFINITY}, total[1] = {};
   for (int64_t n = threadIdx.x; n < size; n += blockDim.x) highest[0] = fmaxf(highest[0], logit_of(n));
   join_block([](float left, float right) { return fmaxf(left, right); }, highest, 0);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
     for (int32_t n = 0; n < count; ++n) {
       const int32_t row = top + static_cast<int32_t>((from + n) / width);
       const int32_t col = left + static_cast<int32_t>((from + n) % width);
-      if (!in_frame(row, col)) continue;  // nothing to add
+      if (!in_frame(row, col)) continue;  // padding
       int64_t stride;
       const T* token = p.nodes.token(node, row, col, &stride);
 #pragma unroll

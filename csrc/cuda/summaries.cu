@@ -1,12 +1,13 @@
-// temporal_grid with any grids and either resize: the summaries of every level in full, then every frame as it ends.
+// temporal_grid, for any grids and both kinds of resize: the summaries of every level in full, then the output frames.
 
 #include "launch.cuh"
 
 namespace stgp::cuda {
 namespace {
 
-constexpr int32_t THREADS = 128;  // channels have nothing to do with each other here
+constexpr int32_t THREADS = 128;  // limit of the threads of a block
 
+// The number of threads of a block that moves a token.
 inline int32_t threads_for(int64_t C, int64_t bytes) {
   const int64_t is_vector = (C * bytes + VEC_BYTES - 1) / VEC_BYTES;
   return static_cast<int32_t>(std::min<int64_t>((is_vector + WARP - 1) / WARP * WARP, THREADS));
@@ -16,17 +17,18 @@ template <class T>
 struct Summaries {
   Nodes<T> nodes;
   T* summaries;
-  const int32_t* sources;  // rows x cols nodes of every summary of the level
-  const int32_t* row_runs;
-  const int32_t* col_runs;
-  int32_t first;  // summary of this launch, and of the level
-  int32_t first_of_level;
-  int32_t rows, cols;  // of the grid
+  const int32_t* sources;   // for each summary of the level, rows x cols nodes
+  const int32_t* row_runs;  // H starts, then H counts
+  const int32_t* col_runs;  // W starts, then W counts
+  int32_t first;            // first summary of this launch
+  int32_t first_of_level;   // first summary of the level
+  int32_t rows, cols;       // rows and columns of the grid
 };
 
-// scratch[s, r, c] = mean of the mosaic of s over a run of rows x a run of columns. A block takes one token.
+// summaries[s, r, c] = mean of the mosaic of s over a run of rows and a run of columns. A block computes one token.
 //
-// Rows are added first, column by column, then columns: the order of fused.cu, where both give the same bits.
+// Each column is summed from top to bottom, then the sums are added from left to right. fused.cu adds in the same
+// order, so that both give the same bits.
 template <class T, Access A>
 __global__ void __launch_bounds__(THREADS) summary_kernel(const __grid_constant__ Summaries<T> p) {
   const int32_t H = p.nodes.H, W = p.nodes.W, C = p.nodes.C;
@@ -72,10 +74,10 @@ struct Final {
   Nodes<T> nodes;
   Frames<T> out;
   const int32_t* final;
-  int32_t first;  // frame of this launch
+  int32_t first;  // first frame of this launch
 };
 
-// out[t, r, c] = the token of what frame t ends with: itself, or a summary. A block takes one token.
+// out[t, r, c] = token (r, c) of the node of output frame t. A block copies one token.
 template <class T, Access A>
 __global__ void __launch_bounds__(THREADS) final_frames_kernel(const __grid_constant__ Final<T> p) {
   const int32_t H = p.nodes.H, W = p.nodes.W, C = p.nodes.C;

@@ -1,4 +1,4 @@
-// Norms of tokens: token_norm's result, and what the general pooling weighs tokens by.
+// Norms of tokens: the result of token_norm, and norms for the weights of the general form.
 
 #include <cmath>
 
@@ -10,16 +10,17 @@ namespace {
 template <class T>
 struct Norms {
   Nodes<T> nodes;
-  const int32_t* final;  // the node of every frame, or nullptr: frames are as given
+  const int32_t* final;  // the node of each output frame; nullptr: the frame of x
   Frames<float> norms;   // (videos, T, H, W)
-  int32_t first;         // frame of this launch
+  int32_t first;         // first frame of this launch
   Norm norm;
-  bool mean, exact;
-  float inv_count;  // 1 / C, or 1
+  bool mean;        // whether the norm has the mean over channels; else it has the sum
+  bool exact;       // whether division and root are rounded correctly
+  float inv_count;  // 1 / C with the mean, 1 with the sum
   double p;
 };
 
-// norm[t, r, c] = (mean_k |x[t, r, c, k]|^p)^(1/p), or the sum in place of the mean. A block takes one token.
+// norm[t, r, c] = (mean_k |x[t, r, c, k]|^p)^(1/p), or the sum in place of the mean. A block computes one norm.
 template <class T, Access A, bool POWER>
 __global__ void __launch_bounds__(MAX_THREADS) token_norm_kernel(const __grid_constant__ Norms<T> p) {
   const int32_t W = p.nodes.W, H = p.nodes.H, C = p.nodes.C;
@@ -29,7 +30,8 @@ __global__ void __launch_bounds__(MAX_THREADS) token_norm_kernel(const __grid_co
 
   float total[1] = {};
   if constexpr (POWER) {
-    // What log2 and exp2 lose where |t|^p is far from 1 would be seen in float32. Channels go to threads as vecs do.
+    // Powers are float64: if |t|^p is far from 1, rounding errors of log2 would be visible in float32. Threads have the
+    // same channels as with vecs.
     for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
 #pragma unroll 1
       for (int32_t k = channel; k < min(channel + PER_VEC<T>, C); ++k) {

@@ -1,5 +1,5 @@
-// Tokens in memory and in registers. Every kernel spreads the channels of a token over a block alike, so that sums over
-// channels have one order: vec k of thread t starts at channel (k * threads + t) * 8, or * 4 for float32.
+// Tokens in memory and in registers. All kernels spread the channels of a token over a block in the same way, so that
+// sums over channels have one order: vec k of thread t starts at channel (k * threads + t) * PER_VEC<T>.
 
 #pragma once
 
@@ -14,22 +14,22 @@
 
 namespace stgp::cuda {
 
-constexpr int VEC_BYTES = 16;
-constexpr int WORDS = VEC_BYTES / 4;
-constexpr int THREAD_CHANNELS = 16;
+constexpr int VEC_BYTES = 16;         // bytes of a Vec
+constexpr int WORDS = VEC_BYTES / 4;  // 32-bit words of a Vec
+constexpr int THREAD_CHANNELS = 16;   // channels of a token that a thread holds
 
-// Neighbouring channels in 128 bits. They stay packed until they are used: unpacked, they would take twice the
-// registers.
+// Consecutive channels of a token, 128 bits. They stay packed until they are used: unpacked 16-bit values would take
+// twice the registers.
 struct alignas(VEC_BYTES) Vec {
   uint32_t word[WORDS];
 };
 
 template <class T>
-constexpr int PER_WORD = 4 / static_cast<int>(sizeof(T));
+constexpr int PER_WORD = 4 / static_cast<int>(sizeof(T));  // channels of a word
 template <class T>
-constexpr int PER_VEC = VEC_BYTES / static_cast<int>(sizeof(T));
+constexpr int PER_VEC = VEC_BYTES / static_cast<int>(sizeof(T));  // channels of a Vec
 template <class T>
-constexpr int VECS = THREAD_CHANNELS / PER_VEC<T>;
+constexpr int VECS = THREAD_CHANNELS / PER_VEC<T>;  // vecs of a thread
 
 template <class To, class From>
 __device__ __forceinline__ To same_bits(const From& from) {
@@ -72,14 +72,15 @@ __device__ __forceinline__ uint32_t pack(const float (&values)[PER_WORD<T>]) {
   return pack(values, T{});
 }
 
-// How channels of a token are loaded and stored. vector: every token starts at a multiple of 16 bytes, and 128 bits are
-// moved at a time. scalar: any strides, any alignment.
+// The access to channels in memory. vector: every token is aligned to 16 bytes, and 128 bits are moved at a time.
+// scalar: strides and alignment are arbitrary, and one channel is moved at a time.
 enum class Access { vector, scalar };
 
-// Whether memory is read or written once, so that it should not displace what is read again soon.
+// stream: the memory is accessed once, and should not displace other data in the cache. keep: it is accessed again
+// soon.
 enum class CacheHint { stream, keep };
 
-// Channels `channel`, ... of a token as far as they are below C, 0 from there on.
+// Loads the channels of a token from `channel` on. Channels from C on are 0.
 template <Access A, CacheHint U, class T>
 __device__ __forceinline__ Vec load_vec(const T* token, int32_t channel, int32_t C, int64_t stride) {
   Vec vec{};
@@ -104,6 +105,7 @@ __device__ __forceinline__ Vec load_vec(const T* token, int32_t channel, int32_t
   return vec;
 }
 
+// Stores the channels of a token from `channel` on, except channels from C on.
 template <Access A, CacheHint U, class T>
 __device__ __forceinline__ void store_vec(T* token, int32_t channel, int32_t C, int64_t stride, const Vec& vec) {
   if constexpr (A == Access::vector) {
@@ -129,19 +131,19 @@ __device__ __forceinline__ void store_vec(T* token, int32_t channel, int32_t C, 
   }
 }
 
-// Optimisation barrier: forces the compiler to unpack a vec again at its next use instead of keeping the unpacked
-// registers alive.
+// Optimisation barrier: the compiler unpacks the vec again at its next use, instead of keeping the unpacked values in
+// registers.
 __device__ __forceinline__ void keep_packed(Vec& vec) {
 #pragma unroll
   for (uint32_t& word : vec.word) asm volatile("" : "+r"(word));
 }
 
-// (videos, T, rows, columns, C) of any strides; T is const for x.
+// An array (videos, T_frames, rows, columns, C) with any strides. T is const for x.
 template <class T>
 struct Frames {
   T* base;
   Strides strides;
-  int32_t T_frames;
+  int32_t T_frames;  // number of frames of a video
 
   __device__ __forceinline__ T* frame(int32_t number) const {
     return base + number / T_frames * strides.video + number % T_frames * strides.frame;
@@ -152,7 +154,7 @@ struct Frames {
   }
 };
 
-// A token of a node: a frame of x, or a summary in scratch, which is (summaries, H, W, C).
+// The nodes of the general form: frames of x, and summaries in scratch, (summaries, H, W, C).
 template <class T>
 struct Nodes {
   Frames<const T> x;
