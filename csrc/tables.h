@@ -10,7 +10,8 @@
 // Tables of a chunk of streams have the fused form alone, and no levels: some of their frames are replaced by summaries
 // of thumbnails that earlier chunks left in their slots, at Call::thumbnails.
 //
-// General form: the summaries of each level in turn, in full, rounded to the dtype of x; then every output frame.
+// General form: all summaries are stored in full, level by level, rounded to the dtype of x. The output frames are
+// computed from them and from x.
 //
 //   outputs[frames]         the node of each output frame: its frame of x, or a summary
 //   levels[][LEVEL_WORDS]   in the order they run

@@ -240,7 +240,7 @@ class Runner {
     }
   }
 
-  // Number of times a waiting thread looks before it yields. That takes some microseconds; a piece takes some tens.
+  // Number of checks by a waiting thread before it yields. They take some microseconds; a piece takes some tens.
   static constexpr int SPINS = 2000;
 
   Phases& phases;

@@ -1,4 +1,4 @@
-// Where the tokens of a call are: in frames of x, in summaries, in thumbnails, in out.
+// Addresses of the tokens of a call: in frames of x, in summaries, in thumbnails and in out.
 //
 // Functions are in an unnamed namespace, for the reason that vector.h gives.
 
