@@ -40,7 +40,7 @@ class Cpu:
 
     type = torch_device = "cpu"
     separates_out = True
-    """Whether calls with `out` and calls that allocate their result are timed separately."""
+    """True if calls with `out` and calls that allocate their result are timed separately."""
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None:

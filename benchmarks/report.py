@@ -46,7 +46,7 @@ def title_of(provider: str) -> str:
 
 
 def is_ours(provider: str) -> bool:
-    """Whether a provider is one of the package's kernels. The reference, in plain PyTorch, is not."""
+    """Return whether a provider is one of the package's kernels. The reference, in plain PyTorch, is not."""
     name, *variants = provider.split(":")
     ours = ("grid_pool", "norm_pool", "grid_pool_backward", "norm_pool_backward", "push")
     return name in ours and "reference" not in variants

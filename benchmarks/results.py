@@ -136,7 +136,7 @@ class Results:
         return found
 
     def has(self, part: str) -> bool:
-        """Whether there is a row of a workload of this name or group."""
+        """Return whether there is a row of a workload of this name or group."""
         return any(part in (row.workload, *row.groups) for row in self.rows)
 
     @property

@@ -146,7 +146,7 @@ def known_rows(path: Path, run: Run) -> dict[tuple[str, str], BenchRow]:
 
 
 def is_known(workload: str, provider: str, known: Mapping[tuple[str, str], BenchRow]) -> bool:
-    """Whether a provider was timed or found wrong on a workload, or has ended a process on any workload."""
+    """Return whether a provider was timed or found wrong on a workload, or has ended a process on any workload."""
     if any(row.check == LOST and row.provider == provider for row in known.values()):
         return True
     row = known.get((workload, provider))

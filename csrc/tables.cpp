@@ -8,7 +8,7 @@ namespace stgp {
 
 namespace {
 
-// Whether the tables hold `count` words from `offset` on, behind the header.
+// Returns whether the tables hold `count` words from `offset` on, behind the header.
 bool inside(int64_t offset, int64_t count, int64_t words) {
   return offset >= HEADER_WORDS && count >= 0 && offset + count <= words;
 }
@@ -17,7 +17,7 @@ bool all_between(const int32_t* values, int64_t count, int64_t low, int64_t high
   return std::all_of(values, values + count, [=](int64_t value) { return low <= value && value < high; });
 }
 
-// Whether there are `count` starts and counts at `offset`, whose runs are not empty and between `low` and `high`.
+// Returns whether there are `count` starts and counts at `offset` whose runs are not empty and from `low` to `high`.
 bool runs_fit(const int32_t* t, int64_t words, int64_t offset, int64_t count, int64_t low, int64_t high) {
   if (!inside(offset, 2 * count, words)) return false;
   for (int64_t i = 0; i < count; ++i) {
@@ -47,7 +47,7 @@ const char* check_levels(const int32_t* t, int64_t words) {
   return summaries == t[H_SUMMARIES] ? nullptr : "the levels do not hold all summaries";
 }
 
-// Whether a mosaic has all tiles that its entry reads, of h x w tokens each. Other tiles may be -1.
+// Returns whether a mosaic has all tiles that its entry reads, of h x w tokens each. Other tiles may be -1.
 bool has_tiles(const int32_t* t, const int32_t* entry, int64_t h, int64_t w) {
   const int64_t H = t[H_HEIGHT], W = t[H_WIDTH];
   for (int64_t i = 0; i < h; ++i) {
@@ -90,7 +90,7 @@ const char* check_stages(const int32_t* t, int64_t words) {
   return nullptr;
 }
 
-// Whether there are `size` starts and counts at `offset`, whose runs are empty or between 0 and `count`.
+// Returns whether there are `size` starts and counts at `offset`, whose runs are empty or between 0 and `count`.
 bool inverse_runs_fit(const int32_t* t, int64_t words, int64_t offset, int64_t size, int64_t count) {
   if (!inside(offset, 2 * size, words)) return false;
   for (int64_t p = 0; p < size; ++p) {

@@ -44,6 +44,7 @@ from .stream_state import (
     is_stream_id,
     plain_arguments,
     plain_format,
+    usable_device,
 )
 
 EXACT_FRAMES = 1 << 24
@@ -197,7 +198,7 @@ class GridPoolStream:
         return self._states[self._only(stream)].frames
 
     def matches_offline(self, stream: StreamId | None = None) -> bool:
-        """Whether `grid_pool` of all frames that a stream has seen surely equals the joined results, bit by bit."""
+        """Return whether `grid_pool` of all frames that a stream has seen must equal the joined results bit by bit."""
         frames = self.frames(stream)
         if self.arguments["sampling"] == "first":
             return True
@@ -269,7 +270,7 @@ class GridPoolStream:
     def _pieces(
         self, n: int, streams: Sequence[StreamId] | None, frame_counts: Sequence[int] | None
     ) -> dict[StreamId, tuple[int, int]]:
-        """For every stream that gets frames, its first row of x and its number of rows."""
+        """Return the first row of x and the number of rows of every stream that gets frames."""
         names = self.streams if streams is None else streams
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"streams must be a sequence of open streams, got {names!r}")
@@ -482,11 +483,7 @@ class GridPoolStream:
     def _read_format(self, given: dict[str, Any], device: torch.device | str | None) -> _Format:
         entry, where = ("device", device) if device is not None else ("state['format']['device']", given["device"])
         shape = (0, given["height"], given["width"], given["channels"])
-        try:
-            like = torch.empty(shape, dtype=STATE_DTYPES[given["dtype"]], device=where).cpu().to(where)
-        except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-            cause = str(error).splitlines()[0]
-            raise ValueError(f"{entry} must be one that can be used here, got {str(where)!r}: {cause}") from error
+        like = torch.empty(shape, dtype=STATE_DTYPES[given["dtype"]], device=usable_device(where, entry))
         backend = next(known for known in BACKENDS if known.name == given["backend"])
         reason = backend.unsupported_reason(None, None)
         if reason is not None:

@@ -65,6 +65,15 @@ def plain_format(like: Tensor, backend: str) -> dict[str, Any]:
     return {"height": H, "width": W, "channels": C, "dtype": dtype, "device": str(like.device), "backend": backend}
 
 
+def usable_device(where: torch.device | str, entry: str) -> torch.device:
+    """Return a device with its index, as cuda:0 for cuda. Raises ValueError that names `entry` if it cannot be used."""
+    try:
+        return torch.empty(0, device=where).cpu().to(where).device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        cause = str(error).splitlines()[0].split(". ")[0]  # without torch's list of all its backends
+        raise ValueError(f"{entry} must be one that can be used here, got {str(where)!r}: {cause}") from error
+
+
 def copied(tensor: Tensor, device: torch.device | None) -> Tensor:
     """Return a detached contiguous copy of a tensor; with device None it stays on its device."""
     return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
@@ -147,12 +156,12 @@ def _check_count(value: Any, entry: str, least: int) -> None:
 
 
 def is_stream_id(name: Any) -> bool:
-    """Whether `name` can name a stream: integers and strings can, booleans cannot."""
+    """Return whether `name` can name a stream: integers and strings can, booleans cannot."""
     return isinstance(name, (int, str)) and not isinstance(name, bool)
 
 
 def _equals(value: Any, expected: Any) -> bool:
-    """Whether a value equals `expected` and is a number, a string, None or a list of them."""
+    """Return whether a value equals `expected` and is a number, a string, None or a list of them."""
     if isinstance(expected, list):
         return isinstance(value, list) and len(value) == len(expected) and all(map(_equals, value, expected))
     return isinstance(value, (Number, str, NoneType)) and bool(value == expected)

@@ -1,4 +1,4 @@
-"""What the kernels of the backends triton and cuda compile to, for GPUs that need not be there.
+"""Report of what the kernels of the backends triton and cuda compile to, for GPUs that need not be there.
 
 `python -m tools.compile_report` compiles what calls would launch, and prints a table for every shape: registers,
 spills, shared memory, widths of accesses to global memory, barriers, and how many warps fit on a multiprocessor. The

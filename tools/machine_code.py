@@ -84,7 +84,7 @@ class KernelUsage:
 
     @property
     def published(self) -> bool:
-        """Whether the kernel runs the published settings."""
+        """Return whether the kernel runs the published settings."""
         return self.enough_warps > 0
 
     @property

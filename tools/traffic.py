@@ -224,7 +224,7 @@ def launch_table(counts: Sequence[Counts], channels: int, itemsize: int, names: 
 
 
 def launch_names(plan: GridPlan, counts: Sequence[Counts]) -> list[str]:
-    """Of a gradient: thumbnails again, then back through the levels."""
+    """Return names of the launches of a gradient: thumbnails again, then back through the levels."""
     levels = len(Dataflow.of(plan).by_level())
     shrunk = len(counts) - levels - 1
     names = [f"thumbnails, {'frames of x' if number == 0 else f'summaries, {number}'}" for number in range(shrunk)]

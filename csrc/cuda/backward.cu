@@ -343,7 +343,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
   }
 }
 
-// Whether tokens of x, grad and out can all be moved 128 bits at a time.
+// Returns whether tokens of x, grad and out can all be moved 128 bits at a time.
 inline bool all_vectorized(const int32_t* tables, const Call& call, bool pooled) {
   return is_vectorized(tables, call, tables[H_HEIGHT], tables[H_WIDTH]) &&
          is_vectorized(call.grad, call.grad_strides, tables[H_FRAMES] / call.T, call.T,
@@ -447,7 +447,7 @@ struct FusedGradients {
 // cells.
 template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
 __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __grid_constant__ FusedGradients<T> p) {
-  // Whether the tokens are kept in registers; else they are loaded at each use, because they take too many registers.
+  // The tokens are kept in registers, or else loaded at each use, because they would take too many registers.
   constexpr bool KEEPS = A == Access::vector && (sizeof(T) == 2 || !MOSAIC || L2_NORM);
   constexpr bool KEEPS_GRAD = KEEPS && sizeof(T) == 2;
   constexpr int HELD = KEEPS ? VECS<T> : 1, GRADS = KEEPS_GRAD ? VECS<T> : 1, CELLS = HALO ? 4 : 1;

@@ -37,7 +37,7 @@ struct Fused {
   float inv_count, temperature;
 };
 
-// Whether a block computes more than one cell or window.
+// Returns whether a block computes more than one cell or window.
 __host__ __device__ constexpr bool walks(Access access, bool mosaic) { return access == Access::vector && !mosaic; }
 
 // Adds the channels of a word to sums.
@@ -61,7 +61,7 @@ __device__ __forceinline__ void add_word(float (&sums)[PER_WORD<T>], uint32_t wo
 template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
 __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_constant__ Fused<T> p) {
   constexpr bool WALKS = walks(A, MOSAIC), CARRIES = HALO && WALKS;
-  // Whether the tokens of a window are kept in registers; else they are loaded at each use. With scalar access they
+  // The tokens of a window are kept in registers, or else loaded at each use. With scalar access they
   // would take too many registers, and so would 32-bit mosaics, which are in the L2 cache.
   constexpr bool KEEPS = A == Access::vector && (sizeof(T) == 2 || !MOSAIC);
   constexpr int HELD = KEEPS ? VECS<T> : 1;

@@ -35,7 +35,7 @@ GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool p
   return scratch;
 }
 
-// Whether a channel index does not fit into int32. The indices of a block's last vecs exceed C.
+// Returns whether a channel index does not fit into int32. The indices of a block's last vecs exceed C.
 bool too_many_channels(const Call& call) { return call.C > std::numeric_limits<int32_t>::max() - 2 * MAX_CHANNELS; }
 
 }  // namespace

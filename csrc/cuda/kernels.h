@@ -15,7 +15,7 @@ enum class Norm : int32_t { l1, l2, max, power };
 
 Norm norm_kind(double norm_type);
 
-// Whether the fused kernel computes a call. The answer is the same for a video alone and packed with others.
+// Returns whether the fused kernel computes a call. The answer is the same for a video alone and packed with others.
 bool takes_fused(const int32_t* tables, const Call& call);
 
 // The fused form: computes out from x, and stores thumbnails in scratch. Without `pools` it only stores the thumbnails.

@@ -27,7 +27,8 @@ inline int32_t block_threads(int64_t C, int64_t bytes) {
   return std::max(warps, 1) * WARP;
 }
 
-// Whether tokens at these strides can be moved 16 bytes at a time. The stride of a dimension of size 1 does not matter.
+// Returns whether tokens at these strides can be moved 16 bytes at a time. The stride of a dimension of size 1 is not
+// used.
 inline bool is_vectorized(const void* base, const Strides& strides, int64_t videos, int64_t T, int64_t rows,
                           int64_t cols, int64_t C, int64_t bytes) {
   const int64_t values = VEC_BYTES / bytes;
@@ -36,7 +37,7 @@ inline bool is_vectorized(const void* base, const Strides& strides, int64_t vide
          fits(videos, strides.video) && fits(T, strides.frame) && fits(rows, strides.row) && fits(cols, strides.col);
 }
 
-// Whether tokens of x and of out can both be moved 16 bytes at a time. A frame of out has rows x cols tokens.
+// Returns whether tokens of x and of out can both be moved 16 bytes at a time. A frame of out has rows x cols tokens.
 inline bool is_vectorized(const int32_t* tables, const Call& call, int64_t rows, int64_t cols) {
   const int64_t videos = tables[H_FRAMES] / call.T, bytes = element_size(call.dtype);
   return is_vectorized(call.x, call.x_strides, videos, call.T, tables[H_HEIGHT], tables[H_WIDTH], call.C, bytes) &&

@@ -191,7 +191,7 @@ def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Bac
 
 
 def backend_reasons() -> dict[str, str | None]:
-    """By backend, in the order in which `auto` tries them: None if it can run on this machine, else the reason."""
+    """Return why each backend cannot run on this machine, None if it can, in the order in which `auto` tries them."""
     return {backend.name: backend.unsupported_reason(None, None) for backend in BACKENDS}
 
 

@@ -168,12 +168,12 @@ def grid_pool(
 
 
 def keeps_thumbnails_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
-    """Whether grid_pool on the CPU takes the fused form, which depends on the settings alone."""
+    """Return whether grid_pool on the CPU takes the fused form, which depends on the settings alone."""
     return is_2x2_pooling(plan) and is_2x2_area(plan)
 
 
 def keeps_thumbnails_on_cuda(plan: GridPlan, channels: int, norm_type: float) -> bool:
-    """Whether grid_pool on CUDA takes the fused kernel, as `takes_fused` of csrc/cuda/grid_pool.cu decides."""
+    """Return whether grid_pool on CUDA takes the fused kernel, as `takes_fused` of csrc/cuda/grid_pool.cu decides."""
     return keeps_thumbnails_on_cpu(plan, channels, norm_type) and channels <= 8192 and norm_type in (1.0, 2.0, math.inf)
 
 

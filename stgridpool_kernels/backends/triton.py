@@ -81,7 +81,7 @@ def grid_pool(
 
 
 def keeps_thumbnails(plan: GridPlan, channels: int, norm_type: float) -> bool:
-    """Whether grid_pool takes the fused kernel, which depends on the settings and the number of channels alone."""
+    """Return whether grid_pool takes the fused kernel. It depends on the settings and the number of channels alone."""
     return bool(_kernels().takes_fused(plan, channels))
 
 

@@ -22,6 +22,7 @@ from ..functional import grid_pool
 from ..io.inputs import load_input, stream_input
 from ..io.token_files import SUFFIXES, check_dtype, check_streamable, write_chunks, write_tokens
 from ..stream import GridPoolStream
+from ..stream_state import usable_device
 from .options import (
     DTYPES,
     add_command,
@@ -98,7 +99,7 @@ def add_pool(commands: Any) -> None:
 def _run_pool(args: argparse.Namespace) -> int:
     options = op_options(args)
     check_options(options)
-    device = _usable_device(args.device)
+    device = usable_device(args.device, "--device")
     out = Path(args.output)
     outputs = outputs_of(args.inputs, args.output, args.format)
     check_outputs(args.inputs, outputs, made=outputs != [out], force=args.force)
@@ -144,15 +145,6 @@ def _run_pool(args: argparse.Namespace) -> int:
     for message in failures:
         complain(args, message)
     return 1 if failures else 0
-
-
-def _usable_device(name: str) -> torch.device:
-    """Return the device `name` with its index, as cuda:0 for cuda. Raises ValueError if it cannot be used."""
-    try:
-        return torch.empty(0, device=name).cpu().to(name).device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        cause = str(error).splitlines()[0].split(". ")[0]  # without torch's list of all its backends
-        raise ValueError(f"--device must be one that can be used here, got {name!r}: {cause}") from error
 
 
 def _pool_file(

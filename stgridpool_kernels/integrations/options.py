@@ -75,11 +75,14 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
 def _integers(value: Any) -> tuple[int, ...] | None:
     """Return the integers in `value`, None if it is anything else."""
     if isinstance(value, str):
-        separator = r"\s*(?:,|:|x)\s*"
-        text = re.fullmatch(r"\s*\[(.*)\]\s*", value)
-        entries = re.split(separator, (text[1] if text else value).strip())
-        same = len(set(re.findall(r"[,:x]", value))) <= 1
-        return tuple(map(int, entries)) if same and all(re.fullmatch(r"[+-]?\d+", entry) for entry in entries) else None
+        bracketed = re.fullmatch(r"\s*\[(.*)\]\s*", value)
+        text = (bracketed[1] if bracketed else value).strip()
+        if bracketed and not text:
+            return ()
+        entries = re.split(r"\s*[,:x]\s*", text)
+        one_separator = len(set(re.findall(r"[,:x]", text))) <= 1
+        integers = all(re.fullmatch(r"[+-]?\d+", entry) for entry in entries)
+        return tuple(map(int, entries)) if one_separator and integers else None
     entries = [value] if isinstance(value, int) else value
     if isinstance(entries, list | tuple) and all(
         isinstance(entry, int) and not isinstance(entry, bool) for entry in entries
@@ -95,7 +98,7 @@ def _is_none(value: Any) -> bool:
 def _list(shown: str, value: Any, optional: bool) -> tuple[int, ...] | None:
     if _is_none(value):
         return None if optional else ()
-    numbers = () if value == "[]" else _integers(value)
+    numbers = _integers(value)
     if numbers is None:
         raise ValueError(f"{shown} must be integers like 2,4,8, or none, got {value!r}")
     return numbers

@@ -149,7 +149,7 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _shows_frame(packet: Any) -> bool:
-    """Whether a packet announces a frame. The packet that ends a stream is empty, and an edit list discards packets."""
+    """Return whether a packet announces a frame. The one that ends a stream is empty; edit lists discard packets."""
     return packet.size > 0 and not packet.is_discard
 
 

@@ -83,7 +83,7 @@ MakeDataflow = Callable[[GridPlan], Dataflow]
 
 
 def is_2x2_pooling(plan: GridPlan) -> bool:
-    """Whether the windows are 2 × 2 at stride 2, the last ones possibly cut by the frame's edge."""
+    """Return whether the windows are 2 × 2 at stride 2, the last ones possibly cut by the frame's edge."""
     return all(
         runs.start == tuple(range(0, 2 * len(runs), 2)) and runs.count == tuple(min(2, size - s) for s in runs.start)
         for runs, size in ((plan.window_rows, plan.height), (plan.window_cols, plan.width))
@@ -91,7 +91,7 @@ def is_2x2_pooling(plan: GridPlan) -> bool:
 
 
 def is_2x2_area(plan: GridPlan) -> bool:
-    """Whether every summary is tiled 2 × 2 from area-shrunk thumbnails, so that one thumbnail per node is enough.
+    """Return whether every summary is tiled 2 × 2 from area-shrunk thumbnails, so that a node has one thumbnail.
 
     It depends on the settings alone, not on whether the videos are long enough for every level: kernels sum in another
     order where it does not hold, and a video must give the same bits alone and packed with a longer one.
@@ -186,7 +186,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Liveness:
-    """Which parts of a node of a video without end are live, and where they are read.
+    """Live parts of a node of a video without end, and the mosaics that read them.
 
     tokens: extents of its live tokens. cells: the number of live cells in each row of its thumbnail, () if there are
         none; they are meaningful only where `is_2x2_area` holds.

@@ -52,7 +52,7 @@ class Triple:
 
     @property
     def interpreted(self) -> bool:
-        """Whether Triton's interpreter runs the kernels."""
+        """Return whether Triton's interpreter runs the kernels."""
         return self.backend == "triton" and self.device == "cpu"
 
 

@@ -18,7 +18,7 @@ from . import backward, config, fused, pool, summaries, token_norm
 from .launch import CallSpec, PreparedCall, run
 
 INTERPRETED = not isinstance(fused.grid_pool_kernel, triton.JITFunction)
-"""Whether the kernels run in triton's interpreter on the CPU, since TRITON_INTERPRET=1 was set on import."""
+"""True if the kernels run in Triton's interpreter on the CPU, because TRITON_INTERPRET=1 was set on import."""
 
 NO_PLAN = grid_plan((), 1, 1, frame_strides=(), kernel_size=1)
 """Placeholder plan of token_norm, which depends on no plan."""
@@ -42,7 +42,7 @@ def execute_backward(
 
 
 def takes_fused(plan: GridPlan, channels: int) -> bool:
-    """Whether grid_pool takes the fused kernel, which depends on the settings and the number of channels alone."""
+    """Return whether grid_pool takes the fused kernel. It depends on the settings and the number of channels alone."""
     return is_2x2_pooling(plan) and is_2x2_area(plan) and channels <= config.MAX_BLOCK
 
 

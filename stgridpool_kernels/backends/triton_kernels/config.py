@@ -9,7 +9,7 @@ import triton
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is divided into blocks.
+    """Division of a kernel into blocks.
 
     tokens, block: numbers of tokens and of channels per block. chunks: number of blocks that cover C channels.
     num_warps: warps of 32 threads per program.
@@ -23,7 +23,7 @@ class Config:
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """How the fused kernel is divided into programs. Its block is a window of 4 tokens. No choice changes results.
+    """Division of the fused kernel into programs. Its block is a window of 4 tokens. No choice changes results.
 
     num_warps: warps of 32 threads per program. stages: depth of the pipeline of a program's walk over cells; from 2 on,
         tokens of later steps are copied to shared memory in advance.

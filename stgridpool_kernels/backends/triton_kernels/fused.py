@@ -178,7 +178,7 @@ def frame_of(x, frame, T, strides):
 
 @triton.jit
 def places_in(rows, cols, entry, h, w, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr):
-    """Where tokens start: in a frame of x, or in scratch for the mosaic of the four thumbnails of an entry."""
+    """Return where tokens start: in a frame of x, or in scratch for the mosaic of the four thumbnails of an entry."""
     if MOSAIC:
         below, beside = (rows >= h).to(tl.int32), (cols >= w).to(tl.int32)
         slots = tl.load(entry + 4 + 2 * below + beside).to(tl.int64)

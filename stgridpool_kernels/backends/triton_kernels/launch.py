@@ -49,7 +49,7 @@ class CallSpec:
 
     @property
     def gridded(self) -> bool:
-        """Whether the settings replace frames by summaries, even if these videos are too short for any."""
+        """Return whether the settings replace frames by summaries, even if these videos are too short for any."""
         return self.op in ("grid_pool", "temporal_grid") and bool(self.plan.levels)
 
     def sizes(self) -> Arguments:
@@ -116,7 +116,7 @@ class Launch:
 
 
 def _launch_hooks_are_set() -> bool:
-    """Whether a launch hook is set, such as a profiler's. Triton's knobs hold a chain of hooks or a single hook."""
+    """Return whether a launch hook is set, as profilers do. Triton's knobs hold a chain of hooks or a single hook."""
     knobs = triton.knobs.runtime
     return any(getattr(hook, "calls", hook) for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook))
 
