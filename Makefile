@@ -18,7 +18,8 @@ help: ## this list
 demo: $(BUILT) ## the whole chain on a real video
 	$(VENV)/bin/stgp demo -o demo.png --force
 
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
+# Compiled tests are kept even where PYTHONDONTWRITEBYTECODE is set, since the suite starts many processes that read them.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 quick: $(BUILT) ## golden values, ops, plans and the command line, in less than a minute
 	$(PYTEST) -q tests/plan/test_plan.py tests/test_ops.py tests/cli/test_cli.py tests/backends/test_backends.py -k "(not test_backends or golden) and not opcheck and not gradcheck"

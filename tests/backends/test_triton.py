@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import sys
@@ -199,29 +200,36 @@ def test_channels_beyond_a_tile() -> None:
 axes = pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
 
 
+def far_apart(like: Tensor, axis: int) -> Tensor:
+    """Return a tensor of the same shape of which one stride leads past 2³¹ elements. Memory between is not touched."""
+    strides = list(like.contiguous().stride())
+    strides[axis] = (1 << 31) // (like.shape[axis] - 1) + 8
+    return torch.empty((1 << 31) + 4000, dtype=like.dtype).as_strided(like.shape, strides)
+
+
+@functools.cache
+def near(op: str) -> tuple[Tensor, Tensor]:
+    """Return tokens without gaps, and the result of a call of `CALLS`."""
+    name, arguments = CALLS[op]
+    x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
+    return x, run(name, x, **arguments)
+
+
 @pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed", "token_norm-p1"])
 @axes
 def test_offsets_beyond_32_bits(axis: int, op: str) -> None:
-    """One stride alone leads past 2³¹ elements; of the memory between, nothing is touched."""
-    shape = (4, 3, 3, 3)
-    strides = [27, 9, 3, 1]
-    strides[axis] = (1 << 31) // (shape[axis] - 1) + 8
     name, arguments = CALLS[op]
-    x = torch.empty((1 << 31) + 200, dtype=torch.bfloat16).as_strided(shape, strides)
-    x.copy_(tokens(*shape, dtype=torch.bfloat16))
-    arguments = arguments | ({"frame_strides": (1,), "grid_shape": (2, 2)} if "grid" in name else {})
-    assert_same_bits(run(name, x, **arguments), run(name, x.contiguous(), **arguments))
+    x, expected = near(op)
+    x = far_apart(x, axis).copy_(x)
+    assert_same_bits(run(name, x, **arguments), expected)
 
 
 @pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed"])
 @axes
 def test_results_beyond_32_bits(axis: int, op: str) -> None:
     name, arguments = CALLS[op]
-    x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
-    expected = run(name, x, **arguments)
-    strides = list(expected.stride())
-    strides[axis] = (1 << 31) // (expected.shape[axis] - 1) + 8
-    out = torch.empty((1 << 31) + 4000, dtype=torch.bfloat16).as_strided(expected.shape, strides)
+    x, expected = near(op)
+    out = far_apart(expected, axis)
     assert_same_bits(run(name, x, out=out, **arguments), expected)
 
 
@@ -293,11 +301,20 @@ def test_gradients_of_tokens_longer_than_a_tile(
     assert_gradient(op, tokens(9, 3, 4, 21, dtype=torch.bfloat16), **arguments)
 
 
-def far_apart(like: Tensor, axis: int) -> Tensor:
-    """A tensor of the same shape, of which one stride leads past 2³¹ elements."""
-    strides = list(like.contiguous().stride())
-    strides[axis] = (1 << 31) // (like.shape[axis] - 1) + 8
-    return torch.empty((1 << 31) + 4000, dtype=like.dtype).as_strided(like.shape, strides)
+@functools.cache
+def near_gradient(op: str) -> tuple[dict[str, Tensor], Callable[..., None]]:
+    """Return tensors of a call of `GRADIENT_CALLS` without gaps, and a function that writes its gradient into grad_x."""
+    name, arguments = GRADIENT_CALLS[op]
+    x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
+    plan = grid_plan([9], 4, 4, **(arguments | ({"kernel_size": 1} if "temporal" in name else {})))
+    settings = () if name == "temporal_grid" else (1.0, 2.0, True)
+
+    def write(x: Tensor, grad: Tensor, grad_x: Tensor) -> None:
+        triton_backend.backward(name, grad, x, plan, *settings, grad_x)
+
+    tensors = {"x": x, "grad": like_result(name, x, **arguments), "grad_x": torch.empty_like(x)}
+    write(**tensors)
+    return tensors, write
 
 
 @pytest.mark.parametrize(
@@ -311,17 +328,11 @@ def far_apart(like: Tensor, axis: int) -> Tensor:
     ],
 )
 def test_gradients_beyond_32_bits(axis: int, which: str, op: str) -> None:
-    name, arguments = GRADIENT_CALLS[op]
-    x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
-    grad = like_result(name, x, **arguments)
-    plan = stgridpool_kernels.grid_plan([9], 4, 4, **(arguments | ({"kernel_size": 1} if "temporal" in name else {})))
-    settings = () if name == "temporal_grid" else (1.0, 2.0, True)
-    expected = torch.empty_like(x)
-    triton_backend.backward(name, grad, x, plan, *settings, expected)
-    tensors = {"grad": grad, "x": x, "grad_x": torch.empty_like(x)}
-    tensors[which] = far_apart(tensors[which], axis).copy_(tensors[which])
-    triton_backend.backward(name, tensors["grad"], tensors["x"], plan, *settings, tensors["grad_x"])
-    assert_same_bits(tensors["grad_x"], expected)
+    tensors, write = near_gradient(op)
+    given = {"x": tensors["x"], "grad": tensors["grad"], "grad_x": torch.full_like(tensors["x"], math.nan)}
+    given[which] = far_apart(given[which], axis).copy_(given[which])
+    write(**given)
+    assert_same_bits(given["grad_x"], tensors["grad_x"])
 
 
 def test_gradients_of_summaries_beyond_32_bits() -> None:

@@ -39,8 +39,9 @@ def repair_interpreter() -> None:
 def hasten_interpreter() -> None:
     """Speed up the interpreter.
 
-    It then patches `triton.language` once per launch for every module of device functions, not at each call, and does
-    not check int32 operations for overflow, which takes half of the time; `check_integers` turns the check on.
+    It then patches `triton.language` once per launch for every module of device functions, not at each call; makes the
+    types and shapes of tensors once; and does not check int32 operations for overflow, which takes half of the time.
+    `check_integers` turns the check on.
     """
     from triton.runtime import interpreter
 
@@ -63,7 +64,43 @@ def hasten_interpreter() -> None:
     interpreter.InterpretedFunction.__call__ = call_device_function
     interpreter.GridExecutor.__call__ = launch_kernel
     interpreter.GridExecutor._restore_args_dev = keep_results
+    _share_types()
     check_integers(False)
+
+
+def _share_types() -> None:
+    """Let equal block types share their attributes and NumPy's dtype, and tensors of a type all but their handle.
+
+    Types are known by their names, since not all have a hash.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    make_type, make_tensor, find_dtype = core.block_type.__init__, core.tensor.__init__, interpreter._get_np_dtype
+    attributes: dict[Any, dict[str, Any]] = {}
+    dtypes: dict[str, Any] = {}
+
+    def share_dtype(type: Any) -> Any:
+        name = type.scalar.name
+        if name not in dtypes:
+            dtypes[name] = find_dtype(type)
+        return dtypes[name]
+
+    def share_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *shape)
+        if key not in attributes:
+            make_type(self, element_ty, shape)
+            attributes[key] = self.__dict__
+        self.__dict__ = attributes[key]
+
+    def share_shape(self: Any, handle: Any, type: Any) -> None:
+        if "of_tensors" not in type.__dict__:
+            make_tensor(self, handle, type)
+            type.of_tensors = {name: value for name, value in self.__dict__.items() if name != "handle"}
+        self.__dict__.update(type.of_tensors, handle=handle)
+
+    core.block_type.__init__, core.tensor.__init__ = share_type, share_shape
+    interpreter._get_np_dtype = share_dtype
 
 
 @dataclasses.dataclass

@@ -38,6 +38,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
 
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # what is tested is no worker, whoever runs the test
     monkeypatch.setenv("STGP_HANGING", str(hanging))
+    monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=monotonic))
     (tmp_path / "results.jsonl").touch()
     return Check(tmp_path / "results.jsonl", tmp_path / "log", 600)
