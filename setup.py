@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PYTHON = sys.executable
+ROOT = Path(__file__).resolve().parent
 
 
 def find_torch() -> Path | None:
@@ -46,9 +48,18 @@ def why_left_out() -> str | None:
     return None if works else f"{' '.join(compiler)} compiles no C++20"
 
 
+def build_folder() -> Path:
+    """Return CMake's folder for all that CMake remembers of a build. A second build there compiles only what changed."""
+    torch = find_torch()
+    choice = [sys.prefix, sys.version, torch and (torch / "version.py").read_text()]
+    choice += [os.getenv(name) for name in ("CXX", "CUDA_HOME", "CUDAHOSTCXX", "CMAKE_ARGS")]
+    choice += [shutil.which(tool) for tool in ("c++", "g++", "clang++", "nvcc")]
+    return ROOT / "build" / f"cmake-{hashlib.sha256(repr(choice).encode()).hexdigest()[:8]}"
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = build_folder()
         # finds tools that are installed for this Python even if its environment is not active
         os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(PYTHON).parent)))
         cmake = [PYTHON, "-m", "cmake"] if find_spec("cmake") else [shutil.which("cmake")]
@@ -64,8 +75,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": subprocess.check_output([PYTHON, "-m", "pybind11", "--cmakedir"], text=True).strip(),
         }
         given = [*(f"-D{name}={value}" for name, value in options.items()), *shlex.split(os.getenv("CMAKE_ARGS", ""))]
-        # --fresh, since the tools of an isolated build are in another folder every time
-        configure = ["--fresh", "-G", "Ninja", "-S", Path(__file__).resolve().parent, "-B", build, *given]
+        configure = ["-G", "Ninja", "-S", ROOT, "-B", build, *given]
         for step in (configure, ["--build", build, "--target", "_C"], ["--install", build, "--component", "python"]):
             if subprocess.run([*cmake, *step]).returncode:
                 sys.exit("stgridpool_kernels: its kernels do not compile, see above; STGP_NO_EXT=1 leaves them out")

@@ -1,4 +1,4 @@
-"""What setup.py decides: whether the compiled library is built, and why not. Nothing is built here."""
+"""setup.py decides whether the compiled library is built, and says why not. Nothing is built here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """setup.py as a module: only as a program it calls setup()."""
+    """Return setup.py as a module, which calls setup() only as a program."""
     spec = importlib.util.spec_from_file_location("stgridpool_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -31,7 +31,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder on PATH, with a compiler `c++` that accepts everything; the environment asks for nothing else."""
+    """Return the only folder on PATH, which has a compiler `c++` that accepts everything."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -142,11 +142,22 @@ LIBRARY = setuptools.Extension("stgridpool_kernels._C", sources=[])
 
 @pytest.fixture
 def build(script: ModuleType, tmp_path: Path) -> setuptools.Command:
-    """The command that compiles; its folders are in tmp_path."""
+    """Return the command that compiles; its results go to tmp_path."""
     command = script.CMakeBuild(setuptools.Distribution({"ext_modules": [LIBRARY]}))
     command.ensure_finalized()
-    command.build_temp, command.build_lib = str(tmp_path / "temp"), str(tmp_path / "lib")
+    command.build_lib = str(tmp_path / "lib")
     return command
+
+
+def test_builds_that_differ_have_folders_of_their_own(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [script.build_folder(), script.build_folder()]
+    for name, value in (("CXX", "clang++"), ("CMAKE_ARGS", "-DSTGP_CUDA=OFF")):
+        monkeypatch.setenv(name, value)
+        folders.append(script.build_folder())
+    monkeypatch.setattr(script, "find_torch", lambda: None)
+    folders.append(script.build_folder())
+    assert {folder.parent for folder in folders} == {ROOT / "build"}
+    assert len({*folders}) == 4 == len(folders) - 1
 
 
 def test_missing_build_tools_are_named(
@@ -160,7 +171,7 @@ def test_missing_build_tools_are_named(
 
 @pytest.fixture
 def steps(script: ModuleType, compilers: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What the build runs; nothing is run, and all but configuring fails."""
+    """Return a list of the commands of a build; instead of running them, all but configuring fail."""
     ran: list[list[str]] = []
 
     def run(command: list[object], **options: object) -> SimpleNamespace:
@@ -182,7 +193,7 @@ def test_options_of_cmake_and_those_of_the_user_after_them(
     with pytest.raises(SystemExit):
         build.build_extension(LIBRARY)
     configure = steps[0]
-    assert configure[:4] == [str(compilers / "cmake"), "--fresh", "-G", "Ninja"]
+    assert configure[:3] == [str(compilers / "cmake"), "-G", "Ninja"]
     assert configure[configure.index("-S") + 1] == str(ROOT)
     assert f"-DCMAKE_MAKE_PROGRAM={compilers / 'ninja'}" in configure
     assert f"-DCMAKE_INSTALL_PREFIX={Path(build.build_lib).resolve() / 'stgridpool_kernels'}" in configure
@@ -201,7 +212,6 @@ def test_a_build_that_fails_stops_and_says_how_to_do_without(build: setuptools.C
 # ---- what was built ----
 
 
-@pytest.mark.needs("library")
 def test_every_folder_of_the_package_is_installed() -> None:
     """A list of packages in pyproject.toml can leave out a folder, which a checkout does not show and a wheel does."""
     found = pyprojecttoml.read_configuration(ROOT / "pyproject.toml")["tool"]["setuptools"]["packages"]
@@ -209,6 +219,7 @@ def test_every_folder_of_the_package_is_installed() -> None:
     assert set(found) == {".".join(folder.parts) for folder in folders}
 
 
+@pytest.mark.needs("library")
 def test_build_info() -> None:
     info = compiled.LIBRARY.build_info()
     assert info["version"] == stgridpool_kernels.__version__

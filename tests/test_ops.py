@@ -75,8 +75,9 @@ def test_python_functions_have_the_arguments_of_the_schema(name):
     assert {key: list(v) if isinstance(v, tuple) else v for key, v in python.items()} == schema
 
 
-@pytest.mark.parametrize("shape", [(9, 6, 7, 3), (2, 9, 6, 7, 3)], ids=["4d", "5d"])
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.parametrize(
+    ("shape", "requires_grad"), [((9, 6, 7, 3), False), ((2, 9, 6, 7, 3), True)], ids=["4d", "5d with gradient"]
+)
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_opcheck(name, arguments, requires_grad, shape):
     if len(shape) == 5 and "frame_counts" in arguments:

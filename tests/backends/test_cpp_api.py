@@ -1,14 +1,14 @@
 """The C++ functions without torch and Python (tests/cpp/grid_pool_test.cpp), which must agree with the backend `cpu`.
 
-The program is built by CMake into build/, with the definitions that CMAKE_ARGS holds, as setup.py takes them.
+The program is built by CMake where setup.py builds the package, with the same definitions, those that CMAKE_ARGS holds.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import math
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -57,10 +57,10 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    """The test program, built if something has changed."""
-    definitions = [*shlex.split(os.environ.get("CMAKE_ARGS", "")), "-DSTGP_TESTS=ON", "-DSTGP_CUDA=OFF"]
-    build = ROOT / "build" / f"cpp-test-{hashlib.sha256(repr(definitions).encode()).hexdigest()[:8]}"
+    """Return the test program. It is linked from the objects that a build of the package has left, if there are any."""
+    build: Path = runpy.run_path(str(ROOT / "setup.py"))["build_folder"]()
     build.mkdir(parents=True, exist_ok=True)
+    definitions = [*shlex.split(os.environ.get("CMAKE_ARGS", "")), "-DSTGP_TESTS=ON"]
     with open(build / "lock", "w") as lock:  # the processes of pytest-xdist share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (

@@ -303,7 +303,7 @@ def test_gradients_of_tokens_longer_than_a_tile(
 
 @functools.cache
 def near_gradient(op: str) -> tuple[dict[str, Tensor], Callable[..., None]]:
-    """Return tensors of a call of `GRADIENT_CALLS` without gaps, and a function that writes its gradient into grad_x."""
+    """Return tensors of a call without gaps, and a function that writes its gradient into grad_x."""
     name, arguments = GRADIENT_CALLS[op]
     x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
     plan = grid_plan([9], 4, 4, **(arguments | ({"kernel_size": 1} if "temporal" in name else {})))

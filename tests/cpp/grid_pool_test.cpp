@@ -5,7 +5,7 @@
 //   grid_pool_test TABLES X OUT DTYPE B C THREADS TEMPERATURE NORM_TYPE NORMALIZE
 //       runs every op on B videos, by every set of vector instructions that this CPU has, with one thread and with
 //       THREADS. Results have to be equal bit by bit and are written to OUT.grid_pool, OUT.temporal_grid and
-//       OUT.token_norm, followed by the instructions (".avx2"). TABLES is a file of GridPlan.save, X a file of tokens
+//       OUT.token_norm, followed by the instructions (".avx2"). TABLES is a file of save_tables, X a file of tokens
 //       (B, T, H, W, C), or "-" for some that are made here. If the tables have a gradient section, gradients are
 //       computed as well: of grid_pool, where the file X.grad holds that of its result, and of temporal_grid, where x
 //       stands in for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +37,13 @@ ENVIRONMENT = {
 }
 
 
+RUN = ("extract", "step")
+"""Names of the page's examples that need a cluster."""
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster() -> Iterator[str]:
+    """Start a cluster, and yield its address."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +51,7 @@ def cluster() -> Iterator[None]:
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(num_cpus=2, include_dashboard=False, address="local", object_store_memory=100_000_000)
-        yield
+        yield ray.get_runtime_context().gcs_address
         ray.shutdown()
 
 
@@ -77,11 +84,12 @@ def check(folder: Path, out: Path, **options: object) -> None:
     assert found == sorted(str(Path(name).with_suffix(".safetensors")) for name in NAMES)
 
 
-def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: None, inputs: Path, tmp_path: Path) -> None:
+def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: str, inputs: Path, tmp_path: Path) -> None:
+    """The second run is the command's, in a process of its own, which shows progress and what failed."""
     out = tmp_path / "out"
     before = {file: file.read_bytes() for file in inputs.rglob("*") if file.is_file()}
-    report = extract(inputs, out, actors=1, batch_size=3, temperature=2.0)
-    check(inputs, out, temperature=2.0)
+    report = extract(inputs, out, actors=1, batch_size=3, temperature=2.0, ceil_mode=True)
+    check(inputs, out, temperature=2.0, ceil_mode=True)
     assert sorted(report.written) == sorted((out / name).with_suffix(".safetensors") for name in NAMES)
     assert not report.skipped
     assert list(report.failed) == [inputs / "broken.npy"]
@@ -91,12 +99,37 @@ def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: None,
 
     (out / "a.safetensors").unlink()
     kept = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
-    again = extract(inputs, out, temperature=2.0)
-    assert again.written == [out / "a.safetensors"]
-    assert sorted(again.skipped) == sorted(kept)
+    command = [sys.executable, "-m", "stgridpool_kernels.integrations.ray", str(inputs), "-o", str(out)]
+    command += ["temperature=2", "ceil_mode=true", "--actors", "1"]
+    done = subprocess.run(command, env=os.environ | {"RAY_ADDRESS": cluster}, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == f"1 written, {len(kept)} there already, 1 failed\n"
+    assert "Running Dataset" in done.stderr
+    assert "MapBatches(PoolFiles)" in done.stderr
+    assert f"{inputs / 'broken.npy'}: cannot be read (" in done.stderr
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
-    assert list(again.failed) == [inputs / "broken.npy"]
-    check(inputs, out, temperature=2.0)
+    check(inputs, out, temperature=2.0, ceil_mode=True)
+
+
+def test_the_page_on_scaling(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page's extraction from a folder, and its step of a pipeline; processes of the cluster work elsewhere."""
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    extraction, step = (re.search(rf"<!-- run: {name} -->\n```python\n(.*?)```", page, re.DOTALL)[1] for name in RUN)
+    monkeypatch.chdir(tmp_path)
+    Path("tokens").mkdir()
+    x = tokens(0, 9, 4, 4, 8)
+    write_tokens(Path("tokens/a.npy"), x, force=False)
+    exec(extraction, {})
+    assert capsys.readouterr().out == "1 written, 0 there already\n{}\n{}\n"
+    written = Path("pooled/a.safetensors")
+    assert torch.equal(read_tokens(written), stgp.grid_pool(x, temperature=2.0))
+    written.unlink()
+    found: dict[str, Any] = {}
+    exec(step.replace('"tokens/', f'"{tmp_path}/tokens/').replace('"pooled/', f'"{tmp_path}/pooled/'), found)
+    assert "'state': 'written'" in capsys.readouterr().out
+    assert torch.equal(read_tokens(written), stgp.grid_pool(x, temperature=2.0))
 
 
 def workers() -> list[int]:
@@ -112,7 +145,7 @@ def workers() -> list[int]:
     return found
 
 
-def test_a_killed_process_costs_nothing(cluster: None, tmp_path: Path) -> None:
+def test_a_killed_process_costs_nothing(cluster: str, tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     files = 40
@@ -149,19 +182,6 @@ def test_a_killed_process_costs_nothing(cluster: None, tmp_path: Path) -> None:
     assert list(report.failed) == [folder / "broken.npy"]
     for i in range(files):
         assert torch.equal(read_tokens(out / f"{i}.safetensors"), stgp.grid_pool(tokens(i, 8 + i, 12, 12, 16)))
-
-
-def test_the_command_shows_progress_and_what_failed(inputs: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | ENVIRONMENT
-    command = [sys.executable, "-m", "stgridpool_kernels.integrations.ray", str(inputs), "-o", str(tmp_path / "out")]
-    command += ["ceil_mode=true", "--actors", "1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == "4 written, 0 there already, 1 failed\n"
-    assert "Running Dataset" in done.stderr
-    assert "MapBatches(PoolFiles)" in done.stderr
-    assert f"{inputs / 'broken.npy'}: cannot be read (" in done.stderr
-    check(inputs, tmp_path / "out", ceil_mode=True)
 
 
 # ---- without a cluster ----

@@ -81,6 +81,8 @@ def test_published_settings(tmp_path: Path, shapes: list[tuple[int, ...]], archi
     assert all(row.published for row in rows)
     assert {row.kernel for row in rows} == {"grid_pool_kernel", "pair_gradient_kernel"}
     assert missed(rows) == []
+    assert max(row.registers for row in rows if row.name == "grid_pool 1") > 96
+    assert any(row.code.copies for row in rows if row.name == "grid_pool 1")
 
 
 @pytest.mark.slow
@@ -127,12 +129,12 @@ def test_windows_are_computed_alike_however_a_row_is_cut(size: tuple[int, int]) 
 
 
 def test_another_configuration(tmp_path: Path) -> None:
-    arguments = ("--shape", "16x9x9x512", "--arch", "90", "--calls", "grid_pool")
-    usual, fewer = (report(tmp_path, *arguments, *more) for more in ((), ("--config", "odd_registers=96", "stages=1")))
-    assert {row.name for row in usual} == {row.name for row in fewer} == {"grid_pool 1", "grid_pool 2, 3"}
-    assert max(row.registers for row in fewer) <= 96 < max(row.registers for row in usual)
-    assert any(row.code.copies for row in usual)
-    assert not any(row.code.copies for row in fewer)
+    """Neither limit holds in the usual configuration, as `test_published_settings` shows."""
+    arguments = ("--shape", show_shape(SHAPES[0]), "--arch", "90", "--calls", "grid_pool")
+    rows = report(tmp_path, *arguments, "--config", "odd_registers=96", "stages=1")
+    assert {row.name for row in rows} == {"grid_pool 1", "grid_pool 2, 3, 4"}
+    assert max(row.registers for row in rows) <= 96
+    assert not any(row.code.copies for row in rows)
 
 
 def test_other_numbers_of_frames_compile_nothing() -> None:
