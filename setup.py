@@ -49,7 +49,7 @@ def why_left_out() -> str | None:
 
 
 def build_folder() -> Path:
-    """Return CMake's folder for all that CMake remembers of a build. A second build there compiles only what changed."""
+    """Return the folder for all that CMake remembers of a build. A second build there compiles only what changed."""
     torch = find_torch()
     choice = [sys.prefix, sys.version, torch and (torch / "version.py").read_text()]
     choice += [os.getenv(name) for name in ("CXX", "CUDA_HOME", "CUDAHOSTCXX", "CMAKE_ARGS")]

@@ -103,9 +103,10 @@ def goals_command(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def page_command(parsed: argparse.Namespace, console: Console) -> int:
-    for path in page.stale() if parsed.check else page.write():
-        console.print(f"{path.relative_to(page.ROOT)}{' is not what the results say' if parsed.check else ''}")
-    return int(parsed.check and bool(page.stale()))
+    paths, remark = (page.stale(), " is not what the results say") if parsed.check else (page.write(), "")
+    for path in paths:
+        console.print(f"{path.relative_to(page.ROOT)}{remark}")
+    return int(parsed.check and bool(paths))
 
 
 def print_tables(results: Results, console: Console) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.lower_bound import Traffic
-from benchmarks.machine import cpu_seconds, largest_cache, memory_bytes
+from benchmarks.machine import cpu_seconds, field_bytes, largest_cache, memory_bytes
 from benchmarks.probe import LINE, Probe
 from benchmarks.workloads import Workload, random_tokens
 from stgridpool_kernels.backends import compiled
@@ -108,12 +108,12 @@ class Cpu:
             ctypes.CDLL(None).malloc_trim(0)  # otherwise reuse of freed memory would not be counted
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-            before = _status_bytes("VmRSS")
-            result = call()
-            peak = _status_bytes("VmHWM")
         except OSError:
             return None, call()
-        return max(peak - before - result_bytes, 0), result
+        before = field_bytes("/proc/self/status", "VmRSS")
+        result = call()
+        peak = field_bytes("/proc/self/status", "VmHWM")
+        return None if before is None or peak is None else max(peak - before - result_bytes, 0), result
 
     def launches(self, call: Call) -> None:
         return None
@@ -133,13 +133,6 @@ class Cpu:
 
     def finish(self) -> None:
         """Do nothing, since calls are complete when they return."""
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 class Gpu:

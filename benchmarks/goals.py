@@ -38,47 +38,43 @@ class Goal:
 
 def goals(results: Results) -> list[Goal]:
     """Evaluate the goals of the device that results were measured on."""
-    found = Measured(results)
-    return gpu_goals(found) if results.run.device["type"] == "cuda" else cpu_goals(found)
+    return gpu_goals(results) if results.run.device["type"] == "cuda" else cpu_goals(results)
 
 
-class Measured:
-    """Values of the rows whose result was right."""
-
-    def __init__(self, results: Results) -> None:
-        self.rows = {(row.workload, row.provider): row for row in results.rows if row.check == "ok"}
-
-    def value(self, workload: str, provider: str, key: str) -> float | None:
-        row = self.rows.get((workload, provider))
-        found: float | None = None if row is None else getattr(row, key)
-        return found
-
-    def speedup(self, workload: str, other: str, ours: Sequence[str]) -> float | None:
-        """Return the time of another provider over that of the slowest of ours, None if one was not timed."""
-        times = [self.value(workload, name, "p50_us") for name in (other, *ours)]
-        known = [time for time in times if time is not None]
-        return known[0] / max(known[1:]) if len(known) == len(times) else None
-
-    def memory(self, provider: str) -> dict[str, float | None]:
-        """Return the memory beyond input and result in percent of the input, on the shapes of goals."""
-        extra = {name: self.value(name, provider, "extra_peak_bytes") for name in GOALS}
-        return {name: None if b is None else 100 * b / WORKLOADS[name].input_bytes for name, b in extra.items()}
+def value(results: Results, workload: str, provider: str, key: str) -> float | None:
+    """Return a value of a row whose result was right, None if there is none."""
+    row = results.find(workload, provider)
+    found: float | None = None if row is None else getattr(row, key)
+    return found
 
 
-def cpu_goals(found: Measured) -> list[Goal]:
+def speedup(results: Results, workload: str, other: str, ours: Sequence[str]) -> float | None:
+    """Return the time of another provider over that of the slowest of ours, None if one was not timed."""
+    times = [value(results, workload, name, "p50_us") for name in (other, *ours)]
+    known = [time for time in times if time is not None]
+    return known[0] / max(known[1:]) if len(known) == len(times) else None
+
+
+def memory(results: Results, provider: str) -> dict[str, float | None]:
+    """Return the memory beyond input and result in percent of the input, on the shapes of goals."""
+    extra = {name: value(results, name, provider, "extra_peak_bytes") for name in GOALS}
+    return {name: None if b is None else 100 * b / WORKLOADS[name].input_bytes for name, b in extra.items()}
+
+
+def cpu_goals(results: Results) -> list[Goal]:
     pool, grid = "norm_pool:cpu:out", "grid_pool:cpu:out"
 
     def times(workload: str, other: str, ours: str) -> dict[str, float | None]:
-        return {workload: found.speedup(workload, other, [ours])}
+        return {workload: speedup(results, workload, other, [ours])}
 
     def of_ceiling(workload: str) -> dict[str, float | None]:
-        return {workload: found.value(workload, pool, "percent_of_ceiling")}
+        return {workload: value(results, workload, pool, "percent_of_ceiling")}
 
     ours = (pool, grid, "norm_pool:cpu", "grid_pool:cpu")
-    overhead = {name: found.value(ONE_FRAME, name, "overhead_us") for name in ours}
+    overhead = {name: value(results, ONE_FRAME, name, "overhead_us") for name in ours}
     large = [name for name in WORKLOADS if name != ONE_FRAME]
-    both = [name for name in large if (name, pool) in found.rows and (name, "avg_pool2d") in found.rows]
-    plain = {name: found.speedup(name, "avg_pool2d", [pool]) for name in both}
+    both = [name for name in large if results.find(name, pool) and results.find(name, "avg_pool2d")]
+    plain = {name: speedup(results, name, "avg_pool2d", [pool]) for name in both}
     return [
         Goal.of("norm_pool, out=, 1.2 times as fast as avg_pool2d", times(T16, "avg_pool2d", pool), 1.2, "x"),
         Goal.of("norm_pool, out=, 2.5 times as fast as avg_pool2d", times(T64, "avg_pool2d", pool), 2.5, "x"),
@@ -90,25 +86,25 @@ def cpu_goals(found: Measured) -> list[Goal]:
         Goal.of("and with 16 frames", of_ceiling(T16), 80, " %"),
         Goal.of("grid_pool, out=, within 1.35 of norm_pool, out=", times(T64, grid, pool), 1.35, "x", True),
         Goal.of("a call on one frame of 9 x 9 x 384 within 80 us", overhead, 80, " us", at_most=True),
-        Goal.of("grid_pool takes at most 20 % of x more", found.memory("grid_pool:cpu"), 20, " %", at_most=True),
+        Goal.of("grid_pool takes at most 20 % of x more", memory(results, "grid_pool:cpu"), 20, " %", at_most=True),
     ]
 
 
-def gpu_goals(found: Measured) -> list[Goal]:
+def gpu_goals(results: Results) -> list[Goal]:
     ours = norm_pool, grid_pool = "norm_pool:triton", "grid_pool:triton"
     plain = ("llava_avg_pool", "avg_pool2d", "naive_grid_pool")
 
     def of_copy(provider: str) -> dict[str, float | None]:
-        return {name: found.value(name, provider, "percent_of_copy") for name in GOALS}
+        return {name: value(results, name, provider, "percent_of_copy") for name in GOALS}
 
     def faster(workloads: Iterable[str], others: Iterable[str], ours: Sequence[str] = ours) -> dict[str, float | None]:
         pairs = [(workload, other) for other in others for workload in workloads]
-        return {f"{workload} {other}": found.speedup(workload, other, ours) for workload, other in pairs}
+        return {f"{workload} {other}": speedup(results, workload, other, ours) for workload, other in pairs}
 
     every = faster(MAIN, plain) | faster(GOALS, ["compiled_grid_pool"])
     more = 1 + 1e-9  # equal is not faster
     cuda = {
-        f"{name} {op}": found.speedup(name, f"{op}:triton", [f"{op}:cuda"])
+        f"{name} {op}": speedup(results, name, f"{op}:triton", [f"{op}:cuda"])
         for op in ("grid_pool", "norm_pool")
         for name in GOALS
     }
@@ -118,6 +114,6 @@ def gpu_goals(found: Measured) -> list[Goal]:
         Goal.of("both faster than LLaVA's average pooling", faster(MAIN, ["llava_avg_pool"]), more, "x"),
         Goal.of("both faster than every contender", every, more, "x"),
         Goal.of("grid_pool 10 times as fast as eager code", faster(GOALS, ["naive_grid_pool"], [grid_pool]), 10, "x"),
-        Goal.of("grid_pool takes at most 20 % of x more", found.memory(grid_pool), 20, " %", at_most=True),
+        Goal.of("grid_pool takes at most 20 % of x more", memory(results, grid_pool), 20, " %", at_most=True),
         Goal.of("CUDA C++ reaches 90 % of Triton's speed", cuda, 0.9, "x"),
     ]

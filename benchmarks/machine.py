@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import secrets
 import subprocess
 import time
@@ -125,11 +126,7 @@ def largest_cache() -> int | None:
 
 def memory_bytes(field: str) -> int | None:
     """Return MemTotal or MemAvailable in bytes, limited by the process's control group, None if it is not reported."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:")), None)
+    found = field_bytes("/proc/meminfo", field)
     if found is None:
         return None
     with suppress(OSError, ValueError):
@@ -138,6 +135,14 @@ def memory_bytes(field: str) -> int | None:
         used = 0 if field == "MemTotal" else int((group / "memory.current").read_text())
         found = min(found, max(limit - used, 0))
     return found
+
+
+def field_bytes(file: str, field: str) -> int | None:
+    """Return a number of kB in a file of /proc, as in "MemTotal: 1000 kB", in bytes; None if it is not reported."""
+    with suppress(OSError):
+        found = re.search(rf"^{field}:\s*(\d+) kB$", Path(file).read_text(), re.MULTILINE)
+        return int(found[1]) << 10 if found else None
+    return None
 
 
 def cpu_seconds() -> tuple[float, float, float]:

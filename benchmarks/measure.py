@@ -46,12 +46,8 @@ class SampleBudget:
 QUICK = SampleBudget(most=15, least=3, seconds=0.6)
 
 
-class Mismatch(Exception):
-    """Error about a result that differs too much from that of the provider's definition."""
-
-
-class Skipped(Exception):
-    """Error with the reason why a provider is not timed."""
+class Refused(Exception):
+    """Error with the check, "wrong: …" or "skipped: …", of a provider that is not timed."""
 
 
 def measure(
@@ -87,7 +83,7 @@ def measure(
             row = rows[name] = replace(provider_row(run, workload, provider), provider=name)
             with reporting(row, device, report):
                 refuse_without_memory(provider, xs[0], device)
-                contender = Contender(provider, xs, into_out, expected)
+                contender = Contender(provider, expected, into_out)
                 contender.prepare(device, row)
                 if "overhead" in workload.groups:
                     row.overhead_us = overhead_us(device, contender.calls[0])
@@ -96,7 +92,8 @@ def measure(
                     samplers[name]()  # a replay that hangs or fails must do so while its row is reported
                 contenders[name] = contender
     samplers = {name: sampler for name, sampler in samplers.items() if rows[name].check == "ok"}
-    turns = {name: (rows[name].calls_per_sample or 1, _period(contenders.get(name))) for name in samplers}
+    periods = {name: contender.provider.period for name, contender in contenders.items()}
+    turns = {name: (rows[name].calls_per_sample or 1, periods.get(name, 1)) for name in samplers}
     times = take_turns(samplers, turns, effort)
     used = others()
     for name, samples_us in times.items():
@@ -113,10 +110,6 @@ def measure(
             with suppress(RuntimeError):  # if the profiler fails, only the number of launches is missing
                 rows[name].launches = device.launches(contender.calls[0])
     return found
-
-
-def _period(contender: Contender | None) -> int:
-    return 1 if contender is None else contender.provider.period
 
 
 # ---- before the times ----
@@ -203,11 +196,11 @@ class Contender:
     On a CPU a result is freed after its call, as in practice, unless `out` is given. In a CUDA graph it is kept.
     """
 
-    def __init__(self, provider: Provider, xs: Sequence[Tensor], into_out: bool, expected: Expected) -> None:
-        self.provider, self.xs, self.into_out, self.expected = provider, xs, into_out, expected
-        self.keeps = into_out or xs[0].is_cuda
+    def __init__(self, provider: Provider, expected: Expected, into_out: bool) -> None:
+        self.provider, self.expected, self.into_out, self.xs = provider, expected, into_out, expected.xs
+        self.keeps = into_out or self.xs[0].is_cuda
         self.results = [torch.full_like(each, math.nan) if into_out else torch.empty(0) for each in expected(provider)]
-        self.calls: list[Call] = [partial(self.call, i) for i in range(len(xs))]
+        self.calls: list[Call] = [partial(self.call, i) for i in range(len(self.xs))]
 
     def call(self, i: int) -> Tensor | None:
         result = self.fresh_call(i)
@@ -223,7 +216,7 @@ class Contender:
         return self.results[i]
 
     def prepare(self, device: Device, row: BenchRow) -> None:
-        """Check every result and measure the memory of a call. Raises Mismatch if a result is wrong."""
+        """Check every result and measure the memory of a call. Raises Refused if a result is wrong."""
         if self.provider.compiles or device.type == "cuda":
             self.provider.call(self.xs[0])  # compiles, and initialises libraries
         result_bytes = 0 if self.into_out else self.expected(self.provider)[0].nbytes
@@ -240,7 +233,7 @@ class Contender:
         row.check = "ok"
 
     def check_last(self) -> None:
-        """Raise Mismatch if a result of the last timed calls is wrong."""
+        """Raise Refused if a result of the last timed calls is wrong."""
         if self.keeps and self.provider.checked is None:
             for result, expected in zip(self.results, self.expected(self.provider), strict=True):
                 self.refuse_wrong(result, expected)
@@ -248,13 +241,13 @@ class Contender:
     def refuse_wrong(self, result: Tensor, expected: Tensor) -> None:
         reason = mismatch(result, expected, self.provider.ulps)
         if reason is not None:
-            raise Mismatch(reason)
+            raise Refused(f"wrong: {reason}")
 
 
 def refuse_without_memory(provider: Provider, x: Tensor, device: Device) -> None:
     free, needed = device.free_bytes(), provider.memory * x.nbytes
     if free is not None and needed > 0.9 * free:
-        raise Skipped(f"takes some {needed / 1e9:.1f} GB besides its input, {free / 1e9:.1f} GB are free")
+        raise Refused(f"skipped: takes some {needed / 1e9:.1f} GB besides its input, {free / 1e9:.1f} GB are free")
 
 
 @contextmanager
@@ -266,10 +259,8 @@ def reporting(row: BenchRow, device: Device, report: Callable[[BenchRow], None] 
     report(replace(row, check=LOST))
     try:
         yield
-    except Mismatch as error:
-        row.check = f"wrong: {error}"
-    except Skipped as error:
-        row.check = f"skipped: {error}"
+    except Refused as error:
+        row.check = str(error)
     except Exception as error:
         row.check = f"failed: {type(error).__name__}: {error}".strip().splitlines()[0][:300]
     if row.check != "ok":

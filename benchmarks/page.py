@@ -120,10 +120,7 @@ def section(results: Results) -> list[str]:
     parts = [f"## {run.device['name']}\n", f"{filled(machine_line(run))}.\n", "| goal | | |\n|---|---|---|"]
     parts += [f"| {goal.name} | {goal.status} | {goal.detail} |" for goal in goals(results)]
     parts += ["", *overhead(results)]
-    for name, text in (
-        ("ratios", "time relative to the fastest kernel"),
-        ("time", "time against frames"),
-    ):
+    for name, text in (("ratios", "time relative to the fastest kernel"), ("time", "time against frames")):
         if (folder / f"{name}.png").exists():
             parts.append(f"![{text}](performance/{folder.name}/{name}.png)\n")
     parts += workload_tables(results, "main")
@@ -164,7 +161,8 @@ def workload_tables(results: Results, group: str) -> list[str]:
 def sweep(results: Results, group: str, title: str) -> list[str]:
     """Return a table of medians with a line for every workload of a group and a column for every compared provider."""
     workloads = {name: [row for row in rows if row.is_timed] for name, rows in results.of(group).items()}
-    names = sorted((name for name, rows in workloads.items() if rows), key=lambda name: size_of(workloads[name][0]))
+    sizes = {name: (rows[0].frames, rows[0].shape[-1]) for name, rows in workloads.items() if rows}
+    names = sorted(sizes, key=sizes.__getitem__)
     others = ("ceiling", "llava_avg_pool", "avg_pool2d", "adaptive_avg_pool2d")
     providers = dict.fromkeys(row.provider for name in names for row in workloads[name])
     columns = [provider for provider in providers if is_ours(provider) or provider in others]
@@ -179,10 +177,6 @@ def sweep(results: Results, group: str, title: str) -> list[str]:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [f"### {title}\n", "\n".join(lines), f"\n*{machine_line(results.run)}.*\n"]
-
-
-def size_of(row: BenchRow) -> tuple[int, int]:
-    return row.frames, row.shape[-1]
 
 
 def prefill_table(results: Results) -> str:

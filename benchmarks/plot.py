@@ -157,19 +157,19 @@ def _lower_bound_us(probe: BenchRow, rows: Sequence[BenchRow]) -> float:
 
 def draw_ratios(results: Results) -> Figure | None:
     """Draw a panel for every main workload, or for all poolings if none is main; return None if nothing compares."""
-    panels: list[tuple[list[BenchRow], dict[str, float], str]] = []
+    panels: list[tuple[list[BenchRow], BenchRow, dict[str, float]]] = []
     for rows in (results.of("main") or results.of("pooling")).values():
-        times = {row.provider: row.us for row in rows if row.is_timed and row.provider != "read"}
-        ours = {provider: time for provider, time in times.items() if is_ours(provider)}
-        if ours and len(times) > 1:
-            panels.append((rows, times, min(ours, key=ours.__getitem__)))
+        timed = [row for row in rows if row.is_timed and row.provider != "read"]
+        fastest = min((row for row in timed if is_ours(row.provider)), key=lambda row: row.us, default=None)
+        if fastest is not None and len(timed) > 1:
+            panels.append((rows, fastest, {row.provider: row.us / fastest.us for row in timed}))
     if not panels:
         return None
-    ratios: dict[str, list[float]] = {}
-    for _, times, fastest in panels:
-        for provider, time in times.items():
-            ratios.setdefault(provider, []).append(time / times[fastest])
-    providers = sorted(ratios, key=lambda provider: -statistics.median(ratios[provider]))
+    everywhere: dict[str, list[float]] = {}
+    for *_, ratios in panels:
+        for provider, ratio in ratios.items():
+            everywhere.setdefault(provider, []).append(ratio)
+    providers = sorted(everywhere, key=lambda provider: -statistics.median(everywhere[provider]))
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     note = (
@@ -179,10 +179,10 @@ def draw_ratios(results: Results) -> Figure | None:
     )
     figure = _figure(results, "Time relative to the fastest kernel", note, 1.0 + lines * (0.8 + 0.16 * len(providers)))
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
-    longest = max(ratio for found in ratios.values() for ratio in found)
-    for axes, (rows, times, fastest) in zip(grid, panels, strict=False):
-        _draw_panel(axes, rows, {provider: time / times[fastest] for provider, time in times.items()}, providers)
-        unit = f"1 × = {title_of(fastest)}, {show_time(times[fastest])}"
+    longest = max(max(found) for found in everywhere.values())
+    for axes, (rows, fastest, ratios) in zip(grid, panels, strict=False):
+        _draw_panel(axes, rows, ratios, providers)
+        unit = f"1 × = {title_of(fastest.provider)}, {show_time(fastest.us)}"
         tokens = textwrap.fill(workload_title(rows[0]).replace(" × ", "×"), 34)
         axes.set_title(f"{rows[0].workload}\n{tokens}\n{unit}", loc="left", fontsize=SMALL, parse_math=False)
         axes.set(xscale="log", xlim=(0.5, longest * 4))

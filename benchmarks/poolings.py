@@ -35,10 +35,9 @@ def poolings(workload: Workload, device: str) -> list[Provider]:
 def gradients(workload: Workload, device: str) -> list[Provider]:
     """Return the ops, and providers of their gradients with respect to x for a random gradient of the result."""
     w, found = workload, our_ops(workload, device)
-    # the definition also rounds the gradients of summaries, hence the larger tolerance
-    ulps, wide = 8 if w.dtype.itemsize == 2 else 64, 4 / w.dtype.itemsize
+    wide = 4 / w.dtype.itemsize  # the reference copies to float32
     for op, settings in zip(OPS, (w.windows, w.settings), strict=True):
-        of_result = cache(partial(_random_gradient, op, settings))
+        of_result = cache(partial(_random_gradient, w, op))
         definition = partial(_gradient_in_segments, w, op, of_result)
         for backend in backends(device):
             is_reference = backend == "reference"
@@ -48,7 +47,7 @@ def gradients(workload: Workload, device: str) -> list[Provider]:
                     f"{op}_backward",
                     partial(_gradient, op, backend, settings, of_result),
                     definition,
-                    ulps,
+                    op_by_op_ulps(w),  # the definition also rounds the gradients of summaries
                     memory=16 * wide if is_reference else 0.5,
                     captures=not is_reference,
                     slow=is_reference and device == "cpu",
@@ -91,35 +90,34 @@ def by_reference(workload: Workload, op: str) -> Pool:
     """Return the definition of an op. All providers of the op share the object, so that its results are cached."""
     own = {name: value for name, value in workload.settings.items() if name != "frame_counts"}
     settings = own if op == "grid_pool" else workload.windows
-    return in_segments(workload, partial(getattr(functional, op), **settings, backend="reference"))
+    pool = partial(getattr(functional, op), **settings, backend="reference")
+
+    def definition(x: Tensor) -> Tensor:
+        pooled = torch.cat([pool(part) for part in segments(workload, x)])
+        return pooled.view(*x.shape[:-3], *pooled.shape[1:])
+
+    return definition
 
 
-def _random_gradient(
-    op: str, settings: dict[str, Any], shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Return a random gradient of the op's result for tokens of this shape."""
-    result = getattr(functional, op)(torch.empty(shape, dtype=dtype, device="meta"), **settings)
+def _random_gradient(workload: Workload, op: str, device: torch.device) -> Tensor:
+    """Return a random gradient of the op's result."""
+    shape = (*workload.shape[:-3], *workload.plan(op).pooled_size, workload.channels)
     generator = torch.Generator(device).manual_seed(len(shape))
-    return torch.randn(result.shape, dtype=dtype, device=device, generator=generator)
+    return torch.randn(shape, dtype=workload.dtype, device=device, generator=generator)
 
 
-OfResult = Callable[[torch.Size, torch.dtype, torch.device], Tensor]
-"""Function that returns the gradient of the result for tokens of a shape, dtype and device."""
+OfResult = Callable[[torch.device], Tensor]
+"""Function that returns the gradient of the result on a device."""
 
 
 def _gradient(op: str, backend: str, settings: dict[str, Any], of_result: OfResult, x: Tensor) -> Tensor:
-    return _backward(op, backend, of_result(x.shape, x.dtype, x.device), x, settings)
+    return _backward(op, backend, of_result(x.device), x, settings)
 
 
 def _gradient_in_segments(workload: Workload, op: str, of_result: OfResult, x: Tensor) -> Tensor:
-    """Return the gradient by the reference, computed in the parts of `in_segments`."""
-    counts, grad = list(workload.frame_counts), of_result(x.shape, x.dtype, x.device)
-    parts: list[Tensor] = []
-    for video, of_video in zip(x.flatten(0, -4).split(counts), grad.flatten(0, -4).split(counts), strict=True):
-        length = SEGMENT if len(video) % SEGMENT == 0 else len(video)
-        pairs = zip(video.split(length), of_video.split(length), strict=True)
-        parts += [_backward(op, "reference", b, a, workload.windows) for a, b in pairs]
-    return torch.cat(parts).view(x.shape)
+    """Return the gradient by the reference, segment by segment."""
+    pairs = zip(segments(workload, of_result(x.device)), segments(workload, x), strict=True)
+    return torch.cat([_backward(op, "reference", *pair, workload.windows) for pair in pairs]).view(x.shape)
 
 
 def _backward(op: str, backend: str, grad: Tensor, x: Tensor, settings: dict[str, Any]) -> Tensor:
@@ -218,17 +216,13 @@ def video_by_video(workload: Workload, pool: Pool) -> Pool:
     return call
 
 
-def in_segments(workload: Workload, pool: Pool) -> Pool:
-    """Return a function that applies `pool` to each video, and to each segment of a video of whole segments.
+def segments(workload: Workload, x: Tensor) -> list[Tensor]:
+    """Return the videos of x, those of whole segments as their segments.
 
-    That takes less memory and gives the same bits, since groups never span two segments.
+    To pool these one by one takes less memory and gives the same bits, since groups never span two segments.
     """
-
-    def one_video(x: Tensor) -> Tensor:
-        parts = x.split(SEGMENT) if len(x) % SEGMENT == 0 else (x,)
-        return torch.cat([pool(part) for part in parts])
-
-    return video_by_video(workload, one_video)
+    videos = x.flatten(0, -4).split(list(workload.frame_counts))
+    return [part for video in videos for part in (video.split(SEGMENT) if len(video) % SEGMENT == 0 else [video])]
 
 
 def compiled_grid_pool(plan: GridPlan, mode: str) -> Pool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.lower_bound import Traffic
-from benchmarks.poolings import backends, poolings
+from benchmarks.poolings import backends, op_by_op_ulps, poolings
 from benchmarks.provider import Pool, Provider
 from benchmarks.workloads import Workload, random_tokens
 
@@ -86,6 +86,7 @@ def prefills(workload: Workload, device: str) -> list[Provider]:
         widths = ", ".join(map(str, DECODERS))
         raise ValueError(f"a prefill is timed on one video of {widths} channels, got {w.name}")
     found = []
+    sizes = f"{decoder.name}: {decoder.parameters / 1e9:.2f} × 10⁹ parameters, {TEXT_TOKENS} tokens of text"
     for label, of_pooling, name in variants(w, backends(device)[0]):
         rows, cols = of_pooling.plan("norm_pool").pooled_size if name else w.grid
         prompt = w.frames * rows * cols + TEXT_TOKENS
@@ -102,13 +103,11 @@ def prefills(workload: Workload, device: str) -> list[Provider]:
                 "prefill",
                 prefill.with_cache,
                 prefill.without_cache,
-                ulps=8 if w.dtype.itemsize == 2 else 64,
+                op_by_op_ulps(w),
                 moved=decoder.bound(prompt, w.dtype.itemsize),
                 captures=False,
                 memory=decoder.needed_bytes(prompt, w.dtype.itemsize) / w.input_bytes,
-                note=""
-                if name
-                else f"{decoder.name}: {decoder.parameters / 1e9:.2f} × 10⁹ parameters, {TEXT_TOKENS} tokens of text",
+                note="" if name else sizes,
                 settings=about,
             )
         )

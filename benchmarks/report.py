@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
+from statistics import geometric_mean
 from typing import Any
 
 from rich import box
@@ -151,11 +151,11 @@ def printable(text: str) -> str:
 
 def workload_table(rows: Sequence[BenchRow]) -> Table:
     """Return the table of one workload, for a terminal."""
-    notes = ["GB/s: the fewest bytes that the op must move, over p50. × a provider: its time over this one's."]
+    legend = "GB/s: the fewest bytes that the op must move, over p50. × a provider: its time over this one's."
     table = Table(
         title=Text(f"{rows[0].workload}: {workload_title(rows[0])}", style="bold"),
         title_justify="left",
-        caption=Text("\n".join([*notes, *remarks(rows)]), style="dim", overflow="fold"),
+        caption=Text("\n".join([legend, *remarks(rows)]), style="dim", overflow="fold"),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
@@ -202,14 +202,15 @@ def compare_table(changes: Sequence[Change], before: Run, after: Run) -> Table:
         times = [show_time(row.us) for row in (change.before, change.after)]
         verdict = Text(change.verdict or "within noise", style=styles[change.verdict])
         noise = f"± {100 * change.noise:.1f} %"
-        table.add_row(change.workload, title_of(change.provider), *times, f"{change.ratio:.3f}", noise, verdict)
+        place = change.after.workload, title_of(change.after.provider)
+        table.add_row(*place, *times, f"{change.ratio:.3f}", noise, verdict)
     return table
 
 
 def compare_summary(changes: Sequence[Change], before: Run, after: Run) -> str:
     """Return a summary of a comparison in one line, and a second line if the runs differ in more than the code."""
     verdicts = Counter(change.verdict for change in changes)
-    mean = math.exp(sum(math.log(change.ratio) for change in changes) / len(changes))
+    mean = geometric_mean(change.ratio for change in changes)
     facts = (("device", "name"), ("device", "threads"), ("versions", "torch"))
     pairs = [(name, *(getattr(run, part).get(name) for run in (before, after))) for part, name in facts]
     differing = [f"{name} {old} → {new}" for name, old, new in pairs if old != new]

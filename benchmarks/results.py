@@ -7,6 +7,7 @@ A run writes one line about its machine and settings (`Run`), then one line for 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -147,24 +148,14 @@ class Results:
 # ---- files ----
 
 
-class Writer:
-    """Writer that appends lines to a file, each in one write. It makes file and folder; with None it writes nothing."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
-            if self._file.tell() and not path.read_bytes().endswith(b"\n"):
-                self._file.write(b"\n")  # a killed run may have left an incomplete line
-
-    def write(self, line: DataclassInstance) -> None:
-        if self._file is not None:
-            self._file.write(encode(line).encode() + b"\n")
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+def append(path: Path, *lines: DataclassInstance) -> None:
+    """Append lines to a file, each in one write. File and folder are made if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b", buffering=0) as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
+            file.write(b"\n")  # a killed run may have left an incomplete line
+        for line in lines:
+            file.write(encode(line).encode() + b"\n")
 
 
 def encode(line: DataclassInstance) -> str:
@@ -270,14 +261,12 @@ def _ratio(value: float, unit: float | None, digits: int) -> float | None:
 
 @dataclass(frozen=True)
 class Change:
-    """A provider on a workload in two runs.
+    """The rows of a provider on a workload in two runs.
 
     ratio: its median time in `after` over that in `before`. noise: sum of both spreads. verdict: "faster" or "slower"
     if the ratio is beyond the noise, else "".
     """
 
-    workload: str
-    provider: str
     before: BenchRow
     after: BenchRow
 
@@ -299,8 +288,4 @@ class Change:
 def compare(before: Results, after: Results) -> list[Change]:
     """Return the changes of all rows that both runs timed, in the order of `after`."""
     pairs = ((before.find(new.workload, new.provider), new) for new in after.rows)
-    return [
-        Change(new.workload, new.provider, old, new)
-        for old, new in pairs
-        if old is not None and old.is_timed and new.is_timed
-    ]
+    return [Change(old, new) for old, new in pairs if old is not None and old.is_timed and new.is_timed]

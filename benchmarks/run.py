@@ -6,7 +6,7 @@ import argparse
 import faulthandler
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from benchmarks.measure import LATE, LOST, QUICK, SampleBudget, measure
 from benchmarks.plot import refuse_existing, save_plots
 from benchmarks.providers import BASELINE, chosen, providers, select
 from benchmarks.report import QUIET_CORES, machine_line, workload_table
-from benchmarks.results import FOLDER, BenchRow, Results, Run, Writer, encode, file_name, load
+from benchmarks.results import FOLDER, BenchRow, Results, Run, append, encode, file_name, load
 from benchmarks.workloads import QUICK as QUICK_NAMES
 from benchmarks.workloads import WORKLOADS, Workload, parse_workload
 
@@ -45,21 +45,23 @@ def run(options: argparse.Namespace, console: Console) -> int:
     known = known_rows(path, results.run) if path and options.continued else {}
     shown = Console(stderr=True) if options.json else console
     show_machine(results.run, device, shown)
-    with closing(Writer(path)) as writer:
 
-        def write(line: Run | BenchRow) -> None:
-            writer.write(line)
-            if options.json:
-                print(encode(line), flush=True)
+    def keep(*lines: Run | BenchRow) -> None:
+        if path is not None:
+            append(path, *lines)
 
-        write(results.run)
-        early = writer.write if options.continued else lambda row: None
-        for rows in measure_all(options, workloads, device, results.run, shown, known, early):
-            results.rows.extend(rows)
-            for row in rows:
-                write(row)
-            if not options.json:
-                console.print(workload_table(rows))
+    def write(*lines: Run | BenchRow) -> None:
+        keep(*lines)
+        for line in lines if options.json else ():
+            print(encode(line), flush=True)
+
+    write(results.run)
+    early = keep if options.continued else lambda row: None
+    for rows in measure_all(options, workloads, device, results.run, shown, known, early):
+        results.rows.extend(rows)
+        write(*rows)
+        if not options.json:
+            console.print(workload_table(rows))
     others = max((row.others_cores or 0.0 for row in results.rows), default=0.0)
     if others > QUIET_CORES:
         shown.print(f"NOT QUIET: others used up to {others:.2f} cores meanwhile", style="yellow")

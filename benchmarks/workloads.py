@@ -110,12 +110,14 @@ def _models() -> list[Workload]:
 
 
 def _sweeps() -> list[Workload]:
-    def point(frames: int, channels: int, group: str, **more: Any) -> Workload:
-        return Workload(f"{frames}x27x27x{channels}", (frames,), channels=channels, groups=(group,), **more)
+    def point(frames: int, channels: int, *groups: str, **more: Any) -> Workload:
+        return Workload(f"{frames}x27x27x{channels}", (frames,), channels=channels, groups=groups, **more)
 
-    narrow = (point(frames, 896, "T-896") for frames in (8, 16, 32, 128, 256))
-    wide = (point(frames, 3584, "T-3584") for frames in (8, 16, 32, 128, 256))
-    channels = (point(32, channels, "C") for channels in (128, 384, 1152, 2048, 3584, 4096, 8192))
+    counts = (8, 16, 32, 128, 256)
+    narrow = (point(frames, 896, "T-896") for frames in counts)
+    # 32 frames of 3584 channels are a point of the sweep of channels too
+    wide = (point(frames, 3584, "T-3584", *(["C"] if frames == 32 else [])) for frames in counts)
+    channels = (point(32, channels, "C") for channels in (128, 384, 1152, 2048, 4096, 8192))
     # windows of 3 × 3 and more take the general kernels
     windows = (
         replace(point(32, 3584, "window", kernel_size=size), name=f"window-{size}x{size}") for size in (2, 3, 4, 6, 9)
@@ -125,7 +127,7 @@ def _sweeps() -> list[Workload]:
         replace(point(32, 3584, "budget", output_size=(side, side)), name=f"budget-{side}x{side}")
         for side in (19, 15, 13, 10, 6)
     )
-    return [*merged([*narrow, *wide, *channels]), *windows, *budgets]
+    return [*narrow, *wide, *channels, *windows, *budgets]
 
 
 def _others() -> list[Workload]:
@@ -142,15 +144,6 @@ def _others() -> list[Workload]:
         prefill,
         replace(prefill, name="prefill-7b", frame_counts=(64,), channels=3584),
     ]
-
-
-def merged(workloads: Sequence[Workload]) -> list[Workload]:
-    """Merge workloads of the same name into one that belongs to the groups of all of them."""
-    found: dict[str, Workload] = {}
-    for workload in workloads:
-        groups = found[workload.name].groups if workload.name in found else ()
-        found[workload.name] = replace(workload, groups=(*groups, *workload.groups))
-    return list(found.values())
 
 
 WORKLOADS = {workload.name: workload for workload in (*_models(), *_sweeps(), *_others())}

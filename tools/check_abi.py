@@ -23,7 +23,7 @@ from tests.support.wheels import ROOT, build_wheel, compiled_library, environmen
 
 
 def results(python: Path, wheel: Path, folder: Path) -> dict[str, Any]:
-    """What tests/support/compiled_results.py prints of the wheel, installed for `python` alone."""
+    """Return what tests/support/compiled_results.py prints of the wheel, installed for `python` alone."""
     pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
     run(*pip, "--no-deps", "--no-index", "--target", folder, wheel)
     path = os.pathsep.join((str(folder), str(ROOT)))

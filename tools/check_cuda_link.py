@@ -35,7 +35,7 @@ assert info["cuda"] and reason == (None if devices else "no CUDA device")
 
 
 def default_architectures() -> list[str]:
-    """Those of CMakeLists.txt."""
+    """Return the architectures that CMakeLists.txt builds for by default."""
     found = re.search(r'STGP_CUDA_ARCHITECTURES "([\d;]+)"', (ROOT / "CMakeLists.txt").read_text())
     assert found is not None
     return found[1].split(";")

@@ -25,7 +25,7 @@ TORCHES = ("torch==2.10.0", "torch==2.11.0")
 
 
 def headers_of(requirement: str, folder: Path) -> Path:
-    """The folder torch of a wheel with nothing in it but headers and the version."""
+    """Return the folder torch of a wheel with nothing in it but headers and the version."""
     target = folder / requirement.replace("==", "-")
     if not (target / "torch").exists():
         wheels = target / "wheel"
@@ -42,7 +42,7 @@ def headers_of(requirement: str, folder: Path) -> Path:
 
 
 def compile_against(torch: Path, build: Path) -> list[str]:
-    """Names of the C++ files that compile. Raises SystemExit with the compiler's words if one does not."""
+    """Return the names of the C++ files that compile. Raises SystemExit with the compiler's words if one does not."""
     cmake = (sys.executable, "-m", "cmake")
     options = {
         "STGP_TORCH": torch,

@@ -18,13 +18,12 @@ from pathlib import Path
 
 from tests.support.wheels import COMPILERS, ROOT, compiled_library, copy_tests, environment, run, run_backend_tests
 
-Version = tuple[int, ...]
 NEEDED = re.compile(r"libtorch_cpu|libtorch_cuda|libstdc\+\+|libm|libgcc_s|libc|libpthread|libdl|librt|ld-linux-[\w-]+")
-"""What a library may need: torch, and what a manylinux wheel may expect of a system."""
+"""Matches what a library may need: torch, and what a manylinux wheel may expect of a system."""
 
 
 def check_content(wheel: Path, pure: bool) -> None:
-    """Raises SystemExit unless the wheel holds the files of this tree's package, and what wheels hold besides."""
+    """Raise SystemExit unless the wheel holds the files of this tree's package, and what wheels hold besides."""
     with zipfile.ZipFile(wheel) as archive:
         held = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
     package = ROOT / "stgridpool_kernels"
@@ -48,7 +47,7 @@ def check_content(wheel: Path, pure: bool) -> None:
 
 
 def check_library(library: Path, tags: list[str]) -> None:
-    """Raises SystemExit unless the library runs where `tags`, of Python, ABI and platform, say that it does."""
+    """Raise SystemExit unless the library runs where `tags`, of Python, ABI and platform, say that it does."""
     python, _, platform = tags
     header, dynamic, versions = (run("readelf", "--wide", option, library) for option in ("-h", "-d", "-V"))
     if f".{python.replace('cp', 'cpython-')}-" not in library.name:
@@ -73,17 +72,17 @@ def check_library(library: Path, tags: list[str]) -> None:
         raise SystemExit(f"{platform} promises an older glibc than {dotted(newest['GLIBC'])}")
 
 
-def dotted(version: Version) -> str:
+def dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
 def name_of(requirement: str) -> str:
-    """The name in `name==version`, spelled as packages compare it."""
+    """Return the name in `name==version`, spelled as packages compare it."""
     return requirement.split("==")[0].lower().replace("_", "-")
 
 
 def check_installed(wheel: Path, torch: str, pure: bool) -> None:
-    """Raises SystemExit unless the wheel works in a fresh environment without a compiler."""
+    """Raise SystemExit unless the wheel works in a fresh environment without a compiler."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         run(sys.executable, "-m", "venv", folder / "fresh")

@@ -34,6 +34,7 @@ from rich.console import Console
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.workloads import DTYPES
 from stgridpool_kernels.backends import triton_kernels
 from stgridpool_kernels.backends.triton_kernels import fused
 from stgridpool_kernels.backends.triton_kernels.config import FusedConfig
@@ -53,8 +54,6 @@ from tools.machine_code import (
 )
 
 Shape = tuple[int, ...]
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 SHAPES = ((64, 27, 27, 3584), (64, 24, 24, 4096), (64, 27, 27, 1152))
 """The (T, H, W, C) of LLaVA-Video, of a 24 × 24 tower with 4096 channels, and of SigLIP tokens before projection."""

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 import stgridpool_kernels as stgp
+from benchmarks.results import FOLDER
 from stgridpool_kernels import grid_plan
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.plan.tables import HEADER_WORDS, plan_tables
@@ -59,7 +60,10 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass
 class RandomCall:
-    """One call; its repr, with `from math import inf`, makes it again. `spoilt` tokens hold a NaN or an infinity."""
+    """A random call. Its repr, with `from math import inf`, makes it again.
+
+    `spoilt` is the number of tokens that hold a NaN or an infinity.
+    """
 
     op: str
     shape: tuple[int, ...]
@@ -84,7 +88,7 @@ class RandomCall:
         return getattr(stgp, self.op)(x, backend=backend, **self.arguments, **more)
 
     def check(self) -> None:
-        """Raises AssertionError where the call is wrong. Leaves the capability and the number of threads changed."""
+        """Raise AssertionError where the call is wrong. The capability and the number of threads stay changed."""
         compiled.LIBRARY.use_cpu_capability(self.capability)
         torch.set_num_threads(1)
         x = self.x()
@@ -128,7 +132,7 @@ class RandomCall:
         return torch.autograd.grad(self.run(leaf), leaf, grad)[0]
 
     def allowed(self, x: Tensor) -> float:
-        """Error beside one ulp of the result: of float32 sums, norms and logits, and of summaries in x's dtype."""
+        """Return the error beside one ulp of the result: of sums, norms and logits in float32, and of summaries."""
         finite = x[x.isfinite()].abs()
         largest = finite.max().item() if finite.numel() else 0.0
         p, strides = self.arguments.get("norm_type", 2.0), self.arguments.get("frame_strides", (2, 4, 8))
@@ -182,7 +186,7 @@ def draw_windows(draw: random.Random, height: int, width: int) -> dict[str, Any]
 
 
 def draw_call(seed: int, capability: str | None = None) -> RandomCall:
-    """The call of a seed, with these vector instructions or drawn ones."""
+    """Return the call of a seed, with these vector instructions or drawn ones."""
     draw = random.Random(seed)
     op = draw.choice(OPS)
     H, W = (draw.choice([1, 2, 3, 5, 6, 7, 9, 12]) for _ in range(2))
@@ -218,7 +222,7 @@ def draw_call(seed: int, capability: str | None = None) -> RandomCall:
 
 
 def wrong_tables(seed: int) -> bool:
-    """Calls the private ops with tables in which some words are wrong. Returns whether one of the ops refused."""
+    """Call the private ops with tables in which some words are wrong; return whether one of the ops refused."""
     draw = random.Random(seed)
     H, W, C = (draw.choice([1, 2, 3, 5, 8]), draw.choice([1, 2, 3, 5, 8]), draw.choice([1, 5, 8, 40]))
     T = draw.choice([1, 9, 16, 33])
@@ -299,10 +303,8 @@ def main() -> int:
     }
     print(json.dumps(outcome, indent=2))
     if not given.no_file:
-        results = ROOT / "benchmarks" / "results"
-        results.mkdir(exist_ok=True)
-        name = f"fuzz-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
-        (results / name).write_text(json.dumps(outcome, indent=2) + "\n")
+        file = FOLDER / f"fuzz-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
+        file.write_text(json.dumps(outcome, indent=2) + "\n")
     return 0 if failure is None else 1
 
 

@@ -45,12 +45,12 @@ def results() -> Lines:
 
 
 def bench(*arguments: str) -> None:
-    """`python -m benchmarks run`"""
+    """Run `python -m benchmarks run` in this process, which ends with its exit code."""
     sys.exit(importlib.import_module("benchmarks.__main__").main(["run", *arguments]))
 
 
 def tune(backend: str) -> None:
-    """One axis at a time, in turns with the best choice so far. Another has to gain half a percent on both shapes."""
+    """Try one axis at a time, in turns with the best choice so far, which another has to beat by half a percent."""
     device, lines, best = open_device("cuda"), results(), dict[str, Any]()
     how = {"baseline": "copy", "effort": QUICK, "report": lambda row: lines.append(encode(row)), "extras": False}
     run = new_run(device.torch_device, {"quick": True, "tune": True})
@@ -75,7 +75,7 @@ def tune(backend: str) -> None:
 
 
 def variant(workload: Workload, backend: str, choice: dict[str, Any]) -> Provider:
-    """grid_pool by a choice of configuration."""
+    """Return grid_pool by a choice of configuration."""
     (like,) = chosen(workload, "cpu", ["grid_pool:reference"])
     plan, name = workload.plan("grid_pool"), f"grid_pool:{backend}"
     name = " ".join([name, *(f"{axis}={value}" for axis, value in choice.items())])
@@ -94,7 +94,7 @@ def variant(workload: Workload, backend: str, choice: dict[str, Any]) -> Provide
 
 
 def configuration_row(choice: dict[str, Any], us: dict[str, float]) -> str:
-    """A row for triton_kernels/config.py and where in its table, of this GPU and the largest of the shapes."""
+    """Return a row of triton_kernels/config.py for this GPU and the larger shape, and its place in the table."""
     capability, channels = torch.cuda.get_device_capability(), max(WORKLOADS[name].channels for name in TUNED)
     like = next(row for row in config.ROWS if row.block >= channels and capability >= row.capability)
     row = replace(like, capability=capability, config=replace(like.config, **choice), reason=f"us: {us}")
@@ -102,7 +102,7 @@ def configuration_row(choice: dict[str, Any], us: dict[str, float]) -> str:
 
 
 def counters(backend: str) -> None:
-    """Runs `counted` under ncu and appends what ncu counted, provider by provider."""
+    """Run `counted` under ncu and append what ncu counted, provider by provider."""
     command = ["ncu", "--clock-control", "none", "--cache-control", "none", "--csv"]
     command += ["--profile-from-start", "off", "--print-units", "base", "--metrics", ",".join(COUNTERS.values())]
     command += [sys.executable, "-m", "tools.gpu_bench", "counted", backend]
@@ -124,7 +124,7 @@ def counters(backend: str) -> None:
 
 
 def counted(backend: str) -> None:
-    """A call of each provider between profiler marks, after others, and how many kernels it launches."""
+    """Call each provider between profiler marks, after other calls, and append how many kernels it launches."""
     device, lines, workload = open_device("cuda"), results(), WORKLOADS[TUNED[0]]
     xs = [random_tokens(workload.shape, workload.dtype, device.torch_device, seed) for seed in range(3)]
     for provider in chosen(workload, device.type, [f"norm_pool:{backend}", f"grid_pool:{backend}"]):

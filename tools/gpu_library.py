@@ -20,8 +20,8 @@ from tools.check_headers import TORCHES, headers_of
 
 
 def add_stand_ins(torch: Path) -> None:
-    """Empty libraries to link with: only their names are taken, since torch is loaded before this library."""
-    (torch / "__init__.py").touch()  # by which setup.py finds it
+    """Make empty libraries to link with. Only their names matter, since torch is loaded before this library."""
+    (torch / "__init__.py").touch()  # setup.py finds torch by it
     (torch / "lib").mkdir(exist_ok=True)
     for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
         command = ["c++", "-shared", "-x", "c++", os.devnull, "-o", str(torch / "lib" / name), f"-Wl,-soname,{name}"]

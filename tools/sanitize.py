@@ -28,21 +28,21 @@ from typing import Any
 
 import torch
 
+from benchmarks.results import FOLDER
 from stgridpool_kernels.plan import grid_plan, save_tables
-from tests.support import cuda_emulation
-from tests.support.wheels import BUILT
+from tests.support import cuda_emulation, wheels
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 COPY = BUILD / "checkout"
 
-# Python and torch free at exit what they like; what torch allocates in one library may be freed in another
+# Python and torch free at exit what they like, and what torch allocates in one library may be freed in another.
 ADDRESS = {
     "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0:abort_on_error=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 
-# (frame counts, H, W, arguments of the plan, C, dtype, arguments of the test program): what takes every path
+# Each is (frame counts, H, W, arguments of the plan, C, dtype, arguments of the test program). They take every path.
 THREADED = [
     ([64], 13, 13, {}, 200, "bfloat16", ("1", "2", "1")),
     ([40], 12, 12, {}, 130, "float16", ("1", "3", "1")),
@@ -60,7 +60,7 @@ library, load = cuda_emulation.build(sanitize=True), cuda_emulation.load
 cuda_emulation.load = lambda other=None: load(other or library)
 sys.exit(pytest.main(sys.argv[1:]))
 """
-"""pytest, with the emulation under sanitizers."""
+"""This program runs pytest with the emulation under sanitizers."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -105,19 +105,19 @@ def copy_checkout() -> None:
     The copies keep their times, so that files which have not changed are not built again.
     """
     shutil.rmtree(COPY, ignore_errors=True)
-    shutil.copytree(ROOT, COPY, ignore=shutil.ignore_patterns(*BUILT, "results"))
+    shutil.copytree(ROOT, COPY, ignore=shutil.ignore_patterns(*wheels.BUILT, "results"))
 
 
 def runtimes(compiler: str) -> str:
-    """Where the address sanitizer's runtime is: it must be loaded before Python's own libraries."""
+    """Return the runtime of the address sanitizer, which must be loaded before Python's own libraries."""
     libraries = ("libasan.so", "libstdc++.so")
-    found = (subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in libraries)
+    found = (wheels.run(compiler, f"-print-file-name={name}").strip() for name in libraries)
     return " ".join(path for path in found if Path(path).is_absolute())
 
 
 def address(seconds: float) -> list[dict[str, Any]]:
     folder = BUILD / "address"
-    pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
+    pybind11 = wheels.run(sys.executable, "-m", "pybind11", "--cmakedir").strip()
     command = configure(
         folder,
         "address,undefined",
@@ -162,7 +162,7 @@ def address(seconds: float) -> list[dict[str, Any]]:
 
 
 def emulation() -> list[dict[str, Any]]:
-    """In this checkout, where the library of the emulation is kept from one time to the next."""
+    """Test the emulation in this checkout, where its library is kept from one time to the next."""
     build = "from tests.support import cuda_emulation; print(cuda_emulation.build(sanitize=True))"
     # with a sanitizer loaded into it, a compiler takes many times as long
     outcomes = [run("emulation: build", [sys.executable, "-c", build])]
@@ -205,13 +205,11 @@ def main() -> int:
     (BUILD / "logs").mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     copy_checkout()
+    parts = {"address": lambda: address(given.fuzz_seconds), "emulation": emulation, "thread": thread}
     outcomes = []
-    if given.only in (None, "address"):
-        outcomes += address(given.fuzz_seconds)
-    if given.only in (None, "emulation"):
-        outcomes += emulation()
-    if given.only in (None, "thread"):
-        outcomes += thread()
+    for name, part in parts.items():
+        if given.only in (None, name):
+            outcomes += part()
     ok = all(outcome["ok"] for outcome in outcomes)
     compiler = subprocess.run(["c++", "--version"], env=environment(), capture_output=True, text=True).stdout
     result = {
@@ -224,9 +222,7 @@ def main() -> int:
         "seconds": round(time.monotonic() - start, 1),
         "steps": outcomes,
     }
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    path = results / f"sanitize-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
+    path = FOLDER / f"sanitize-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{'all is well' if ok else 'something is wrong'}: {path.relative_to(ROOT)}")
     return 0 if ok else 1

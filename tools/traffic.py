@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.goals import GOALS
 from benchmarks.workloads import WORKLOADS, Workload
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.plan.dataflow import Dataflow, live_cells
@@ -38,10 +39,10 @@ TABLE_BYTES = 4
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of x and out, cells of thumbnails, and entries of tables that one launch, or several, ask for.
+    """Numbers of tokens of x and out, cells of thumbnails, and entries of tables that one launch, or several, ask for.
 
-    x_again, cells_again, sums_again: of the loads, those of what the same launch has asked for before. In a gradient,
-    `out` is that of x, grad_loads are tokens of the result's, and sums are those of summaries, in float32.
+    x_again, cells_again, sums_again: number of the loads whose element the same launch has asked for before. In a
+    gradient, `out` is the gradient of x, `grad` that of the result, and `sums` are those of summaries, in float32.
     """
 
     programs: int = 0
@@ -58,8 +59,10 @@ class Counts:
     sum_stores: int = 0
 
     def requests(self, itemsize: int = 2, again: bool = True) -> float:
-        """In units of a token of x with elements of so many bytes; without tables. Not `again`: what a launch loads
-        several times counts once, as if its second time were always served by a cache."""
+        """Return all requests but those of tables, in units of a token of x, whose values have `itemsize` bytes.
+
+        Without `again`, what a launch loads several times counts once, as if a cache served it from then on.
+        """
         sums = self.sum_loads + self.sum_stores - (0 if again else self.sums_again)
         tokens = self.x_loads + self.cell_loads + self.grad_loads + self.out_stores + self.cell_stores
         return tokens - (0 if again else self.x_again + self.cells_again) + sums * 4 / itemsize
@@ -69,7 +72,7 @@ class Counts:
 
 
 class Recorder:
-    """How often each element of some tensors was loaded and stored."""
+    """Counter of how often each element of some tensors is loaded and stored."""
 
     def __init__(self, **tensors: Tensor) -> None:
         self.tensors = tensors
@@ -78,7 +81,7 @@ class Recorder:
         )
 
     def note(self, times: dict[str, NDArray[np.int64]], addresses: Addresses) -> None:
-        """Accesses of one instruction, which are all in one tensor."""
+        """Count the accesses of one instruction, which are all in one tensor."""
         if not addresses.size:
             return
         for name, tensor in self.tensors.items():
@@ -106,7 +109,7 @@ class Recorder:
 
 
 def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
-    """For every launch of grid_pool by `plan`, or of its gradient.
+    """Return the counts of every launch of grid_pool by `plan`, or of its gradient.
 
     Raises RuntimeError unless the kernels are interpreted, ValueError for a plan that takes the general kernels.
     """
@@ -161,9 +164,9 @@ def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
 
 
 def loads_without_carrying(plan: GridPlan) -> int:
-    """Tokens of x that programs would load which have one cell, or else one window, each and load all tokens of it.
+    """Return how many tokens of x would be loaded if each program had one cell, or one window, and loaded all of it.
 
-    For the plans that `count_launches` takes: 2 × 2 windows, and 2 × 2 grids shrunk by area.
+    The plan must be one that `count_launches` takes: 2 × 2 windows, and 2 × 2 grids shrunk by area.
     """
     graph = Dataflow.of(plan)
     live = live_cells(plan, graph)
@@ -208,18 +211,19 @@ GRADIENT_COLUMNS = {
 }
 
 
-def launch_table(counts: Sequence[Counts], channels: int, itemsize: int, names: Sequence[str] = ()) -> Table:
-    """A row per launch, and their sum; MB. `names`: of the launches of a gradient."""
+def launch_table(counts: Sequence[Counts], workload: Workload, names: Sequence[str] = ()) -> Table:
+    """Return a table in MB with a row for every launch, and their sum. names: of the launches of a gradient."""
     table = Table("launch", box=box.MARKDOWN)
     columns = GRADIENT_COLUMNS if names else COLUMNS
     for name in ("programs", *columns, "tables, KB"):
         table.add_column(name, justify="right")
     names = names or ("frames of x", *(f"summaries, {number}" for number in range(1, len(counts))))
     for name, found in zip((*names, "all"), (*counts, sum(counts, Counts())), strict=True):
-        sizes = (channels * (4 if field.startswith("sum") else itemsize) for field in columns.values())
-        numbers = (getattr(found, field) * size for field, size in zip(columns.values(), sizes, strict=True))
-        megabytes = (f"{number / 1e6:.1f}" for number in numbers)
-        table.add_row(name, str(found.programs), *megabytes, f"{found.table_loads * TABLE_BYTES / 1e3:.1f}")
+        row = [name, str(found.programs)]
+        for field in columns.values():
+            value_bytes = 4 if field.startswith("sum") else workload.dtype.itemsize
+            row.append(f"{getattr(found, field) * workload.channels * value_bytes / 1e6:.1f}")
+        table.add_row(*row, f"{found.table_loads * TABLE_BYTES / 1e3:.1f}")
     return table
 
 
@@ -232,7 +236,7 @@ def launch_names(plan: GridPlan, counts: Sequence[Counts]) -> list[str]:
 
 
 def gradient_table(forward: Counts, backward: Counts, workload: Workload) -> Table:
-    """A gradient's bytes, and how many times those of its call."""
+    """Return a table of a gradient's bytes next to those of its call."""
     token_bytes = workload.channels * workload.dtype.itemsize
     table = Table("bytes", box=box.MARKDOWN)
     for name in ("grid_pool, MB", "gradient, MB", "ratio"):
@@ -245,7 +249,7 @@ def gradient_table(forward: Counts, backward: Counts, workload: Workload) -> Tab
 
 
 def total_table(counts: Sequence[Counts], workload: Workload) -> Table:
-    """All launches together: what they ask for, and what of it device memory would move under some assumptions."""
+    """Return a table of what all launches ask for, and of what device memory would move under some assumptions."""
     found = sum(counts, Counts())
     token_bytes = workload.channels * workload.dtype.itemsize
     bound = workload.bound("grid_pool")
@@ -273,12 +277,10 @@ def total_table(counts: Sequence[Counts], workload: Workload) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="traffic", description=__doc__.splitlines()[0] if __doc__ else None)
-    goals = [name for name, workload in WORKLOADS.items() if workload.goal]
-    parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=goals, help=f"by default {', '.join(goals)}")
+    parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=GOALS, help=f"by default {', '.join(GOALS)}")
     parser.add_argument("--frames", type=int, metavar="T", help="one video of so many frames, in place of the shape's")
-    parser.add_argument(
-        "--gradient", action="store_true", help="of grid_pool's gradient too, which takes twice as long"
-    )
+    more = "of grid_pool's gradient too, which takes twice as long"
+    parser.add_argument("--gradient", action="store_true", help=more)
     given = parser.parse_args(arguments)
 
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -296,17 +298,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype = str(workload.dtype).removeprefix("torch.")
         shapes = [" × ".join(map(str, shape)) for shape in (workload.shape, plan.pooled_size)]
         print(f"\n{shapes[0]} {dtype}, frames pooled to {shapes[1]}; MB:\n")
-        token_bytes = workload.channels * workload.dtype.itemsize
-        itemsize = workload.dtype.itemsize
-        show(console, launch_table(counts, workload.channels, itemsize))
+        show(console, launch_table(counts, workload))
         show(console, total_table(counts, workload))
-        alone = loads_without_carrying(plan) * token_bytes / 1e6
+        alone = loads_without_carrying(plan) * workload.channels * workload.dtype.itemsize / 1e6
         print(f"If no column were carried, programs would load {alone:.1f} MB of x.", flush=True)
         if given.gradient:
             with Console(stderr=True).status(f"counting the gradient of {name}"):
                 back = count_launches(plan, gradient=True)
             print("\nIts gradient; MB, those of summaries in float32:\n")
-            show(console, launch_table(back, workload.channels, itemsize, launch_names(plan, back)))
+            show(console, launch_table(back, workload, launch_names(plan, back)))
             show(console, gradient_table(sum(counts, Counts()), sum(back, Counts()), workload))
 
 

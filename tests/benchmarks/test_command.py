@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import devices, machine, measure, page, run
+from benchmarks import machine, measure, page, run
 from benchmarks.__main__ import main
 from benchmarks.devices import Cpu
-from benchmarks.measure import LATE, LOST, take_turns
+from benchmarks.measure import LATE, LOST
 from benchmarks.provider import Provider
 from benchmarks.providers import chosen
-from benchmarks.results import Writer, encode, file_name, load
+from benchmarks.results import append, file_name, load
 from benchmarks.workloads import QUICK, WORKLOADS
 from tests.benchmarks.rows import RUN, make_row
 
@@ -30,17 +30,14 @@ FAST = ["--device", "cpu", "--shape", SHAPE, "--provider", "llava_avg_pool", "no
 
 
 @pytest.fixture(autouse=True)
-def _fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run in an empty folder, empty no cache, do not warm up, and find no compiler and no other process."""
+def _fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_waiting: None) -> None:
+    """Commands run in an empty folder, and find no compiler and no other process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(run, "FOLDER", tmp_path / "kept")
     monkeypatch.setattr(run.gc, "collect", lambda: 0)
     monkeypatch.setitem(vars(torch), "_dynamo", SimpleNamespace(reset=lambda: None))  # which takes seconds to import
-    monkeypatch.setattr(take_turns, "__defaults__", (0.0,))
-    monkeypatch.setattr(devices, "largest_cache", lambda: 0)
-    monkeypatch.setattr(Cpu, "evict", lambda device: None)
     monkeypatch.setattr(Cpu, "others_cores", lambda device: lambda: 0.0)
 
 
@@ -113,8 +110,7 @@ def test_an_interrupted_run_is_continued(monkeypatch: pytest.MonkeyPatch) -> Non
     spoilt(monkeypatch, "avg_pool2d", lambda x: pytest.fail("called"))
     lost = replace(first.rows[-1], provider="avg_pool2d", workload="2x5x5x64", check=LOST, p50_us=None)
     late = replace(first.rows[-1], provider="max_pool2d", check=LATE, p50_us=None)
-    with Path("r.jsonl").open("a") as file:
-        file.write(f"{encode(lost)}\n{encode(late)}\n")
+    append(Path("r.jsonl"), lost, late)
     assert main([*arguments, "--provider", "avg_pool2d", "max_pool2d"]) == 0
     timed = {row.provider for row in load(Path("r.jsonl"))[-1].rows}
     assert ("max_pool2d" in timed, "avg_pool2d" in timed) == (True, False)
@@ -214,11 +210,9 @@ def test_results_are_shown_compared_drawn_and_held_to_goals(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other commands work on a file of two runs, of which the second took 10 % longer."""
-    writer = Writer(Path("kept.jsonl"))
     for name, time in (("a", 100.0), ("b", 110.0)):
         for line in (RUN, make_row("norm_pool:cpu", time), make_row("avg_pool2d", 2 * time)):
-            writer.write(replace(line, run=name))
-    writer.close()
+            append(Path("kept.jsonl"), replace(line, run=name))
 
     def printed(*arguments: str, code: int = 0) -> str:
         assert main(arguments) == code

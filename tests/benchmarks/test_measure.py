@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,11 +30,8 @@ pytestmark = pytest.mark.usefixtures("caches")
 
 
 @pytest.fixture
-def cpu(monkeypatch: pytest.MonkeyPatch) -> Cpu:
-    """Return a CPU with one thread that empties no caches and does not warm up."""
-    monkeypatch.setattr(take_turns, "__defaults__", (0.0,))
-    monkeypatch.setattr(devices, "largest_cache", lambda: 0)
-    monkeypatch.setattr(Cpu, "evict", lambda device: None)
+def cpu(without_waiting: None) -> Cpu:
+    """Return a CPU with one thread."""
     return Cpu(1)
 
 
@@ -235,7 +231,7 @@ def test_memory_of_a_call(cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(result, x + 1)
     if found is not None:
         assert abs(found - (32 << 20)) < 2 << 20
-    monkeypatch.setattr(devices, "_status_bytes", lambda field: os.stat("/no such file"))
+    monkeypatch.setattr(devices, "field_bytes", lambda file, field: None)
     assert cpu.extra_peak_bytes(lambda: x, 0) == (None, x)
 
 

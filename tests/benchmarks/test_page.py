@@ -11,7 +11,7 @@ import pytest
 from benchmarks import page
 from benchmarks.goals import ONE_FRAME, T16
 from benchmarks.page import MARK, PAGE, README, with_table
-from benchmarks.results import BenchRow, Run, Writer, add_rates
+from benchmarks.results import BenchRow, add_rates, append
 from tests.benchmarks.rows import RUN, make_row
 
 
@@ -45,17 +45,10 @@ ROWS = [
 add_rates(ROWS, "avg_pool2d")
 
 
-def file_of(path: Path, run: Run) -> Path:
-    writer = Writer(path)
-    for line in (run, *ROWS):
-        writer.write(line)
-    writer.close()
-    return path
-
-
 @pytest.fixture
 def of_cpu(tmp_path: Path) -> Path:
-    return file_of(tmp_path / "cpu-some-cpu.jsonl", RUN)
+    append(tmp_path / "cpu-some-cpu.jsonl", RUN, *ROWS)
+    return tmp_path / "cpu-some-cpu.jsonl"
 
 
 def test_page(of_cpu: Path) -> None:
@@ -70,7 +63,8 @@ def test_page(of_cpu: Path) -> None:
         "No result of a GPU",
     ):
         assert said in text
-    gpu = file_of(of_cpu.with_name("cuda-some-gpu.jsonl"), replace(RUN, device={"type": "cuda", "name": "Some GPU"}))
+    gpu = of_cpu.with_name("cuda-some-gpu.jsonl")
+    append(gpu, replace(RUN, device={"type": "cuda", "name": "Some GPU"}), *ROWS)
     assert "No result of a GPU" not in page.page([gpu])
     assert with_table("as it is", [gpu]) == "as it is"
 

@@ -16,8 +16,8 @@ from benchmarks.results import (
     BenchRow,
     Results,
     Run,
-    Writer,
     add_rates,
+    append,
     compare,
     encode,
     file_name,
@@ -33,13 +33,6 @@ def run_named(name: str, **values: Any) -> Run:
     return replace(RUN, run=name, **values)
 
 
-def write(path: Path, *lines: Run | BenchRow) -> None:
-    writer = Writer(path)
-    for line in lines:
-        writer.write(line)
-    writer.close()
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Return the path of a file that does not exist yet, in a folder that does not either."""
@@ -52,7 +45,7 @@ def path(tmp_path: Path) -> Path:
 def test_lines_are_what_was_written(path: Path) -> None:
     """Values that are None are left out. The last row of a provider counts: it may be written before it is timed."""
     row = make_row("norm_pool:cpu", 10.0, groups=("main", "C"), settings={"output_size": [3, 4]}, launches=1)
-    write(path, RUN, row, make_row("copy", check="failed: the process ended in it"), make_row("copy", 2.0))
+    append(path, RUN, row, make_row("copy", check="failed: the process ended in it"), make_row("copy", 2.0))
     first, second, *_ = map(json.loads, path.read_text().splitlines())
     assert first == {"kind": "run", **asdict(RUN)}
     assert second.keys() == {"kind", *(name for name, value in asdict(row).items() if value is not None)}
@@ -64,23 +57,21 @@ def test_lines_are_what_was_written(path: Path) -> None:
 @pytest.mark.parametrize("left", [1, -3])
 def test_files_are_only_appended_to(path: Path, left: int) -> None:
     """Each line is there as soon as it is written; one that was cut costs no other."""
-    write(path, run_named("a"), make_row("copy", 1.0, run="a"))
+    append(path, run_named("a"), make_row("copy", 1.0, run="a"))
     whole = path.read_text()
     path.write_text(whole + whole.splitlines()[1][:left])
     assert [len(results.rows) for results in load(path)] == [1]
-    writer = Writer(path)
-    writer.write(run_named("b"))
-    writer.write(make_row("copy", 2.0, run="b"))
+    append(path, run_named("b"))
+    append(path, make_row("copy", 2.0, run="b"))
     assert [(results.run.run, len(results.rows)) for results in load(path)] == [("a", 1), ("b", 1)]
     assert path.read_text().startswith(whole)
-    writer.close()
 
 
 def test_rows_belong_to_their_runs(path: Path) -> None:
     """Two runs may write at a time. Lines without a run, of other kinds and with unknown fields do no harm."""
     times = (("a", "copy", 1.0), ("b", "copy", 2.0), ("a", "avg_pool2d", 3.0), ("c", "copy", 4.0))
     rows = [make_row(provider, time, run=run) for run, provider, time in times]
-    write(path, run_named("a"), run_named("b"), *rows)
+    append(path, run_named("a"), run_named("b"), *rows)
     later = json.loads(encode(make_row("read", 5.0, run="b"))) | {"later": 1}
     with path.open("ab") as file:
         file.write(b'\n[1]\n7\n{"kind": "note"}\nnull\n\xff\xfe{\n' + json.dumps(later).encode())
@@ -90,7 +81,7 @@ def test_rows_belong_to_their_runs(path: Path) -> None:
 
 def test_runs_are_picked_by_name(path: Path) -> None:
     names = ["20261121T000000Z-aaaa", "20261122T000000Z-bbbb", "20261122T100000Z-cccc", "20261123T000000Z-dddd"]
-    write(path, *map(run_named, names))
+    append(path, *map(run_named, names))
     picked = {argument: pick(f"{path}{argument}").run.run for argument in ("", "@", "@20261122", f"@{names[0]}")}
     assert picked == {"": names[3], "@": names[3], "@20261122": names[2], f"@{names[0]}": names[0]}
     with pytest.raises(ValueError, match="holds no run whose name begins with '2027'"):
@@ -126,8 +117,8 @@ def test_the_last_state_that_has_a_part(path: Path) -> None:
 
     def run(name: str, day: int, package: str, *rows: BenchRow, library: str | None = "l", quick: bool = False) -> None:
         source = {"package_sha256": package, "library_sha256": library}
-        write(path, run_named(name, utc=f"2026-11-0{day}", source=source, settings={"quick": quick}))
-        write(path, *(replace(row, run=name) for row in rows))
+        append(path, run_named(name, utc=f"2026-11-0{day}", source=source, settings={"quick": quick}))
+        append(path, *(replace(row, run=name) for row in rows))
 
     run("old", 1, "a", make_row("copy", 1.0), make_row("push:1:cpu", 5.0, workload="stream", groups=("stream",)))
     run("before the library", 2, "b", make_row("copy", 2.0), library=None)
@@ -167,7 +158,7 @@ def test_changes_beyond_the_noise() -> None:
 
     before = results(same=100.0, slower=100.0, faster=100.0, little=100.0, old=1.0, failed=None)
     after = results(same=100.0, slower=106.1, faster=94.2, little=105.9, new=1.0, failed=1.0)
-    found = {change.provider: change for change in compare(before, after)}
+    found = {change.after.provider: change for change in compare(before, after)}
     verdicts = {"same": "", "slower": "slower", "faster": "faster", "little": ""}
     assert {name: change.verdict for name, change in found.items()} == verdicts
     assert (found["slower"].ratio, found["slower"].noise) == (pytest.approx(1.061), pytest.approx(0.06))
