@@ -1,11 +1,11 @@
-"""ST-GridPool implemented from its definition by plain loops in NumPy, in float64.
+"""ST-GridPool implemented from its definition by plain loops in NumPy, in extended precision.
 
 It is an independent check for the tests: it shares no code with the package, is slow, and expects small arrays.
 Every function implements one part of the definition: the sampled frames, the rows that a cell averages, the
 positions of a window, those of its padding, the norm of a token.
 
-Arrays are `(T, H, W, C)` or `(B, T, H, W, C)`. Results are always float64. NaN and infinities follow the
-formulas in float64, so norms that overflow only in float32 do not overflow here.
+Arrays are `(T, H, W, C)` or `(B, T, H, W, C)`. Results are always of type `Exact`. Norms that overflow only in narrower
+types do not overflow here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Array = np.ndarray
+Exact = np.longdouble
+"""Type of all values, wider than float64, since float64 results of the package are compared with these."""
+
 Round = Callable[[Array], Array]
 Group = tuple[int, list[int]]
 
@@ -34,7 +37,7 @@ def norm_of(token: Array, norm_type: float, normalize_norm: bool) -> float:
     total = powers.sum()
     if normalize_norm:
         total = total / len(token)
-    return total ** (1.0 / norm_type)
+    return total ** (Exact(1) / norm_type)
 
 
 @silent
@@ -42,8 +45,8 @@ def token_norm(x: Array, norm_type: float = 2.0, normalize_norm: bool = True) ->
     """Return the norm of every token, of shape `x.shape[:-1]`."""
     if not norm_type > 0:
         raise ValueError(f"norm_type must be positive, not {norm_type}")
-    x = np.asarray(x, dtype=np.float64)
-    norms = np.empty(x.shape[:-1])
+    x = np.asarray(x, dtype=Exact)
+    norms = np.empty(x.shape[:-1], Exact)
     for position in np.ndindex(*norms.shape):
         norms[position] = norm_of(x[position], norm_type, normalize_norm)
     return norms
@@ -113,13 +116,13 @@ def area_summary(frames: list[Array], m: int, n: int) -> Array:
     """Shrink every frame to (ceil(H/m), ceil(W/n)), join the tiles, and crop the mosaic to (H, W)."""
     H, W, C = frames[0].shape
     h, w = math.ceil(H / m), math.ceil(W / n)
-    summary = np.empty((H, W, C))
+    summary = np.empty((H, W, C), Exact)
     for y in range(H):
         for x in range(W):
             frame = frames[(y // h) * n + x // w]  # tiles are laid row by row
             rows = adaptive_run(y % h, H, h)
             columns = adaptive_run(x % w, W, w)
-            total = np.zeros(C)
+            total = np.zeros(C, Exact)
             for r in rows:
                 for c in columns:
                     total = total + frame[r, c]
@@ -139,7 +142,7 @@ def bilinear_taps(i: int, size_in: int, size_out: int) -> list[tuple[int, float]
 def bilinear_summary(frames: list[Array], m: int, n: int) -> Array:
     """Resize the (m*H, n*W) mosaic of the frames to (H, W)."""
     H, W, C = frames[0].shape
-    summary = np.zeros((H, W, C))
+    summary = np.zeros((H, W, C), Exact)
     for y in range(H):
         for x in range(W):
             for r, row_weight in bilinear_taps(y, m * H, H):
@@ -174,7 +177,7 @@ def temporal_grid(
     frame_counts: numbers of frames of the videos packed along T, the same in every batch entry. round_to: rounds a
     summary as storing it in the dtype of the tensor does.
     """
-    x = np.asarray(x, dtype=np.float64)
+    x = np.asarray(x, dtype=Exact)
     if x.ndim == 5:
         options = (frame_strides, grid_shape, sampling, resize, frame_counts, round_to)
         return np.array([temporal_grid(clip, *options) for clip in x]).reshape(x.shape)
@@ -260,13 +263,13 @@ def pool_window(
                 tokens.append(frame[r, c])
                 norms.append(norm_of(frame[r, c], norm_type, normalize_norm))
             elif count_include_pad:
-                tokens.append(np.zeros(C))
+                tokens.append(np.zeros(C, Exact))
                 norms.append(0.0)
 
-    scores = temperature * np.array(norms)
+    scores = temperature * np.array(norms, Exact)
     weights = np.exp(scores - scores.max())
     weights = weights / weights.sum()
-    result = np.zeros(C)
+    result = np.zeros(C, Exact)
     for weight, token in zip(weights, tokens, strict=True):
         result = result + weight * token
     return result
@@ -286,7 +289,7 @@ def norm_pool(
     normalize_norm: bool = True,
 ) -> Array:
     """Norm-based spatial pooling."""
-    x = np.asarray(x, dtype=np.float64)
+    x = np.asarray(x, dtype=Exact)
     if x.ndim not in (4, 5):
         raise ValueError(f"x must have 4 or 5 dimensions, not {x.ndim}")
     if not math.isfinite(temperature):
@@ -310,7 +313,7 @@ def norm_pool(
         row_windows = window_positions(H, kernel[0], step[0], pad[0], ceil_mode)
         column_windows = window_positions(W, kernel[1], step[1], pad[1], ceil_mode)
 
-    out = np.empty((*lead, len(row_windows), len(column_windows), C))
+    out = np.empty((*lead, len(row_windows), len(column_windows), C), Exact)
     for index in np.ndindex(*lead):
         for i, rows in enumerate(row_windows):
             for j, columns in enumerate(column_windows):
