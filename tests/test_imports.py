@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -24,11 +25,11 @@ FLOORS = [
     ("integrations",),
     ("cli", "__main__"),
 ]
-"""Parts of the package from the ground up, by their names in it; "" is the package itself, the public names."""
+"""These are the parts of the package from the ground up, by their names in it; "" is the package's own file."""
 
 
 def module_name(path: Path) -> str:
-    """The dotted name of a file below the root."""
+    """Return the dotted name of a file below the root."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -36,7 +37,7 @@ MODULES = {module_name(path): path for path in (ROOT / PACKAGE).rglob("*.py")}
 
 
 def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those that are there for type checkers alone."""
+    """Yield every node but those that are there for type checkers alone."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
@@ -44,8 +45,9 @@ def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
         yield from nodes_that_run(node)
 
 
+@cache
 def imported(path: Path) -> set[str]:
-    """The dotted names that a file imports: modules where they are modules of the package, else what they are in."""
+    """Return the dotted names that a file imports: modules of the package, else the modules that names are in."""
     name = module_name(path)
     folder = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
@@ -61,7 +63,7 @@ def imported(path: Path) -> set[str]:
 
 
 def floor(module: str) -> int:
-    """The floor of the longest part that the module belongs to."""
+    """Return the floor of the longest part that the module belongs to."""
     inside = module.removeprefix(PACKAGE).removeprefix(".")
     parts = [
         (len(part), number)
@@ -109,7 +111,7 @@ def test_ops_that_a_backend_calls_are_declared_beside_it() -> None:
 
 
 def test_tests_import_no_benchmarks_and_no_tools() -> None:
-    """Those of benchmarks and of tools do."""
+    """Tests of benchmarks and of tools import what they test."""
     for path in (ROOT / "tests").rglob("*.py"):
         if path.relative_to(ROOT).parts[1] not in ("benchmarks", "tools"):
             tops = {name.split(".")[0] for name in imported(path)}

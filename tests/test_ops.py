@@ -93,9 +93,16 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=[pytest.mark.slow] * (number % len(LAYOUTS) != other))
+        for number, name in enumerate(NAMES)
+        for other, layout in enumerate(LAYOUTS)
+    ],
+)
 def test_opcheck_of_other_layouts(name, layout):
+    """Outside the slow tests, each op gets one of the layouts."""
     x = LAYOUTS[layout]()
     torch.library.opcheck(op(name).default, (x,))
     torch.library.opcheck(op(name).default, (x.requires_grad_(),))
@@ -103,8 +110,16 @@ def test_opcheck_of_other_layouts(name, layout):
     torch.library.opcheck(backward, (op(name)(x.detach()), x.detach(), torch.tensor(0)))
 
 
-@pytest.mark.parametrize(("name", "arguments"), CASES)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param(name, arguments, marks=[pytest.mark.slow] * bool(number), id=f"{name}-{number}")
+        for name, configurations in CONFIGURATIONS.items()
+        for number, arguments in enumerate(configurations)
+    ],
+)
 def test_opcheck_of_the_private_ops(name, arguments):
+    """Outside the slow tests, each op gets its default arguments. All arguments go through the public ops above."""
     x = tokens(9, 6, 7, 3)
     out = op(name)(x, **arguments)
     torch.library.opcheck(op(f"_{name}_out").default, (x,), arguments | {"out": torch.empty_like(out)})

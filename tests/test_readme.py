@@ -1,4 +1,4 @@
-"""What the README says: its Python runs, its table is the schema, its commands exist."""
+"""The README is right: its Python runs, its table is the schema, its commands exist."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import stgridpool_kernels
 from stgridpool_kernels.backends import compiled
@@ -22,13 +21,10 @@ from stgridpool_kernels.cli import main as cli
 from stgridpool_kernels.cli.main import main
 from stgridpool_kernels.io import inputs, token_files
 from stgridpool_kernels.io.token_files import read_tokens, write_tokens
+from tests.support.cases import tokens
 
 SCHEMA = [argument for argument in torch.ops.stgp.grid_pool.default._schema.arguments if argument.kwarg_only]
 DEFAULTS = {argument.name: argument.default_value for argument in SCHEMA}
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +208,11 @@ BEFORE_WORK = {
     "folder is a file": ("a.npy -o a.npy/out", "a.npy is not a folder"),
     "dtype against format": ("a.npy -o x.npy --dtype bfloat16", "NumPy's formats cannot hold bfloat16"),
     "device": ("a.npy -o x.npy --device nope", "--device must be one that can be used here, got 'nope'"),
+    "device that is not there": pytest.param(
+        "a.npy -o x.npy --device cuda",
+        "--device must be one that can be used here, got 'cuda': ",
+        marks=pytest.mark.needs("no gpu"),
+    ),
 }
 
 
@@ -255,12 +256,6 @@ def test_a_backend_that_cannot_run_says_why(
     monkeypatch.setenv("STGP_BACKEND", "nope")
     assert main(["pool", "a.npy", "-o", "out.npy"]) == 1
     assert "stgp pool: STGP_BACKEND must be one of 'auto', " in capsys.readouterr().err
-
-
-@pytest.mark.needs("no gpu")
-def test_a_device_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pool", "a.npy", "-o", "out.npy", "--device", "cuda"]) == 1
-    assert capsys.readouterr().err.startswith("stgp pool: --device must be one that can be used here, got 'cuda': ")
 
 
 @pytest.mark.gpu

@@ -16,7 +16,6 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from stgridpool_kernels.cli.figure import draw
 from stgridpool_kernels.cli.inspection import inspect_tokens
 from stgridpool_kernels.cli.main import main
 from stgridpool_kernels.io.data import load_fixture
+from tests.support.cases import tokens as random_tokens
 
 NO_GRIDDING: dict[str, Any] = {"frame_strides": ()}
 
@@ -34,12 +34,6 @@ NO_GRIDDING: dict[str, Any] = {"frame_strides": ()}
 def of_norms(norms: Any, channels: int = 4) -> Tensor:
     """Return tokens (T, H, W, C) whose RMS is the given (T, H, W)."""
     return torch.as_tensor(norms, dtype=torch.float64)[..., None].expand(*np.shape(norms), channels).contiguous()
-
-
-def random_tokens(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    scale = 2 + 0.3 * torch.randn(*shape[:-1], 1, generator=generator)
-    return scale * torch.randn(*shape, generator=generator)
 
 
 # ---- numbers ----
@@ -281,20 +275,17 @@ def test_figures_draw_without_a_warning(
     # reading rcParams["backend"] would choose one
     assert [key for key in before if key != "backend" and before[key] != matplotlib.rcParams[key]] == []
     width, height = canvas.get_width_height()
-    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in drawn if text.get_text()]
+    seen = [text for text in drawn if text.get_text() and text.get_visible()]
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in seen]
     assert len(boxes) > 30
     assert [text for text, b in boxes if min(b.x0, b.y0) < 0 or b.x1 > width or b.y1 > height] == []
-    assert [(one[0], other[0]) for one, other in combinations(boxes, 2) if overlap(one[1], other[1])] == []
+    inner = [(text, box.padded(-0.5)) for text, box in boxes]  # an overlap of one pixel is none
+    assert [(one[0], other[0]) for one, other in combinations(inner, 2) if one[1].overlaps(other[1])] == []
 
     panels = {each._suptitle.get_text()[0]: each for each in figure.findobj(SubFigure) if each._suptitle}
     assert list(panels) == ["a", "b", "c", "d", "e"]
     bars = {panel: [bar.get_ylabel() for axes in panels[panel].axes for bar in axes.child_axes] for panel in "ad"}
     assert bars == {"a": [inspection.norm_name], "d": ["× uniform"]}
-
-
-def overlap(one: Any, other: Any) -> bool:
-    common = Bbox.intersection(one, other)
-    return common is not None and min(common.width, common.height) > 1
 
 
 def test_thumbnails_follow_the_tokens_gridding() -> None:

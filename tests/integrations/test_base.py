@@ -1,4 +1,4 @@
-"""What integrations share: pooling in an engine's layout, token counts, options, versions; and the example adapter."""
+"""Integrations share pooling in an engine's layout, token counts, options and versions; the example adapter works."""
 
 from __future__ import annotations
 
@@ -113,35 +113,6 @@ def test_it_compiles_without_a_graph_break(grid: tuple[int, int] | None, dynamic
         assert_same_bits(compiled(tokens(frames, 5, 5)), shrink(tokens(frames, 5, 5)))
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda x: pool_flat(x[:, :24], [8]), ValueError, "grid must be given where the 24 tokens .* no square"),
-        (lambda x: pool_flat(x, [8], (4, 6)), ValueError, "grid must have the 25 positions .* got 4 × 6 = 24"),
-        (lambda x: pool_flat(x, [8], (25,)), ValueError, r"grid must be 2 integers .* got \(25,\)"),
-        (lambda x: pool_flat(x, [8], 5), ValueError, "grid must be 2 integers .* got 5"),
-        (lambda x: pool_flat(x, [8], (-5, -5)), ValueError, r"grid must be 2 integers .* at least 1, got \(-5, -5\)"),
-        (
-            lambda x: pool_flat(x.unflatten(1, (5, 5)), [8], (1, 25)),
-            ValueError,
-            r"grid must be \(5, 5\) as in x of shape \(8, 5, 5, 16\), or None, got \(1, 25\)",
-        ),
-        (lambda x: pool_flat(x[0], [8]), ValueError, r"x must have shape \(ΣF, h·w, C\).* got \(25, 16\)"),
-        (lambda x: pool_flat(x, [4, 5]), ValueError, r"must sum to the 8 frames of x, got \[4, 5\] with sum 9"),
-        (lambda x: pool_flat(x, [9, -1]), ValueError, r"frames_per_video must not be negative, got \[9, -1\]"),
-        (lambda x: pool_flat(x, 8), TypeError, "frames_per_video must be a sequence .* got 8"),
-        (lambda x: pool_flat(x, [8], temperatur=2), TypeError, "among frame_strides, .*, got temperatur=2"),
-        (lambda x: pool_flat(x, [8], frame_counts=[8]), TypeError, "options must be among .* got frame_counts"),
-        (lambda x: pool_flat(x, [8], out=x), TypeError, "options must be among .* got out"),
-        (lambda x: pool_flat(x, [8], kernel_size=0), ValueError, "kernel_size must be"),
-        (lambda x: pool_flat(x, [8], backend="nope"), ValueError, "backend must be one of"),
-    ],
-)
-def test_bad_input_is_named(call: object, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call(tokens(8, 5, 5))
-
-
 def test_the_snippet_of_the_page_runs() -> None:
     names: dict[str, object] = {}
     integrations_page.run("flat", names)
@@ -149,7 +120,7 @@ def test_the_snippet_of_the_page_runs() -> None:
 
 
 def test_every_snippet_of_the_page_is_run() -> None:
-    """That of vLLM is run in tests/with_vllm."""
+    """tests/with_vllm runs the snippet of vLLM."""
     assert integrations_page.SNIPPETS.keys() == {"flat", "patch", "budget", "register", "llava", "vllm"}
     assert integrations_page.PAGE.count("```python") == len(integrations_page.SNIPPETS)
 
@@ -176,24 +147,7 @@ def test_newlines_count_as_the_engines_count_them(side: int) -> None:
 
 
 def test_known_counts_of_27_by_27() -> None:
-    grid = (27, 27)
-    assert video_token_count(6, grid, "one_token", ceil_mode=True) == 6 * 196 + 1
-    assert [video_token_count(6, grid, newline) for newline in base.NEWLINES] == [1014, 1015, 1092, 1020]
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: video_token_count(-1, (4, 4)), ValueError, "frames must not be negative, got -1"),
-        (lambda: video_token_count(1, (4, 4), "no_token"), ValueError, "newline must be one of 'none', .* 'no_token'"),
-        (lambda: tokens_per_frame((4, 0)), ValueError, r"grid must be 2 integers .* got \(4, 0\)"),
-        (lambda: pooled_grid((4, 4), ceil=True), TypeError, "options must be among .* got ceil=True"),
-        (lambda: pooled_grid((1, 1)), ValueError, r"kernel_size=\[2, 2\] .* leaves no window on a 1 × 1 frame"),
-    ],
-)
-def test_a_count_that_cannot_be_is_refused(call: object, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
+    assert [video_token_count(6, (27, 27), newline) for newline in base.NEWLINES] == [1014, 1015, 1092, 1020]
 
 
 # ---- options ----
@@ -221,21 +175,6 @@ def test_options_do_not_change() -> None:
     assert options.arguments["temperature"] == 2.0
     with pytest.raises(AttributeError):
         options._items = ()
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"frame_counts": [8]}, TypeError, "got frame_counts"),
-        ({"ceil": True}, TypeError, "options must be among .* got ceil=True"),
-        ({"temperature": float("nan")}, ValueError, "temperature must be finite"),
-        ({"kernel_size": 2, "padding": 2}, ValueError, "padding must be at most half"),
-        ({"backend": "nope"}, ValueError, "backend must be one of .* got 'nope'"),
-    ],
-)
-def test_options_are_checked_at_once(options: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        PoolOptions(**options)
 
 
 def test_rounding_up_is_a_default_that_options_can_change() -> None:
@@ -267,12 +206,54 @@ def test_a_size_that_fits_passes() -> None:
     require_size("an engine", (27, 27), 196, PoolOptions(output_size=(7, 28)))
 
 
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: pool_flat(x[:, :24], [8]), ValueError, "grid must be given where the 24 tokens .* no square"),
+        (lambda x: pool_flat(x, [8], (4, 6)), ValueError, "grid must have the 25 positions .* got 4 × 6 = 24"),
+        (lambda x: pool_flat(x, [8], (25,)), ValueError, r"grid must be 2 integers .* got \(25,\)"),
+        (lambda x: pool_flat(x, [8], 5), ValueError, "grid must be 2 integers .* got 5"),
+        (lambda x: pool_flat(x, [8], (-5, -5)), ValueError, r"grid must be 2 integers .* at least 1, got \(-5, -5\)"),
+        (
+            lambda x: pool_flat(x.unflatten(1, (5, 5)), [8], (1, 25)),
+            ValueError,
+            r"grid must be \(5, 5\) as in x of shape \(8, 5, 5, 16\), or None, got \(1, 25\)",
+        ),
+        (lambda x: pool_flat(x[0], [8]), ValueError, r"x must have shape \(ΣF, h·w, C\).* got \(25, 16\)"),
+        (lambda x: pool_flat(x, [4, 5]), ValueError, r"must sum to the 8 frames of x, got \[4, 5\] with sum 9"),
+        (lambda x: pool_flat(x, [9, -1]), ValueError, r"frames_per_video must not be negative, got \[9, -1\]"),
+        (lambda x: pool_flat(x, 8), TypeError, "frames_per_video must be a sequence .* got 8"),
+        (lambda x: pool_flat(x, [8], temperatur=2), TypeError, "among frame_strides, .*, got temperatur=2"),
+        (lambda x: pool_flat(x, [8], frame_counts=[8]), TypeError, "options must be among .* got frame_counts"),
+        (lambda x: pool_flat(x, [8], out=x), TypeError, "options must be among .* got out"),
+        (lambda x: pool_flat(x, [8], kernel_size=0), ValueError, "kernel_size must be"),
+        (lambda x: pool_flat(x, [8], backend="nope"), ValueError, "backend must be one of"),
+        (lambda x: video_token_count(-1, (4, 4)), ValueError, "frames must not be negative, got -1"),
+        (lambda x: video_token_count(1, (4, 4), "no"), ValueError, "newline must be one of 'none', .* got 'no'"),
+        (lambda x: tokens_per_frame((4, 0)), ValueError, r"grid must be 2 integers .* got \(4, 0\)"),
+        (lambda x: pooled_grid((4, 4), ceil=True), TypeError, "options must be among .* got ceil=True"),
+        (lambda x: pooled_grid((1, 1)), ValueError, r"kernel_size=\[2, 2\] .* leaves no window on a 1 × 1 frame"),
+        (lambda x: PoolOptions(frame_counts=[8]), TypeError, "options must be among .* got frame_counts"),
+        (lambda x: PoolOptions(ceil=True), TypeError, "options must be among .* got ceil=True"),
+        (lambda x: PoolOptions(temperature=float("nan")), ValueError, "temperature must be finite"),
+        (lambda x: PoolOptions(kernel_size=2, padding=2), ValueError, "padding must be at most half"),
+        (lambda x: PoolOptions(backend="nope"), ValueError, "backend must be one of .* got 'nope'"),
+    ],
+)
+def test_bad_input_is_named(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(tokens(8, 5, 5))
+
+
 # ---- versions ----
 
 
 @pytest.fixture
 def installed_toy_engine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The toy engine under the name that an adapter imports it by."""
+    """Return the toy engine, under the name that an adapter imports it by."""
     monkeypatch.setitem(sys.modules, "toy_engine", toy_engine)
     return toy_engine
 
@@ -308,17 +289,26 @@ def test_a_missing_engine_is_named() -> None:
         require("no_such_engine", at_least="1", below="2")
 
 
-def test_engines_are_imported_when_they_are_asked_for() -> None:
-    imports = "from stgridpool_kernels.integrations import base, llava_next, transformers"
-    script = f"{imports}; import sys; print(*({{'transformers', 'llava', 'vllm', 'sglang'}} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "\n"
+IMPORTS = """
+import sys, torch
+from stgridpool_kernels.integrations import base, llava_next, sglang, transformers, vllm
+print(*({"transformers", "llava", "vllm", "sglang"} & sys.modules.keys()))
+vllm.register()
+print(torch.cuda.is_initialized())
+"""
+
+
+def test_no_engine_is_imported_and_no_device_initialised_before_they_are_asked_for() -> None:
+    """vLLM loads plugins in processes that it then forks, which a process that has initialised CUDA survives badly."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True)
+    assert done.stdout == "\nFalse\n"
 
 
 # ---- the example of base.py ----
 
 
 def example() -> str:
-    """The adapter in the module's docstring."""
+    """Return the adapter in the module's docstring."""
     indented = [line for line in inspect.getdoc(base).splitlines() if line.startswith("    ") or not line]
     return textwrap.dedent("\n".join(indented)).strip()
 

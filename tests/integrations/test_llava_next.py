@@ -1,4 +1,4 @@
-"""The replacement of LLaVA-NeXT's pooling, on a stand-in with the clone's interface."""
+"""LLaVA-NeXT's pooling is replaced, in a stand-in with the clone's interface."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEWLINES = {"grid": "grid", "frame": "frame", "one_token": "one_token", "no_toke
 
 @pytest.fixture(autouse=True)
 def stock(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """The stand-in is what `llava` means; its own method comes back after the test."""
+    """Make `llava` mean the stand-in, yield its own method, and put that back after the test."""
     llava_stand_in.install(monkeypatch)
     own = LlavaMetaForCausalLM.get_2dPool
     with torch.no_grad():

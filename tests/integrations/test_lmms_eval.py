@@ -1,4 +1,4 @@
-"""Options among model arguments, as lmms-eval's command line hands them over. tests/with_lmms_eval has the rest."""
+"""Options are found among model arguments, as lmms-eval's command line gives them; tests/with_lmms_eval has more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options as text: what engines, evaluations, Ray and the command line all read by one parser."""
+"""One parser reads options as text for engines, evaluations, Ray and the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The switch of the plugin for SGLang. tests/with_sglang has its hooks."""
+"""An environment variable switches the plugin for SGLang on. tests/with_sglang tests its hooks."""
 
 from __future__ import annotations
 

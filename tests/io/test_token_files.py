@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import stat
 import struct
@@ -18,7 +19,6 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from stgridpool_kernels.io import inputs, writing
 from stgridpool_kernels.io.encoder import find_sample_video
@@ -33,18 +33,10 @@ from stgridpool_kernels.io.token_files import (
 )
 from stgridpool_kernels.io.video import read_frames
 from stgridpool_kernels.io.writing import atomic_write, refuse_existing, remove_leftovers
+from tests.support.cases import tokens
+from tests.support.tolerance import assert_same_bits
 
 DTYPES = (torch.float16, torch.float32, torch.float64, torch.bfloat16)
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(x: Tensor) -> Tensor:
-    """Return the bits of a tensor, which compare NaNs, infinities and signed zeros too."""
-    return x.contiguous().view(BITS[x.element_size()])
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def npy(shape: tuple[int, ...], descr: str = "<f4", data: bytes = b"") -> bytes:
@@ -79,12 +71,8 @@ def pt(value: object, **options: bool) -> bytes:
     return file.getvalue()
 
 
-def one_tensor(dtype: str, shape: list[int], size: int) -> dict[str, object]:
-    return {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
-
-
 class Evil:
-    """Unpickling it makes a folder."""
+    """Unpickling an object of this class makes a folder."""
 
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return os.mkdir, ("unpickled",)
@@ -100,18 +88,15 @@ def test_a_written_tensor_is_read_back_bit_for_bit(data: st.DataObject, suffix: 
         suffix = ".safetensors"
     batch = data.draw(st.sampled_from([(), (1,), (2,)]))
     shape = (*batch, *data.draw(st.tuples(st.integers(0, 3), *[st.integers(1, 3)] * 3)))
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     x = torch.frombuffer(bytearray(data.draw(st.binary(min_size=size, max_size=size)) or b"\0" * 8), dtype=dtype)
-    x = x[: int(np.prod(shape))].reshape(shape)
+    x = x[: math.prod(shape)].reshape(shape)
     order = data.draw(st.permutations(range(3)))
     x = x.permute(*range(len(batch) + 1), *[len(batch) + 1 + axis for axis in order])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"x{suffix}")
         write_tokens(path, x, force=False)
-        found = read_tokens(path)
-        assert found.dtype == dtype
-        assert found.shape == x.shape
-        assert torch.equal(bits(found), bits(x))
+        assert_same_bits(read_tokens(path), x)
         assert os.listdir(folder) == [path.name]
 
 
@@ -175,6 +160,7 @@ def test_a_key_for_a_tensor_without_a_name_is_an_error(tmp_path: Path, suffix: s
 
 ONE = [1, 1, 1, 1]
 HUGE = (10**5, 10**4, 10**3, 10)
+LARGE = {"dtype": "F32", "shape": [1, 1, 1, 10**9], "data_offsets": [0, 4 * 10**9]}
 FLOATS = np.zeros(ONE, np.float32)
 UNREAD = r"cannot be read \(\w+: .+\); allowed: "
 REFUSED = {
@@ -205,7 +191,7 @@ REFUSED = {
     "pt: expanded": (".pt", pt(torch.zeros(1).expand(HUGE)), "its tensor is expanded"),
     "st: too short": (".safetensors", b"1234", UNREAD + "tensors, as safetensors.torch.save_file writes them"),
     "st: huge header length": (".safetensors", st_file({}, length=2**60), UNREAD),
-    "st: cut short": (".safetensors", st_file(one_tensor("F32", [1, 1, 1, 10**9], 4 * 10**9), b"1234"), UNREAD),
+    "st: cut short": (".safetensors", st_file({"a": LARGE}, b"1234"), UNREAD),
     "st: no tensor": (".safetensors", st_file({}), "holds no tensor"),
 }
 
@@ -268,17 +254,6 @@ def test_tokens_do_not_change_with_the_file(tmp_path: Path, suffix: str) -> None
     assert all(torch.equal(read, x) for read in found)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"x{suffix}"
-    write_tokens(path, tokens(1, 2, 2, 2), force=False)
-    content = path.read_bytes()
-    for length in [*range(0, len(content), 7), len(content) - 1]:
-        path.write_bytes(content[:length])
-        with pytest.raises(TokenFileError):
-            read_tokens(path)
-
-
 def content_of(suffix: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder, f"x{suffix}"), tokens(1, 2, 2, 2), force=False)
@@ -286,6 +261,15 @@ def content_of(suffix: str) -> bytes:
 
 
 WHOLE = {suffix: content_of(suffix) for suffix in SUFFIXES}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
+    path, content = tmp_path / f"x{suffix}", WHOLE[suffix]
+    for length in [*range(0, len(content), 7), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(TokenFileError):
+            read_tokens(path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

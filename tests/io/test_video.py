@@ -83,6 +83,8 @@ def test_reads_exactly_the_sampled_frames(clip: Path) -> None:
     assert everything.shape == (120, 144, 176, 3)
     for num_frames in (1, 7, 500):
         np.testing.assert_array_equal(read_frames(clip, num_frames), everything[sample_indices(120, num_frames)])
+    with clip.open("rb") as pipe:
+        np.testing.assert_array_equal(list(iter_frames(pipe, "-", size=(144, 176))), everything)
 
 
 def test_frames_are_shrunk_by_averaging_with_progress(clip: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which summaries are computed, and which cells of thumbnails, against the dependencies token by token."""
+"""The summaries and the cells of thumbnails that are computed are those that pooled tokens depend on."""
 
 from __future__ import annotations
 
@@ -39,24 +39,28 @@ plans = pytest.mark.parametrize(("counts", "H", "W", "arguments"), PLANS.values(
 
 
 def cell_tokens(size: int, i: int) -> range:
-    """Rows that row i of a thumbnail averages: adaptive average pooling to ⌈size/2⌉."""
+    """Return the rows that row i of a thumbnail averages: adaptive average pooling to ⌈size/2⌉."""
     half = -(-size // 2)
     return range(i * size // half, -(-(i + 1) * size // half))
 
 
-def brute_force(plan: GridPlan) -> dict[int, set[Token]]:
-    """The cells of every node that some pooled token depends on, following each token on its own."""
-    H, W = plan.height, plan.width
-    h, w = -(-H // 2), -(-W // 2)
-    graph = Dataflow.of(plan)
-    pooled = {
+def pooled_tokens(plan: GridPlan) -> set[Token]:
+    """Return the positions of a frame that some window holds, where windows have no padding."""
+    return {
         (r, c)
         for top, rows in zip(plan.window_rows.start, plan.window_rows.count, strict=True)
         for left, cols in zip(plan.window_cols.start, plan.window_cols.count, strict=True)
         for r in range(top, top + rows)
         for c in range(left, left + cols)
     }
-    tokens: dict[int, set[Token]] = {node: set(pooled) for node in graph.outputs}
+
+
+def brute_force(plan: GridPlan) -> dict[int, set[Token]]:
+    """Return the cells of every node that some pooled token depends on, following each token on its own."""
+    H, W = plan.height, plan.width
+    h, w = -(-H // 2), -(-W // 2)
+    graph = Dataflow.of(plan)
+    tokens = {node: pooled_tokens(plan) for node in graph.outputs}
     cells: dict[int, set[Token]] = {}
     for s in reversed(range(len(graph.summaries))):
         for r, c in tokens.get(~s, ()):
@@ -142,7 +146,7 @@ endless = pytest.mark.parametrize("arguments", ENDLESS.values(), ids=ENDLESS.key
 
 
 def periods(plan: GridPlan, count: int) -> GridPlan:
-    """The plan of so many periods of a video, in which all levels begin again at once."""
+    """Return the plan of so many periods of a video, in which all levels begin again at once."""
     return dataclasses.replace(plan, frame_counts=(count * EndlessLiveness(plan).period,))
 
 
@@ -176,16 +180,9 @@ def test_live_cells_of_a_video_without_end(H: int, W: int, ceil_mode: bool, name
 
 
 def tiles_read(plan: GridPlan) -> set[tuple[int, int, int]]:
-    """(level, frame, place) of each frame in a mosaic of which some pooled token reads a token, followed one by one."""
+    """Return (level, frame, place) of each frame in a mosaic of which some pooled token reads a token."""
     graph = Dataflow.of(plan)
-    pooled = {
-        (r, c)
-        for top, rows in zip(plan.window_rows.start, plan.window_rows.count, strict=True)
-        for left, cols in zip(plan.window_cols.start, plan.window_cols.count, strict=True)
-        for r in range(max(0, top), min(plan.height, top + rows))
-        for c in range(max(0, left), min(plan.width, left + cols))
-    }
-    tokens: dict[int, set[Token]] = {node: set(pooled) for node in graph.outputs}
+    tokens = {node: pooled_tokens(plan) for node in graph.outputs}
     found = set()
     for s in reversed(range(len(graph.summaries))):
         summary = graph.summaries[s]
@@ -204,7 +201,7 @@ def tiles_read(plan: GridPlan) -> set[tuple[int, int, int]]:
 @endless
 @pytest.mark.parametrize(("H", "W"), [(5, 7), (4, 2), (1, 3)])
 def test_frames_that_are_needed(H: int, W: int, arguments: dict[str, Any]) -> None:
-    """The same that are read token by token, but that a bilinear mosaic is taken to read all tokens up to its last."""
+    """Frames are those that are read token by token, but a bilinear mosaic counts as reading all up to its last."""
     plan = periods(grid_plan((), H, W, ceil_mode=True, **arguments), 1)
     liveness = EndlessLiveness(plan)
     made = [(-1, frame) for frame in range(plan.frame_counts[0])]
@@ -216,8 +213,7 @@ def test_frames_that_are_needed(H: int, W: int, arguments: dict[str, Any]) -> No
 
 @endless
 def test_what_is_kept_is_what_is_needed_later(arguments: dict[str, Any]) -> None:
-    """After any number of frames, without following them: the nodes that chunk_entries gives a slot and not to a
-    summary yet."""
+    """After any number of frames, nodes are kept that chunk_entries has given a slot and not yet to a summary."""
     liveness = EndlessLiveness(grid_plan((), 6, 8, ceil_mode=True, **arguments))
     groups: list[dict[int, int]] = [{} for _ in liveness.segments]
     free = itertools.count()
@@ -231,7 +227,7 @@ def test_what_is_kept_is_what_is_needed_later(arguments: dict[str, Any]) -> None
 
 
 def test_each_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the ways by which 41 levels read one frame are more than a million."""
+    """There are more than a million ways by which 41 levels read one frame."""
     arguments = {"frame_strides": (1,) * 40 + (2,), "grid_shape": (1, 6, 1, 8) * 20 + (1, 1), "sampling": "first"}
     liveness = EndlessLiveness(grid_plan((), 2, 2, **arguments))
     calls: Counter[tuple[int, int]] = Counter()
@@ -284,5 +280,5 @@ def test_which_windows_are_pairs(size: int, arguments: dict[str, Any], pairs: bo
     ids=str,
 )
 def test_which_summaries_share_thumbnails(arguments: dict[str, Any], halves: bool) -> None:
-    """By the settings: whether these videos are long enough for every level does not matter."""
+    """The settings decide, and not whether these videos are long enough for every level."""
     assert is_2x2_area(grid_plan([64], 8, 8, **arguments)) == halves

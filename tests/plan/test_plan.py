@@ -33,7 +33,7 @@ def published_samples(frames: int, samples: int) -> list[float]:
     ],
 )
 def test_sampled_frames_equal_torch(counts: Sequence[int]) -> None:
-    """Numbers of frames up to 5000 with every stride up to 64: the samples depend on T and T // stride alone."""
+    """Up to 5000 frames and every stride up to 64 are compared: samples depend on T and T // stride alone."""
     wrong = []
     for frames in counts:
         for samples, stride in {frames // stride: stride for stride in range(1, 65) if stride <= frames}.items():
@@ -105,25 +105,25 @@ AXES: list[Axis] = list(product(range(1, 9), range(1, 6), range(1, 5), range(4))
 
 
 def axis_pairs() -> list[tuple[Axis, Axis]]:
-    """Every axis once as rows and once as columns, with another one across."""
+    """Return every axis once as rows and once as columns, with another one across."""
     others = AXES.copy()
     random.Random(0).shuffle(others)
     return list(zip(AXES, others, strict=True))
 
 
 def covered(runs: Runs, size: int) -> tuple[list[list[int]], list[int]]:
-    """Of every run: its positions inside the image, and its length with the padding."""
+    """Return the positions of every run inside the image, and the length of every run with the padding."""
     positions = [range(start, start + count) for start, count in zip(runs.start, runs.count, strict=True)]
     return [[p for p in run if 0 <= p < size] for run in positions], [len(run) for run in positions]
 
 
 def one_hot(height: int, width: int) -> torch.Tensor:
-    """(height · width, 1, height, width): image i is 1 at position i."""
+    """Return images (height · width, 1, height, width), of which image i is 1 at position i and 0 elsewhere."""
     return torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
 
 
 def membership(rows: list[list[int]], cols: list[list[int]], height: int, width: int) -> torch.Tensor:
-    """(height · width, OH, OW): 1 where window (r, c) holds position i."""
+    """Return a tensor (height · width, OH, OW) that is 1 where window (r, c) holds position i and 0 elsewhere."""
     of_row, of_col = torch.zeros(len(rows), height), torch.zeros(len(cols), width)
     for matrix, members in ((of_row, rows), (of_col, cols)):
         for index, positions in enumerate(members):
@@ -134,26 +134,22 @@ def membership(rows: list[list[int]], cols: list[list[int]], height: int, width:
 @pytest.mark.parametrize("count_include_pad", [True, False], ids=["include_pad", "exclude_pad"])
 @pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
 def test_windows_equal_avg_pool(ceil_mode: bool, count_include_pad: bool) -> None:
-    """Members, share of padding, count of windows, and which geometries are refused."""
+    """Members, share of padding and count of windows agree, and the same geometries are refused."""
     accepted = 0
     for (height, *by_row), (width, *by_col) in axis_pairs():
         kernel_size, stride, padding = zip(by_row, by_col, strict=True)
-        pool = torch.nn.AvgPool2d(kernel_size, stride, padding, ceil_mode, count_include_pad)
-        try:
-            means = pool(one_hot(height, width))[:, 0]
-        except RuntimeError:
-            means = None
         options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "ceil_mode": ceil_mode}
-        if means is None:
+        options["count_include_pad"] = count_include_pad
+        try:
+            means = torch.nn.AvgPool2d(**options)(one_hot(height, width))[:, 0]
+        except RuntimeError:
             with pytest.raises(ValueError, match=r"padding must be at most half|leaves no window"):
-                grid_plan([], height, width, count_include_pad=count_include_pad, **options)
+                grid_plan([], height, width, **options)
             continue
-        plan = grid_plan([], height, width, count_include_pad=count_include_pad, **options)
+        plan = grid_plan([], height, width, **options)
         assert plan.pooled_size == tuple(means.shape[1:])
-        (rows, row_lengths), (cols, col_lengths) = (
-            covered(plan.window_rows, height),
-            covered(plan.window_cols, width),
-        )
+        rows, row_lengths = covered(plan.window_rows, height)
+        cols, col_lengths = covered(plan.window_cols, width)
         members = membership(rows, cols, height, width)
         assert torch.equal(means > 0, members > 0), options
         area = torch.tensor(row_lengths).outer(torch.tensor(col_lengths))
@@ -184,7 +180,7 @@ def test_adaptive_windows_equal_adaptive_avg_pool() -> None:
 
 
 def mean_over_runs(mosaic: torch.Tensor, rows: Runs, cols: Runs) -> torch.Tensor:
-    """(mH, nW) → (H, W)"""
+    """Return the mean of a mosaic (mH, nW) over every pair of a row run and a column run, (H, W)."""
     cells = [
         mosaic[top : top + height, left : left + width].mean()
         for top, height in zip(rows.start, rows.count, strict=True)
@@ -273,9 +269,9 @@ def test_repr_is_short_and_complete() -> None:
 
 
 def lines_run(call: Callable[[], object]) -> int:
-    """How many lines of Python a call runs, which are no more on a busy machine.
+    """Return how many lines of Python a call runs, which are no more on a busy machine.
 
-    Times are taken by `make bench ARGS="-k plan"`.
+    `make bench ARGS="-k plan"` takes times.
     """
     lines = 0
 

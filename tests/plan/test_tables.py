@@ -1,6 +1,6 @@
-"""A plan's tables, read by the names that csrc/tables.h gives their words: they are the plan, and stages are safe.
+"""A plan's tables, read by the names that csrc/tables.h gives their words, are the plan, and their stages are safe.
 
-Also the file that `GridPlan.save` writes.
+The file that `save_tables` writes holds them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADER = Path(__file__).parents[2] / "csrc" / "tables.h"
 
 
 def constants(text: str) -> dict[str, int]:
-    """Of a C++ header: its constexpr integers, and its enumerators counted from 0."""
+    """Return the constexpr integers of a C++ header, and its enumerators counted from 0."""
     text = re.sub(r"//.*", "", text)
     found = {name: int(value, 0) for name, value in re.findall(r"constexpr int32_t (\w+) = (\w+);", text)}
     for body in re.findall(r"enum \w+ : int32_t \{(.*?)\}", text, re.DOTALL):
@@ -81,7 +81,7 @@ class Stage:
 
 
 class Reader:
-    """Takes tables apart; every access is inside them and behind the header, and is remembered."""
+    """A reader takes tables apart; every access is inside them and behind the header, and is remembered."""
 
     def __init__(self, words: Sequence[int]) -> None:
         self.words = words
@@ -103,7 +103,7 @@ class Reader:
         return [self.take(first + i * size, size) for i in range(self.header(count))]
 
     def levels(self) -> list[tuple[int, int, list[tuple[int, ...]], Runs, Runs]]:
-        """(rows, cols, sources of every summary, row runs, column runs)"""
+        """Return (rows, cols, sources of every summary, row runs, column runs) of every level."""
         found = []
         for level in self.records("H_LEVELS", "H_NUM_LEVELS", "LEVEL_WORDS"):
             rows, cols, first, count = (level[C[name]] for name in ("L_ROWS", "L_COLS", "L_FIRST", "L_COUNT"))
@@ -133,7 +133,7 @@ class Reader:
 
 @st.composite
 def plans(draw: st.DrawFn) -> GridPlan:
-    """Most of them have a fused form."""
+    """Draw plans, most of which have a fused form."""
     counts = draw(st.lists(st.sampled_from([16, 32, 9, 64, 0, 21, 1, 40]), min_size=0, max_size=3))
     height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     if draw(st.sampled_from(["fused", "fused", "any"])) == "any":
@@ -146,8 +146,6 @@ def plans(draw: st.DrawFn) -> GridPlan:
 
 
 frames_per_stage = st.sampled_from([None, 4, 1, 14, 2, 100])
-
-
 dataflows = st.sampled_from([Dataflow.of, Dataflow.none])
 
 
@@ -294,14 +292,14 @@ def test_stages_for_a_cpu_keep_few_thumbnails() -> None:
 PUBLISHED = grid_plan([64], 27, 27)
 
 
-@pytest.mark.parametrize("frames_per_stage", [None, 4])
+@pytest.mark.parametrize("form", [{}, {"frames_per_stage": 4}, {"gradient": True}], ids=str)
 @pytest.mark.parametrize("arguments", [{}, {"resize": "bilinear"}, {"output_size": (3, 4)}], ids=str)
-def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], frames_per_stage: int | None) -> None:
+def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], form: dict[str, Any]) -> None:
     saved = grid_plan([40, 9], 5, 7, **arguments)
-    save_tables(saved, tmp_path / "plan.stgp", frames_per_stage=frames_per_stage)
+    save_tables(saved, tmp_path / "plan.stgp", **form)
     written = (tmp_path / "plan.stgp").read_bytes()
     words = [int.from_bytes(written[i : i + 4], "little", signed=True) for i in range(0, len(written), 4)]
-    assert words == list(plan_tables(saved, frames_per_stage=frames_per_stage))
+    assert words == list(plan_tables(saved, **form))
     assert written.startswith(b"STGP\2\0\0\0")
     assert os.listdir(tmp_path) == ["plan.stgp"]
 
@@ -319,25 +317,21 @@ def test_file_is_little_endian_everywhere(tmp_path: Path, monkeypatch: pytest.Mo
     assert plan_tables(PUBLISHED)[0] == C["MAGIC"]  # the tables in memory stay as they are
 
 
-def test_existing_file_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "plan.stgp"
-    path.write_bytes(b"x" * 100_000)
-    save_tables(PUBLISHED, str(path))
-    assert len(path.read_bytes()) == 4 * len(plan_tables(PUBLISHED))
-    assert os.listdir(tmp_path) == ["plan.stgp"]
-
-
-def test_existing_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "plan.stgp"
-    path.write_bytes(b"before")
-
+def test_existing_file_is_replaced_and_stays_when_writing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
+    path = tmp_path / "plan.stgp"
+    path.write_bytes(b"x" * 100_000)
+    save_tables(PUBLISHED, str(path))
+    written = path.read_bytes()
+    assert len(written) == 4 * len(plan_tables(PUBLISHED))
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
-        save_tables(PUBLISHED, path)
-    assert path.read_bytes() == b"before"
+        save_tables(grid_plan([8], 4, 4), path)
+    assert path.read_bytes() == written
     assert os.listdir(tmp_path) == ["plan.stgp"]
 
 
@@ -349,20 +343,17 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_file_for_gradients(tmp_path: Path) -> None:
-    save_tables(PUBLISHED, tmp_path / "plan.stgp", gradient=True)
-    words = array("i")
-    words.frombytes((tmp_path / "plan.stgp").read_bytes())
-    assert words == plan_tables(PUBLISHED, gradient=True)
-    assert len(words) > len(plan_tables(PUBLISHED))
-    with pytest.raises(ValueError, match="frames_per_stage must be None where gradient is True, got 4"):
-        save_tables(PUBLISHED, tmp_path / "other.stgp", frames_per_stage=4, gradient=True)
-
-
-@pytest.mark.parametrize("frames_per_stage", [0, -4])
-def test_frames_per_stage_is_checked(tmp_path: Path, frames_per_stage: int) -> None:
-    with pytest.raises(ValueError, match=f"frames_per_stage must be None or at least 1, got {frames_per_stage}"):
-        save_tables(PUBLISHED, tmp_path / "plan.stgp", frames_per_stage=frames_per_stage)
+@pytest.mark.parametrize(
+    ("form", "allowed"),
+    [
+        ({"frames_per_stage": 0}, "None or at least 1, got 0"),
+        ({"frames_per_stage": -4}, "None or at least 1, got -4"),
+        ({"frames_per_stage": 4, "gradient": True}, "None where gradient is True, got 4"),
+    ],
+)
+def test_frames_per_stage_is_checked(tmp_path: Path, form: dict[str, Any], allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"frames_per_stage must be {allowed}"):
+        save_tables(PUBLISHED, tmp_path / "plan.stgp", **form)
     assert os.listdir(tmp_path) == []
 
 

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's own classes around few random weights, as the package llavaction has them: `build` makes a model.
+"""`build` makes a model of few random weights of LLaVA-NeXT's own classes, as the package llavaction has them.
 
 llavaction calls its folder `llavaction` where a clone of LLaVA-NeXT has `llava`; `as_llava` lends it that name.
 """
@@ -30,7 +30,7 @@ def as_llava(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_tower(folder: Path) -> Path:
-    """A vision tower of 5 × 5 tokens; models look for one at a path."""
+    """Save a vision tower of 5 × 5 tokens, and return its path, where models look for it."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1}
     config = CLIPVisionConfig(**sizes, image_size=PIXELS, patch_size=PATCH, projection_dim=16)
@@ -77,12 +77,12 @@ def build(tower: Path, mode: str = "bilinear", newline: str = "grid", **settings
 
 
 def pixels(*frames: int) -> list[Tensor]:
-    """(F, 3, height, width) of each video."""
+    """Return random pixels (F, 3, height, width) of each video."""
     generator = torch.Generator().manual_seed(sum(frames))
     return [torch.randn(count, 3, PIXELS, PIXELS, generator=generator) for count in frames]
 
 
 def embed(model: LlavaQwenForCausalLM, ids: Tensor, images: list[Tensor], modalities: list[str]) -> Tensor:
-    """(1, tokens, C): what the model's own code makes of a prompt and its videos."""
+    """Return embeddings (1, tokens, C) that the model's own code makes of a prompt and its videos."""
     found = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, images, modalities, None)
     return found[4]

@@ -1,6 +1,6 @@
-"""The replacement of `get_2dPool` in LLaVA-NeXT's own classes, and how like them tests/support/llava_stand_in.py is.
+"""`get_2dPool` is replaced in LLaVA-NeXT's own classes, and tests/support/llava_stand_in.py is like them.
 
-Runs in an environment of its own, `make test-llava-next`.
+`make test-llava-next` makes an environment for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import pytest
 
 pytest.importorskip("llavaction", reason="LLaVA-NeXT's classes are not installed: make test-llava-next")
 
-import integrations_page
 import real
 import torch
 from real import SIDE, VIDEO, build, embed, pixels
@@ -24,6 +23,7 @@ from transformers import Qwen2ForCausalLM
 import stgridpool_kernels as stgp
 from stgridpool_kernels.integrations import llava_next
 from stgridpool_kernels.integrations.base import video_token_count
+from tests.support import integrations_page
 from tests.support.llava_stand_in import LlavaQwenForCausalLM as StandIn
 
 MODES = ["average", "max", "bilinear"]
@@ -35,7 +35,7 @@ PROMPT = torch.tensor([[5, VIDEO, 9, 11, VIDEO, 7]])
 
 @pytest.fixture(autouse=True)
 def stock(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """The package's classes as `llava`; their own method is what a test leaves behind."""
+    """Make `llava` mean the package, yield its own method, and put that back after the test."""
     real.as_llava(monkeypatch)
     owner = real.llava_arch.LlavaMetaForCausalLM
     own = owner.get_2dPool
@@ -50,7 +50,7 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stand_in(model: Any) -> StandIn:
-    """The stand-in with the parts of a model: what tests without LLaVA-NeXT take it for."""
+    """Return the stand-in, which tests without LLaVA-NeXT take for a model, with the parts of this model."""
     double = StandIn.__new__(StandIn)
     double.config = model.config
     double.model = SimpleNamespace(
@@ -62,7 +62,7 @@ def stand_in(model: Any) -> StandIn:
 
 
 def by_hand(model: Any, ids: Tensor, videos: list[Tensor], **options: Any) -> Tensor:
-    """(1, tokens, C): the prompt, with every video pooled alone by the op itself, and newlines."""
+    """Return embeddings (1, tokens, C) of the prompt, with every video pooled alone by the op itself, and newlines."""
     windows = {} if "output_size" in options else {"ceil_mode": model.config.mm_spatial_pool_mode == "bilinear"}
     shown = []
     for video in videos:
@@ -78,7 +78,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 12, "output_scores": True, "retu
 
 
 def answer(model: Any, ids: Tensor, videos: list[Tensor]) -> tuple[list[int], Tensor]:
-    """The new tokens, and the scores that the first was chosen by."""
+    """Return the new tokens, and the scores that the first was chosen by."""
     found = model.generate(ids, images=videos, modalities=["video"] * len(videos), **GREEDY)
     return found.sequences[0].tolist(), found.scores[0]
 

@@ -1,4 +1,4 @@
-"""Fixtures: the stub as `llava`, a task, and a model of few random weights."""
+"""Fixtures make the stub `llava`, a task, and a model of few random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if find_spec("lmms_eval") is not None:  # else the tests are skipped
 
 @pytest.fixture(autouse=True)
 def llava(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """The stub as `llava`; its own pooling is what a test must leave behind."""
+    """Install the stub as `llava`, and yield its own pooling, which a test must leave behind."""
     llava_stub.install()
     llava_stub.loaded.clear()
     own = llava_stub.LlavaMetaForCausalLM.get_2dPool

@@ -1,4 +1,4 @@
-"""As much of LLaVA-NeXT's package `llava` as lmms-eval's models import, around a random language model of transformers.
+"""This is as much of LLaVA-NeXT's package `llava` as lmms-eval's models import, around a random language model.
 
 `install()` puts it into sys.modules, `save(folder)` writes a model for `pretrained=`. `loaded` has every model that was
 loaded since; each notes the features of its videos before and after pooling.

@@ -1,4 +1,4 @@
-"""The commands of docs/accuracy.md, up to the weights and the data sets: `make test-lmms-eval`.
+"""The commands of docs/accuracy.md run, but for the weights and the data sets: `make test-lmms-eval`.
 
 A shell runs the page's blocks as they stand, with a `python` that notes what it is asked for. lmms-eval's own parser
 then reads every command, and each run is made: of the stub's model instead of the checkpoint, on a task made here.
@@ -25,7 +25,6 @@ import llava_stub
 import tiny_task
 import torch
 from lmms_eval.__main__ import parse_eval_args
-from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import simple_parse_args_string
 
@@ -52,7 +51,7 @@ MEANT: dict[str, dict[str, Any] | None] = {
 
 
 def commands() -> dict[str, list[list[str]]]:
-    """What the page's shell hands to python, by the name that a run is logged under."""
+    """Return what the page's shell gives to python, by the name that a run is logged under."""
     note = f"""python() {{ {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@"; }}"""
     script = "\n".join(["set -eu", note, *BLOCKS])
     printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
@@ -90,7 +89,8 @@ def test_a_run_of_the_page(name: str, pretrained: str, tasks: Path, monkeypatch:
     [model_args] = {each.model_args for each in asked}
     assert {(each.model, each.batch_size, each.log_samples) for each in asked} == {("llava_onevision_stgp", "1", True)}
     frames = simple_parse_args_string(model_args)["max_frames_num"]
-    options, model = MEANT[name], evaluate(asked[0], of_few_weights(model_args, pretrained), tasks)
+    options = MEANT[name]
+    model = tiny_task.evaluate(asked[0].model, of_few_weights(model_args, pretrained), tasks)
     for features, pooled in model.videos:
         assert features.shape[:2] == (frames, llava_stub.SIDE**2)
         own = model.get_2dPool(features)
@@ -103,22 +103,6 @@ def test_a_run_of_the_page(name: str, pretrained: str, tasks: Path, monkeypatch:
         assert pooled.shape != own.shape or not torch.equal(pooled, own)
 
 
-def evaluate(asked: Any, model_args: str, tasks: Path) -> Any:
-    """The model that a command line's evaluation loads, here on the task that is made for it."""
-    simple_evaluate(
-        asked.model,
-        model_args=model_args,
-        tasks=["tiny_video"],
-        task_manager=TaskManager("ERROR", include_path=str(tasks), model_name=asked.model),
-        device="cpu",
-        batch_size=1,
-        bootstrap_iters=0,
-    )
-    model = llava_stub.loaded[-1]
-    assert len(model.videos) == tiny_task.QUESTIONS
-    return model
-
-
 def of_few_weights(model_args: str, pretrained: str) -> str:
     checkpoint = simple_parse_args_string(model_args)["pretrained"]
     assert model_args.count(checkpoint) == 1
@@ -126,7 +110,7 @@ def of_few_weights(model_args: str, pretrained: str) -> str:
 
 
 def test_one_command_in_full(pretrained: str, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launcher and command line in a process of their own; checkpoint, task and device are others."""
+    """Launcher and command line run in a process of their own; checkpoint, task and device are others."""
     [given, *_] = COMMANDS["ptg-only"]
     asked = parsed(given, monkeypatch)
     swapped = {asked.model_args: of_few_weights(asked.model_args, pretrained), asked.tasks: "tiny_video"}
@@ -157,7 +141,7 @@ def test_the_command_of_the_other_page(pretrained: str, tasks: Path, monkeypatch
     assert words[:3] == ["python", "-m", "lmms_eval"]
     asked = parsed(words[3:], monkeypatch)
     assert (asked.model, asked.tasks) == ("llava_vid_stgp", "videomme")
-    model = evaluate(asked, of_few_weights(asked.model_args, pretrained), tasks)
+    model = tiny_task.evaluate(asked.model, of_few_weights(asked.model_args, pretrained), tasks)
     for features, pooled in model.videos:
         grid = features.unflatten(1, (llava_stub.SIDE,) * 2)
         assert torch.equal(pooled, stgp.grid_pool(grid, temperature=2.0, frame_strides=(2, 4, 8)).flatten(1, 2))

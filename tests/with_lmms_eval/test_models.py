@@ -1,6 +1,6 @@
-"""The models in lmms-eval: discovery, and whole evaluations of a random model on videos that are made here.
+"""lmms-eval finds the models, and evaluates a random one on videos that are made here.
 
-Runs in an environment of its own, `make test-lmms-eval`; `llava` is a stub, as it cannot be installed from an index.
+`make test-lmms-eval` makes an environment for it; `llava` is a stub, as it cannot be installed from an index.
 """
 
 from __future__ import annotations
@@ -17,35 +17,15 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed here: make t
 
 import llava_stub
 from lmms_eval import models
-from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager
-from tiny_task import FRAMES, QUESTIONS
+from tiny_task import FRAMES, evaluate
 
 
 def arguments(model: str, pretrained: str, **more: object) -> str:
-    """Model arguments of a run on the CPU, as a command line has them."""
+    """Return model arguments of a run on the CPU, as a command line has them."""
     shared = {"pretrained": pretrained, "conv_template": "plain", "device_map": "auto", "max_frames_num": FRAMES}
     if model.startswith("llava_vid"):
         shared.update(torch_dtype="bfloat16", mm_newline_position="no_token", force_sample=True)
     return ",".join(f"{name}={value}" for name, value in {**shared, **more}.items())
-
-
-def evaluate(model: str, pretrained: str, tasks: Path, **more: object) -> llava_stub.LlavaQwenForCausalLM:
-    """One evaluation through lmms-eval; the model that it loaded."""
-    results = simple_evaluate(
-        model,
-        model_args=arguments(model, pretrained, **more),
-        tasks=["tiny_video"],
-        task_manager=TaskManager("ERROR", include_path=str(tasks), model_name=model),
-        device="cpu",
-        batch_size=1,
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    samples = results["samples"]["tiny_video"]
-    assert len(samples) == QUESTIONS
-    assert all(isinstance(sample["filtered_resps"][0], str) for sample in samples)
-    return llava_stub.loaded[-1]
 
 
 def test_lmms_eval_finds_the_models() -> None:
@@ -77,8 +57,7 @@ def test_lmms_eval_finds_the_models() -> None:
 def test_an_evaluation_pools_every_video_with_the_options(
     model: str, more: dict, options: dict, pretrained: str, tasks: Path
 ) -> None:
-    loaded = evaluate(model, pretrained, tasks, **more)
-    assert len(loaded.videos) == QUESTIONS
+    loaded = evaluate(model, arguments(model, pretrained, **more), tasks)
     for features, pooled in loaded.videos:
         assert features.shape[:2] == (FRAMES, llava_stub.SIDE**2)
         expected = stgp.grid_pool(features.unflatten(1, (llava_stub.SIDE,) * 2), **options).flatten(1, 2)
@@ -89,9 +68,9 @@ def test_an_evaluation_pools_every_video_with_the_options(
 def test_other_models_of_the_process_keep_their_own_pooling(name: str, pretrained: str, tasks: Path) -> None:
     build = models.get_model(f"{name}_stgp").create_from_arg_string
     build(arguments(name, pretrained, stgp_temperature=2), {"device": "cpu", "batch_size": 1})
-    own = evaluate(name, pretrained, tasks)
-    off = evaluate(f"{name}_stgp", pretrained, tasks, stgp=False)
-    on = evaluate(f"{name}_stgp", pretrained, tasks)
+    own = evaluate(name, arguments(name, pretrained), tasks)
+    off = evaluate(f"{name}_stgp", arguments(name, pretrained, stgp=False), tasks)
+    on = evaluate(f"{name}_stgp", arguments(name, pretrained), tasks)
     for (features, stock), (same, unpooled), (again, pooled) in zip(own.videos, off.videos, on.videos, strict=True):
         assert torch.equal(features, same)
         assert torch.equal(features, again)
@@ -135,4 +114,4 @@ def test_an_error_in_a_run_is_raised_and_leaves_nothing_behind(
 
     monkeypatch.setattr(llava_stub.LlavaQwenForCausalLM, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate("llava_vid_stgp", pretrained, tasks)
+        evaluate("llava_vid_stgp", arguments("llava_vid", pretrained), tasks)

@@ -1,4 +1,4 @@
-"""A task of lmms-eval: two videos of noise, and a question on each."""
+"""A task of lmms-eval has two videos of noise and a question on each; `evaluate` runs a model on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import av
+import llava_stub
 import numpy as np
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
 
 FRAMES, QUESTIONS = 24, 2
 TASK = """
@@ -25,7 +28,7 @@ metric_list:
 
 
 def save(folder: Path) -> Path:
-    """What `--include_path` takes."""
+    """Save the task, and return the folder, which `--include_path` takes."""
     rows = []
     for number in range(QUESTIONS):
         path = folder / f"{number}.mp4"
@@ -41,3 +44,22 @@ def save(folder: Path) -> Path:
     (folder / "tiny_visual.py").write_text("def visual(doc):\n    return [doc['video']]\n")
     (folder / "tiny_video.yaml").write_text(TASK.format(questions=folder / "questions.json"))
     return folder
+
+
+def evaluate(model: str, model_args: str, folder: Path) -> llava_stub.LlavaQwenForCausalLM:
+    """Evaluate a model through lmms-eval on the task that `save` saved, and return the model that this loaded."""
+    results = simple_evaluate(
+        model,
+        model_args=model_args,
+        tasks=["tiny_video"],
+        task_manager=TaskManager("ERROR", include_path=str(folder), model_name=model),
+        device="cpu",
+        batch_size=1,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    samples = results["samples"]["tiny_video"]
+    assert len(samples) == QUESTIONS
+    assert all(isinstance(sample["filtered_resps"][0], str) for sample in samples)
+    assert len(llava_stub.loaded[-1].videos) == QUESTIONS
+    return llava_stub.loaded[-1]

@@ -1,4 +1,4 @@
-"""Classes of SGLang as an installed release has them, without what they import: most of that is for a GPU.
+"""Classes of SGLang are made as an installed release has them, without what they import, which is mostly for a GPU.
 
 `publish()` makes modules of their sources under SGLang's own names. What is missing in them is annotations, and parts
 of the engine that these tests do not reach.
@@ -29,7 +29,7 @@ def source(path: str) -> Path:
 
 
 def definitions(path: str, names: list[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Functions, classes and constants of a file, run as they stand, in the file's order."""
+    """Return functions, classes and constants of a file, run as they stand, in the file's order."""
     tree = ast.parse(source(path).read_text())
     kept = [node for node in tree.body if getattr(node, "name", None) in names or assigned(node) in names]
     assert len(kept) == len(names), f"{path} must define {names}"
@@ -46,7 +46,7 @@ def assigned(node: ast.stmt) -> str | None:
 
 
 def load(path: str, name: str) -> ModuleType:
-    """A file that imports nothing of SGLang, as it stands."""
+    """Import a file as it stands, which must import nothing of SGLang."""
     spec = spec_from_file_location(name, source(path))
     module = module_from_spec(spec)
     sys.modules[name] = module
@@ -55,7 +55,7 @@ def load(path: str, name: str) -> ModuleType:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """sglang.srt.models.llava with LlavaBaseForCausalLM, MultimodalDataItem and Modality; and the hook registry."""
+    """Return the module sglang.srt.models.llava with the classes that are tested, beside the hook registry."""
     msgspec = pytest.importorskip("msgspec")
     for name in ("sglang", "sglang.srt", "sglang.srt.models", "sglang.srt.plugins", "sglang.srt.multimodal"):
         package = ModuleType(name)

@@ -1,6 +1,6 @@
-"""What a process of SGLang does first: python start.py loads plugins, with SGLang's own loader as published.
+"""Load plugins as a process of SGLang does first, with SGLang's own loader as published: python start.py.
 
-Prints what was hooked, and the options that the hooks have. The classes that are hooked are those of published.py: the
+Print what was hooked, and the options that the hooks have. The classes that are hooked are those of published.py: the
 module that they come from imports what is for a GPU.
 """
 

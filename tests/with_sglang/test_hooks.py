@@ -1,6 +1,7 @@
-"""The hooks in SGLang's own forward and pad_input_ids, as the installed release has them, and in its own registry.
+"""Hooks work in SGLang's own forward and pad_input_ids, as the installed release has them, and in its own registry.
 
-Skipped where SGLang is not installed. `pip install --no-deps -r tests/with_sglang/requirements.txt` is enough for it.
+Tests are skipped where SGLang is not installed, for which
+`pip install --no-deps -r tests/with_sglang/requirements.txt` is enough.
 """
 
 from __future__ import annotations
@@ -42,23 +43,23 @@ def llava(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def hooked(llava: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The same with the hooks in force, as the engine puts them there."""
+    """Return SGLang's module with the hooks in force, as the engine puts them there."""
     monkeypatch.setenv("STGP_SGLANG", "temperature=2,frame_strides=2:4")
     sglang.register()
-    registry = __import__("sys").modules["sglang.srt.plugins.hook_registry"].HookRegistry
+    registry = sys.modules["sglang.srt.plugins.hook_registry"].HookRegistry
     registry.apply_hooks()
     assert len(registry._patched) == len(sglang.HOOKED)
     return llava
 
 
 def expected(features: Tensor) -> Tensor:
-    """(F, g², C) of one video → (F, P², C)"""
+    """Return the pooled tokens (F, P², C) of one video (F, g², C)."""
     grid = features.unflatten(1, (SIDE, SIDE))
     return stgp.grid_pool(grid, temperature=2.0, frame_strides=(2, 4), ceil_mode=True).flatten(1, 2)
 
 
 def model(llava: Any, merge: str = "spatial_unpad") -> Any:
-    """One of the classes that inherit, with a vision tower that hands its pixels on."""
+    """Return a model of a class that inherits, with a vision tower that hands its pixels on."""
     torch.manual_seed(0)
 
     class LlavaQwenForCausalLM(llava.LlavaBaseForCausalLM):
@@ -100,7 +101,7 @@ class Language:
 
 
 class Request:
-    """A prompt with items, as the scheduler has it. parts: numbers are tokens of text, arrays are items."""
+    """A request is a prompt with items, as the scheduler has it. parts: numbers for text, arrays for items."""
 
     def __init__(self, llava: Any, modality: str, *parts: Any) -> None:
         self.modality = llava.Modality[modality]
@@ -122,7 +123,7 @@ class Request:
 
 
 def video(frames: int, seed: int = 0) -> list[Any]:
-    """Its frames, each with the token after it that prompts have."""
+    """Return the frames of a random video, each with the token after it that prompts have."""
     pixels = np.random.default_rng(seed).standard_normal((frames, 1, 3, SIDE, SIDE)).astype(np.float32)
     return [part for frame in pixels for part in (frame, NEWLINE)]
 
@@ -132,7 +133,7 @@ def tile(count: int) -> Any:
 
 
 def run(of: Any, requests: list[Request], prefixes: list[int] | None = None, ends: list[int] | None = None) -> Tensor:
-    """What the language model gets for requests of which a part is computed already, and a part comes later."""
+    """Return what the language model gets for requests of which a part is computed already, and a part comes later."""
     prefixes = prefixes or [0] * len(requests)
     ends = ends or [len(request.padded) for request in requests]
     pieces = [request.padded[start:end] for request, start, end in zip(requests, prefixes, ends, strict=True)]
@@ -242,13 +243,6 @@ def test_modalities_come_back_after_an_error(hooked: Any, monkeypatch: pytest.Mo
     assert all(item.is_video() for item in request.items)
 
 
-def test_nothing_is_hooked_unless_asked_for(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STGP_SGLANG", raising=False)
-    sglang.register()
-    registry = __import__("sys").modules["sglang.srt.plugins.hook_registry"].HookRegistry
-    assert not registry._hooks
-
-
 def test_the_engine_refuses_a_size_that_its_placeholders_do_not_fit(hooked: Any) -> None:
     of = model(hooked)
     hooks = Hooks(switched_options("ceil_mode=false"))
@@ -265,7 +259,7 @@ SWITCHES = re.findall(r"^export STGP_SGLANG=.*$", PAGE, re.MULTILINE)
 
 
 def start(switch: str) -> subprocess.CompletedProcess[str]:
-    """A line of shell, and then what a process of the engine does first."""
+    """Run a line of shell, and then what a process of the engine does first."""
     environment = {name: value for name, value in os.environ.items() if name != "STGP_SGLANG"}
     environment["PYTHONPATH"] = str(HERE)
     command = ["bash", "-c", f"{switch}\n{sys.executable} {HERE / 'start.py'}"]

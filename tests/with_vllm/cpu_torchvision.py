@@ -1,4 +1,4 @@
-"""Lets torchvision be imported where it is a build for CUDA and torch one for the CPU.
+"""Let torchvision be imported where it is a build for CUDA and torch one for the CPU.
 
 Its library does not load then, and operators are missing that its Python part describes. This declares them; whoever
 calls one still gets an error. A line in a .pth file imports it in every process of an environment, vLLM's own included.
@@ -18,7 +18,7 @@ declared: list = []  # kept: what a library declares goes with it
 
 
 class Declare(importlib.abc.MetaPathFinder):
-    """Finds nothing; acts just before torchvision describes its operators."""
+    """This finder finds nothing, and declares operators just before torchvision describes them."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name != "torchvision._meta_registrations":

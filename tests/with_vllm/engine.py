@@ -1,4 +1,4 @@
-"""One engine of vLLM in a process of its own: python engine.py FOLDER REQUEST ANSWERS.
+"""Run one engine of vLLM in a process of its own: python engine.py FOLDER REQUEST ANSWERS.
 
 FOLDER holds a model of tiny.py. REQUEST is a JSON object of "arguments" of the engine, and "batches" of names of
 prompts of tiny.py: the prompts of a batch are asked together, the batches one after the other. What is answered is
@@ -18,7 +18,7 @@ SAMPLING = SamplingParams(temperature=0, max_tokens=tiny.ANSWER, ignore_eos=True
 
 
 def given(prompt: tiny.Prompt) -> dict:
-    """A prompt as vLLM takes it, which itself widens the place of a video to as many as it needs."""
+    """Return a prompt as vLLM takes it, which itself widens the place of a video to as many as it needs."""
     media = {
         "video": [tiny.video(*made) for made in prompt.videos],
         "image": [tiny.image(seed) for seed in prompt.images],

@@ -1,4 +1,4 @@
-"""Models of a few thousand parameters, and what is asked of them: alike for vLLM and for transformers.
+"""Models of a few thousand parameters, and prompts for them, are alike for vLLM and for transformers.
 
 A frame has 5 × 5 tokens, and 3 × 3 places in the prompt. Weights are random, and large enough that what a model
 answers depends on what it is shown.
@@ -21,11 +21,11 @@ PIXELS = SIDE * PATCH
 VOCABULARY = 128
 END, IMAGE, VIDEO, FIRST = 0, 1, 2, 3
 ANSWER = 12
-"""How many tokens are asked for."""
+"""This is the number of tokens that are asked for."""
 
 
 class Prompt(NamedTuple):
-    """Words, one place for each video or image among them, and the seeds and lengths that those are made from."""
+    """A prompt has words, a place for each video or image among them, and the seeds and lengths to make those from."""
 
     ids: tuple[int, ...]
     videos: tuple[tuple[int, int], ...] = ()
@@ -44,7 +44,7 @@ PROMPTS = {
 
 
 def video(seed: int, frames: int) -> np.ndarray:
-    """(frames, height, width, 3) of bytes: a colour for each patch of each frame."""
+    """Return bytes (frames, height, width, 3), with a colour for each patch of each frame."""
     colours = np.random.default_rng(seed).integers(0, 256, (frames, SIDE, SIDE, 3), dtype=np.uint8)
     return colours.repeat(PATCH, axis=1).repeat(PATCH, axis=2)
 
@@ -54,7 +54,7 @@ def image(seed: int) -> np.ndarray:
 
 
 def make_onevision(folder: Path) -> Path:
-    """A LLaVA-OneVision model and its processor, saved."""
+    """Save a LLaVA-OneVision model and its processor, and return the folder."""
     config = hf.LlavaOnevisionConfig(
         vision_config=_vision(hf.SiglipVisionConfig, vision_use_head=False),
         text_config=_text(hf.Qwen2Config),
@@ -74,7 +74,7 @@ def make_onevision(folder: Path) -> Path:
 
 
 def make_next_video(folder: Path) -> Path:
-    """A LLaVA-NeXT-Video model and its processor, saved."""
+    """Save a LLaVA-NeXT-Video model and its processor, and return the folder."""
     config = hf.LlavaNextVideoConfig(
         vision_config=_vision(hf.CLIPVisionConfig, projection_dim=32),
         text_config=_text(hf.LlamaConfig),
