@@ -108,14 +108,6 @@ def pytest_report_header(config: pytest.Config) -> str:
     return "left out: " + ("; ".join(config.stash[left_out]) or "nothing")
 
 
-@pytest.fixture(scope="session")
-def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Set the folder of caches to a temporary one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
-        yield
-
-
 @pytest.fixture(scope="module", params=usable() or ["none"])
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Select every usable set of vector instructions of the CPU kernels in turn, and yield its name."""

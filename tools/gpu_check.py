@@ -28,7 +28,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FAST_SECONDS, ALL_SECONDS, LEAST_SECONDS = 200.0, 560.0, 5.0
-"""Limits with --fast and without, and the least time to start a process for. About 20 s go by before a stage."""
+"""Limits in seconds with --fast and without it, and the least time to start a process for. About 20 s go by before the
+first stage."""
 AXES = {"spread": [True], "mosaic_cells": [2, 3, 5, 7], "odd_registers": [80], "even_registers": [128], "stages": [1]}
 """The values that `tune triton` tries besides the configuration as it is; the most is expected of the first axis."""
 WARMED = [f"--calls grid_pool --config {axis}={value}" for axis, values in AXES.items() for value in values]
@@ -47,12 +48,12 @@ class Lines:
         self.path, self.since = path, path.stat().st_size if since is None else since
 
     def append(self, line: str) -> None:
-        """Writes a line in one piece, since other processes may append too."""
+        """Write a line in one piece, since other processes may append too."""
         with self.path.open("ab", buffering=0) as file:
             file.write(line.encode() + b"\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All but what a process left cut."""
+        """Return the lines, without one that a killed process has left incomplete."""
         found = []
         for line in self.path.read_bytes()[self.since :].decode(errors="replace").splitlines():
             with suppress(json.JSONDecodeError):
@@ -60,18 +61,18 @@ class Lines:
         return found
 
     def last(self) -> dict[str, dict[str, Any]]:
-        """The last line of every provider on a workload and of every test."""
+        """Return the last line of every provider on a workload and of every test, by name."""
         named = ((line.get("name", f"{line.get('workload')} {line.get('provider')}"), line) for line in self.read())
         return {name: line for name, line in named if line.get("kind") in ("row", "test")}
 
     def states(self) -> dict[str, str]:
-        """How providers and tests stand: "ok", "passed", "skipped" or what is wrong; "checked": right but not timed."""
+        """Return "ok", "passed", "skipped", what is wrong, or "checked" (right but not timed), by provider and test."""
         last = self.last()
         untimed = {name for name, line in last.items() if line["check"] == "ok" and line.get("p50_us") is None}
         return {name: "checked" if name in untimed else line["check"] for name, line in last.items()}
 
     def forgive(self) -> None:
-        """Marks lost providers and tests as late: their time was over, so a later stage may try them again."""
+        """Mark lost providers and tests as late: their time was over, so a later stage may try them again."""
         from benchmarks.measure import LATE, LOST
 
         for line in self.last().values():
@@ -81,8 +82,11 @@ class Lines:
 
 @dataclass(frozen=True)
 class Stage:
-    """A process. seconds: what it is promised. cuda: it needs a library with CUDA kernels. fast: --fast keeps it.
-    patience: seconds without a new line that count as hanging."""
+    """A process to run.
+
+    seconds: time that is promised to it. cuda: whether it needs a library with CUDA kernels. fast: whether --fast runs
+    it. patience: seconds without a new line that count as hanging.
+    """
 
     name: str
     seconds: float
@@ -94,7 +98,7 @@ class Stage:
 
 @dataclass
 class Check:
-    """A run of this command. end: when it has to be over, by the monotonic clock."""
+    """A run of this command. end: the time by the monotonic clock at which it has to be over."""
 
     results: Path
     log: Path
@@ -102,7 +106,7 @@ class Check:
     why_no_cuda: str | None = None
 
     def start(self, command: Sequence[str], since: int = 0) -> subprocess.Popen[bytes]:
-        """A process that leads a group of its own, with its output in the log."""
+        """Start a process that leads a group of its own, with its output in the log."""
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         given = {"PYTHONPATH": paths, "STGP_RESULTS": str(self.results), "STGP_SINCE": str(since)}
         given["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), *TOOLS))
@@ -113,7 +117,7 @@ class Check:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
 
     def run_process(self, command: Sequence[str], seconds: float, patience: float, since: int = 0) -> int | None:
-        """The exit code; None if its time was over or it appended nothing for as long as there is patience."""
+        """Return the exit code; None if its time was over or it appended nothing for as long as there is patience."""
         process = self.start(command, since)
         size, heard, end = -1, time.monotonic(), time.monotonic() + seconds
         try:
@@ -127,7 +131,7 @@ class Check:
             stop(process)
 
     def run_stage(self, stage: Stage, seconds: float) -> dict[str, Any]:
-        """Its process is started again for as long as it fails and gets further each time."""
+        """Run a stage, and start its process again for as long as it fails and gets further each time."""
         begin, lines, before, codes = time.monotonic(), Lines(self.results), None, list[int | None]()
         while codes[-1:] != [0] and lines.states() != before:
             before, left = lines.states(), seconds - (time.monotonic() - begin)
@@ -145,7 +149,7 @@ class Check:
         return found | {"seconds": round(time.monotonic() - begin, 1)}
 
     def run_stages(self, stages: Sequence[Stage]) -> list[str]:
-        """Their states, one after another. A stage may take what the later ones are not promised."""
+        """Run stages and return their states. A stage may take the time that later ones are not promised."""
         states = []
         for number, stage in enumerate(stages):
             left = self.end - time.monotonic() - sum(later.seconds for later in stages[number + 1 :])
@@ -163,7 +167,7 @@ class Check:
         return states
 
     def probe_library(self) -> None:
-        """Asks a process of its own whether there are CUDA kernels; renames a library that keeps all from importing."""
+        """Ask a process of its own whether there are CUDA kernels; rename a library that cannot be loaded."""
         has = "c.LIBRARY is not None and c.LIBRARY.build_info()['cuda']"
         ask = f"from stgridpool_kernels.backends import compiled as c; raise SystemExit(0 if {has} else 3)"
         code = self.run_process((sys.executable, "-c", ask), 60, 60)
@@ -174,14 +178,14 @@ class Check:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Kills it with whatever it has started, and what of that it has left behind."""
+    """Kill a process with all that it has started, even if it has ended itself."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def all_stages(check: Check, arch: str) -> list[Stage]:
-    """The stages by their value. Those with CUDA kernels come last where their library is still to be built."""
+    """Return the stages by their value. Those of CUDA kernels come last where their library is still to be built."""
     from benchmarks.goals import GOALS
 
     def of_gpu(selected: str, *given: str, files: tuple[str, ...] = ("tests/backends/test_gpu.py",)) -> tuple[str, ...]:
