@@ -16,7 +16,8 @@ from tests.support import sharded_calls
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What went wrong, by case, in every process."""
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.set_forkserver_preload(["torch"])  # imported once for all processes
+    # imported once for all processes
+    multiprocessing.set_forkserver_preload([sharded_calls.__name__, "torch.fx.experimental.symbolic_shapes"])
     torch.multiprocessing.start_processes(
         sharded_calls.run, (str(folder),), nprocs=sharded_calls.WORLD, start_method="forkserver"
     )
