@@ -32,6 +32,16 @@ settings.register_profile("quick", max_examples=16, deadline=None, derandomize=T
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile("quick")
 
+LONGEST = (
+    "test_ray.py",
+    "test_dtensor.py",
+    "test_scaling.py",
+    "test_gpu_check.py",
+    "test_compile_report.py",
+    "test_demo.py",
+)
+"""Files whose tests take longest. They run first, so that the processes of pytest-xdist end at the same time."""
+
 left_out = pytest.StashKey[list[str]]()
 
 
@@ -62,7 +72,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that need something this machine lacks, and slow tests unless --slow is given."""
+    """Deselect tests that this machine cannot run, and slow ones unless --slow is given; begin with the longest."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     kept, dropped = [], []
     for item in items:
         needs = [what for mark in item.iter_markers("needs") for what in mark.args]
