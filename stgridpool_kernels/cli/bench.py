@@ -25,11 +25,11 @@ from ..plan import grid_plan
 from ..version import __version__
 from .baselines import llava_avg_pool, naive_grid_pool
 from .machine import cpu_name
+from .options import DTYPES
 
 SHAPE = "32x27x27x896"
 """Default shape (T, H, W, C) of the tokens."""
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ALLOWED_ULPS = {2: 8, 4: 64}
 """Allowed difference from the expected result by bytes of a value, in units in the last place of the largest value."""
 
@@ -100,10 +100,7 @@ def device_name(device: torch.device) -> str:
 
 
 def poolings(x: Tensor) -> Iterator[tuple[str, Pool, Pool]]:
-    """Yield name, function and definition of every pooling that is timed on tokens like x.
-
-    The definition computes the expected result.
-    """
+    """Yield name, function, and definition (of the expected result) of every pooling that is timed on tokens like x."""
 
     def exact(pool: Pool) -> Pool:
         return lambda x: pool(x.float()).to(x.dtype)
