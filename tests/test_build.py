@@ -150,14 +150,17 @@ def build(script: ModuleType, tmp_path: Path) -> setuptools.Command:
 
 
 def test_builds_that_differ_have_folders_of_their_own(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [script.build_folder(), script.build_folder()]
-    for name, value in (("CXX", "clang++"), ("CMAKE_ARGS", "-DSTGP_CUDA=OFF")):
-        monkeypatch.setenv(name, value)
-        folders.append(script.build_folder())
+    usual = script.build_folder()
+    assert script.build_folder() == usual
+    found = {usual}
+    for name, value in (("CXX", "clang++"), ("CMAKE_ARGS", "-DSTGP_CUDA=OFF"), ("CUDA_HOME", "/cuda")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            found.add(script.build_folder())
     monkeypatch.setattr(script, "find_torch", lambda: None)
-    folders.append(script.build_folder())
-    assert {folder.parent for folder in folders} == {ROOT / "build"}
-    assert len({*folders}) == 4 == len(folders) - 1
+    found.add(script.build_folder())
+    assert len(found) == 5
+    assert {folder.parent for folder in found} == {ROOT / "build"}
 
 
 def test_missing_build_tools_are_named(

@@ -1,16 +1,15 @@
-"""docs/scaling.md and examples/sharded.py: their Python runs, also under torchrun. Ray: integrations/test_ray.py."""
+"""The Python of docs/scaling.md runs, and so does examples/sharded.py under torchrun."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.pages import SCALING
+
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-SNIPPETS = dict(re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
 
 
 def python(folder: Path, *arguments: str) -> str:
@@ -22,8 +21,9 @@ def python(folder: Path, *arguments: str) -> str:
 
 
 def test_every_snippet_is_run() -> None:
-    assert list(SNIPPETS) == ["dtensor", "extract", "step"]
-    assert PAGE.count("```python") == len(SNIPPETS)
+    """integrations/test_ray.py runs those of Ray."""
+    assert list(SCALING.snippets) == ["dtensor", "extract", "step"]
+    assert SCALING.text.count("```python") == len(SCALING.snippets)
 
 
 def test_dtensor(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_dtensor(tmp_path: Path) -> None:
     end = "\nassert y.shape == (4, 64, 6, 6, 64) and y.placements == x.placements"
     end += "\nassert torch.equal(y.full_tensor(), stgp.grid_pool(x.full_tensor())); print('right', flush=True)"
     end += "\ndist.destroy_process_group(); __import__('os')._exit(0)  # as examples/sharded.py, which says why"
-    assert python(tmp_path, "-c", start + SNIPPETS["dtensor"] + end) == "right\n"
+    assert python(tmp_path, "-c", start + SCALING.snippets["dtensor"] + end) == "right\n"
 
 
 def test_example(tmp_path: Path) -> None:

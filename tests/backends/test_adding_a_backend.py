@@ -33,15 +33,8 @@ def test_the_steps_as_they_stand(tmp_path: Path) -> None:
         assert count == 1
         file.write_text(changed)
     tests = ["tests/backends/test_backends.py", "tests/backends/test_backward.py"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        *tests,
-        "-k",
-        "eager and (golden or float32 and gradient) and not random",
-    ]
+    selected = "eager and (golden or float32 and gradient) and not random"
+    command = [sys.executable, "-m", "pytest", "-q", *tests, "-k", selected]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

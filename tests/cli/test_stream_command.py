@@ -23,9 +23,7 @@ import stgridpool_kernels
 from stgridpool_kernels.cli.main import main
 from stgridpool_kernels.io import inputs
 from stgridpool_kernels.io.token_files import TokenFileError, read_tokens, write_chunks
-
-PAGE = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text(encoding="utf-8")
-SNIPPETS = dict(re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
+from tests.support.pages import STREAMING
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +72,10 @@ def standard_input(data: bytes) -> Iterator[None]:
 
 
 def test_snippets_of_the_page_run() -> None:
-    assert list(SNIPPETS) == ["one", "several", "state"]
+    assert list(STREAMING.snippets) == ["one", "several", "state"]
     names: dict[str, object] = {}
-    for name, source in SNIPPETS.items():
-        exec(compile(source, f"docs/streaming.md: {name}", "exec"), names)
+    for snippet in STREAMING.snippets:
+        STREAMING.run(snippet, names)
     assert names["y"].shape == (5, 13, 13, 64)  # type: ignore[attr-defined]
 
 

@@ -24,7 +24,8 @@ from stgridpool_kernels.integrations.base import (
     tokens_per_frame,
     video_token_count,
 )
-from tests.support import integrations_page, toy_engine
+from tests.support import toy_engine
+from tests.support.pages import INTEGRATIONS
 from tests.support.tolerance import assert_same_bits
 
 CALLS = {
@@ -115,14 +116,14 @@ def test_it_compiles_without_a_graph_break(grid: tuple[int, int] | None, dynamic
 
 def test_the_snippet_of_the_page_runs() -> None:
     names: dict[str, object] = {}
-    integrations_page.run("flat", names)
+    INTEGRATIONS.run("flat", names)
     assert names["y"].shape == (20, 196, 896)
 
 
 def test_every_snippet_of_the_page_is_run() -> None:
     """tests/with_vllm runs the snippet of vLLM."""
-    assert integrations_page.SNIPPETS.keys() == {"flat", "patch", "budget", "register", "llava", "vllm"}
-    assert integrations_page.PAGE.count("```python") == len(integrations_page.SNIPPETS)
+    assert INTEGRATIONS.snippets.keys() == {"flat", "patch", "budget", "register", "llava", "vllm"}
+    assert INTEGRATIONS.text.count("```python") == len(INTEGRATIONS.snippets)
 
 
 # ---- counts ----

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from stgridpool_kernels.integrations import llava_next
 from stgridpool_kernels.integrations.base import pool_flat, video_token_count
-from tests.support import integrations_page, llava_stand_in
+from tests.support import llava_stand_in
 from tests.support.llava_stand_in import LlavaMetaForCausalLM, LlavaQwenForCausalLM
+from tests.support.pages import INTEGRATIONS
 from tests.support.tolerance import assert_same_bits
 
 MODES = ["average", "max", "bilinear"]
@@ -124,7 +125,7 @@ def test_patching_twice_is_refused(stock: object) -> None:
 def test_the_snippet_of_the_page_runs(stock: object) -> None:
     seen: list[object] = []
     ask = ("...  # load", "seen.append(LlavaMetaForCausalLM.get_2dPool)  # load")
-    integrations_page.run("llava", {"seen": seen, "LlavaMetaForCausalLM": LlavaMetaForCausalLM}, ask)
+    INTEGRATIONS.run("llava", {"seen": seen, "LlavaMetaForCausalLM": LlavaMetaForCausalLM}, ask)
     assert seen[0] is not stock
     assert LlavaMetaForCausalLM.get_2dPool is stock
 

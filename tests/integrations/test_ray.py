@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from stgridpool_kernels.io.encoder import find_sample_video
 from stgridpool_kernels.io.inputs import load_input
 from stgridpool_kernels.io.token_files import read_tokens, write_tokens
 from stgridpool_kernels.io.video import VideoWarning
+from tests.support.pages import SCALING
 
 MARK = f"STGP_RAY_TEST={uuid.uuid4().hex}"
 ENVIRONMENT = {
@@ -37,13 +36,8 @@ ENVIRONMENT = {
 }
 
 
-RUN = ("extract", "step")
-"""Names of the page's examples that need a cluster."""
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """Start a cluster, and yield its address."""
+def cluster() -> Iterator[None]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +45,7 @@ def cluster() -> Iterator[str]:
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(num_cpus=2, include_dashboard=False, address="local", object_store_memory=100_000_000)
-        yield ray.get_runtime_context().gcs_address
+        yield
         ray.shutdown()
 
 
@@ -84,8 +78,8 @@ def check(folder: Path, out: Path, **options: object) -> None:
     assert found == sorted(str(Path(name).with_suffix(".safetensors")) for name in NAMES)
 
 
-def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: str, inputs: Path, tmp_path: Path) -> None:
-    """The second run is the command's, in a process of its own, which shows progress and what failed."""
+def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: None, inputs: Path, tmp_path: Path) -> None:
+    """The second run is the command's, which starts a cluster of its own, and shows progress and what failed."""
     out = tmp_path / "out"
     before = {file: file.read_bytes() for file in inputs.rglob("*") if file.is_file()}
     report = extract(inputs, out, actors=1, batch_size=3, temperature=2.0, ceil_mode=True)
@@ -101,7 +95,7 @@ def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: str, 
     kept = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
     command = [sys.executable, "-m", "stgridpool_kernels.integrations.ray", str(inputs), "-o", str(out)]
     command += ["temperature=2", "ceil_mode=true", "--actors", "1"]
-    done = subprocess.run(command, env=os.environ | {"RAY_ADDRESS": cluster}, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)  # without RAY_ADDRESS, as the fixture leaves it
     assert done.returncode == 1, done.stderr
     assert done.stdout == f"1 written, {len(kept)} there already, 1 failed\n"
     assert "Running Dataset" in done.stderr
@@ -112,22 +106,18 @@ def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: str, 
 
 
 def test_the_page_on_scaling(
-    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page's extraction from a folder, and its step of a pipeline; processes of the cluster work elsewhere."""
-    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
-    extraction, step = (re.search(rf"<!-- run: {name} -->\n```python\n(.*?)```", page, re.DOTALL)[1] for name in RUN)
+    """Processes of the cluster work in another folder, so the step of a pipeline gets absolute paths."""
     monkeypatch.chdir(tmp_path)
     Path("tokens").mkdir()
-    x = tokens(0, 9, 4, 4, 8)
+    x, written = tokens(0, 9, 4, 4, 8), Path("pooled/a.safetensors")
     write_tokens(Path("tokens/a.npy"), x, force=False)
-    exec(extraction, {})
+    SCALING.run("extract", {})
     assert capsys.readouterr().out == "1 written, 0 there already\n{}\n{}\n"
-    written = Path("pooled/a.safetensors")
     assert torch.equal(read_tokens(written), stgp.grid_pool(x, temperature=2.0))
     written.unlink()
-    found: dict[str, Any] = {}
-    exec(step.replace('"tokens/', f'"{tmp_path}/tokens/').replace('"pooled/', f'"{tmp_path}/pooled/'), found)
+    SCALING.run("step", {}, *((f'"{folder}/', f'"{tmp_path}/{folder}/') for folder in ("tokens", "pooled")))
     assert "'state': 'written'" in capsys.readouterr().out
     assert torch.equal(read_tokens(written), stgp.grid_pool(x, temperature=2.0))
 
@@ -145,7 +135,7 @@ def workers() -> list[int]:
     return found
 
 
-def test_a_killed_process_costs_nothing(cluster: str, tmp_path: Path) -> None:
+def test_a_killed_process_costs_nothing(cluster: None, tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     files = 40

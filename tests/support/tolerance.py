@@ -41,22 +41,26 @@ def oracle(op: str, x: Tensor, **arguments: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(result, np.float64)).to(x.device)
 
 
+def inputs_near(x: Tensor) -> Iterator[Tensor]:
+    """Yield x and, if it has few tokens, inputs near it, since a result on few tokens may be accurate by chance."""
+    yield x
+    generator, tokens = torch.Generator().manual_seed(0), x.numel() // x.shape[-1]
+    for _ in range(min(11, 2000 // max(tokens, 1))):
+        noise = torch.randn(*x.shape[:-1], 1, generator=generator, dtype=torch.float64)
+        yield (x.double() * (1 + 0.05 * noise.to(x.device))).to(x.dtype)
+
+
 def published_errors(
     op: str, x: Tensor, arguments: dict[str, Any], exact: Tensor, dtype: torch.dtype | None = None
 ) -> Iterator[float]:
     """Yield the largest error of the published formulas in `dtype`, or in float32 if they overflow in it.
 
-    On few tokens they may be accurate by chance, so errors for some inputs near x follow. The default of `dtype` is
-    that of the result: x.dtype, and for norms of tokens float32 (float64 for float64 x).
+    Errors for some inputs near x follow that for x. The default of `dtype` is that of the result, which is x.dtype, or
+    float32 for norms of tokens (float64 for float64 x).
     """
     dtype = dtype or (torch.promote_types(x.dtype, torch.float32) if op == "token_norm" else x.dtype)
-    generator, tokens = torch.Generator().manual_seed(0), x.numel() // x.shape[-1]
-    for draw in range(min(12, 1 + 2000 // max(tokens, 1))):
-        near, target = x, exact
-        if draw:
-            noise = torch.randn(*x.shape[:-1], 1, generator=generator, dtype=torch.float64)
-            near = (x.double() * (1 + 0.05 * noise.to(x.device))).to(x.dtype)
-            target = oracle(op, near, **arguments)
+    for near in inputs_near(x):
+        target = exact if near is x else oracle(op, near, **arguments)
         result = getattr(eager, op)(near.to(dtype), **arguments)
         if not result[target.isfinite()].isfinite().all():
             result = getattr(eager, op)(near.float(), **arguments).to(dtype)
@@ -86,22 +90,18 @@ def assert_gradient_accurate(
 ) -> None:
     """Check that `result`, the gradient of `op(x, **arguments)` for `grad`, is accurate.
 
-    Its error may be twice the largest error of the reference in x.dtype, over x and some inputs near x, since the
-    reference may be accurate by chance on few tokens. nearby: False uses x alone, where norms have no derivative.
+    Its error may be twice the largest error of the reference in x.dtype, over x and some inputs near x. nearby: False
+    uses x alone, where norms have no derivative.
     """
-    exact = reference_gradient(op, x.double(), grad.double(), **arguments)
+
+    def exact(near: Tensor) -> Tensor:
+        return reference_gradient(op, near.double(), grad.double(), **arguments)
 
     def errors() -> Iterator[float]:
-        generator, tokens = torch.Generator().manual_seed(0), x.numel() // x.shape[-1]
-        for draw in range(min(12, 1 + 2000 // max(tokens, 1)) if nearby else 1):
-            near, target = x, exact
-            if draw:
-                noise = torch.randn(*x.shape[:-1], 1, generator=generator, dtype=torch.float64)
-                near = (x.double() * (1 + 0.05 * noise.to(x.device))).to(x.dtype)
-                target = reference_gradient(op, near.double(), grad.double(), **arguments)
-            yield error(reference_gradient(op, near, grad, **arguments), target)
+        for near in inputs_near(x) if nearby else (x,):
+            yield error(reference_gradient(op, near, grad, **arguments), exact(near))
 
-    assert_within(result, exact, (2 * found for found in errors()))
+    assert_within(result, exact(x), (2 * found for found in errors()))
 
 
 def assert_within(result: Tensor, exact: Tensor, allowed: float | Iterable[float] = 0.0) -> None:
