@@ -228,6 +228,12 @@ def test_offsets_beyond_32_bits(axis: int, op: str) -> None:
     assert_same_bits(run(CALLS[op][0], x, **arguments), expected)
 
 
+@pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping"])
+def test_frames_of_a_batch_beyond_32_bits(op: str) -> None:
+    name, arguments, x = CALLS[op][0], near(op, one_level=True)[1], tokens(2, 4, 4, 4, 3, dtype=torch.bfloat16)
+    assert_same_bits(run(name, far_apart(x, 1).copy_(x), **arguments), run(name, x, **arguments))
+
+
 @pytest.mark.parametrize("op", ["grid_pool-published", "grid_pool-overlapping", "temporal_grid-mixed"])
 @axes
 def test_results_beyond_32_bits(axis: int, op: str) -> None:
