@@ -11,13 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_names, check_tensor, converted, warn_of_layout
 from .backends import use_backend
 from .ops import check_arguments
-from .plan import pair
 
 
 def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: Any) -> Tensor:
     if type(x) is not Tensor or (out is not None and type(out) is not Tensor):
+        check_tensor(x)
         _support_dtensors(x, out)
     if backend != "auto" and torch.compiler.is_compiling():
         raise RuntimeError(f"the backend is chosen outside compiled functions, got backend={backend!r} inside one")
@@ -25,11 +26,17 @@ def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: A
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     if out is not None and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise RuntimeError("out cannot be given while a gradient is required: use torch.no_grad(), or leave out=None")
+    if not torch.compiler.is_compiling():
+        arguments = {key: converted(key, value) for key, value in arguments.items() if value is not _DEFAULTS[key]}
     with use_backend(backend) if backend != "auto" else nullcontext():
         if out is None:
-            return cast(Tensor, getattr(torch.ops.stgp, name)(x, **arguments))
-        getattr(torch.ops.stgp, f"_{name}_out")(x, out=out, **arguments)
-        return out
+            result = cast(Tensor, getattr(torch.ops.stgp, name)(x, **arguments))
+        else:
+            getattr(torch.ops.stgp, f"_{name}_out")(x, out=out, **arguments)
+            result = out
+    if not torch.compiler.is_compiling() and isinstance(x, Tensor):
+        warn_of_layout(x)
+    return result
 
 
 def _support_dtensors(*tensors: object) -> None:
@@ -44,8 +51,8 @@ def _support_dtensors(*tensors: object) -> None:
 def grid_pool(
     x: Tensor,
     *,
-    frame_strides: Sequence[int] = (2, 4, 8),
-    grid_shape: Sequence[int] = (2, 2),
+    frame_strides: int | Sequence[int] = (2, 4, 8),
+    grid_shape: int | Sequence[int] = (2, 2),
     sampling: str = "last",
     resize: str = "area",
     kernel_size: int | Sequence[int] = (2, 2),
@@ -68,9 +75,10 @@ def grid_pool(
 
     PTG runs level by level; each level reads the frames as the level before it left them.
 
-    frame_strides: sampling stride of each level, in frames. [] means no levels.
-    grid_shape: (rows, cols) of the mosaic for every level, or 2 entries per level. Every rows · cols sampled frames
-        form a group, whose mosaic, shrunk to H × W, replaces the group's target frame. An incomplete group is dropped.
+    frame_strides: sampling stride of each level, in frames. [] means no levels, an integer stands for one level.
+    grid_shape: (rows, cols) of the mosaic for every level, an integer for a square one, or 2 entries per level. Every
+        rows · cols sampled frames form a group, whose mosaic, shrunk to H × W, replaces the group's target frame. An
+        incomplete group is dropped.
     sampling: "last" samples the last frame of each stride, and the target is the last sampled frame (published code,
         figure 2); "first" samples the first frame, and the target is the last frame of the segment (the paper's text).
     resize: "area" shrinks each frame by adaptive average pooling, then tiles and crops (published code); "bilinear"
@@ -89,11 +97,15 @@ def grid_pool(
     frame_counts: numbers of frames of videos packed along T, in order, for 4-D x only; they must sum to T. Groups never
         span two videos.
     out: tensor of the result's shape, dtype and device to write into; it must not overlap x, and is returned.
-    backend: one of `available_backends()`; "auto" follows `use_backend`, then STGP_BACKEND, then takes the fastest.
+    backend: "auto" or one of `available_backends()`; "auto" follows `use_backend`, then STGP_BACKEND, then takes the
+        fastest.
+
+    Integers, numbers and sequences of them may be those of NumPy and torch. Warns once if the shape of x looks like
+    that of another layout: channels first, or flattened frames.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the requested
-    backend cannot run the call, a gradient is required together with `out`, or (from torch) an argument has a wrong
-    type. Differentiable once in x. Same as the op `torch.ops.stgp.grid_pool`.
+    backend cannot run the call, or a gradient is required together with `out`. Differentiable once in x. Same as the op
+    `torch.ops.stgp.grid_pool`, whose arguments are of the types in its schema.
 
     Source: ST-GridPool (ICLR 2026, arXiv 2605.22078), sections on PTG and NSP. The defaults are the paper's settings,
     computed as in its published code.
@@ -123,8 +135,8 @@ def grid_pool(
 def temporal_grid(
     x: Tensor,
     *,
-    frame_strides: Sequence[int] = (2, 4, 8),
-    grid_shape: Sequence[int] = (2, 2),
+    frame_strides: int | Sequence[int] = (2, 4, 8),
+    grid_shape: int | Sequence[int] = (2, 2),
     sampling: str = "last",
     resize: str = "area",
     frame_counts: Sequence[int] | None = None,
@@ -211,6 +223,7 @@ _PARAMETERS = {
     for name, parameter in inspect.signature(grid_pool).parameters.items()
     if name not in ("x", "frame_counts", "out", "backend")
 }
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(grid_pool).parameters.items()}
 _ALWAYS_SHOWN = ("frame_strides", "grid_shape", "kernel_size", "temperature")
 
 
@@ -218,16 +231,22 @@ class GridPool(nn.Module):
     """`grid_pool` with fixed arguments, as a module without parameters or state: (T, H, W, C) → (T, OH, OW, C).
 
     Takes the arguments of `grid_pool` except `out`, `backend` and `frame_counts`; `forward` takes the last. They are
-    checked at once, except for limits that depend on the size of x: errors as in `grid_pool`, TypeError for an unknown
-    argument. The attribute `arguments` holds all of them, sequences as tuples.
+    checked at once, except for limits that depend on the size or dtype of x: errors as in `grid_pool`, TypeError for an
+    unknown argument. The attribute `arguments` holds all of them, sequences as tuples. They cannot be changed.
     """
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        bound = inspect.Signature(list(_PARAMETERS.values())).bind(**arguments)
-        bound.apply_defaults()
-        check_arguments(bound.arguments)
-        self.arguments: dict[str, Any] = {name: _as_tuple(name, value) for name, value in bound.arguments.items()}
+        check_names(arguments, _PARAMETERS, "arguments of GridPool")
+        self.arguments: dict[str, Any] = {
+            name: converted(name, arguments.get(name, parameter.default)) for name, parameter in _PARAMETERS.items()
+        }
+        check_arguments(self.arguments)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PARAMETERS:
+            raise AttributeError(f"{name} of a GridPool is fixed: make a new one, GridPool({name}=…)")
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor, frame_counts: Sequence[int] | None = None) -> Tensor:
         return grid_pool(x, frame_counts=frame_counts, **self.arguments)
@@ -241,14 +260,6 @@ class GridPool(nn.Module):
             for name, value in self.arguments.items()
             if name in shown or value != _PARAMETERS[name].default
         )
-
-
-def _as_tuple(name: str, value: Any) -> Any:
-    if name in ("frame_strides", "grid_shape"):
-        return tuple(value)
-    if name in ("kernel_size", "stride", "padding", "output_size") and value is not None:
-        return pair(value)
-    return value
 
 
 GridPool.__signature__ = inspect.Signature(list(_PARAMETERS.values()))  # type: ignore[attr-defined]

@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 
 from .backends import backend_names, choose_backend, requested_backend, use_backend
 from .plan import GridPlan, grid_plan
-from .plan.plan import level_shapes, pooled_size
+from .plan.integers import shown
+from .plan.plan import cached_plan, level_shapes, pooled_size
 
 Arguments = dict[str, Any]
 
@@ -41,7 +42,7 @@ ARGUMENTS = {
     "token_norm": _NORM,
 }
 
-# Plan arguments that switch off gridding or pooling.
+# Plan arguments that switch off gridding or pooling, in the order of the plan's arguments.
 _NO_GRIDDING: Arguments = {"frame_strides": (), "grid_shape": (2, 2), "sampling": "last", "resize": "area"}
 _NO_POOLING: Arguments = {
     "kernel_size": (1, 1),
@@ -64,7 +65,9 @@ def check_tokens(x: Tensor) -> None:
     """Raise ValueError or TypeError unless x has a supported shape, dtype and layout."""
     shape = tuple(x.shape)
     if x.dim() not in (4, 5):
-        raise ValueError(f"x must have shape (T, H, W, C) or (B, T, H, W, C), got {shape}")
+        flattened = "; if it is (T, H·W, C), pass x.unflatten(1, (rows, cols)) or call pool_flat"
+        remedy = flattened if x.dim() == 3 else ""
+        raise ValueError(f"x must have shape (T, H, W, C) or (B, T, H, W, C), got {shape}{remedy}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must have dtype bfloat16, float16, float32 or float64, got {x.dtype}")
     if x.layout != torch.strided:
@@ -74,8 +77,8 @@ def check_tokens(x: Tensor) -> None:
 
 
 def check_arguments(arguments: Arguments) -> None:
-    """Check types, by the schema, and ranges of `grid_pool`'s arguments, except limits that depend on the size of x."""
-    torch.ops.stgp.grid_pool(torch.empty(1, 1 << 20, 1 << 20, 1, device="meta"), **arguments)
+    """Check types, by the schema, and ranges of `grid_pool`'s arguments, except limits that depend on x."""
+    torch.ops.stgp.grid_pool(torch.empty(1, 1 << 20, 1 << 20, 1, device="meta", dtype=torch.float64), **arguments)
 
 
 def _check(name: str, x: Tensor, a: Arguments) -> None:
@@ -99,14 +102,14 @@ def _check_frame_counts(x: Tensor, frame_counts: Sequence[int]) -> None:
     if x.dim() == 5:
         raise ValueError(
             f"frame_counts packs videos along T of a (T, H, W, C) tensor and cannot go with 5-D x of shape "
-            f"{tuple(x.shape)}, got {list(frame_counts)}"
+            f"{tuple(x.shape)}, got {shown(frame_counts)}"
         )
     for count in frame_counts:
-        torch._check_value(count >= 0, lambda: f"frame_counts must not be negative, got {list(frame_counts)}")
+        torch._check_value(count >= 0, lambda: f"frame_counts must not be negative, got {shown(frame_counts)}")
     total = sum(frame_counts)
     torch._check_value(
         total == x.shape[0],
-        lambda: f"frame_counts must sum to T = {x.shape[0]}, got {list(frame_counts)} with sum {total}",
+        lambda: f"frame_counts must sum to T = {x.shape[0]}, got {shown(frame_counts)} with sum {total}",
     )
 
 
@@ -163,7 +166,9 @@ def _plan(name: str, x: Tensor, a: Arguments) -> GridPlan | None:
     frame_counts = a.get("frame_counts")
     if frame_counts is None:  # one video, or a batch of equal ones
         frame_counts = x.shape[:1] if x.dim() == 4 else (x.shape[1],) * x.shape[0]
-    return grid_plan(frame_counts, x.shape[-3], x.shape[-2], **_gridding(name, a), **_pooling(name, a))
+    values = (*_gridding(name, a).values(), *_pooling(name, a).values())
+    hashable = [tuple(value) if type(value) is list else value for value in values]
+    return cached_plan(tuple(frame_counts), x.shape[-3], x.shape[-2], *hashable)
 
 
 def _backend_arguments(plan: GridPlan | None, a: Arguments) -> list[Any]:

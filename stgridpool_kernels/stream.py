@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_tensor, warn_of_layout
 from .backends import BACKENDS, Backend, backend_names, check_backend, choose_backend, use_backend
 from .functional import GridPool
 from .ops import check_tokens
@@ -238,8 +239,8 @@ class GridPoolStream:
         return self._push(x, streams, frame_counts)
 
     def _push(self, x: Tensor, streams: Sequence[StreamId] | None, frame_counts: Sequence[int] | None) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        check_tensor(x)
+        _check_plain(x)
         if x.dim() != 4:
             raise ValueError(f"x must have shape (n, H, W, C), got {tuple(x.shape)}; pack streams with frame_counts")
         check_tokens(x)
@@ -248,6 +249,7 @@ class GridPoolStream:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a stream cannot be captured in a CUDA graph: what it does next depends on its state")
         pieces = self._pieces(len(x), streams, frame_counts)
+        warn_of_layout(x)
         form = self._format_of(x)
         out = x.new_empty((len(x), *form.plan.pooled_size, x.shape[-1]))
         if len(x) == 0:
@@ -494,6 +496,16 @@ class GridPoolStream:
 def _kind(x: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
     """Shape, dtype and device that all entries of x along its first dimension share."""
     return tuple(x.shape[1:]), x.dtype, x.device
+
+
+def _check_plain(x: Tensor) -> None:
+    """Raise TypeError unless x holds its own data: a stream keeps frames, and its backends read memory."""
+    is_wrapper = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if is_wrapper or x.is_nested or x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        kind = "nested" if x.is_nested else "meta" if x.is_meta else "wrapped"
+        raise TypeError(
+            f"x must be a plain tensor with data of its own, as a stream keeps frames, got a {kind} {type(x).__name__}"
+        )
 
 
 def _check_name(stream: StreamId) -> None:

@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import stgridpool_kernels
 from stgridpool_kernels import GridPoolStream, grid_plan, stream
@@ -524,7 +527,7 @@ def test_another_format_needs_a_reset() -> None:
 @pytest.mark.parametrize(
     ("kind", "message", "call"),
     [
-        (TypeError, "x must be a tensor, got list", lambda s: s.push([1])),
+        (TypeError, "x must be a torch.Tensor, got list of length 1", lambda s: s.push([1])),
         (ValueError, r"x must have shape \(n, H, W, C\), got", lambda s: s.push(torch.ones(1, 2, 4, 4, 3))),
         (TypeError, "x must have dtype", lambda s: s.push(torch.ones(2, 4, 4, 3).int())),
         (RuntimeError, "no gradient", lambda s: s.push(torch.ones(2, 4, 4, 3, requires_grad=True))),
@@ -552,6 +555,31 @@ def test_bad_calls_are_named_and_change_nothing(kind: type[Exception], message: 
         call(stream)
     assert stream.streams == ("a", "b")
     assert_same_bits(stream.push(x[3:], streams=["a"]), stgridpool_kernels.grid_pool(x, backend="reference")[3:])
+
+
+def test_tensors_without_data_of_their_own_are_refused() -> None:
+    x = tokens(4, 4, 4, 8)
+    stream = GridPoolStream()
+    stream.push(x)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, for nested tensors
+        nested = [torch.nested.nested_tensor([x[0], x[1]], layout=kind) for kind in (torch.strided, torch.jagged)]
+    others = {
+        "nested": nested,
+        "meta": [x.to("meta")],
+        "wrapped": [fake, TwoTensor(x, x)],
+    }
+    for kind, tensors in others.items():
+        for other in tensors:
+            with pytest.raises(TypeError, match=f"x must be a plain tensor with data of its own, .* got a {kind} "):
+                stream.push(other)
+    with pytest.raises(TypeError, match=r"x must be a plain tensor .* got a wrapped Tensor"):
+        torch.vmap(stream.push)(x.expand(2, *x.shape))
+    assert stream.frames() == 4
+    assert stream.push(nn.Parameter(x, requires_grad=False)).shape == (4, 2, 2, 8)
+    assert stream.push(x.as_subclass(type("Tokens", (torch.Tensor,), {}))).shape == (4, 2, 2, 8)
 
 
 @pytest.mark.parametrize(

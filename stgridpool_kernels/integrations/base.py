@@ -56,42 +56,32 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+from .. import GridPool, grid_plan, pool_flat, use_backend
+from ..arguments import check_names
+from ..flat import OPTIONS, grid_size
 
-from .. import GridPool, grid_plan, grid_pool, use_backend
+__all__ = [
+    "NEWLINES",
+    "PoolOptions",
+    "ceil_options",
+    "pool_flat",
+    "pooled_grid",
+    "require",
+    "require_size",
+    "tokens_per_frame",
+    "video_token_count",
+]
 
 NEWLINES = ("none", "one_token", "grid", "frame")
 """Supported placements of newline tokens: none, one after the video, one after every row, one after every frame."""
 
-_OPTIONS = tuple(name for name in inspect.signature(grid_pool).parameters if name not in ("x", "frame_counts", "out"))
-_GEOMETRY = tuple(name for name in inspect.signature(grid_plan).parameters if name in _OPTIONS)
-
-
-def pool_flat(x: Tensor, frames_per_video: Sequence[int], grid: Sequence[int] | None = None, **options: Any) -> Tensor:
-    """Apply ST-GridPool to all videos of a batch in the layout of engines. Groups never span two videos.
-
-    x: (ΣF, h·w, C), the frames of all videos in order, or (ΣF, h, w, C); dtypes and strides as in `grid_pool`. It is
-        not modified.
-    frames_per_video: number of frames of each video, in order; they must sum to ΣF.
-    grid: (h, w) in tokens; by default that of a 4-D x, or the square of h·w tokens.
-    options: keyword arguments of `grid_pool` except `frame_counts` and `out`.
-
-    Result: (ΣF, OH·OW, C), or (ΣF, OH, OW, C) for 4-D x; same dtype, contiguous, new.
-
-    Raises ValueError or TypeError naming the argument, its value and what is allowed; otherwise as `grid_pool`.
-    """
-    _check_names(options)
-    rows, cols = _grid_of(x, grid)
-    frame_counts = _frames(x, frames_per_video)
-    if x.dim() == 4:
-        return grid_pool(x, frame_counts=frame_counts, **options)
-    return grid_pool(x.unflatten(1, (rows, cols)), frame_counts=frame_counts, **options).flatten(1, 2)
+_GEOMETRY = tuple(name for name in inspect.signature(grid_plan).parameters if name in OPTIONS)
 
 
 def pooled_grid(grid: Sequence[int], **options: Any) -> tuple[int, int]:
     """Return rows and columns (OH, OW) of tokens that `pool_flat` leaves of an (h, w) frame. Raises as `pool_flat`."""
-    _check_names(options)
-    rows, cols = _pair("grid", grid)
+    check_names(options, OPTIONS, "options")
+    rows, cols = grid_size(grid)
     return grid_plan((), rows, cols, **{name: options[name] for name in _GEOMETRY if name in options}).pooled_size
 
 
@@ -135,7 +125,7 @@ class PoolOptions:
     _items: tuple[tuple[str, Any], ...]
 
     def __init__(self, **options: Any) -> None:
-        _check_names(options)
+        check_names(options, OPTIONS, "options")
         backend = use_backend(options.pop("backend", "auto")).name
         arguments = {**GridPool(**options).arguments, "backend": backend}
         object.__setattr__(self, "_items", tuple(arguments.items()))
@@ -197,54 +187,6 @@ def require(package: str, at_least: str, below: str) -> ModuleType:
     if not _release(at_least) <= _release(version) < _release(below):
         raise RuntimeError(f"{package} {version} is installed; {tested}")
     return importlib.import_module(package)
-
-
-def _check_names(options: dict[str, Any]) -> None:
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"options must be among {', '.join(_OPTIONS)}, got {name}={options[name]!r}")
-
-
-def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
-    if not isinstance(value, Sequence) or len(value) != 2 or any(entry < 1 for entry in value):
-        raise ValueError(f"{name} must be 2 integers (rows, cols) of at least 1, got {value!r}")
-    return value[0], value[1]
-
-
-def _grid_of(x: Tensor, grid: Sequence[int] | None) -> tuple[int, int]:
-    shape = tuple(x.shape)
-    if len(shape) not in (3, 4):
-        raise ValueError(f"x must have shape (ΣF, h·w, C) or (ΣF, h, w, C), got {shape}")
-    if len(shape) == 4:
-        if grid is not None and _pair("grid", grid) != shape[1:3]:
-            raise ValueError(f"grid must be {shape[1:3]} as in x of shape {shape}, or None, got {tuple(grid)}")
-        return shape[1], shape[2]
-    tokens = shape[1]
-    if grid is None:
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            raise ValueError(f"grid must be given where the {tokens} tokens of a frame are no square, got None")
-        return side, side
-    rows, cols = _pair("grid", grid)
-    if rows * cols != tokens:
-        raise ValueError(
-            f"grid must have the {tokens} positions that a frame of x has tokens, got {rows} × {cols} = {rows * cols}"
-        )
-    return rows, cols
-
-
-def _frames(x: Tensor, frames_per_video: Sequence[int]) -> list[int]:
-    if isinstance(frames_per_video, int):
-        raise TypeError(f"frames_per_video must be a sequence of integers, one per video, got {frames_per_video}")
-    frame_counts = list(frames_per_video)
-    if any(count < 0 for count in frame_counts):
-        raise ValueError(f"frames_per_video must not be negative, got {frame_counts}")
-    total = sum(frame_counts)
-    if total != x.shape[0]:
-        raise ValueError(
-            f"frames_per_video must sum to the {x.shape[0]} frames of x, got {frame_counts} with sum {total}"
-        )
-    return frame_counts
 
 
 def _remedy(grid: Sequence[int], expected: int, arguments: dict[str, Any]) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
-from typing import SupportsIndex
+
+from .integers import integers, pair, shown
 
 SAMPLINGS = ("last", "first")
 RESIZES = ("area", "bilinear")
@@ -81,7 +82,7 @@ class GridPlan:
         if min(self.height, self.width) < 1:
             raise ValueError(f"height and width must be at least 1, got {self.height} × {self.width}")
         if any(count < 0 for count in self.frame_counts):
-            raise ValueError(f"frame_counts must not be negative, got {list(self.frame_counts)}")
+            raise ValueError(f"frame_counts must not be negative, got {shown(list(self.frame_counts))}")
         shapes = level_shapes(self.frame_strides, self.grid_shape, self.sampling, self.resize)
         levels = tuple(
             self._level(frame_stride, rows, cols)
@@ -143,8 +144,8 @@ def grid_plan(
     height: int,
     width: int,
     *,
-    frame_strides: Sequence[int] = (2, 4, 8),
-    grid_shape: Sequence[int] = (2, 2),
+    frame_strides: int | Sequence[int] = (2, 4, 8),
+    grid_shape: int | Sequence[int] = (2, 2),
     sampling: str = "last",
     resize: str = "area",
     kernel_size: int | Sequence[int] = (2, 2),
@@ -156,26 +157,27 @@ def grid_plan(
 ) -> GridPlan:
     """The plan for videos of `frame_counts` frames of height × width tokens; arguments as in `grid_pool`.
 
-    Plans are cached (the 256 last used). Raises ValueError for an argument that is out of range.
+    Plans are cached (the 256 last used). Raises ValueError for an argument that is out of range, TypeError for one that
+    is not made of integers.
     """
-    return _cached_plan(
-        tuple(frame_counts),
-        height,
-        width,
-        tuple(frame_strides),
-        tuple(grid_shape),
+    return cached_plan(
+        integers("frame_counts", frame_counts),
+        *integers("height and width", (height, width)),
+        integers("frame_strides", frame_strides),
+        pair("grid_shape", grid_shape),
         sampling,
         resize,
-        pair(kernel_size),
-        None if stride is None else pair(stride),
-        pair(padding),
+        pair("kernel_size", kernel_size),
+        None if stride is None else pair("stride", stride),
+        pair("padding", padding),
         ceil_mode,
         count_include_pad,
-        None if output_size is None else pair(output_size),
+        None if output_size is None else pair("output_size", output_size),
     )
 
 
-_cached_plan = lru_cache(maxsize=256)(GridPlan)
+cached_plan = lru_cache(maxsize=256)(GridPlan)
+"""Function that builds or finds a plan from the values of its arguments, in their order, with sequences as tuples."""
 
 
 def level_shapes(
@@ -183,13 +185,13 @@ def level_shapes(
 ) -> list[tuple[int, int]]:
     """(rows, cols) of every level's grid. Raises ValueError for an argument that is out of range."""
     if any(stride < 1 for stride in frame_strides):
-        raise ValueError(f"frame_strides must be at least 1, got {list(frame_strides)}")
+        raise ValueError(f"frame_strides must be at least 1, got {shown(list(frame_strides))}")
     levels = len(frame_strides)
     if len(grid_shape) not in (2, 2 * levels):
         allowed = "2 entries (rows, cols)" + (f" or {2 * levels} (2 per level)" if levels > 1 else "")
-        raise ValueError(f"grid_shape must have {allowed}, got {list(grid_shape)}")
+        raise ValueError(f"grid_shape must have {allowed}, got {shown(list(grid_shape))}")
     if any(entry < 1 for entry in grid_shape):
-        raise ValueError(f"grid_shape must have rows and cols of at least 1, got {list(grid_shape)}")
+        raise ValueError(f"grid_shape must have rows and cols of at least 1, got {shown(list(grid_shape))}")
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {sampling!r}")
     if resize not in RESIZES:
@@ -241,13 +243,8 @@ def pooled_size(
     return rows, cols
 
 
-def pair(value: SupportsIndex | Sequence[int]) -> tuple[int, ...]:
-    """An integer stands for both directions."""
-    return tuple(value) if isinstance(value, Sequence) else (operator.index(value),) * 2
-
-
 def _show(value: Sequence[int] | None) -> str:
-    return "None" if value is None else str(list(value))
+    return "None" if value is None else shown(list(value))
 
 
 def _check_pair(name: str, value: Sequence[int], low: int) -> None:

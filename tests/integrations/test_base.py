@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import stgridpool_kernels as stgp
+from stgridpool_kernels import flat
 from stgridpool_kernels.integrations import base
 from stgridpool_kernels.integrations.base import (
     PoolOptions,
@@ -82,9 +83,9 @@ def test_one_call_for_all_videos(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(arguments)
         return stgp.grid_pool(x, **arguments)
 
-    monkeypatch.setattr(base, "grid_pool", counted)
+    monkeypatch.setattr(flat, "grid_pool", counted)
     pool_flat(tokens(20, 4, 4), [8, 12], temperature=2.0)
-    assert calls == [{"frame_counts": [8, 12], "temperature": 2.0}]
+    assert calls == [{"frame_counts": (8, 12), "temperature": 2.0}]
 
 
 @pytest.mark.parametrize("unpooled", [{}, {"kernel_size": 1, "frame_strides": ()}], ids=["pooled", "unpooled"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from stgridpool_kernels import GridPlan, grid_plan
 from stgridpool_kernels.plan import Runs
-from stgridpool_kernels.plan.plan import _cached_plan, _last_of_each_stride
+from stgridpool_kernels.plan.plan import _last_of_each_stride, cached_plan
 
 # ---- sampled frames ----
 
@@ -252,7 +252,7 @@ def test_plans_are_found_again() -> None:
 def test_cache_is_bounded() -> None:
     for frames in range(300):
         grid_plan([frames], 2, 2)
-    assert _cached_plan.cache_info().currsize == 256
+    assert cached_plan.cache_info().currsize == 256
 
 
 def test_plans_are_frozen() -> None:

@@ -1,0 +1,55 @@
+"""Integers as callers write them: those of Python, NumPy and torch, alone or in a sequence, an array or a tensor."""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+
+def integers(name: str, value: Any, allowed: str = "an integer or a sequence of integers") -> tuple[int, ...]:
+    """Return the integers in a sequence, an array or a tensor, or an integer alone as a sequence of one.
+
+    name: the argument, and allowed: the values that it may have, in words, both for the error message. Raises TypeError
+    for anything else.
+    """
+    if type(value) is tuple and {int}.issuperset(map(type, value)):
+        return value
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        if isinstance(plain, (str, bytes, Mapping, AbstractSet)):
+            raise TypeError
+        return tuple(map(operator.index, (plain,) if hasattr(plain, "__index__") else plain))
+    except TypeError:
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}") from None
+
+
+def pair(name: str, value: Any, allowed: str = "an integer or two (rows, cols)") -> tuple[int, ...]:
+    """Return (rows, cols) as `integers` does, with an integer alone for both. The number of entries is not checked."""
+    entries = integers(name, value, allowed)
+    return entries * 2 if is_alone(value) else entries
+
+
+def is_alone(value: Any) -> bool:
+    """Return whether a value is an integer rather than a sequence of them."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+
+
+class _Short(reprlib.Repr):
+    """The limited repr of the standard library, in one line, and with arrays and tensors described by their shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 16
+        self.maxstring = self.maxother = self.maxlong = 100
+
+    def repr1(self, x: Any, level: int) -> str:
+        if getattr(x, "ndim", 0):
+            return f"{type(x).__name__} of shape {tuple(x.shape)}"
+        return " ".join(super().repr1(x, level).splitlines())
+
+
+shown = _Short().repr
+"""Return a value as error messages show it: without the data of arrays, in one line, and cut where it is long."""
