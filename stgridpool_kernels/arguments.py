@@ -47,8 +47,10 @@ def check_tensor(x: Any) -> None:
     remedy = ""
     if hasattr(x, "__array__"):
         remedy = ": pass torch.from_numpy(x)"
-    elif isinstance(x, (list, tuple)):
+    elif isinstance(x, (list, tuple)) and x:
         remedy = ": pass torch.stack(x), of frames of shape (H, W, C)"
+        if not isinstance(x[0], Tensor):
+            remedy = ": pass torch.from_numpy(numpy.stack(x)), of frames of shape (H, W, C)"
     raise TypeError(f"x must be a torch.Tensor, got {_kind(x)}{remedy}")
 
 

@@ -135,12 +135,13 @@ def test_counts_that_are_no_sequence_of_integers_are_refused(counts: Any) -> Non
         (np.zeros((64, 27, 27, 896)), r"numpy.ndarray of shape \(64, 27, 27, 896\): pass torch.from_numpy\(x\)$"),
         ([torch.zeros(27, 27, 896)] * 64, r"list of length 64: pass torch.stack\(x\), of frames of shape \(H, W, C\)$"),
         ((torch.zeros(27, 27, 8),), r"tuple of length 1: pass torch.stack\(x\)"),
+        ([np.zeros((27, 27, 8))] * 2, r"list of length 2: pass torch.from_numpy\(numpy.stack\(x\)\)"),
         (None, "NoneType$"),
         ("tokens.pt", "str of length 9$"),
         (3.5, "float$"),
         ({"x": torch.zeros(4, 4)}, "dict of length 1$"),
     ],
-    ids=["array", "list", "tuple", "None", "path", "number", "dict"],
+    ids=["array", "list", "tuple", "arrays", "None", "path", "number", "dict"],
 )
 @pytest.mark.parametrize(
     "name", ["grid_pool", "temporal_grid", "norm_pool", "token_norm", "pool_flat", "module", "push"]
