@@ -5,8 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +43,8 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool) -> Iterator[Binar
     Bytes are written to a temporary file in the same folder. At the end of the block it is flushed to disk and renamed
     to `path`; if any exception, Ctrl-C included, leaves the block, it is removed and an existing file is unchanged.
     Without `force`, a file that appears meanwhile is not overwritten. With `force`, a link stays and its target is
-    replaced.
+    replaced. The new file has the mode and extended attributes of the one that it replaces, from its first byte, and
+    the owner and group where the operating system allows it; otherwise its mode follows the umask.
 
     Raises:
         FileExistsError, OSError: as `refuse_existing`, or from the operating system.
@@ -53,6 +56,8 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool) -> Iterator[Binar
     try:
         # the tempfile module would ignore the umask: its files have mode 0600
         with open(temporary, "xb") as out:
+            if target.exists():
+                _copy_permissions(target, temporary)
             yield out
             out.flush()
             os.fsync(out.fileno())
@@ -66,6 +71,20 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool) -> Iterator[Binar
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _copy_permissions(source: Path, target: Path) -> None:
+    """Give `target` the mode, extended attributes and, where that is allowed, the owner and group of `source`."""
+    status = os.stat(source)
+    mode = stat.S_IMODE(status.st_mode)
+    with suppress(OSError):
+        os.chown(target, status.st_uid, -1)
+    try:
+        os.chown(target, -1, status.st_gid)
+    except OSError:
+        mode &= ~stat.S_IRWXG  # what the old group may do is not for another one
+    shutil.copystat(source, target)
+    os.chmod(target, mode)
 
 
 def _claim(temporary: Path, target: Path) -> None:

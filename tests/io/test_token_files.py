@@ -342,6 +342,41 @@ def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
     assert stat.S_IMODE((tmp_path / "x.npy").stat().st_mode) == 0o666 & ~umask
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444], ids=oct)
+@pytest.mark.parametrize("linked", [False, True], ids=["file", "link to it"])
+def test_a_file_that_is_replaced_keeps_its_mode_from_the_first_byte(tmp_path: Path, mode: int, linked: bool) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"before")
+    path.chmod(mode)
+    if linked:
+        (tmp_path / "link.bin").symlink_to("x.bin")
+    with atomic_write(tmp_path / "link.bin" if linked else path, force=True) as file:
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == mode
+        file.write(b"after")
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"after", mode)
+
+
+@pytest.mark.parametrize(("refused", "mode"), [("nothing", 0o640), ("owner", 0o640), ("group", 0o600)])
+def test_a_file_that_is_replaced_keeps_its_owner_and_group_where_that_is_allowed(
+    tmp_path: Path, refused: str, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions of a group that cannot be kept are not given to another group."""
+    path, asked = tmp_path / "x.bin", []
+
+    def chown(file: object, owner: int, group: int) -> None:
+        asked.append((owner, group))
+        if refused == ("group" if owner == -1 else "owner"):
+            raise PermissionError(1, "Operation not permitted")
+
+    path.write_bytes(b"before")
+    path.chmod(0o640)
+    monkeypatch.setattr(writing.os, "chown", chown)
+    with atomic_write(path, force=True) as file:
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == mode
+    assert sorted(asked) == [(-1, path.stat().st_gid), (path.stat().st_uid, -1)]
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
 def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     path.write_bytes(b"before")
