@@ -1,7 +1,7 @@
 """Parsing of options of `grid_pool` from command lines, model arguments of evaluations and environment variables.
 
-A value is JSON or a shorter form: integers are `2,4,8`, `2:4:8`, `2x2` or `[2, 4, 8]`, a word needs no quotes, and
-`none` is an empty list for an argument that takes any number of integers, else None.
+A value is JSON or a shorter form: integers are `2,4,8`, `2:4:8`, `2x4x8`, `2 4 8` or `[2, 4, 8]`, a word needs no
+quotes, and `none` is an empty list for an argument that takes any number of integers, else None.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ _KINDS: dict[str, tuple[str, Any]] = {
     for argument in torch.ops.stgp.grid_pool.default._schema.arguments
     if argument.kwarg_only
 }
+
+
+_SEPARATOR = r"\s*[,:x×]\s*|\s+"
+
+
+OPTIONS = (*_KINDS, "backend")
+"""Names of the options that are read."""
 
 
 def read_options(given: str | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,14 +55,42 @@ def read_option(name: str, value: Any, shown: str) -> Any:
     if name == "backend":
         return _word(shown, value)
     if name not in _KINDS:
-        raise TypeError(
-            f"there must be an option {shown}, among {', '.join((*_KINDS, 'backend'))}, got {shown}={value!r}"
-        )
+        raise TypeError(f"there must be an option {shown}, among {', '.join(OPTIONS)}, got {shown}={value!r}")
     kind, argument = _KINDS[name]
     if kind == "List":
         optional = str(argument.type).startswith("Optional")
         return _pair(shown, value, optional) if argument.N else _list(shown, value, optional)
     return {"float": _number, "bool": _boolean, "str": _word}[kind](shown, value)
+
+
+def read_grid(value: Any, shown: str) -> tuple[int, int]:
+    """Return the rows and columns in `value`, as 18x32, which is also 18,32, 18:32 or 18 32.
+
+    shown: name of the option in error messages. Raises ValueError for any other value.
+    """
+    numbers = read_integers(value) or ()
+    if len(numbers) != 2 or min(numbers) < 1:
+        raise ValueError(f"{shown} must be rows and columns like 18x32, both at least 1, got {value!r}")
+    return numbers[0], numbers[1]
+
+
+def read_integers(value: Any) -> tuple[int, ...] | None:
+    """Return the integers in `value`, which are text or of Python's types, None if it is anything else."""
+    if isinstance(value, str):
+        bracketed = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)
+        text = (bracketed[1] if bracketed else value).strip()
+        if bracketed and not text:
+            return ()
+        separators = {found.strip() for found in re.findall(_SEPARATOR, text)}
+        entries = re.split(_SEPARATOR, text)
+        integers = all(re.fullmatch(r"[+-]?\d+", entry) for entry in entries)
+        return tuple(map(int, entries)) if len(separators) <= 1 and integers else None
+    entries = [value] if isinstance(value, int) else value
+    if isinstance(entries, list | tuple) and all(
+        isinstance(entry, int) and not isinstance(entry, bool) for entry in entries
+    ):
+        return tuple(entries)
+    return None
 
 
 def _pairs(text: str) -> list[tuple[str, Any]]:
@@ -72,25 +107,6 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
     return [(name.strip(), value.strip()) for name, value in (entry.split("=", 1) for entry in entries)]
 
 
-def _integers(value: Any) -> tuple[int, ...] | None:
-    """Return the integers in `value`, None if it is anything else."""
-    if isinstance(value, str):
-        bracketed = re.fullmatch(r"\s*\[(.*)\]\s*", value)
-        text = (bracketed[1] if bracketed else value).strip()
-        if bracketed and not text:
-            return ()
-        entries = re.split(r"\s*[,:x]\s*", text)
-        one_separator = len(set(re.findall(r"[,:x]", text))) <= 1
-        integers = all(re.fullmatch(r"[+-]?\d+", entry) for entry in entries)
-        return tuple(map(int, entries)) if one_separator and integers else None
-    entries = [value] if isinstance(value, int) else value
-    if isinstance(entries, list | tuple) and all(
-        isinstance(entry, int) and not isinstance(entry, bool) for entry in entries
-    ):
-        return tuple(entries)
-    return None
-
-
 def _is_none(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
 
@@ -98,7 +114,7 @@ def _is_none(value: Any) -> bool:
 def _list(shown: str, value: Any, optional: bool) -> tuple[int, ...] | None:
     if _is_none(value):
         return None if optional else ()
-    numbers = _integers(value)
+    numbers = read_integers(value)
     if numbers is None:
         raise ValueError(f"{shown} must be integers like 2,4,8, or none, got {value!r}")
     return numbers
@@ -107,7 +123,7 @@ def _list(shown: str, value: Any, optional: bool) -> tuple[int, ...] | None:
 def _pair(shown: str, value: Any, optional: bool) -> int | tuple[int, ...] | None:
     if optional and _is_none(value):
         return None
-    numbers = _integers(value) or ()
+    numbers = read_integers(value) or ()
     if len(numbers) not in (1, 2):
         raise ValueError(f"{shown} must be one integer or two like 2,2{', or none' if optional else ''}, got {value!r}")
     return numbers[0] if len(numbers) == 1 else numbers

@@ -9,10 +9,26 @@ import pytest
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels.integrations.base import PoolOptions
-from stgridpool_kernels.integrations.options import read_option, read_options
+from stgridpool_kernels.integrations.options import read_grid, read_option, read_options
 
 
-@pytest.mark.parametrize("text", ["2,4,8", "2:4:8", "2x4x8", "[2, 4, 8]", " 2, 4, 8 ", [2, 4, 8], (2, 4, 8)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2,4,8",
+        "2:4:8",
+        "2x4x8",
+        "2×4×8",
+        "2 × 4 × 8",
+        "2 4 8",
+        "[2, 4, 8]",
+        "(2, 4, 8)",
+        " 2, 4, 8 ",
+        [2, 4, 8],
+        (2, 4, 8),
+    ],
+    ids=repr,
+)
 def test_integers_in_every_form(text: object) -> None:
     assert read_option("frame_strides", text, "frame_strides") == (2, 4, 8)
 
@@ -86,6 +102,7 @@ def test_every_argument_of_grid_pool_can_be_given() -> None:
         ("temperature=hot", ValueError, "temperature must be a number, got 'hot'"),
         ("frame_strides=2;4", ValueError, "frame_strides must be integers like 2,4,8, or none, got '2;4'"),
         ("frame_strides=2,4:8", ValueError, "frame_strides must be integers like 2,4,8, or none, got '2,4:8'"),
+        ("frame_strides=2,4 8", ValueError, "frame_strides must be integers like 2,4,8, or none, got '2,4 8'"),
         ("frame_strides=2,", ValueError, "frame_strides must be integers"),
         ('{"frame_strides": [2, true]}', ValueError, r"frame_strides must be integers .*, got \[2, True\]"),
         ('{"frame_strides": 2.5}', ValueError, "frame_strides must be integers .*, got 2.5"),
@@ -102,3 +119,14 @@ def test_every_argument_of_grid_pool_can_be_given() -> None:
 def test_what_is_wrong_is_named(text: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         read_options(text)
+
+
+@pytest.mark.parametrize("given", ["18x32", "18,32", "18:32", "18 32", "18 × 32", [18, 32], (18, 32)], ids=repr)
+def test_a_grid_in_every_form(given: object) -> None:
+    assert read_grid(given, "grid") == (18, 32)
+
+
+@pytest.mark.parametrize("given", ["18", "18x", "0x3", "-1x3", "1x2x3", "", "none", None, 18, [1.5, 2]], ids=repr)
+def test_what_is_no_grid(given: object) -> None:
+    with pytest.raises(ValueError, match=r"^grid must be rows and columns like 18x32, both at least 1, got "):
+        read_grid(given, "grid")
