@@ -70,8 +70,11 @@ def usable_device(where: torch.device | str, entry: str) -> torch.device:
     try:
         return torch.empty(0, device=where).cpu().to(where).device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        cause = str(error).splitlines()[0].split(". ")[0]  # without torch's list of all its backends
-        raise ValueError(f"{entry} must be one that can be used here, got {str(where)!r}: {cause}") from error
+        usable = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        # Torch explains CUDA in a sentence; of other devices it lists every kernel that it was built with.
+        cause = f" ({str(error).splitlines()[0].split('. ')[0]})" if str(where).startswith("cuda") else ""
+        message = f"{entry} must be one that can be used here, got {str(where)!r}{cause}; allowed: {usable}"
+        raise ValueError(message) from error
 
 
 def copied(tensor: Tensor, device: torch.device | None) -> Tensor:
