@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from .encoder import PATCH, TAPS, Encoder
-from .token_files import SUFFIXES, TokenFileError, check_file, read_tokens, stream_safetensors, stream_tokens
-from .video import VIDEO_SUFFIXES, VideoError, iter_frames, read_frames
+from .token_files import SUFFIXES, TokenFileError, check_file, format_of, read_tokens, stream_safetensors, stream_tokens
+from .video import VIDEO_SUFFIXES, VideoError, count_frames, iter_frames, read_frames
 
-__all__ = ["check_count", "check_reading", "load_input", "stream_input"]
+__all__ = ["VIDEO_GRID", "check_count", "check_reading", "load_input", "stream_input"]
+
+VIDEO_GRID = (18, 32)
+"""Default rows and columns of tokens per frame of a video."""
 
 
 def load_input(
@@ -27,7 +30,7 @@ def load_input(
     *,
     key: str | None,
     num_frames: int,
-    grid: tuple[int, int],
+    grid: tuple[int, int] | None,
     tap: str,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> tuple[Tensor, np.ndarray | None]:
@@ -37,12 +40,14 @@ def load_input(
         path: a token file if its suffix is in `SUFFIXES`, else a video.
         key: as in `read_tokens`.
         num_frames: maximum number of frames taken from a video, evenly spread.
-        grid: `(rows, cols)` of tokens per frame of a video; a token is 14 × 14 pixels of the resized frame.
+        grid: `(rows, cols)` of the tokens of a frame, which a file of flattened tokens needs; of a video by default
+            `VIDEO_GRID`, where a token is 14 × 14 pixels of the resized frame.
         tap: output of the encoder, see `encoder.TAPS`.
         progress: called as `progress("decoding" or "encoding", frames_done, frames)` while a video is read.
 
     Returns:
-        tokens: of a token file as `read_tokens` returns them, so 4-D or 5-D; of a video float32 `(T, H, W, 384)`.
+        tokens: of a token file as `read_tokens` returns them, so 4-D, 5-D, or 3-D if they are flattened; of a video
+            float32 `(T, H, W, 384)`.
         frames: uint8 `(T, 14·H, 14·W, 3)` RGB of a video, None for a token file.
 
     Raises and warns as `check_reading`, `read_tokens`, `video.read_frames` and `encoder.Encoder`; ImportError names the
@@ -51,20 +56,22 @@ def load_input(
     check_reading(key=key, num_frames=num_frames, grid=grid, tap=tap)
     file = Path(path)
     if file.suffix.lower() in SUFFIXES:
-        return read_tokens(file, key), None
+        return read_tokens(file, key, grid=grid), None
     check_file(file)
     with _taken_for_a_video(file):
-        encoder, size = _encoder(tap), (PATCH * grid[0], PATCH * grid[1])
+        encoder, size = _encoder(tap), _size(grid)
         frames = read_frames(file, num_frames, size=size, progress=progress and partial(progress, "decoding"))
         return torch.from_numpy(encoder(frames, progress=progress and partial(progress, "encoding"))), frames
 
 
-def stream_input(path: str | os.PathLike[str], *, grid: tuple[int, int], tap: str, chunk: int) -> Iterator[Tensor]:
+def stream_input(
+    path: str | os.PathLike[str], *, grid: tuple[int, int] | None, tap: str, chunk: int
+) -> Iterator[Tensor]:
     """Yield the tokens of all frames of a file or pipe as chunks (n, H, W, C) with n ≤ `chunk`, as they arrive.
 
-    path: "-" is standard input. `stream_tokens` reads a .npy file and a pipe that starts like one; a .safetensors file
-    is read in slices. All other files and pipes are read as videos, whose frames the packaged encoder turns into
-    tokens.
+    Chunks of flattened tokens are (n, H·W, C). path: "-" is standard input. `stream_tokens` reads a .npy file and a
+    pipe that starts like one; a .safetensors file is read in slices. All other files and pipes are read as videos,
+    whose frames the packaged encoder turns into tokens. grid, tap: as in `load_input`.
 
     Raises and warns as `stream_tokens`, `read_tokens` and `load_input`.
     """
@@ -77,30 +84,29 @@ def stream_input(path: str | os.PathLike[str], *, grid: tuple[int, int], tap: st
         if suffix in (".pt", ".npz"):
             raise TokenFileError(f"{file}: --stream reads .npy, .safetensors, videos and pipes")
         if suffix == ".safetensors":
-            yield from stream_safetensors(file, chunk)
+            yield from stream_safetensors(file, chunk, grid)
             return
     with open(0 if is_stdin else file, "rb", closefd=not is_stdin) as source:
         start = source.peek(1)[:1]
         if not start:
             raise TokenFileError(f"{file}: no frame came")
         if suffix == ".npy" or start == np.lib.format.MAGIC_PREFIX[:1]:
-            yield from stream_tokens(source, str(file), chunk)
+            yield from stream_tokens(source, str(file), chunk, grid)
             return
         with _taken_for_a_video(file):
-            encoder = _encoder(tap)
-            frames = iter_frames(source, str(file), size=(PATCH * grid[0], PATCH * grid[1]))
+            frames = iter_frames(source, str(file), size=_size(grid))
             while batch := list(islice(frames, chunk)):
-                yield torch.from_numpy(encoder(np.stack(batch)))
+                yield torch.from_numpy(_encoder(tap)(np.stack(batch)))
 
 
-def check_reading(*, key: str | None, num_frames: int, grid: Sequence[int], tap: str) -> None:
+def check_reading(*, key: str | None, num_frames: int, grid: Sequence[int] | None, tap: str) -> None:
     """Raise TypeError or ValueError unless these are valid arguments of `load_input`."""
     if not isinstance(key, str | None):
         raise TypeError(f"key must be a name or None, got {key!r}")
     check_count("num_frames", num_frames)
-    if not isinstance(grid, Sequence) or len(grid) != 2:
+    if grid is not None and (not isinstance(grid, Sequence) or len(grid) != 2):
         raise ValueError(f"grid must be two integers (rows, cols), got {grid!r}")
-    for count in grid:
+    for count in grid or ():
         check_count("grid's rows and cols", count)
     if tap not in tuple(TAPS):
         raise ValueError(f"tap must be one of {', '.join(TAPS)}, got {tap!r}")
@@ -116,10 +122,23 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def _size(grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the height and width in pixels of the frames that are encoded as `grid` tokens."""
+    rows, cols = grid or VIDEO_GRID
+    return PATCH * rows, PATCH * cols
+
+
 @contextmanager
 def _taken_for_a_video(file: Path) -> Iterator[None]:
-    """Extend the errors of the block by the reason why a file or pipe without a video's suffix was read as a video."""
+    """Extend the errors of the block by the reason why a file or pipe without a video's suffix was read as a video.
+
+    Such a file is looked at first, so that only a video asks for the packages of the encoder.
+    """
     try:
+        if file.suffix.lower() not in VIDEO_SUFFIXES and file.is_file():
+            if suffix := format_of(file):
+                raise TokenFileError(f"{file}: holds tokens in the format of {suffix}, give it that suffix")
+            count_frames(file)
         yield
     except (VideoError, ImportError) as error:
         if file.suffix.lower() in VIDEO_SUFFIXES:

@@ -14,7 +14,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,7 @@ __all__ = [
     "check_dtype",
     "check_file",
     "check_streamable",
+    "format_of",
     "read_tokens",
     "stream_safetensors",
     "stream_tokens",
@@ -62,15 +63,17 @@ class TokenFileError(ValueError):
 # ---- reading a file ----
 
 
-def read_tokens(path: str | os.PathLike[str], key: str | None = None) -> Tensor:
+def read_tokens(path: str | os.PathLike[str], key: str | None = None, *, grid: tuple[int, int] | None = None) -> Tensor:
     """Read a .npy, .npz, .pt or .safetensors file. Nothing in it is unpickled into an object that could run code.
 
     Args:
         path: the file.
         key: name of the tensor, in a format with names; optional if the file holds a single tensor.
+        grid: `(rows, cols)` of the tokens of a frame, which flattened tokens need.
 
     Returns:
-        `(T, H, W, C)` or `(B, T, H, W, C)` on the CPU; bfloat16, float16, float32 or float64, as in the file.
+        `(T, H, W, C)`, `(B, T, H, W, C)` or flattened `(T, rows · cols, C)` on the CPU; bfloat16, float16, float32 or
+        float64, as in the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,7 +100,7 @@ def read_tokens(path: str | os.PathLike[str], key: str | None = None) -> Tensor:
                     # The library's own tensor is a mapping of the file.
                     tensor = archive.get_tensor(_choose(archive.keys(), key)).clone()
         _check_dtype(_name(tensor.dtype))
-        _check_shape(tuple(tensor.shape))
+        _check_shape(tuple(tensor.shape), grid)
     return tensor
 
 
@@ -166,11 +169,16 @@ def _check_dtype(dtype: str) -> None:
         raise TokenFileError(f"tokens are bfloat16, float16, float32 or float64, got {dtype}{hint}")
 
 
-def _check_shape(shape: tuple[int, ...], *, stream: bool = False) -> None:
-    if len(shape) != 4 and (stream or len(shape) != 5):
+def _check_shape(shape: tuple[int, ...], grid: tuple[int, int] | None, *, stream: bool = False) -> None:
+    if len(shape) == 3 and grid is not None:
+        if math.prod(grid) != shape[1]:
+            got = f"{grid[0]}x{grid[1]} = {math.prod(grid)} for shape {shape}"
+            raise TokenFileError(f"--grid must have the {shape[1]} tokens of a flattened frame, got {got}")
+    elif len(shape) != 4 and (stream or len(shape) != 5):
         allowed = "a stream of tokens has shape" if stream else "tokens have shape (B, T, H, W, C) or"
-        raise TokenFileError(f"{allowed} (T, H, W, C), got {shape}")
-    if min(shape[-3:]) < 1:
+        flat = "; flattened tokens (T, ROWS·COLS, C) need --grid ROWSxCOLS" if len(shape) == 3 else ""
+        raise TokenFileError(f"{allowed} (T, H, W, C), got {shape}{flat}")
+    if min(shape[1:] if len(shape) == 3 else shape[-3:]) < 1:
         raise TokenFileError(f"H, W and C must be at least 1, got shape {shape}")
 
 
@@ -262,13 +270,16 @@ def check_streamable(path: str | os.PathLike[str]) -> None:
 # ---- reading chunk by chunk ----
 
 
-def stream_tokens(source: io.BufferedReader, name: str, chunk: int) -> Iterator[Tensor]:
-    """Yield tokens (n, H, W, C) with n ≤ `chunk`, read from a sequence of .npy arrays.
+def stream_tokens(
+    source: io.BufferedReader, name: str, chunk: int, grid: tuple[int, int] | None = None
+) -> Iterator[Tensor]:
+    """Yield tokens (n, H, W, C) with n ≤ `chunk`, read from a sequence of .npy arrays; flattened ones (n, H · W, C).
 
     source: bytes of a file or a pipe; nothing is read ahead beyond its buffer. name: its name in error messages.
+    grid: as in `read_tokens`.
 
-    Raises TokenFileError if an array is damaged, cut short, holds no tokens, or differs in (H, W, C) or dtype from
-    those before.
+    Raises TokenFileError if an array is damaged, cut short, holds no tokens, or differs in shape beyond its frames or
+    in dtype from those before.
     """
     like: tuple[tuple[int, ...], np.dtype[Any]] | None = None
     with _errors_name(name, "arrays of floats, as numpy.save writes them"):
@@ -277,7 +288,7 @@ def stream_tokens(source: io.BufferedReader, name: str, chunk: int) -> Iterator[
             read_header = _npy.read_array_header_1_0 if is_first_version else _npy.read_array_header_2_0
             shape, by_columns, dtype = read_header(source)
             _check_dtype(dtype.name)
-            _check_shape(shape, stream=True)
+            _check_shape(shape, grid, stream=True)
             if by_columns:
                 raise TokenFileError(f"a stream of tokens is stored row by row, got shape {shape}, column by column")
             if like is not None and like != (shape[1:], dtype):
@@ -290,8 +301,8 @@ def stream_tokens(source: io.BufferedReader, name: str, chunk: int) -> Iterator[
                 yield _from_numpy(array)
 
 
-def stream_safetensors(file: Path, chunk: int) -> Iterator[Tensor]:
-    """Yield tokens (n, H, W, C) with n ≤ `chunk` of a .safetensors file of one tensor, which is read in slices.
+def stream_safetensors(file: Path, chunk: int, grid: tuple[int, int] | None = None) -> Iterator[Tensor]:
+    """Yield tokens as `stream_tokens` does, of a .safetensors file of one tensor, which is read in slices.
 
     Raises TokenFileError as `read_tokens`.
     """
@@ -301,7 +312,7 @@ def stream_safetensors(file: Path, chunk: int) -> Iterator[Tensor]:
     ):
         tensor = archive.get_slice(_choose(archive.keys(), None))
         shape = tuple(tensor.get_shape())
-        _check_shape(shape, stream=True)
+        _check_shape(shape, grid, stream=True)
         for first in range(0, max(1, shape[0]), chunk):
             frames: Tensor = tensor[first : first + chunk]
             _check_dtype(_name(frames.dtype))
@@ -337,6 +348,21 @@ def check_file(file: Path) -> None:
         raise TokenFileError(f"{file}: {'a folder' if file.is_dir() else 'not a regular file'}, give a file")
     if file.stat().st_size == 0:
         raise TokenFileError(f"{file}: the file is empty")
+
+
+def format_of(file: Path) -> str | None:
+    """Return the suffix of the format of tokens that the bytes of a file are in, None if they are in none."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    if start.startswith(_npy.MAGIC_PREFIX):
+        return ".npy"
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        is_pt = any(name.endswith("/data.pkl") for name in names)
+        return ".pt" if is_pt else ".npz" if any(name.endswith(".npy") for name in names) else None
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size:
+        return ".safetensors"
+    return ".pt" if start.startswith(b"\x80\x02") else None  # a pickle, as torch.save wrote before its version 1.6
 
 
 def _suffix(file: Path) -> str:

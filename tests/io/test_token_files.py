@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from stgridpool_kernels.io import inputs, writing
 from stgridpool_kernels.io.encoder import find_sample_video
-from stgridpool_kernels.io.inputs import load_input
+from stgridpool_kernels.io.inputs import load_input, stream_input
 from stgridpool_kernels.io.token_files import (
     SUFFIXES,
     TokenFileError,
@@ -477,6 +477,56 @@ def test_a_video_becomes_tokens_of_its_frames(monkeypatch: pytest.MonkeyPatch) -
     assert np.array_equal(frames, read_frames(video, 5, size=(28, 42)))
     assert torch.equal(found, torch.from_numpy(frames[:, ::14, ::14].astype(np.float32)))
     assert asked == ["l11", *(("decoding", done, 5) for done in range(1, 6)), ("encoding", 5, 5)]
+
+
+@pytest.mark.parametrize("write", [*SUFFIXES, ".pt of old"])
+def test_tokens_in_a_file_of_another_name_are_recognised_without_an_encoder(
+    tmp_path: Path, write: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_encoder", lambda tap: pytest.fail("an encoder was asked for"))
+    suffix, path = write.split()[0], tmp_path / "x"
+    write_tokens(tmp_path / f"x{suffix}", tokens(1, 2, 3, 4), force=False)
+    (tmp_path / f"x{suffix}").rename(path)
+    if suffix != write:
+        torch.save(tokens(1, 2, 3, 4), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(TokenFileError, match=rf"/x: holds tokens in the format of {suffix}, give it that suffix"):
+        load_input(path, key=None, num_frames=1, grid=None, tap="post_ln")
+
+
+def test_only_a_video_asks_for_the_packages_of_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(tap: str) -> None:
+        raise ImportError("the encoder needs onnxruntime")
+
+    monkeypatch.setattr(inputs, "_encoder", missing)
+    with zipfile.ZipFile(tmp_path / "archive", "w") as archive:
+        archive.writestr("text", "no tokens")
+    (tmp_path / "text").write_text("no tokens" * 99)
+    (tmp_path / "cut").write_bytes((tmp_path / "archive").read_bytes()[:-9])
+    (tmp_path / "clip").write_bytes(find_sample_video("carphone_pristine.mp4").read_bytes())
+    given = {"grid": None, "tap": "post_ln"}
+    for name, error in (("archive", ValueError), ("text", ValueError), ("cut", ValueError), ("clip", ImportError)):
+        with pytest.raises(error, match="was taken for a video: token files end in"):
+            load_input(tmp_path / name, key=None, num_frames=1, **given)
+        with pytest.raises(error, match="was taken for a video: token files end in"):
+            next(stream_input(tmp_path / name, chunk=1, **given))
+
+
+def test_flattened_tokens_are_read_with_their_grid(tmp_path: Path) -> None:
+    x, given = tokens(5, 6, 4), {"key": None, "num_frames": 1, "tap": "post_ln"}
+    write_tokens(tmp_path / "x.npy", x, force=False)
+    write_tokens(tmp_path / "x.safetensors", x, force=False)
+    for name in ("x.npy", "x.safetensors"):
+        assert torch.equal(load_input(tmp_path / name, grid=(2, 3), **given)[0], x)
+        chunks = list(stream_input(tmp_path / name, grid=(2, 3), tap="post_ln", chunk=2))
+        assert ([len(chunk) for chunk in chunks], torch.equal(torch.cat(chunks), x)) == ([2, 2, 1], True)
+        for grid, message in (
+            (None, r"got \(5, 6, 4\); flattened tokens \(T, ROWS·COLS, C\) need --grid ROWSxCOLS"),
+            ((3, 3), r"--grid must have the 6 tokens of a flattened frame, got 3x3 = 9 for shape \(5, 6, 4\)"),
+        ):
+            with pytest.raises(TokenFileError, match=message):
+                load_input(tmp_path / name, grid=grid, **given)
+            with pytest.raises(TokenFileError, match=message):
+                next(stream_input(tmp_path / name, grid=grid, tap="post_ln", chunk=1))
 
 
 def test_what_is_no_video_either_hears_of_token_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
