@@ -25,8 +25,17 @@ __all__ = [
     "sample_indices",
 ]
 
-VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
-"""Suffixes by which videos are found in a folder, in lower case. Files with other suffixes can be videos too."""
+VIDEO_SUFFIXES = (
+    ".3g2", ".3gp", ".360", ".amv", ".apng", ".asf", ".av1", ".avi", ".divx", ".dv", ".dvr-ms", ".evo", ".f4v", ".flv",
+    ".gif", ".gxf", ".h261", ".h263", ".h264", ".264", ".h265", ".265", ".h266", ".266", ".hevc", ".insv", ".ismv",
+    ".ivf", ".lrv", ".m1v", ".m2p", ".m2t", ".m2ts", ".m2v", ".m4v", ".mj2", ".mjpeg", ".mjpg", ".mk3d", ".mkv", ".mod",
+    ".mov", ".mp4", ".mp4v", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts", ".mxf", ".nsv", ".nut", ".obu", ".ogm", ".ogv",
+    ".qt", ".rm", ".rmvb", ".tod", ".trp", ".ts", ".vob", ".vro", ".vvc", ".webm", ".wmv", ".wtv", ".xvid", ".y4m",
+)  # fmt: skip
+"""Suffixes by which videos are found in a folder, in lower case; upper case is found too.
+
+Animations are among them. Still pictures are not, which often are thumbnails. Other files can be videos too.
+"""
 
 
 class VideoError(ValueError):

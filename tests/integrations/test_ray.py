@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -19,7 +20,6 @@ import torch
 import stgridpool_kernels as stgp
 from stgridpool_kernels.integrations import ray as stgp_ray
 from stgridpool_kernels.integrations.ray import PoolFiles, extract
-from stgridpool_kernels.integrations.ray_folders import outputs_in
 from stgridpool_kernels.io.encoder import find_sample_video
 from stgridpool_kernels.io.inputs import load_input
 from stgridpool_kernels.io.token_files import read_tokens, write_tokens
@@ -64,6 +64,7 @@ def inputs(tmp_path: Path) -> Path:
     write_tokens(folder / "more" / "a.npz", tokens(3, 8, 4, 4, 8), force=False)
     (folder / "broken.npy").write_bytes((folder / "a.npy").read_bytes()[:-7])
     (folder / "notes.txt").write_text("no tokens")
+    (folder / ".hidden.npy").write_text("no tokens")
     return folder
 
 
@@ -89,6 +90,7 @@ def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: None,
     assert list(report.failed) == [inputs / "broken.npy"]
     assert report.failed[inputs / "broken.npy"].startswith(f"{inputs / 'broken.npy'}: cannot be read (")
     assert not report.warned
+    assert report.left_out == {".txt": 1, "hidden": 1}
     assert {file: file.read_bytes() for file in before} == before
 
     (out / "a.safetensors").unlink()
@@ -97,7 +99,7 @@ def test_every_file_is_pooled_and_a_second_run_does_nothing_twice(cluster: None,
     command += ["temperature=2", "ceil_mode=true", "--actors", "1"]
     done = subprocess.run(command, capture_output=True, text=True)  # without RAY_ADDRESS, as the fixture leaves it
     assert done.returncode == 1, done.stderr
-    assert done.stdout == f"1 written, {len(kept)} there already, 1 failed\n"
+    assert done.stdout == f"1 written, {len(kept)} there already, 1 failed; left out of folders: 1 .txt, 1 hidden\n"
     assert "Running Dataset" in done.stderr
     assert "MapBatches(PoolFiles)" in done.stderr
     assert f"{inputs / 'broken.npy'}: cannot be read (" in done.stderr
@@ -213,6 +215,130 @@ def test_options_that_do_not_fit_some_files_leave_the_others(inputs: Path, tmp_p
     assert result["reason"][1] == ""
 
 
+FAILURES = {
+    "MemoryError": (MemoryError("Unable to allocate 53.6 GiB for an array"), "out of memory: cannot allocate 53.6 GiB"),
+    "CPU": (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 57600 bytes.\nmore"),
+        "out of memory: cannot allocate 57600 bytes",
+    ),
+    "GPU": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of"),
+        "out of memory of the GPU: cannot allocate 20.00 GiB",
+    ),
+    "any other": (KeyError("a bug"), "unexpected KeyError: 'a bug'"),
+    "without words": (RuntimeError(), "unexpected RuntimeError: "),
+    "several lines": (RuntimeError("first\nsecond"), "first"),
+}
+
+
+@pytest.mark.parametrize(("error", "reason"), FAILURES.values(), ids=FAILURES.keys())
+@pytest.mark.parametrize("step", ["load_input", "grid_pool", "write_tokens"])
+def test_a_failure_of_one_file_is_its_own(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception, reason: str
+) -> None:
+    """The files a.npy and b.pt are pooled in one call, which fails as long as it has the frames of b.pt."""
+    real = getattr(stgp_ray, step)
+
+    def failing(*given: object, **named: object) -> object:
+        first = given[0]
+        if first == str(tmp_path / "b.safetensors") or first == str(inputs / "b.pt"):
+            raise error
+        if isinstance(first, torch.Tensor) and len(first) >= 2 * 17:
+            raise error
+        return real(*given, **named)
+
+    monkeypatch.setattr(stgp_ray, step, failing)
+    names = ["a.npy", "b.pt", "more/a.npz"]
+    jobs = [(inputs / name, (tmp_path / Path(name).name).with_suffix(".safetensors")) for name in names[:2]]
+    jobs.append((inputs / names[2], tmp_path / "c.safetensors"))
+    result = result_of(PoolFiles(), *jobs)
+    assert result["state"] == ["written", "failed", "written"]
+    assert result["reason"] == ["", f"{inputs / 'b.pt'}: {reason}", ""]
+    assert torch.equal(read_tokens(jobs[0][1]), stgp.grid_pool(read_tokens(inputs / "a.npy")))
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("step", ["load_input", "grid_pool", "write_tokens"])
+def test_files_that_fit_into_memory_alone_are_written(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The step finds no memory until all three files were tried together."""
+    real, calls = getattr(stgp_ray, step), []
+
+    def failing(*given: object, **named: object) -> object:
+        calls.append(given)
+        if len(calls) <= {"load_input": 3, "grid_pool": 2, "write_tokens": 3}[step]:
+            raise MemoryError
+        return real(*given, **named)
+
+    monkeypatch.setattr(stgp_ray, step, failing)
+    jobs = [(inputs / name, tmp_path / f"{i}.safetensors") for i, name in enumerate(["a.npy", "b.pt", "more/a.npz"])]
+    result = result_of(PoolFiles(), *jobs)
+    assert (result["state"], result["reason"]) == (["written"] * 3, [""] * 3)
+    for source, output in jobs:
+        assert torch.equal(read_tokens(output), stgp.grid_pool(read_tokens(source)))
+
+
+@pytest.mark.parametrize("step", ["load_input", "grid_pool", "write_tokens"])
+def test_an_interrupt_ends_a_batch(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def interrupted(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stgp_ray, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(PoolFiles(), (inputs / "a.npy", tmp_path / "a.safetensors"))
+
+
+LIMITED = """
+import resource, sys
+import torch
+from stgridpool_kernels.integrations.ray import PoolFiles
+
+pool, names = PoolFiles(temperature=2.0), sys.argv[1:]
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 29), -1))
+result = pool({"source": names, "output": [f"{name}.safetensors" for name in names]})
+print(*zip(result["state"], result["reason"]), sep="\\n")
+"""
+
+
+def test_a_file_larger_than_memory_leaves_the_others(inputs: Path) -> None:
+    """The header of the file is honest: it has 57 GB, though none are on the disk.
+
+    A file of 300 MB is read, and there is no memory to pool it.
+    """
+    import numpy as np
+
+    for name, frames in (("huge.npy", 80_000), ("large.npy", 420)):
+        with (inputs / name).open("wb") as file:
+            about = {"descr": "<f4", "fortran_order": False, "shape": (frames, 14, 14, 896)}
+            np.lib.format.write_array_header_1_0(file, about)
+            file.truncate(file.tell() + frames * 14 * 14 * 896 * 4)
+    names = ["a.npy", "huge.npy", "large.npy", "b.pt"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # threads take address space
+    command = [sys.executable, "-c", LIMITED, *names]
+    done = subprocess.run(command, cwd=inputs, env=one_thread, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [ast.literal_eval(line) for line in done.stdout.splitlines()]
+    assert [state for state, _ in found] == ["written", "failed", "failed", "written"]
+    assert found[1][1].startswith("huge.npy: cannot be read (MemoryError: Unable to allocate 52.3 GiB")
+    assert found[2][1].startswith("large.npy: out of memory: cannot allocate ")
+    for name in ("a.npy", "b.pt"):
+        expected = stgp.grid_pool(read_tokens(inputs / name), temperature=2.0)
+        assert torch.equal(read_tokens(inputs / f"{name}.safetensors"), expected)
+
+
+def test_flattened_tokens(tmp_path: Path) -> None:
+    x = tokens(0, 9, 6, 5, 8)
+    write_tokens(tmp_path / "flat.npy", x.flatten(1, 2), force=False)
+    write_tokens(tmp_path / "x.npy", x, force=False)
+    jobs = [(tmp_path / name, tmp_path / f"{name}.safetensors") for name in ("flat.npy", "x.npy")]
+    assert result_of(PoolFiles(), jobs[0])["reason"][0].endswith("need --grid ROWSxCOLS")
+    assert run_batch(PoolFiles(grid=(6, 5)), *jobs) == ["written", "written"]
+    assert torch.equal(read_tokens(jobs[0][1], grid=(3, 2)), stgp.grid_pool(x).flatten(1, 2))
+    assert torch.equal(read_tokens(jobs[1][1]), stgp.grid_pool(x))
+
+
 def test_a_damaged_video_is_pooled_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(source: str, **_: object) -> tuple[torch.Tensor, None]:
         if source.endswith(".mp4"):
@@ -238,13 +364,30 @@ def test_the_command_names_damaged_videos(
     assert shown.err.splitlines() == ["a.mp4: damaged", *failed.values()]
 
 
-def test_folders_are_searched_for_token_files_and_videos(tmp_path: Path) -> None:
-    for name in ("a.NPY", "b.mkv", "more/c.Mp4", "more/.d.npy", "notes.txt", "e.npy/f.pt"):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).touch()
-    names = {"a": "a.NPY", "b": "b.mkv", "more/c": "more/c.Mp4", "e.npy/f": "e.npy/f.pt"}
-    expected = {Path(f"out/{name}.safetensors"): tmp_path / "in" / file for name, file in names.items()}
-    assert outputs_in(Path("out"), [tmp_path / "in"]) == expected
+def test_the_command_reads_options_in_every_form_and_counts_what_it_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, object]] = []
+    report = stgp_ray.Report(left_out={".jpg": 2, "hidden": 1})
+    monkeypatch.setattr(stgp_ray, "extract", lambda inputs, **named: asked.append(named) or report)
+    for text in ("2,4", "2:4", "2x4", "2 4", "[2, 4]"):
+        assert stgp_ray.main(["in", "-o", "out", f"frame_strides={text}", "--grid", "18", "32"]) == 0
+        assert (asked[-1]["frame_strides"], asked[-1]["grid"]) == ((2, 4), (18, 32))
+    expected = "0 written, 0 there already, 0 failed; left out of folders: 2 .jpg, 1 hidden\n"
+    assert capsys.readouterr().out == 5 * expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"), [(["--temperature", "2"], "temperature=VALUE"), (["--batchsize", "2"], "--batch-size")]
+)
+def test_the_command_says_which_option_may_be_meant(
+    arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        stgp_ray.main(["in", "-o", "out", *arguments])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: python -m stgridpool_kernels.integrations.ray")
+    assert f"; did you mean {meant}?" in error
 
 
 def test_videos(tmp_path: Path) -> None:
@@ -261,6 +404,7 @@ def test_videos(tmp_path: Path) -> None:
     [
         ({"temperature": float("nan")}, ValueError, "temperature must be finite"),
         ({"colour": 1}, TypeError, "options must be among"),
+        ({"grid": "18x32"}, ValueError, "grid must be two integers"),
         ({"device": "tpu"}, ValueError, "device must be None, 'cpu' or 'cuda', got 'tpu'"),
         ({"actors": 0}, ValueError, "actors must be at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
