@@ -7,7 +7,6 @@ memory bandwidth, on workloads of several models.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,11 +20,13 @@ from torch import Tensor
 
 from ..backends import choose_backend
 from ..functional import grid_pool, norm_pool
+from ..integrations.options import read_integers
 from ..plan import grid_plan
 from ..version import __version__
 from .baselines import llava_avg_pool, naive_grid_pool
-from .machine import cpu_name
+from .machine import busy_note, device_name, others_cores, threads_of
 from .options import DTYPES
+from .terminal import print_whole
 
 SHAPE = "32x27x27x896"
 """Default shape (T, H, W, C) of the tokens."""
@@ -49,54 +50,50 @@ class Timing:
     times_grid_pool: float
 
 
-def bench_command(shape: str, dtype: str, device: str | None, as_json: bool, console: Console) -> None:
+def bench_command(shape: str, dtype: str, place: torch.device, as_json: bool, console: Console) -> None:
     """Time every pooling on random tokens of unequal norms; print a table, or one JSON object.
 
-    Raises ValueError for an invalid shape or device, RuntimeError if a result differs too much from the expected one.
+    Raises ValueError for an invalid shape, RuntimeError if a result differs too much from the expected one.
     """
-    sizes, place = parse_shape(shape), parse_device(device)
+    sizes = parse_shape(shape)
     norms = 2 + 0.3 * torch.randn((*sizes[:-1], 1), device=place)
     x = (norms * torch.randn(sizes, device=place)).to(DTYPES[dtype])
-    timings = time_poolings(x)
+    others = others_cores()
+    timings = time_poolings(x, Console(stderr=True, highlight=False))
+    busy = others()
     if as_json:
         about = {"device": str(place), "name": device_name(place), "threads": torch.get_num_threads()}
         versions = {"stgridpool_kernels": __version__, "torch": torch.__version__}
-        found = {**about, "versions": versions, "shape": list(sizes), "dtype": dtype, "meaning": meaning(timings)}
+        found = {
+            **about,
+            "versions": versions,
+            "shape": list(sizes),
+            "dtype": dtype,
+            "others_cores": busy,
+            "meaning": meaning(timings),
+        }
         print(json.dumps(found | {"timings": [asdict(timing) for timing in timings]}))
         return
     backend = choose_backend(x, grid_plan((len(x),), *x.shape[1:3])).name
-    threads = f", {torch.get_num_threads()} threads" if place.type == "cpu" else ""
-    console.print(f"{shape} {dtype}, {device_name(place)}{threads}, torch {torch.__version__}, backend {backend}")
+    line = f"{shape} {dtype}, {device_name(place)}{threads_of(place)}, torch {torch.__version__}, backend {backend}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     titles = ("pooling", "p20, ms", "median, ms", "p80, ms", "GB/s", "× grid_pool")
     table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False)
     for each in timings:
-        times = [f"{time / 1e3:.3g}" for time in (each.p20_us, each.p50_us, each.p80_us)]
-        table.add_row(each.name, *times, f"{each.gb_per_s:.3g}", f"{each.times_grid_pool:.2f}")
-    console.print(table)
-    console.print(meaning(timings), soft_wrap=True)
+        numbers = [each.p20_us / 1e3, each.p50_us / 1e3, each.p80_us / 1e3, each.gb_per_s]
+        table.add_row(each.name, *map(_three_digits, numbers), f"{each.times_grid_pool:.2f}")
+    print_whole(console, table)
+    console.print(meaning(timings), highlight=False, soft_wrap=True)
+    if note := busy_note(busy):
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
     """Return (T, H, W, C) of a text like 32x27x27x896. Raises ValueError for other texts and if H or W is below 2."""
-    sizes = tuple(map(int, text.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text) else ()
-    if not sizes or min(sizes[1:3]) < 2:
+    sizes = read_integers(text) or ()
+    if len(sizes) != 4 or min(sizes) < 1 or min(sizes[1:3]) < 2:
         raise ValueError(f"--shape must be TxHxWxC with H and W of at least 2, as in {SHAPE}; got {text!r}")
     return sizes
-
-
-def parse_device(text: str | None) -> torch.device:
-    """Return the device of a text, by default a CUDA device if there is one. Raises ValueError if it is unavailable."""
-    text = text or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
-    device = torch.device(text)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {text}: torch finds {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def poolings(x: Tensor) -> Iterator[tuple[str, Pool, Pool]]:
@@ -116,15 +113,18 @@ def poolings(x: Tensor) -> Iterator[tuple[str, Pool, Pool]]:
     yield "naive ST-GridPool", naive_grid_pool, reference
 
 
-def time_poolings(x: Tensor) -> list[Timing]:
-    """Time all poolings of x (T, H, W, C), grid_pool first. Raises RuntimeError if a result is wrong, before timing it.
+def time_poolings(x: Tensor, progress: Console) -> list[Timing]:
+    """Time all poolings of x (T, H, W, C), grid_pool first, and name each on `progress` before.
 
-    Caches are warm: tokens that fit into a cache are read from it.
+    Caches are warm: tokens that fit into a cache are read from it. Raises RuntimeError if a result is wrong, before it
+    is timed.
     """
     from torch.utils.benchmark import Timer
 
     timings: list[Timing] = []
-    for name, pool, definition in poolings(x):
+    asked = list(poolings(x))
+    for number, (name, pool, definition) in enumerate(asked, 1):
+        progress.print(f"{name}, {number} of {len(asked)}", style="dim")
         result, expected = pool(x), definition(x)
         off = (result.float() - expected.float()).abs().max().item()
         allowed = ALLOWED_ULPS[x.element_size()] * torch.finfo(x.dtype).eps * expected.abs().max().item()
@@ -141,8 +141,12 @@ def time_poolings(x: Tensor) -> list[Timing]:
 
 def meaning(timings: list[Timing]) -> str:
     """Summarise the timings in one sentence."""
-    ratio = {each.name: f"{float(f'{each.times_grid_pool:.3g}'):g}" for each in timings}
+    ratio = {each.name: _three_digits(each.times_grid_pool) for each in timings}
     return (
         f"grid_pool is {ratio['LLaVA-style pooling']} times as fast as LLaVA-style pooling, which it stands in for, "
         f"and {ratio['naive ST-GridPool']} times as fast as naive ST-GridPool."
     )
+
+
+def _three_digits(value: float) -> str:
+    return f"{float(f'{value:.3g}'):g}"

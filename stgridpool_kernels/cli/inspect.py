@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..io.inputs import load_input
 from .figure import save_figure
 from .inspection import Inspection, inspect_tokens
+from .options import check_grid
 from .picture import check_picture, require_matplotlib
 
 
@@ -26,17 +28,18 @@ def inspect_command(
     *,
     options: dict[str, Any],
     num_frames: int,
-    grid: tuple[int, int],
+    grid: tuple[int, int] | None,
     tap: str,
     key: str | None,
+    device: torch.device,
     force: bool,
     console: Console,
 ) -> None:
     """Inspect the tokens of a token file or of a video; print a table and write a figure.
 
     options: arguments of `grid_pool` except `out`. num_frames, grid, tap, key: arguments of `load_input`, which reads
-    the file. Of a batch (B, T, H, W, C) and of packed videos (`frame_counts`) only the first video with frames is
-    inspected, and the output says so.
+    the file. device: device that pools. Of a batch (B, T, H, W, C) and of packed videos (`frame_counts`) only the first
+    video with frames is inspected, and the output says so.
 
     Raises FileExistsError, ImportError, TypeError or ValueError before anything is written.
     """
@@ -47,11 +50,14 @@ def inspect_command(
             path, key=key, num_frames=num_frames, grid=grid, tap=tap,
             progress=lambda step, done, total: status.update(f"{step}: {done} of {total} frames"),
         )  # fmt: skip
+    check_grid(grid, tuple(x.shape), [path])
+    if x.dim() == 3 and grid is not None:  # flattened tokens
+        x = x.unflatten(1, grid)
     options = dict(options)
     x, frames, which = _first_video(x, frames, options.pop("frame_counts", None))
-    inspection = inspect_tokens(x, **options)
+    inspection = inspect_tokens(x.to(device), **options)
     save_figure(inspection, frames, output, force=force, name=path.name)
-    console.print(_table(inspection, f"{path.name}{which}"))
+    console.print(_table(inspection, device, f"{path.name}{which}"))
     console.print(inspection.advice, markup=False, highlight=False)
     console.print(f"figure: {output}", style="bold", markup=False, highlight=False, soft_wrap=True)
 
@@ -80,9 +86,10 @@ def _first_video(
     return x, frames, f", video {number + 1} of {videos}" if videos > 1 else ""
 
 
-def _table(inspection: Inspection, name: str) -> Table:
+def _table(inspection: Inspection, device: torch.device, name: str) -> Table:
     table = Table(title=Text(name), title_justify="left", show_header=False)
     table.add_row("tokens", f"{inspection.shape} {inspection.dtype} → {inspection.pooled_shape}")
+    table.add_row("pooled on", str(device))
     table.add_row("frames overwritten", f"{len(inspection.plan.overwritten)} of {inspection.shape[0]}")
     if math.isfinite(inspection.max_over_median):
         table.add_row(f"norm ({inspection.norm_name})", f"largest is {inspection.max_over_median:.3g} × the median")

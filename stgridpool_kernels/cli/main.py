@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..integrations.command_line import join_values, refuse_unknown
 from ..io.token_files import SUFFIXES
 from ..io.video import VideoWarning
 from ..version import __version__
@@ -24,12 +25,14 @@ from .info import add_info
 from .options import (
     DTYPES,
     add_command,
+    add_device_option,
     add_input_options,
     add_op_options,
     check_options,
     check_video_options,
+    device_of,
     encoding,
-    join_negative_numbers,
+    integer_flags,
     num_frames,
     op_options,
 )
@@ -49,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # an encoding without "→" shows its escape
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
-    args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
+    args, unknown = parser.parse_known_args(join_values(sys.argv[1:] if argv is None else argv, integer_flags()))
+    refuse_unknown(args.parser, unknown)
     try:
         with _ended_by_signals(), _video_warnings_in_a_line(args):
             code: int = args.run(args)
@@ -132,6 +136,7 @@ def _add_inspect(commands: Any) -> None:
     parser.epilog = "example:\n  stgp inspect clip.mp4 -o clip.png --temperature 2"
     parser.add_argument("input", type=Path, metavar="IN", help="a token file or a video")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the picture, a PNG file")
+    add_device_option(parser, "pools")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     add_input_options(parser)
     add_op_options(parser)
@@ -140,6 +145,7 @@ def _add_inspect(commands: Any) -> None:
 def _run_inspect(args: argparse.Namespace) -> int:
     options = op_options(args)
     check_options(options)
+    device = device_of(args)
     check_outputs([args.input], [args.output], made=False, force=args.force)
     check_video_options(args, [args.input])
     from .inspect import inspect_command
@@ -151,6 +157,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
         num_frames=num_frames(args),
         **encoding(args),
         key=args.key,
+        device=device,
         force=args.force,
         console=Console(),
     )
@@ -168,13 +175,15 @@ def _add_demo(commands: Any) -> None:
         action="store_true",
         help="use the tokens packaged with the library instead of decoding and encoding a clip",
     )
+    add_device_option(parser, "pools")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
 
 
 def _run_demo(args: argparse.Namespace) -> int:
     from .demo import demo_command
 
-    demo_command(args.output, offline_tokens=args.offline_tokens, force=args.force, console=Console())
+    device = device_of(args)
+    demo_command(args.output, offline_tokens=args.offline_tokens, device=device, force=args.force, console=Console())
     return 0
 
 
@@ -184,10 +193,10 @@ def _add_bench(commands: Any) -> None:
     shape, dtype = "shape of the tokens (default: %(default)s)", "dtype of the tokens (default: %(default)s)"
     parser.add_argument("--shape", default=SHAPE, metavar="TxHxWxC", help=shape)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help=dtype)
-    parser.add_argument("--device", help="device: cpu, cuda or cuda:1 (default: cuda if there is one)")
+    add_device_option(parser, "is timed")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
 
 
 def _run_bench(args: argparse.Namespace) -> int:
-    bench_command(args.shape, args.dtype, args.device, args.json, Console())
+    bench_command(args.shape, args.dtype, device_of(args), args.json, Console())
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,14 @@ from typing import Any
 import torch
 
 from ..backends import backend_names, backend_reasons, requested_backend
+from ..integrations.command_line import SEVERAL, checked, grid, positive
 from ..integrations.options import read_option
 from ..io.encoder import TAPS
+from ..io.inputs import VIDEO_GRID
 from ..io.token_files import SUFFIXES
 from ..ops import check_arguments
 from ..plan import RESIZES, SAMPLINGS
+from ..stream_state import usable_device
 
 OPTION_HELP = {
     "frame_strides": "sampling stride of each level of temporal gridding, in frames; none turns gridding off",
@@ -61,7 +63,7 @@ def add_command(
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -74,11 +76,25 @@ def op_arguments() -> list[Any]:
     return [argument for argument in schema.arguments if argument.kwarg_only]
 
 
+def integer_flags() -> set[str]:
+    """Return the flags of options that take several integers."""
+    return {_flag(argument) for argument in op_arguments() if _takes_integers(argument)} | {"--grid", "--shape"}
+
+
+def _flag(argument: Any) -> str:
+    return f"--{argument.name.replace('_', '-')}"
+
+
+def _takes_integers(argument: Any) -> bool:
+    return "List[int]" in str(argument.type)
+
+
 def add_op_options(parser: argparse.ArgumentParser) -> None:
     """Add one option per argument of grid_pool, and --backend, to `parser`."""
-    group = parser.add_argument_group("options of the op", "as of torch.ops.stgp.grid_pool; the defaults are the same")
+    about = f"as of torch.ops.stgp.grid_pool; the defaults are the same; {SEVERAL}"
+    group = parser.add_argument_group("options of the op", about)
     for argument in op_arguments():
-        flag, text = f"--{argument.name.replace('_', '-')}", OPTION_HELP[argument.name]
+        flag, text = _flag(argument), OPTION_HELP[argument.name]
         if str(argument.type) == "bool":
             group.add_argument(
                 flag,
@@ -120,13 +136,8 @@ def _value_of(argument: Any) -> dict[str, Any]:
     if argument.name in _CHOICES:
         return {"choices": _CHOICES[argument.name]}
 
-    def read(text: str) -> Any:
-        try:
-            return read_option(argument.name, text, "it")
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    is_list = "List[int]" in str(argument.type)
+    read = checked(lambda text: read_option(argument.name, text, "it"))
+    is_list = _takes_integers(argument)
     return {"type": read, "metavar": "X" if not is_list else "N,N" if argument.N else "N,N,..."}
 
 
@@ -136,18 +147,18 @@ def _show_default(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def join_negative_numbers(argv: Sequence[str]) -> list[str]:
-    """Replace `--option -1` by `--option=-1`, since argparse would read -1e3, -inf and -1,2 as options."""
-    joined: list[str] = []
-    for text in argv:
-        if joined and re.fullmatch(r"-(\d|\.\d|inf).*", text) and re.fullmatch(r"--[a-z-]+", joined[-1]):
-            joined[-1] += f"={text}"
-        else:
-            joined.append(text)
-    return joined
+# ---- options for inputs, and where they are pooled ----
 
 
-# ---- options for inputs ----
+def add_device_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add --device to `parser`. text: the use of the device, as in "pools"."""
+    help_text = f"device that {text}: cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)"
+    parser.add_argument("--device", help=help_text)
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Return the device that --device names, or the default. Raises ValueError if it cannot be used."""
+    return usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +171,9 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-frames", type=positive, metavar="N", help="maximum number of frames, evenly spread (default: 32)"
     )
-    group.add_argument("--grid", type=_grid, metavar="ROWSxCOLS", help="tokens per frame (default: 18x32)")
+    default = "x".join(map(str, VIDEO_GRID))
+    text = f"tokens per frame (default: {default}); files of flattened tokens (T, ROWS·COLS, C) need it too"
+    group.add_argument("--grid", type=grid, metavar="ROWSxCOLS", help=text)
     group.add_argument(
         "--tap",
         choices=list(TAPS),
@@ -173,26 +186,25 @@ def num_frames(args: argparse.Namespace) -> int:
 
 
 def encoding(args: argparse.Namespace) -> dict[str, Any]:
-    return {"grid": args.grid or (18, 32), "tap": args.tap or "post_ln"}
+    return {"grid": args.grid, "tap": args.tap or "post_ln"}
 
 
 def check_video_options(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
-    if all(source.suffix.lower() in SUFFIXES for source in inputs):
-        for name in ("num_frames", "grid", "tap"):
-            value = getattr(args, name)
-            if value is not None:
-                shown = "x".join(map(str, value)) if name == "grid" else value
-                raise ValueError(f"--{name.replace('_', '-')} is for videos, of which there is none, got {shown}")
+    """Raise ValueError if options for videos are given, and no input can be one."""
+    for name in ("num_frames", "tap") if _are_token_files(inputs) else ():
+        value = getattr(args, name)
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for videos, of which there is none, got {value}")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
+def check_grid(grid: tuple[int, int] | None, shape: tuple[int, ...], inputs: Sequence[Path]) -> None:
+    """Raise ValueError if --grid is given, but tokens of `shape` are not flattened and no input can be a video."""
+    if grid is not None and len(shape) > 3 and _are_token_files(inputs):
+        given = "x".join(map(str, grid))
+        raise ValueError(
+            f"--grid is for videos and flattened tokens (T, N, C), got {given} for tokens of shape {shape}"
+        )
 
 
-def _grid(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected rows and columns as in 18x32, got {text!r}")
-    return int(found[1]), int(found[2])
+def _are_token_files(inputs: Sequence[Path]) -> bool:
+    return all(source.suffix.lower() in SUFFIXES for source in inputs)

@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..io.folders import Found, find_inputs
 from ..io.token_files import SUFFIXES
 from ..io.writing import refuse_existing
 
 
-def outputs_of(inputs: Sequence[Path], out: str, file_format: str | None) -> list[Path]:
-    """Return the output file of each input.
+def outputs_of(inputs: Sequence[Path], out: str, file_format: str | None) -> Found:
+    """Return the inputs, those in folders included, by their outputs.
 
     out: the argument of -o. file_format: suffix of files in a folder without its dot, by default that of the input, or
-    safetensors for videos. Raises ValueError if these disagree, or if inputs would share an output.
+    safetensors for videos. Raises ValueError if these disagree, and as `find_inputs`.
     """
     path = Path(out)
-    folder = out.endswith(os.sep) or path.is_dir()
-    if path.suffix.lower() in SUFFIXES and not folder:
-        if len(inputs) > 1:
-            raise ValueError(f"-o {out} names a file, but there are {len(inputs)} inputs: name a folder")
+    is_folder = out.endswith(os.sep) or path.is_dir()
+    several = len(inputs) > 1 or any(source.is_dir() for source in inputs)
+    if path.suffix.lower() in SUFFIXES and not is_folder:
+        if several:
+            given = f"{len(inputs)} inputs" if len(inputs) > 1 else "a folder of inputs"
+            raise ValueError(f"-o {out} names a file, but there are {given}: name a folder")
         if file_format and path.suffix.lower() != f".{file_format}":
             raise ValueError(f"-o {out} and --format {file_format} disagree")
-        return [path]
-    if path.suffix and len(inputs) == 1 and not folder:
+        return Found({path: inputs[0]})
+    if path.suffix and not several and not is_folder:
         raise ValueError(f"-o {out}: files end in {', '.join(SUFFIXES)}; for a folder of that name give {out}{os.sep}")
-    outputs = []
-    for source in inputs:
-        suffix = source.suffix.lower() if source.suffix.lower() in SUFFIXES else ".safetensors"
-        outputs.append(path / f"{source.stem}{f'.{file_format}' if file_format else suffix}")
-    for output, count in Counter(outputs).items():
-        if count > 1:
-            same = ", ".join(str(source) for source, target in zip(inputs, outputs, strict=True) if target == output)
-            raise ValueError(f"{output} would be the output of {count} inputs: {same}")
-    return outputs
+
+    def suffix_of(source: Path) -> str:
+        if file_format:
+            return f".{file_format}"
+        return source.suffix.lower() if source.suffix.lower() in SUFFIXES else ".safetensors"
+
+    return find_inputs(path, inputs, suffix_of)
 
 
 def check_outputs(inputs: Sequence[Path], outputs: Sequence[Path], *, made: bool, force: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,23 +20,27 @@ from rich.text import Text
 from torch import Tensor
 
 from ..functional import grid_pool
+from ..integrations.command_line import positive
+from ..io.folders import remark_on
 from ..io.inputs import load_input, stream_input
 from ..io.token_files import SUFFIXES, check_dtype, check_streamable, write_chunks, write_tokens
 from ..stream import GridPoolStream
-from ..stream_state import usable_device
 from .options import (
     DTYPES,
     add_command,
+    add_device_option,
     add_input_options,
     add_op_options,
+    check_grid,
     check_options,
     check_video_options,
+    device_of,
     encoding,
     num_frames,
     op_options,
-    positive,
 )
 from .outputs import check_outputs, outputs_of
+from .remarks import count_not_finite, remarks
 from .terminal import complain, describe, printable
 
 
@@ -61,18 +66,26 @@ def add_pool(commands: Any) -> None:
         "examples:\n"
         "  stgp pool tokens.safetensors -o pooled.safetensors\n"
         "  stgp pool a.npy b.pt -o pooled/ --ceil-mode --temperature 0.5\n"
+        "  stgp pool flattened.npy -o pooled.npy --grid 27x27\n"
+        "  stgp pool videos/ -o pooled/ --frame-strides 2,4\n"
         "  stgp pool clip.mp4 -o clip.npy --num-frames 64 --frame-strides none\n"
         "  stgp pool clip.mp4 -o clip.npy --stream\n"
         "  ffmpeg -i URL -f matroska - | stgp pool - -o pooled.safetensors --stream"
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="token files or videos")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="IN",
+        help="token files, videos, or folders, searched recursively for both",
+    )
     parser.add_argument(
         "-o",
         "--output",
         required=True,
         metavar="OUT",
         help=f"a file for one input, if it ends in {', '.join(SUFFIXES)}; else a folder, made if needed, where each "
-        "result keeps its input's name",
+        "result keeps its input's name, in the subfolder of its input",
     )
     parser.add_argument(
         "--format",
@@ -80,7 +93,7 @@ def add_pool(commands: Any) -> None:
         help="format of files in the folder OUT (default: the input's; safetensors for videos)",
     )
     parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the result (default: the input's)")
-    parser.add_argument("--device", default="cpu", help="device that pools: cpu, cuda, cuda:1 (default: cpu)")
+    add_device_option(parser, "pools")
     parser.add_argument("--force", action="store_true", help="overwrite outputs that exist")
     parser.add_argument(
         "--stream",
@@ -99,9 +112,10 @@ def add_pool(commands: Any) -> None:
 def _run_pool(args: argparse.Namespace) -> int:
     options = op_options(args)
     check_options(options)
-    device = usable_device(args.device, "--device")
+    device = device_of(args)
     out = Path(args.output)
-    outputs = outputs_of(args.inputs, args.output, args.format)
+    found = outputs_of(args.inputs, args.output, args.format)
+    args.inputs, outputs = list(found.outputs.values()), list(found.outputs)
     check_outputs(args.inputs, outputs, made=outputs != [out], force=args.force)
     if args.dtype:
         for output in outputs:
@@ -115,7 +129,7 @@ def _run_pool(args: argparse.Namespace) -> int:
     check_video_options(args, args.inputs)
 
     finished: list[_Pooled] = []
-    failures: list[str] = []
+    failures = list(found.unreadable.values())
     bars = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
@@ -139,9 +153,11 @@ def _run_pool(args: argparse.Namespace) -> int:
                 progress.advance(files)
     finally:  # also after Ctrl-C, since finished outputs stay
         if finished:
-            Console(highlight=False).print(_summary(finished, out, folder=outputs != [out]))
+            Console(highlight=False).print(_summary(finished, out, device, folder=outputs != [out]))
+    if left_out := remark_on(found.left_out):
+        complain(args, left_out)
     if len(args.inputs) > 1 and failures:
-        complain(args, f"{len(failures)} of {len(args.inputs)} inputs failed:")
+        complain(args, f"{len(failures)} of {len(args.inputs) + len(found.unreadable)} inputs failed:")
     for message in failures:
         complain(args, message)
     return 1 if failures else 0
@@ -157,13 +173,22 @@ def _pool_file(
 ) -> _Pooled:
     start = time.perf_counter()
     x, _ = load_input(source, key=args.key, num_frames=num_frames(args), progress=progress, **encoding(args))
+    before = tuple(x.shape)
     dtype = DTYPES[args.dtype] if args.dtype else x.dtype
     check_dtype(output, dtype)
+    check_grid(args.grid, before, args.inputs)
+    if len(before) == 3:
+        x = x.unflatten(1, args.grid)
     with torch.no_grad():
         pooled = _cast(grid_pool(x.to(device), **options), dtype).cpu()
+    if len(before) == 3:
+        pooled = pooled.flatten(1, 2)
     output.parent.mkdir(parents=True, exist_ok=True)  # made late, so that failures leave no folder
     write_tokens(output, pooled, force=args.force)
-    return _Pooled(source, tuple(x.shape), tuple(pooled.shape), dtype, time.perf_counter() - start)
+    counts = options["frame_counts"] or [x.shape[-4]] * math.prod(x.shape[:-4])
+    for remark in remarks(counts, count_not_finite(x), options):
+        complain(args, f"{source}: {remark}")
+    return _Pooled(source, before, tuple(pooled.shape), dtype, time.perf_counter() - start)
 
 
 def _check_stream(args: argparse.Namespace, outputs: Sequence[Path]) -> None:
@@ -186,10 +211,18 @@ def _stream_file(
     stream = GridPoolStream(**{name: value for name, value in options.items() if name != "frame_counts"})
     shapes: list[tuple[int, ...]] = [(), ()]
 
+    not_finite = 0
+
     def pooled_chunks() -> Iterator[Tensor]:
+        nonlocal not_finite
         for x in stream_input(source, chunk=args.chunk or 1, **encoding(args)):
-            pooled = stream.push(x.to(device))
-            shapes[:] = tuple(x.shape[1:]), tuple(pooled.shape[1:])
+            shapes[0] = tuple(x.shape[1:])
+            check_grid(args.grid, tuple(x.shape), args.inputs)
+            frames = x.unflatten(1, args.grid) if x.dim() == 3 else x
+            not_finite += count_not_finite(frames)
+            pooled = stream.push(frames.to(device))
+            pooled = pooled.flatten(1, 2) if x.dim() == 3 else pooled
+            shapes[1] = tuple(pooled.shape[1:])
             yield _cast(pooled, DTYPES[args.dtype] if args.dtype else x.dtype)
             progress("streaming", stream.frames(), None)
 
@@ -204,6 +237,8 @@ def _stream_file(
             f"{source}: {stream.frames()} frames are no multiple of the strides {stream.arguments['frame_strides']}: "
             "without --stream, or with --sampling first, other frames are sampled",
         )
+    for remark in remarks([stream.frames()], not_finite, options):
+        complain(args, f"{source}: {remark}")
     before, after = ((stream.frames(), *shape) for shape in shapes)
     return _Pooled(source, before, after, first.dtype, time.perf_counter() - start)
 
@@ -216,8 +251,8 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _summary(finished: Sequence[_Pooled], out: Path, *, folder: bool) -> Table:
-    written = f"written{' into' if folder else ''}: {printable(str(out))}"
+def _summary(finished: Sequence[_Pooled], out: Path, device: torch.device, *, folder: bool) -> Table:
+    written = f"pooled on {device}, written{' into' if folder else ''}: {printable(str(out))}"
     table = Table(caption=Text(written, overflow="fold"), caption_justify="left")
     table.add_column("input", overflow="fold")
     table.add_column("shape", overflow="fold")

@@ -19,6 +19,7 @@ from stgridpool_kernels.cli import demo, info, options, pool
 from stgridpool_kernels.cli import inspect as inspect_command
 from stgridpool_kernels.cli import main as cli
 from stgridpool_kernels.cli.main import main
+from stgridpool_kernels.integrations.command_line import join_values
 from stgridpool_kernels.io import inputs, token_files
 from stgridpool_kernels.io.token_files import read_tokens, write_tokens
 from tests.support.cases import tokens
@@ -43,7 +44,7 @@ def files() -> list[str]:
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
-    given = options.join_negative_numbers(["pool", "a", "-o", "b", *arguments])
+    given = join_values(["pool", "a", "-o", "b", *arguments], options.integer_flags())
     return options.op_options(cli.build_parser().parse_args(given))
 
 
@@ -60,6 +61,12 @@ def test_every_schema_argument_has_an_option_with_help_and_the_same_default(caps
     ("arguments", "meant"),
     [
         ("--frame-strides 4,2 --kernel-size 3x2", {"frame_strides": (4, 2), "kernel_size": (3, 2)}),
+        ("--frame-strides 2 4 8 --output-size 10x10", {"frame_strides": (2, 4, 8), "output_size": (10, 10)}),
+        (
+            "--frame-strides=2:4 --stride 2×1 --padding 1 0",
+            {"frame_strides": (2, 4), "stride": (2, 1), "padding": (1, 0)},
+        ),
+        ("--padding -1 -2 --frame-counts 16", {"padding": (-1, -2), "frame_counts": (16,)}),
         ("--frame-strides none --stride none", {"frame_strides": (), "stride": None}),
         ("--ceil-mode --no-count-include-pad", {"ceil_mode": True, "count_include_pad": False}),
         ("--padding -1,-2 --temperature -1e-3", {"padding": (-1, -2), "temperature": -1e-3}),
@@ -79,9 +86,21 @@ def test_options_become_arguments(arguments: str, meant: dict[str, Any]) -> None
         ("pool a.npy -o out.npy --kernel-size 1,2,3", "--kernel-size: it must be one integer or two like 2,2"),
         ("pool a.npy -o out.npy --temperature warm", "argument --temperature: it must be a number, got 'warm'"),
         ("pool a.npy -o out.npy --backend nope", "argument --backend: invalid choice"),
-        ("pool a.npy -o out.npy --temp 1", "unrecognized arguments: --temp"),
+        ("pool a.npy -o out.npy --temp 1", "unrecognized arguments: --temp 1; did you mean --temperature?"),
+        (
+            "pool a.npy -o out.npy --kernel_size 2",
+            "unrecognized arguments: --kernel_size 2; did you mean --kernel-size?",
+        ),
+        ("pool a.npy -o out.npy --frame_stride=2", "--frame_stride=2; did you mean --frame-strides?"),
+        ("inspect a.npy -o out.png --gird 3x3", "--gird 3x3; did you mean --grid?"),
+        ("demo --offline", "unrecognized arguments: --offline; did you mean --offline-tokens?"),
+        ("pool a.npy -o out.npy b.npy", "unrecognized arguments: b.npy\n"),
         ("pool a.npy -o out.npy --num-frames 0", "argument --num-frames: expected an integer of at least 1"),
-        ("pool a.npy -o out.npy --grid 18", "argument --grid: expected rows and columns as in 18x32"),
+        ("pool a.npy -o out.npy --grid 18", "argument --grid: it must be rows and columns like 18x32"),
+        (
+            "pool a.npy -o out.npy --grid 0x3",
+            "argument --grid: it must be rows and columns like 18x32, both at least 1",
+        ),
         ("pool a.npy", "the following arguments are required: -o/--output"),
         ("nope", "invalid choice: 'nope'"),
         ("", "the following arguments are required: COMMAND"),
@@ -94,9 +113,17 @@ def test_usage_errors_exit_2_and_name_the_option(
         main(arguments.split())
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("usage: stgp")
+    command = arguments.split()[:1] if not message.startswith("invalid choice: 'nope'") else []
+    assert error.startswith(" ".join(["usage: stgp", *command, ""]))
     assert message in error
     assert files() == ["a.npy"]
+
+
+@pytest.mark.parametrize("text", ["2x3", "2,3", "2:3", "2 3", "2×3"])
+def test_a_grid_in_every_form(text: str) -> None:
+    for given in ([text], text.split()):
+        arguments = join_values(["inspect", "a", "-o", "b", "--grid", *given], options.integer_flags())
+        assert cli.build_parser().parse_args(arguments).grid == (2, 3)
 
 
 def test_version_and_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +154,7 @@ def test_pool_writes_what_the_op_computes(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr()
     assert f"(16, 6, 7, 8) → {tuple(expected.shape)}" in shown.out
     assert "float32" in shown.out
+    assert "pooled on " in shown.out
     assert shown.err == ""
 
 
@@ -178,6 +206,121 @@ def test_pool_goes_on_after_a_bad_input_and_lists_what_failed(capsys: pytest.Cap
     assert not Path("none").exists()
 
 
+@pytest.mark.parametrize("step", ["load_input", "grid_pool", "write_tokens"])
+def test_any_failure_of_a_file_leaves_the_others(
+    step: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = getattr(pool, step), []
+
+    def failing(*given: Any, **named: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 1:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 57 bytes.\nBacktrace")
+        return real(*given, **named)
+
+    monkeypatch.setattr(pool, step, failing)
+    write_tokens("b.npy", tokens(8, 4, 4, 8), force=False)
+    assert main(["pool", "a.npy", "b.npy", "-o", "out"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "stgp pool: 1 of 2 inputs failed:",
+        "stgp pool: a.npy: out of memory: cannot allocate 57 bytes",
+    ]
+    assert files() == ["a.npy", "b.npy", "out/b.npy"]
+
+
+def test_folders_are_pooled_into_the_same_subfolders(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is left out is counted, and a file that fails leaves the others."""
+    Path("in/more").mkdir(parents=True)
+    x = tokens(8, 4, 4, 8)
+    write_tokens("in/b.npy", x, force=False)
+    write_tokens("in/more/b.pt", x, force=False)
+    Path("in/more/c.PT").write_bytes(b"damaged")
+    Path("in/thumbnail.JPG").touch()
+    assert main(["pool", "in", "a.npy", "-o", "out"]) == 1
+    assert [name for name in files() if name.startswith("out")] == ["out/a.npy", "out/b.npy", "out/more/b.pt"]
+    assert torch.equal(read_tokens("out/more/b.pt"), stgridpool_kernels.grid_pool(x))
+    shown = capsys.readouterr()
+    assert "in/more/b.pt" in shown.out
+    assert "written into: out" in shown.out
+    assert shown.err.splitlines()[:2] == [
+        "stgp pool: left out of folders: 1 .jpg",
+        "stgp pool: 1 of 4 inputs failed:",
+    ]
+    assert shown.err.splitlines()[2].startswith("stgp pool: in/more/c.PT: ")
+    assert main(["pool", "in", "-o", "out.npy"]) == 1
+    assert "-o out.npy names a file, but there are a folder of inputs" in capsys.readouterr().err
+    Path("empty").mkdir()
+    assert main(["pool", "empty", "-o", "out"]) == 1
+    assert (
+        "inputs must hold token files (.npy, .npz, .pt, .safetensors) or videos, empty has none"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+@pytest.mark.parametrize("stream", [[], ["--stream", "--chunk", "3"]], ids=["whole", "streamed"])
+def test_flattened_tokens_are_pooled_and_flattened_again(
+    suffix: str, stream: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = tokens(16, 6, 7, 8)
+    write_tokens(f"flat{suffix}", x.flatten(1, 2), force=False)
+    command = ["pool", f"flat{suffix}", "-o", f"out{suffix}", *stream]
+    assert main(command) == 1
+    assert capsys.readouterr().err.endswith(
+        "(T, H, W, C), got (16, 42, 8); flattened tokens (T, ROWS·COLS, C) need --grid ROWSxCOLS\n"
+    )
+    assert main([*command, "--grid", "6x6"]) == 1
+    error = capsys.readouterr().err
+    assert "--grid must have the 42 tokens of a flattened frame, got 6x6 = 36 for shape (16, 42, 8)\n" in error
+    assert main([*command, "--grid", "6x7"]) == 0
+    assert "(16, 42, 8) → (16, 9, 8)" in capsys.readouterr().out
+    pooled = read_tokens(f"out{suffix}", grid=(3, 3))
+    assert torch.equal(pooled, stgridpool_kernels.grid_pool(x).flatten(1, 2))
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("frames", "strides", "remark"),
+    [
+        (7, "2,4", "a video of 7 frames is too short for temporal gridding (8 frames)"),
+        (8, "2,4", ""),
+        (7, "none", ""),
+        (23, "9,6", "a video of 23 frames is too short for temporal gridding (24 frames)"),
+    ],
+)  # fmt: skip
+def test_a_video_too_short_for_gridding_is_named(
+    frames: int, strides: str, remark: str, stream: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = tokens(frames, 4, 4, 8)
+    write_tokens("x.npy", x, force=False)
+    assert main(["pool", "x.npy", "-o", "out.npy", "--frame-strides", strides, *stream]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "no multiple" not in line]
+    assert said == ([f"stgp pool: x.npy: {remark}: frames are pooled one by one"] if remark else [])
+    ungridded = torch.equal(read_tokens("out.npy"), stgridpool_kernels.norm_pool(x))
+    assert ungridded == (bool(remark) or strides == "none")
+
+
+def test_packed_videos_too_short_for_gridding_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pool", "a.npy", "-o", "b.npy", "--frame-counts", "7,7,2"]) == 0
+    assert "a.npy: a video of at most 7 frames is too short for temporal gridding" in capsys.readouterr().err
+    assert main(["pool", "a.npy", "-o", "c.npy", "--frame-counts", "8,8", "--grid-shape", "2,2,1,2,1,1"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_tokens_that_are_not_finite_are_counted(
+    value: float, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = tokens(8, 4, 4, 8).to(dtype)
+    x[2, 1, 1, 3] = x[2, 1, 1, 4] = x[5, 0, 0, 0] = value
+    write_tokens("x.safetensors", x, force=False)
+    for more in ([], ["--stream"]):
+        assert main(["pool", "x.safetensors", "-o", "out.safetensors", "--force", *more]) == 0
+        said = "2 tokens have a NaN or infinite value, and so may results that they are part of"
+        assert capsys.readouterr().err == f"stgp pool: x.safetensors: {said}\n"
+
+
 def test_errors_of_the_op_name_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pool", "a.npy", "-o", "out.npy", "--frame-counts", "3,4"]) == 1
     assert capsys.readouterr().err == "stgp pool: a.npy: frame_counts must sum to T = 16, got [3, 4] with sum 7\n"
@@ -199,18 +342,25 @@ BEFORE_WORK = {
     "option of the op": ("a.npy -o x.npy --kernel-size 0", "kernel_size must be 2 integers"),
     "temperature": ("a.npy -o x.npy --temperature nan", "temperature must be finite in float32 arithmetic, got nan"),
     "two inputs, one file": ("a.npy b.npy -o x.npy", "-o x.npy names a file, but there are 2 inputs"),
-    "same output": ("a.npy sub/a.npy -o out", "out/a.npy would be the output of 2 inputs: a.npy, sub/a.npy"),
-    "same output by format": ("a.npy a.pt -o out --format npz", "out/a.npz would be the output of 2"),
+    "same output": ("a.npy sub/a.npy -o out", "out/a.npy would be made of a.npy and sub/a.npy"),
+    "same output by format": ("a.npy a.pt -o out --format npz", "out/a.npz would be made of a.npy and a.pt"),
     "the input itself": ("a.npy -o a.npy --force", "a.npy: is the input a.npy, which is never overwritten"),
-    "the input's folder": ("a.npy -o . --force", "a.npy: is the input a.npy, which is never overwritten"),
+    "the input's folder": ("a.npy -o . --force", "the folder of an input, which is never overwritten: a.npy"),
     "format against suffix": ("a.npy -o x.npy --format pt", "-o x.npy and --format pt disagree"),
     "no folder": ("a.npy -o none/x.npy", "none/x.npy: there is no folder none"),
     "folder is a file": ("a.npy -o a.npy/out", "a.npy is not a folder"),
     "dtype against format": ("a.npy -o x.npy --dtype bfloat16", "NumPy's formats cannot hold bfloat16"),
     "device": ("a.npy -o x.npy --device nope", "--device must be one that can be used here, got 'nope'"),
+    **{
+        f"device {name}": (
+            f"a.npy -o x.npy --device {name}",
+            f"--device must be one that can be used here, got '{name}'; allowed: cpu",
+        )
+        for name in ("hpu", "vulkan", "opencl", "meta", "CPU")
+    },
     "device that is not there": pytest.param(
         "a.npy -o x.npy --device cuda",
-        "--device must be one that can be used here, got 'cuda': ",
+        "--device must be one that can be used here, got 'cuda' (",
         marks=pytest.mark.needs("no gpu"),
     ),
 }
@@ -408,15 +558,25 @@ def test_inspect_and_demo_hand_their_options_over(monkeypatch: pytest.MonkeyPatc
     for command, name in ((inspect_command, "inspect_command"), (demo, "demo_command")):
         monkeypatch.setattr(command, name, lambda *given, console, **named: calls.append((given, named)))
     arguments = ["--temperature", "-2", "--num-frames", "4", "--grid", "4x6", "--tap", "l12", "--key", "k", "--force"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["inspect", "a.mp4", "-o", "out.png", "--frame-counts", "9,7", *arguments]) == 0
     assert main(["demo"]) == 0
     assert main(["demo", "-o", "x.png", "--offline-tokens", "--force"]) == 0
     given = {**DEFAULTS, "frame_counts": (9, 7), "backend": "auto", "temperature": -2.0}
+    device = torch.device("cpu")
     assert calls == [
         (
             (Path("a.mp4"), Path("out.png")),
-            {"options": given, "num_frames": 4, "grid": (4, 6), "tap": "l12", "key": "k", "force": True},
+            {
+                "options": given,
+                "num_frames": 4,
+                "grid": (4, 6),
+                "tap": "l12",
+                "key": "k",
+                "device": device,
+                "force": True,
+            },
         ),
-        ((Path("demo.png"),), {"offline_tokens": False, "force": False}),
-        ((Path("x.png"),), {"offline_tokens": True, "force": True}),
+        ((Path("demo.png"),), {"offline_tokens": False, "device": device, "force": False}),
+        ((Path("x.png"),), {"offline_tokens": True, "device": device, "force": True}),
     ]

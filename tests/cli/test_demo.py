@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,26 @@ def test_demo_on_the_real_video(tmp_path, monkeypatch, capsys):
     picture = (tmp_path / "fig.png").read_bytes()
     assert picture.startswith(PNG)
     assert len(picture) <= 1_000_000
+
+
+@pytest.mark.parametrize(("busy", "named", "shown"), [(0.0, "median", [9.0, 90.0]), (0.4, "minimum", [6.0, 60.0])])
+def test_calls_of_at_least_5_ms_are_timed(
+    busy: float, named: str, shown: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call takes 0.1 ms a frame, here; 16 frames are too few, 64 are not."""
+    sizes = []
+
+    def times(function, x, seconds):
+        sizes.append((len(x), seconds))
+        return np.array([6e-3, 9e-3, 2e-2]) * function(x) if seconds == 0.5 else np.array([1e-4 * len(x), 1.0])
+
+    monkeypatch.setattr(demo, "_times", times)
+    monkeypatch.setattr(demo, "others_cores", lambda: lambda: busy)
+    found, note, disturbed = demo.time_calls([lambda x: 1, lambda x: 10], torch.zeros(16, 1, 1, 1))
+    assert found == pytest.approx(shown)
+    assert sizes == [(16, 0.05), (32, 0.05), (64, 0.05), (64, 0.5), (64, 0.5)]
+    assert note.startswith(f"Times: {named} of calls on 4 × the tokens, float32, ")
+    assert ("NOT QUIET: others used up to 0.40 cores" in disturbed) == (busy > 0)
 
 
 @pytest.mark.parametrize("T", [5, 16, 37], ids=lambda T: f"T={T}")

@@ -171,7 +171,11 @@ def test_interrupted(number: str, part: int, code: int, said: bytes) -> None:
         (["--stream", "--key", "x"], "--key cannot go with --stream, got x"),
         (["--stream", "--num-frames", "4"], "--num-frames cannot go with --stream, got 4"),
         (["--stream", "--tap", "l11"], "--tap is for videos, of which there is none, got l11"),
-        (["--grid", "3x5"], "--grid is for videos, of which there is none, got 3x5"),
+        (
+            ["--grid", "3x5"],
+            "--grid is for videos and flattened tokens (T, N, C), got 3x5 for tokens of shape (4, 5, 6, 8)",
+        ),
+        (["--stream", "--grid", "5x6"], "--grid is for videos and flattened tokens (T, N, C), got 5x6 for tokens of"),
         (["--num-frames", "4"], "--num-frames is for videos, of which there is none, got 4"),
         (["--chunk", "4"], "--chunk goes with --stream only, got 4"),
         (["--stream", "-o", "out.pt"], "--stream writes .npy and .safetensors"),
