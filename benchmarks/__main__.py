@@ -29,9 +29,11 @@ from benchmarks import page
 from benchmarks.goals import T64, goals
 from benchmarks.plot import save_plots
 from benchmarks.providers import BASELINE
-from benchmarks.report import WIDTH, compare_summary, compare_table, machine_line, workload_table
+from benchmarks.report import compare_summary, compare_table, machine_line, workload_table
 from benchmarks.results import FOLDER, Results, compare, last_state, machine_files, pick
 from benchmarks.run import list_workloads, run
+from stgridpool_kernels.cli.terminal import print_whole
+from stgridpool_kernels.integrations.command_line import positive, refuse_unknown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,10 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0] not in COMMANDS and given[0] not in ("-h", "--help")):
         given.insert(0, "run")
-    parsed = build_parser().parse_args(given)
+    parsed, unknown = build_parser().parse_known_args(given)
+    refuse_unknown(parsed.parser, unknown)
     console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=WIDTH, highlight=False)  # wide enough for a whole table in a file or pipe
     try:
         return COMMANDS[parsed.command](parsed, console)
     except KeyboardInterrupt:
@@ -73,7 +74,7 @@ def compare_command(parsed: argparse.Namespace, console: Console) -> int:
     changes = compare(before, after)
     if not changes:
         raise ValueError(f"{parsed.before} and {parsed.after} timed nothing in common")
-    console.print(compare_table(changes, before.run, after.run))
+    print_whole(console, compare_table(changes, before.run, after.run))
     console.print(compare_summary(changes, before.run, after.run), markup=False, soft_wrap=True)
     return 0
 
@@ -111,7 +112,7 @@ def page_command(parsed: argparse.Namespace, console: Console) -> int:
 
 def print_tables(results: Results, console: Console) -> None:
     for name in results.workloads:
-        console.print(workload_table([row for row in results.rows if row.workload == name]))
+        print_whole(console, workload_table([row for row in results.rows if row.workload == name]))
 
 
 COMMANDS = {
@@ -148,6 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
     reached.add_argument("results", nargs="*", metavar="FILE", help="default: the files of all machines")
     written = commands.add_parser("page", help="write docs/performance.md, its pictures and the README's table")
     written.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a text is not up to date")
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -182,12 +185,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the results into this folder")
     parser.add_argument("--force", action="store_true", help="overwrite pictures in FOLDER")
     parser.add_argument("--list", action="store_true", help="show workloads and providers, and measure nothing")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.lower_bound import Traffic
-from benchmarks.machine import cpu_seconds, field_bytes, largest_cache, memory_bytes
+from benchmarks.machine import field_bytes, largest_cache, memory_bytes
 from benchmarks.probe import LINE, Probe
 from benchmarks.workloads import Workload, random_tokens
 from stgridpool_kernels.backends import compiled
+from stgridpool_kernels.cli.machine import others_cores
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]
@@ -122,14 +123,7 @@ class Cpu:
         return memory_bytes("MemAvailable")
 
     def others_cores(self) -> Callable[[], float | None]:
-        """Return a function that returns the mean number of cores used since now by others, with the hypervisor."""
-        before = cpu_seconds()
-
-        def used() -> float:
-            wall, own, busy = (b - a for a, b in zip(before, cpu_seconds(), strict=True))
-            return round(max(busy - own, 0.0) / max(wall, 1e-9), 3)
-
-        return used
+        return others_cores()
 
     def finish(self) -> None:
         """Do nothing, since calls are complete when they return."""

@@ -9,7 +9,6 @@ import platform
 import re
 import secrets
 import subprocess
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -143,16 +142,3 @@ def field_bytes(file: str, field: str) -> int | None:
         found = re.search(rf"^{field}:\s*(\d+) kB$", Path(file).read_text(), re.MULTILINE)
         return int(found[1]) << 10 if found else None
     return None
-
-
-def cpu_seconds() -> tuple[float, float, float]:
-    """Return wall time, CPU time of this process, and CPU time of all processes and the hypervisor, in seconds.
-
-    The last is 0 if the system has no /proc/stat.
-    """
-    busy = 0.0
-    with suppress(OSError):
-        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
-        user, nice, system, _, _, irq, softirq, steal = (int(t) / os.sysconf("SC_CLK_TCK") for t in fields[1:9])
-        busy = user + nice + system + irq + softirq + steal
-    return time.perf_counter(), time.process_time(), busy

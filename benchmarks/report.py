@@ -13,13 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.results import BenchRow, Change, Run
+from stgridpool_kernels.cli.machine import QUIET_CORES
 
 PROBES = ("copy", "ceiling", "read")
 """Providers that move bytes and pool nothing."""
-QUIET_CORES = 0.1
-"""Number of cores that other processes may use without a noticeable effect on times."""
-WIDTH = 100
-"""Width of a table in characters."""
 
 _TITLES = {
     "copy": "torch copy",

@@ -20,10 +20,12 @@ from benchmarks.machine import new_run
 from benchmarks.measure import LATE, LOST, QUICK, SampleBudget, measure
 from benchmarks.plot import refuse_existing, save_plots
 from benchmarks.providers import BASELINE, chosen, providers, select
-from benchmarks.report import QUIET_CORES, machine_line, workload_table
+from benchmarks.report import machine_line, workload_table
 from benchmarks.results import FOLDER, BenchRow, Results, Run, append, encode, file_name, load
 from benchmarks.workloads import QUICK as QUICK_NAMES
 from benchmarks.workloads import WORKLOADS, Workload, parse_workload
+from stgridpool_kernels.cli.machine import busy_note
+from stgridpool_kernels.cli.terminal import print_whole
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -57,14 +59,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
     write(results.run)
     early = keep if options.continued else lambda row: None
-    for rows in measure_all(options, workloads, device, results.run, shown, known, early):
+    for rows in measure_all(options, workloads, device, results.run, known, early):
         results.rows.extend(rows)
         write(*rows)
         if not options.json:
-            console.print(workload_table(rows))
+            print_whole(console, workload_table(rows))
     others = max((row.others_cores or 0.0 for row in results.rows), default=0.0)
-    if others > QUIET_CORES:
-        shown.print(f"NOT QUIET: others used up to {others:.2f} cores meanwhile", style="yellow")
+    if note := busy_note(others):
+        shown.print(note, style="yellow")
     kept = f"appended to {path}" if path else "quick results are not kept: -o FILE appends them to a file"
     shown.print(kept, markup=False, soft_wrap=True)
     for picture in save_plots(results, options.plot, options.force) if options.plot else ():
@@ -99,11 +101,14 @@ def measure_all(
     workloads: Sequence[Workload],
     device: Device,
     run: Run,
-    console: Console,
     known: Mapping[tuple[str, str], BenchRow],
     early: Callable[[BenchRow], None],
 ) -> Iterator[list[BenchRow]]:
-    """Measure one workload after another and yield its rows. early: called with a row as soon as it has any value."""
+    """Measure one workload after another and yield its rows; name each on stderr before it is measured.
+
+    early: called with a row as soon as it has any value.
+    """
+    progress = Console(stderr=True, highlight=False)
     effort = QUICK if options.quick else SampleBudget()
     if options.samples is not None:
         effort = replace(effort, most=options.samples, least=options.samples)
@@ -112,8 +117,7 @@ def measure_all(
         timed = [provider for provider in timed if not is_known(workload.name, provider.name, known)]
         if known and not timed:
             continue
-        if console.is_terminal:
-            console.print(f"{workload.name}, {number} of {len(workloads)}", style="dim")
+        progress.print(f"{workload.name}, {number} of {len(workloads)}", style="dim", soft_wrap=True)
         given: dict[str, Any] = {"baseline": options.baseline, "effort": effort, "extras": not options.times_only}
         with limited(options.limit):
             yield measure(workload, timed, device, run.run, report=early, **given)
@@ -166,6 +170,6 @@ def list_workloads(name: str | None, console: Console) -> None:
         shape, dtype = " × ".join(map(str, workload.shape)), str(workload.dtype).removeprefix("torch.")
         table.add_row(workload.name, shape, dtype, f"{rows} × {cols}", ", ".join(groups))
         kinds.setdefault(workload.kind, {}).update((p.name, None) for p in providers(workload, device.type))
-    console.print(table)
+    print_whole(console, table)
     for kind, names in kinds.items():
         console.print(f"{kind} on {device.type}: {', '.join(names)}", markup=False, soft_wrap=True)

@@ -81,6 +81,23 @@ def test_results_are_printed_and_appended(capsys: pytest.CaptureFixture[str]) ->
     assert files() == [str(kept), "new/results.jsonl"]
 
 
+def test_a_narrow_pipe_loses_no_digits_and_hears_of_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has as many digits in 30 columns as in 200."""
+    assert main([*FAST, "--shape", "3x4x4x64:fp32", "-o", "r.jsonl"]) == 0
+    assert capsys.readouterr().err.splitlines() == [f"{SHAPE}, 1 of 2", "3x4x4x64:fp32, 2 of 2"]
+    shown = []
+    for columns in ("200", "30"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["show", "r.jsonl"]) == 0
+        shown.append(
+            [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(("torch copy", "LLaVA"))]
+        )
+    assert len(shown[0]) == 4
+    assert shown[0] == shown[1]
+
+
 def test_rows_are_written_as_they_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the process ends in a later workload, the rows of the workloads before it are in the file."""
     measured = measure.measure
@@ -177,6 +194,19 @@ def test_mistakes_are_named(
     assert printed.err.startswith("benchmarks run: ")
     assert [text for text in said if text not in printed.err] == []
     assert (printed.out, files()) == ("", ["time.png"])
+
+
+def test_an_option_that_nobody_knows_has_the_usage_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, name, meant in (
+        (["--providers", "x"], "run", "--provider"),
+        (["show", "r.jsonl", "--forse"], "show", ""),
+        (["plot", "r.jsonl", "plots", "--forse"], "plot", "--force"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        error = capsys.readouterr().err
+        assert error.startswith(f"usage: python -m benchmarks {name} ")
+        assert error.endswith(f"; did you mean {meant}?\n" if meant else "unrecognized arguments: --forse\n")
 
 
 def test_what_is_timed_without_a_shape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
