@@ -6,7 +6,8 @@ import argparse
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -112,11 +113,38 @@ def add_pool(commands: Any) -> None:
 def _run_pool(args: argparse.Namespace) -> int:
     options = op_options(args)
     check_options(options)
-    device = device_of(args)
-    out = Path(args.output)
+    device, out = device_of(args), Path(args.output)
     found = outputs_of(args.inputs, args.output, args.format)
-    args.inputs, outputs = list(found.outputs.values()), list(found.outputs)
-    check_outputs(args.inputs, outputs, made=outputs != [out], force=args.force)
+    args.inputs, is_folder = list(found.outputs.values()), list(found.outputs) != [out]
+    _check(args, list(found.outputs), is_folder)
+
+    finished: list[_Pooled] = []
+    failures = list(found.unreadable.values())
+    try:
+        with closing(_with_bars(found.outputs)) as jobs:
+            for source, output, show in jobs:
+                try:
+                    pool_file = _stream_file if args.stream else _pool_file
+                    finished.append(pool_file(source, output, args, options, device, show))
+                except Exception as error:
+                    message = describe(error)
+                    failures.append(message if str(source) in message else f"{source}: {message}")
+                    if args.debug:
+                        traceback.print_exc()
+    finally:  # also after Ctrl-C, since finished outputs stay
+        if finished:
+            Console(highlight=False).print(_summary(finished, out, device, folder=is_folder))
+    inputs = len(found.outputs) + len(found.unreadable)
+    headline = [f"{len(failures)} of {inputs} inputs failed:"] if inputs > 1 and failures else []
+    left_out = remark_on(found.left_out)
+    for message in [*([left_out] if left_out else []), *headline, *failures]:
+        complain(args, message)
+    return 1 if failures else 0
+
+
+def _check(args: argparse.Namespace, outputs: Sequence[Path], is_folder: bool) -> None:
+    """Raise the errors of options and outputs that come before any input is read."""
+    check_outputs(args.inputs, outputs, made=is_folder, force=args.force)
     if args.dtype:
         for output in outputs:
             check_dtype(output, DTYPES[args.dtype])
@@ -128,39 +156,22 @@ def _run_pool(args: argparse.Namespace) -> int:
         raise ValueError("-: standard input is read with --stream only")
     check_video_options(args, args.inputs)
 
-    finished: list[_Pooled] = []
-    failures = list(found.unreadable.values())
+
+def _with_bars(outputs: Mapping[Path, Path]) -> Generator[tuple[Path, Path, Callable[..., None]], None, None]:
+    """Yield each input, its output and a function that shows its progress; bars are drawn on a terminal alone."""
     bars = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:
-            files = progress.add_task("files", total=len(outputs), visible=len(outputs) > 1)
-            frames = progress.add_task("frames", visible=False)
-            for source, output in zip(args.inputs, outputs, strict=True):
+    with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:
+        files = progress.add_task("files", total=len(outputs), visible=len(outputs) > 1)
+        frames = progress.add_task("frames", visible=False)
+        for output, source in outputs.items():
 
-                def show(stage: str, done: int, total: int | None, name: str = printable(source.name)) -> None:
-                    progress.update(frames, description=f"{stage} {name}", completed=done, total=total, visible=True)
+            def show(stage: str, done: int, total: int | None, name: str = printable(source.name)) -> None:
+                progress.update(frames, description=f"{stage} {name}", completed=done, total=total, visible=True)
 
-                try:
-                    pool_file = _stream_file if args.stream else _pool_file
-                    finished.append(pool_file(source, output, args, options, device, show))
-                except Exception as error:
-                    message = describe(error)
-                    failures.append(message if str(source) in message else f"{source}: {message}")
-                    if args.debug:
-                        traceback.print_exc()
-                progress.update(frames, visible=False)
-                progress.advance(files)
-    finally:  # also after Ctrl-C, since finished outputs stay
-        if finished:
-            Console(highlight=False).print(_summary(finished, out, device, folder=outputs != [out]))
-    if left_out := remark_on(found.left_out):
-        complain(args, left_out)
-    if len(args.inputs) > 1 and failures:
-        complain(args, f"{len(failures)} of {len(args.inputs) + len(found.unreadable)} inputs failed:")
-    for message in failures:
-        complain(args, message)
-    return 1 if failures else 0
+            yield source, output, show
+            progress.update(frames, visible=False)
+            progress.advance(files)
 
 
 def _pool_file(

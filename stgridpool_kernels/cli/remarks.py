@@ -19,8 +19,8 @@ def remarks(frame_counts: Sequence[int], not_finite: int, options: Mapping[str, 
         sides = sides if len(sides) > 2 else [*sides] * len(strides)
         needed = min(stride * rows * cols for stride, rows, cols in zip(strides, sides[::2], sides[1::2], strict=True))
         if longest < needed:
-            have = f"of {longest} frames" if len(frame_counts) == 1 else f"of at most {longest} frames"
-            yield f"a video {have} is too short for temporal gridding ({needed} frames): frames are pooled one by one"
+            video = f"a video of {'at most ' * (len(frame_counts) > 1)}{longest} frame{'s' * (longest > 1)}"
+            yield f"{video} is too short for temporal gridding ({needed} frames): frames are pooled one by one"
     if not_finite:
         yield f"{not_finite} tokens have a NaN or infinite value, and so may results that they are part of"
 

@@ -340,7 +340,7 @@ def test_a_dtype_that_overflows_is_an_error(capsys: pytest.CaptureFixture[str]) 
 
 BEFORE_WORK = {
     "option of the op": ("a.npy -o x.npy --kernel-size 0", "kernel_size must be 2 integers"),
-    "temperature": ("a.npy -o x.npy --temperature nan", "temperature must be finite in float32 arithmetic, got nan"),
+    "temperature": ("a.npy -o x.npy --temperature nan", "temperature must be finite in float64 arithmetic, got nan"),
     "two inputs, one file": ("a.npy b.npy -o x.npy", "-o x.npy names a file, but there are 2 inputs"),
     "same output": ("a.npy sub/a.npy -o out", "out/a.npy would be made of a.npy and sub/a.npy"),
     "same output by format": ("a.npy a.pt -o out --format npz", "out/a.npz would be made of a.npy and a.pt"),

@@ -116,7 +116,7 @@ def test_the_page_on_scaling(
     x, written = tokens(0, 9, 4, 4, 8), Path("pooled/a.safetensors")
     write_tokens(Path("tokens/a.npy"), x, force=False)
     SCALING.run("extract", {})
-    assert capsys.readouterr().out == "1 written, 0 there already\n{}\n{}\n"
+    assert capsys.readouterr().out == "1 written, 0 there already\n{}\n{}\n{}\n"
     assert torch.equal(read_tokens(written), stgp.grid_pool(x, temperature=2.0))
     written.unlink()
     SCALING.run("step", {}, *((f'"{folder}/', f'"{tmp_path}/{folder}/') for folder in ("tokens", "pooled")))
