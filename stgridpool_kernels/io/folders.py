@@ -84,5 +84,7 @@ def _files(folder: Path, found: Found) -> list[Path]:
             else:
                 found.left_out[file.suffix.lower() or "without suffix"] += 1
     if not files and not found.unreadable:
-        raise ValueError(f"inputs must hold token files ({', '.join(SUFFIXES)}) or videos, {folder} has none")
+        left_out = remark_on(found.left_out)
+        has_none = f"{folder} has none{f'; {left_out}' if left_out else ''}"
+        raise ValueError(f"inputs must hold token files ({', '.join(SUFFIXES)}) or videos, {has_none}")
     return files

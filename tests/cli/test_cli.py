@@ -415,6 +415,15 @@ def test_pool_on_a_gpu() -> None:
     assert torch.equal(read_tokens("out.npy"), expected)
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_the_default_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pool", "a.npy", "-o", "out.npy"]) == 0
+    assert main(["inspect", "a.npy", "-o", "out.png"]) == 0
+    assert main(["demo", "--offline-tokens", "-o", "demo.png"]) == 0
+    assert main(["bench", "--shape", "9x5x7x8"]) == 0
+    assert capsys.readouterr().out.count("cuda:0") == 2
+
+
 def test_names_with_markup_or_escapes_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["[red]a.npy", "\x1b[31mb.npy", "c\n.npy"]
     for name in names:

@@ -103,7 +103,7 @@ def test_files_and_folders_may_be_mixed_and_repeated() -> None:
         (["in/a.npy", "in/more/a.mp4"], "out", "inputs must differ in name, out/a.safetensors would be made of"),
         (["in", "in/more"], "out", "inputs must differ in name, out/a.safetensors would be made of"),
         (["in/b.safetensors"], "in", "output must not be the folder of an input, which is never overwritten: in/b"),
-        (["empty"], "out", r"inputs must hold token files \(.npy, .*\) or videos, empty has none"),
+        (["empty"], "out", r"inputs must hold token files .* or videos, empty has none; left out of folders: 1 .txt"),
         (["in"], "in/a.npy", "output must be a folder, got in/a.npy"),
     ],
 )  # fmt: skip
