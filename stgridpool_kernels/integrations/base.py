@@ -9,37 +9,31 @@ the tensor to `pool_flat`, and it refuses options that give another number of to
 imports its engine lazily, with `require`, and changes nothing until it is called. The following adapter is complete. It
 is for the engine of tests/support/toy_engine.py, and tests/integrations/test_base.py executes it from this docstring:
 
-    from functools import lru_cache
-
     from stgridpool_kernels.integrations.base import ceil_options, pool_flat, require, require_size
+    from stgridpool_kernels.integrations.pooled_class import patch_class, unpatch_class
 
 
-    @lru_cache
-    def pooled_class(base, options):
+    def members(base, options):
         def shrink(self, features, frames_per_video):
             return pool_flat(features, frames_per_video, self.grid, **options.arguments)
 
-        return type(base.__name__, (base,), {"shrink": shrink, "stgp_options": options})
+        return {"shrink": shrink}
 
 
     def patch(model, **options):
         engine = require("toy_engine", at_least="1.0", below="2.0")
         if not isinstance(model, engine.VideoModel):
             raise TypeError(f"model must be a toy_engine.VideoModel, got {type(model).__name__}")
-        if hasattr(model, "stgp_options"):
-            raise RuntimeError(f"model is patched already, with {model.stgp_options}: unpatch it first")
         chosen = ceil_options(**options)
         require_size("toy_engine", model.grid, model.tokens_per_frame, chosen)
-        model.__class__ = pooled_class(type(model), chosen)
+        patch_class(model, members, chosen)
 
 
     def unpatch(model):
-        if not hasattr(model, "stgp_options"):
-            raise RuntimeError("model is not patched")
-        model.__class__ = type(model).__base__
+        unpatch_class(model)
 
-Replacing the model's class by a subclass per set of options separates models with different options, leaves parameters
-and their names unchanged, and works with copy.deepcopy.
+The two functions of `pooled_class` replace the model's class and put it back. Parameters and their names do not change,
+models with different options do not affect each other, and patched models can be copied, pickled and saved.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def patch(**options: Any) -> None:
     config.mm_newline_position is "grid", which assumes a square of tokens.
     """
     owner = _owner()
-    if _is_ours(owner.get_2dPool):
+    if _is_patched(owner.get_2dPool):
         raise RuntimeError(f"llava is patched already, with {owner.get_2dPool.stgp_options}: unpatch it first")
     found = list(inspect.signature(owner.get_2dPool).parameters)
     if found != ["self", "image_feature", "stride"]:
@@ -48,11 +48,21 @@ def patch(**options: Any) -> None:
 
 
 def unpatch() -> None:
-    """Restore the model's own pooling. Raises RuntimeError if it is not patched, ImportError as `patch`."""
+    """Restore the model's own pooling.
+
+    Raises RuntimeError if it is not patched, or if the method was wrapped after it was; ImportError as `patch`. Nothing
+    is changed then.
+    """
     owner = _owner()
-    if not _is_ours(owner.get_2dPool):
+    found = owner.get_2dPool
+    if not _is_patched(found):
         raise RuntimeError("llava is not patched")
-    owner.get_2dPool = owner.get_2dPool.stgp_replaced
+    if found.stgp_method is not found:
+        raise RuntimeError(
+            f"LlavaMetaForCausalLM.get_2dPool was wrapped after it was patched, it is now {found.__qualname__} of "
+            f"{found.__module__}: unwrap it first"
+        )
+    owner.get_2dPool = found.stgp_replaced
 
 
 def _replacement(replaced: Callable[..., Tensor], options: PoolOptions, given: dict[str, Any]) -> Any:
@@ -64,6 +74,7 @@ def _replacement(replaced: Callable[..., Tensor], options: PoolOptions, given: d
 
     pooling: Any = get_2dPool
     pooling.stgp_options, pooling.stgp_replaced = options, replaced
+    pooling.stgp_method = pooling  # functools.wraps copies the attributes to a wrapper, which is not this method
     return pooling
 
 
@@ -95,5 +106,5 @@ def _owner() -> Any:
     return owner
 
 
-def _is_ours(method: Any) -> bool:
+def _is_patched(method: Any) -> bool:
     return hasattr(method, "stgp_replaced")

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import PoolOptions, ceil_options, pool_flat, require, require_size
+from .pooled_class import is_pooled, patch_class, pooled_class, unpatch_class
 
 _MODELS = "transformers.models"
 
@@ -74,22 +75,18 @@ def patch(model: nn.Module, *, tokens_per_frame: int | None = None, **options: A
     """
     require("transformers", at_least="5.17", below="5.24")
     inner = _inner_model(model)
-    if _is_pooled(type(inner)):
-        raise RuntimeError(f"model is patched already, with {inner.stgp_options}: unpatch it first")
     chosen = ceil_options(**options)
     _check_size(type(inner), inner.config, chosen, tokens_per_frame)
-    inner.__class__ = _pooled_class(inner.__class__, chosen, tokens_per_frame)
+    patch_class(inner, _members, chosen, tokens_per_frame)
 
 
 def unpatch(model: nn.Module) -> None:
     """Restore the own pooling of a model that was patched, or loaded while `register` was in force.
 
-    Raises RuntimeError if it is not patched, TypeError as `patch`.
+    Raises RuntimeError if it is not patched, or was wrapped after it was, by what replaces its class (`fully_shard`, a
+    parametrization); TypeError as `patch`. The model is unchanged then.
     """
-    inner = _inner_model(model)
-    if not _is_pooled(type(inner)):
-        raise RuntimeError("model is not patched")
-    inner.__class__ = type(inner).__base__
+    unpatch_class(_inner_model(model))
 
 
 def register(*, tokens_per_frame: int | None = None, **options: Any) -> None:
@@ -108,7 +105,7 @@ def register(*, tokens_per_frame: int | None = None, **options: Any) -> None:
     if _registered(patching):
         raise RuntimeError("registered already: unregister first")
     chosen = ceil_options(**options)
-    classes = {of.name: _pooled_class(_stock_class(of), chosen, tokens_per_frame) for of in _ARCHITECTURES}
+    classes = {of.name: pooled_class(_stock_class(of), _members, chosen, tokens_per_frame) for of in _ARCHITECTURES}
     taken = sorted(classes.keys() & patching.get_patch_mapping().keys())
     if taken:
         raise ValueError(f"{', '.join(taken)} must not be registered for patching by others")
@@ -134,16 +131,12 @@ def unregister() -> None:
         if name.startswith("transformers"):
             for of in _ARCHITECTURES:
                 found = getattr(module, "__dict__", {}).get(of.name)
-                if isinstance(found, type) and _is_pooled(found):
+                if isinstance(found, type) and is_pooled(found):
                     setattr(module, of.name, found.__base__)
 
 
-@functools.cache
-def _pooled_class(base: Any, options: PoolOptions, tokens_per_frame: int | None) -> type:
-    """Return the subclass of an inner model's class that pools with ST-GridPool.
-
-    It has the name of `base`, by which the library finds conversions of checkpoints with older layouts.
-    """
+def _members(base: Any, options: PoolOptions, tokens_per_frame: int | None) -> dict[str, Any]:
+    """Return what a subclass of an inner model's class replaces to pool with ST-GridPool."""
     of = _architecture(base)
     assert of is not None
     pooling = of.pooling
@@ -167,16 +160,7 @@ def _pooled_class(base: Any, options: PoolOptions, tokens_per_frame: int | None)
     def extra_repr(self: Any) -> str:
         return f"videos: {options}"
 
-    members = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__init__": __init__,
-        "get_video_features": get_video_features,
-        "extra_repr": extra_repr,
-        "stgp_options": options,
-    }
-    return type(base.__name__, (base,), members)
+    return {"__init__": __init__, "get_video_features": get_video_features, "extra_repr": extra_repr}
 
 
 class _Pooling:
@@ -210,16 +194,12 @@ def _architecture(inner: type) -> _Architecture | None:
 def _stock_class(of: _Architecture) -> Any:
     """Return the library's own class of an inner model, even if the library left a registered one in its place."""
     found = getattr(importlib.import_module(of.module), of.name)
-    return found.__base__ if _is_pooled(found) else found
-
-
-def _is_pooled(inner: type) -> bool:
-    return hasattr(inner, "stgp_options")
+    return found.__base__ if is_pooled(found) else found
 
 
 def _registered(patching: Any) -> list[str]:
     """Return the names that `register` added to the library's patch mapping."""
-    return [name for name, replacement in patching.get_patch_mapping().items() if _is_pooled(replacement)]
+    return [name for name, replacement in patching.get_patch_mapping().items() if is_pooled(replacement)]
 
 
 def _side(config: Any) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -120,6 +122,33 @@ def test_patching_twice_is_refused(stock: object) -> None:
         llava_next.patch()
     llava_next.unpatch()
     assert LlavaMetaForCausalLM.get_2dPool is stock
+
+
+def test_a_method_that_was_wrapped_after_the_patch_is_not_lost() -> None:
+    llava_next.patch(temperature=2.0)
+    patched = LlavaMetaForCausalLM.get_2dPool
+
+    @functools.wraps(patched)
+    def counted(self: LlavaMetaForCausalLM, image_feature: Tensor, stride: int = 2) -> Tensor:
+        return patched(self, image_feature, stride)
+
+    LlavaMetaForCausalLM.get_2dPool = counted
+    with pytest.raises(RuntimeError, match=r"get_2dPool was wrapped after it was patched, .*: unwrap it first"):
+        llava_next.unpatch()
+    with pytest.raises(RuntimeError, match="patched already"):
+        llava_next.patch()
+    assert LlavaMetaForCausalLM.get_2dPool is counted
+
+
+def test_a_model_is_pickled_as_if_it_were_not_patched() -> None:
+    """The class is patched, in its process, so a process that a model is sent to has its own pooling or patch."""
+    model = LlavaQwenForCausalLM()
+    given = videos(model, 9)
+    stock = model.video_tokens(given)
+    llava_next.patch()
+    pickled = pickle.dumps(model)
+    llava_next.unpatch()
+    assert_same_bits(pickle.loads(pickled).video_tokens(given)[0], stock[0])
 
 
 def test_the_snippet_of_the_page_runs(stock: object) -> None:

@@ -7,6 +7,9 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
+import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -223,7 +226,8 @@ def test_images_are_left_alone(kind: str, model: Any) -> None:
     stock = type(model.model)
     integration.patch(model)
     changed = {name for name, value in vars(type(model.model)).items() if vars(stock).get(name) is not value}
-    assert changed - {"__module__", "__doc__"} == {"__init__", "get_video_features", "extra_repr", "stgp_options"}
+    replaced = {"__init__", "get_video_features", "extra_repr", "__reduce_ex__", "stgp_options"}
+    assert changed - {"__module__", "__doc__"} == replaced
     assert isinstance(model.model, stock)
 
 
@@ -284,6 +288,107 @@ def test_a_copy_is_patched_and_stands_alone(model: Any) -> None:
     pooled = features_of(copied, videos)
     assert pooled.abs().max() > 0
     assert_same_bits(pooled, by_hand(copied, videos, temperature=2.0))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """For tests that shard: a process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def shard(inner: nn.Module) -> None:
+    torch.distributed.fsdp.fully_shard(inner).unshard()  # which otherwise happens when the model is called
+
+
+def parametrize(inner: nn.Module) -> None:
+    inner.scale = nn.Parameter(torch.ones(1))
+    nn.utils.parametrize.register_parametrization(inner, "scale", nn.Identity())
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrap", [shard, parametrize])
+def test_wrappers_that_replace_the_class_are_not_lost(model: Any, wrap: Any) -> None:
+    videos = pixels(model, 1, 8)
+    integration.patch(model)
+    pooled = features_of(model, videos)
+    wrap(model.model)
+    wrapped = type(model.model)
+    with pytest.raises(RuntimeError, match=rf"wrapped after it was patched, its class is now {wrapped.__name__}"):
+        integration.unpatch(model)
+    with pytest.raises(RuntimeError, match="patched already"):
+        integration.patch(model)
+    assert type(model.model) is wrapped
+    torch.testing.assert_close(features_of(model, videos), pooled)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrap", [shard, parametrize])
+def test_a_wrapped_model_is_patched_and_stays_wrapped(model: Any, wrap: Any) -> None:
+    videos = pixels(model, 1, 8)
+    stock, expected = features_of(model, videos), by_hand(model, videos)
+    wrap(model.model)
+    wrapped = type(model.model)
+    integration.patch(model)
+    torch.testing.assert_close(features_of(model, videos), expected)
+    integration.unpatch(model)
+    assert type(model.model) is wrapped
+    torch.testing.assert_close(features_of(model, videos), stock)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, nn.parallel.DistributedDataParallel, torch.compile])
+def test_the_model_inside_a_wrapper_is_patched(model: Any, wrapper: Any) -> None:
+    videos, stock_class = pixels(model, 1, 8), type(model.model)
+    wrapped = wrapper(model)
+    integration.patch(wrapped, temperature=2.0)
+    assert_same_bits(features_of(model, videos), by_hand(model, videos, temperature=2.0))
+    integration.unpatch(wrapped)
+    assert type(model.model) is stock_class
+
+
+def test_a_graph_that_was_compiled_before_the_patch_is_not_used_after_it(model: Any) -> None:
+    videos = pixels(model, 1, 8)
+    features_of(model, videos)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda videos: model.model.get_video_features(videos).pooler_output, backend="eager")
+    stock = without_newline(compiled(videos), 8)
+    integration.patch(model)
+    torch.testing.assert_close(without_newline(compiled(videos), 8), by_hand(model, videos))
+    integration.unpatch(model)
+    torch.testing.assert_close(without_newline(compiled(videos), 8), stock)
+
+
+LOADED = """
+import pickle, torch
+for kind in ("onevision", "next_video"):
+    for way in ("saved", "pickled"):
+        name = f"{kind} {way}"
+        model = torch.load(name, weights_only=False) if way == "saved" else pickle.load(open(name, "rb"))
+        type(model)(model.config)  # transformers lists what a model can return when the first of its class is made
+        with torch.no_grad():
+            pooled = model.model.get_video_features(torch.load(f"{kind} videos")).pooler_output
+        torch.save(pooled, f"{name} result")
+"""
+
+
+def test_a_patched_model_is_patched_in_a_process_that_it_is_sent_to(tmp_path: Path) -> None:
+    expected = {}
+    for kind, build in MODELS.items():
+        model = build()
+        integration.patch(model, temperature=2.0)
+        torch.save(model, tmp_path / f"{kind} saved")
+        (tmp_path / f"{kind} pickled").write_bytes(pickle.dumps(model))
+        videos = pixels(model, 2, 9)
+        torch.save(videos, tmp_path / f"{kind} videos")
+        expected[kind] = features_of(model, videos)
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", LOADED], check=True, cwd=tmp_path, env=environment)
+    for kind, pooled in expected.items():
+        for way in ("saved", "pickled"):
+            torch.testing.assert_close(without_newline(torch.load(tmp_path / f"{kind} {way} result"), 9), pooled)
 
 
 def saved(folder: Path) -> tuple[dict, list[str]]:
