@@ -176,4 +176,4 @@ $(BUILT): $(INSTALLED) pyproject.toml setup.py CMakeLists.txt $(CPP)
 	touch $@
 
 clean: ## remove what was built
-	rm -rf $(VENV) .benchmarks build dist *.egg-info stgridpool_kernels/_C*.so demo.png
+	rm -rf $(VENV) .benchmarks build dist *.egg-info stgridpool_kernels/_C*.so stgridpool_kernels/left_out.txt demo.png

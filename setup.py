@@ -16,9 +16,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 PYTHON = sys.executable
 ROOT = Path(__file__).resolve().parent
+RECORD = "stgridpool_kernels/left_out.txt"  # read by stgridpool_kernels/backends/missing.py
 
 
 def find_torch() -> Path | None:
@@ -31,12 +33,12 @@ def find_torch() -> Path | None:
 def why_left_out() -> str | None:
     """Return why the library cannot or must not be built, None if it is to be built."""
     if os.environ.get("STGP_NO_EXT") == "1":
-        return "STGP_NO_EXT=1"
+        return "STGP_NO_EXT=1 was set; install again without it"
     if sys.platform != "linux":
         return f"they are built on Linux only, and this is {sys.platform}"
     torch = find_torch()
     if torch is None:
-        return "this build sees no torch: install torch first, and where builds are isolated add --no-build-isolation"
+        return "it saw no torch; with torch there, install again with --no-build-isolation"
     version = re.search(r"^__version__ = ['\"]((\d+)\.(\d+).*)['\"]", (torch / "version.py").read_text(), re.MULTILINE)
     if version is None or (int(version[2]), int(version[3])) < (2, 10):
         return f"they need torch 2.10 or newer, found {version[1] if version else 'an unknown version'} in {torch}"
@@ -55,6 +57,23 @@ def build_folder() -> Path:
     choice += [os.getenv(name) for name in ("CXX", "CUDA_HOME", "CUDAHOSTCXX", "CMAKE_ARGS")]
     choice += [shutil.which(tool) for tool in ("c++", "g++", "clang++", "nvcc")]
     return ROOT / "build" / f"cmake-{hashlib.sha256(repr(choice).encode()).hexdigest()[:8]}"
+
+
+class RecordingBuild(build_py):
+    """Writes why the compiled library is left out beside the place that it would have, for the package to show."""
+
+    def run(self) -> None:
+        super().run()
+        record = (ROOT if self.editable_mode else Path(self.build_lib)) / RECORD
+        if self.distribution.has_ext_modules():
+            record.unlink(missing_ok=True)  # of an earlier build
+        else:
+            record.write_text(f"{why_left_out()}\n", encoding="utf-8")
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Map the files of the package to their sources, for editable installations that link to each of them."""
+        record = {} if self.distribution.has_ext_modules() else {str(Path(self.build_lib, RECORD)): RECORD}
+        return super().get_output_mapping() | record
 
 
 class CMakeBuild(build_ext):
@@ -86,4 +105,7 @@ if __name__ == "__main__":
     if reason is not None:
         print(f"stgridpool_kernels: the compiled CPU and CUDA kernels are left out: {reason}", file=sys.stderr)
     library = Extension("stgridpool_kernels._C", sources=[])
-    setup(ext_modules=[library] if reason is None else [], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        ext_modules=[library] if reason is None else [],
+        cmdclass={"build_ext": CMakeBuild, "build_py": RecordingBuild},
+    )

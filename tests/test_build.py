@@ -13,7 +13,7 @@ import torch
 from setuptools.config import pyprojecttoml
 
 import stgridpool_kernels
-from stgridpool_kernels.backends import compiled
+from stgridpool_kernels.backends import compiled, missing
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ def test_library_is_built_where_there_are_torch_and_a_compiler(script: ModuleTyp
 @pytest.mark.parametrize(("value", "left_out"), [("1", True), ("0", False), ("", False)])
 def test_no_ext(value: str, left_out: bool, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STGP_NO_EXT", value)
-    assert script.why_left_out() == ("STGP_NO_EXT=1" if left_out else None)
+    assert script.why_left_out() == ("STGP_NO_EXT=1 was set; install again without it" if left_out else None)
 
 
 def test_another_system(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +75,7 @@ def test_no_torch(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(script.sysconfig, "get_path", lambda name: str(tmp_path))
     assert script.find_torch() is None
-    assert "install torch first" in script.why_left_out()
-    assert "--no-build-isolation" in script.why_left_out()
+    assert script.why_left_out() == "it saw no torch; with torch there, install again with --no-build-isolation"
 
 
 def test_torch_is_found_in_the_environment_that_an_isolated_build_is_for(
@@ -210,6 +209,32 @@ def test_a_build_that_fails_stops_and_says_how_to_do_without(build: setuptools.C
     with pytest.raises(SystemExit, match="its kernels do not compile, see above; STGP_NO_EXT=1 leaves them out"):
         build.build_extension(LIBRARY)
     assert ["--build" in step for step in steps] == [False, True]
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_the_reason_is_written_into_the_package_and_removed_by_a_build_with_kernels(
+    editable: bool, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(script, "ROOT", tmp_path / "source")
+    (tmp_path / "source" / "stgridpool_kernels").mkdir(parents=True)
+    place = tmp_path / ("source" if editable else "lib") / missing.PACKAGE / missing.RECORD
+
+    def build(**settings: object) -> setuptools.Command:
+        package = {"packages": [missing.PACKAGE], "script_name": "setup.py"}
+        command = script.RecordingBuild(setuptools.Distribution(package | settings))
+        command.ensure_finalized()
+        command.build_lib, command.editable_mode = str(tmp_path / "lib"), editable
+        command.run()
+        return command
+
+    monkeypatch.setenv("STGP_NO_EXT", "1")
+    command = build()
+    assert place.read_text() == "STGP_NO_EXT=1 was set; install again without it\n"
+    linked = str(tmp_path / "lib" / missing.PACKAGE / missing.RECORD)
+    assert command.get_output_mapping()[linked] == f"{missing.PACKAGE}/{missing.RECORD}"
+    assert linked not in build(ext_modules=[LIBRARY]).get_output_mapping()
+    assert not place.exists()
 
 
 # ---- what was built ----

@@ -183,6 +183,8 @@ def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Bac
             reason = reason or backend.opt_in_reason()
         if reason is None:
             logger.debug("%s runs", backend.name)
+            if backend is REFERENCE and requested == "auto" and x is not None:
+                compiled.warn_if_missing(x, plan)
             return backend
         if requested == backend.name:
             raise RuntimeError(f"backend {requested!r} cannot run this call: {reason}")

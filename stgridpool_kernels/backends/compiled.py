@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, lru_cache
@@ -21,6 +22,7 @@ from ..plan import GridPlan
 from ..plan.dataflow import Dataflow, MakeDataflow, is_2x2_area, is_2x2_pooling
 from ..plan.tables import VERSION, Chunk, plan_tables
 from .device_tables import Tables, tables_on
+from .missing import why_missing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -74,36 +76,69 @@ LIBRARY = _load()
 """The compiled library, None if it was not built."""
 
 
+NO_CUDA_KERNELS = "the compiled library was built without CUDA kernels, for which docs/building.md says what is needed"
+"""Reason of a library that was built without nvcc or with a torch for the CPU."""
+
+LARGE = 1 << 20
+"""Size of x, in bytes, above which a call that lacks compiled kernels warns."""
+
+
+def missing_library() -> str | None:
+    """Return why there is no compiled library and what to do about it, None if there is one."""
+    return None if LIBRARY is not None else f"the compiled library is missing: {why_missing()}"
+
+
 def unsupported_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
-    """Why the CPU kernels cannot run the call, or None. With x None: why they cannot run on this machine."""
-    if LIBRARY is None:
-        return "the compiled library was not built (pip install -v says why)"
-    if x is None:
-        return None
-    if x.device.type != "cpu":
-        return f"x is on {x.device}"
-    return _unsupported_call(x, plan)
+    """Why the CPU kernels cannot run the call, or None. With x None: why they cannot run on this machine.
+
+    The reason is `missing_library()` only if they could run the call otherwise.
+    """
+    if x is not None:
+        if x.device.type != "cpu":
+            return f"x is on {x.device}"
+        reason = _unsupported_call(x, plan)
+        if reason is not None:
+            return reason
+    return None if LIBRARY is not None else missing_library()
 
 
 def unsupported_on_cuda(x: Tensor | None, plan: GridPlan | None) -> str | None:
-    """Why the CUDA kernels cannot run the call, or None. With x None: why they cannot run on this machine."""
-    reason = _missing_cuda_here()
-    if reason is not None or x is None:
-        return reason
-    if not x.is_cuda:
-        return f"x is on {x.device}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
-    return _unsupported_call(x, plan)
+    """Why the CUDA kernels cannot run the call, or None. With x None: why they cannot run on this machine.
+
+    The reason is `missing_library()` or `NO_CUDA_KERNELS` only if they could run the call otherwise.
+    """
+    if x is not None:
+        if not x.is_cuda:
+            return f"x is on {x.device}"
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
+            return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
+        reason = _unsupported_call(x, plan)
+        if reason is not None:
+            return reason
+    return _missing_cuda_here()
 
 
 @cache
 def _missing_cuda_here() -> str | None:
     if LIBRARY is None:
-        return "the compiled library was not built (pip install -v says why)"
+        return missing_library()
     if not LIBRARY.build_info()["cuda"]:
-        return "the compiled library was built without CUDA kernels"
+        return NO_CUDA_KERNELS
     return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def warn_if_missing(x: Tensor, plan: GridPlan | None) -> None:
+    """Warn, once in a process, that a call on much memory takes the reference because compiled kernels are missing."""
+    if x.nbytes > LARGE and not torch.compiler.is_compiling():
+        for reason in (unsupported_on_cuda(x, plan), unsupported_on_cpu(x, plan)):
+            if reason is not None and reason in (missing_library(), NO_CUDA_KERNELS):
+                _warn(reason)
+
+
+@cache
+def _warn(reason: str) -> None:
+    message = f"calls run on the reference, which is many times slower than the kernels: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _unsupported_call(x: Tensor, plan: GridPlan | None) -> str | None:

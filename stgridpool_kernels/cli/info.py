@@ -88,7 +88,7 @@ def _devices() -> list[str]:
 def _library() -> dict[str, str]:
     """Rows of the table that describe `compiled.LIBRARY`."""
     if compiled.LIBRARY is None:
-        return {"compiled library": "not built (pip install -v says why)"}
+        return {"compiled library": str(compiled.missing_library()).removeprefix("the compiled library is ")}
     info = compiled.LIBRARY.build_info()
     origin = f"{info['version']}, built by {info['compiler']} with torch {info['torch']}"
     capabilities = f"{compiled.LIBRARY.cpu_capability()}, compiled for {info['cpu capabilities']}"

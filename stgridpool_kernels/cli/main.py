@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from ..integrations.command_line import join_values, refuse_unknown
 from ..io.token_files import SUFFIXES
@@ -38,7 +39,7 @@ from .options import (
 )
 from .outputs import check_outputs
 from .pool import add_pool
-from .terminal import complain, describe
+from .terminal import complain, describe, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(join_values(sys.argv[1:] if argv is None else argv, integer_flags()))
     refuse_unknown(args.parser, unknown)
     try:
-        with _ended_by_signals(), _video_warnings_in_a_line(args):
+        with _ended_by_signals(), _warnings_in_a_line(args):
             code: int = args.run(args)
         return code
     except KeyboardInterrupt:
@@ -88,8 +89,11 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _video_warnings_in_a_line(args: argparse.Namespace) -> Iterator[None]:
-    """Print the message of a VideoWarning as one line on stderr, without the line of code that raised it."""
+def _warnings_in_a_line(args: argparse.Namespace) -> Iterator[None]:
+    """Print the message of a VideoWarning or RuntimeWarning as one line on stderr, without the code that raised it.
+
+    A RuntimeWarning, as for missing kernels, is red on a terminal.
+    """
     with warnings.catch_warnings():  # restores showwarning
         show = warnings.showwarning
 
@@ -98,6 +102,9 @@ def _video_warnings_in_a_line(args: argparse.Namespace) -> Iterator[None]:
         ) -> None:
             if issubclass(category, VideoWarning):
                 complain(args, str(message))
+            elif issubclass(category, RuntimeWarning):
+                line = Text(printable(f"stgp {args.command}: {message}"), "bold red")
+                Console(stderr=True, soft_wrap=True).print(line)
             else:
                 show(message, category, filename, lineno, *more, **named)
 

@@ -194,3 +194,22 @@ def test_file_that_holds_no_tables(program: Path, tmp_path: Path) -> None:
     done = run(program, tables, "-", tmp_path / "out", "float32", 1, 8, 1, 1, 2, 1)
     assert done.returncode == 1
     assert "another length" in done.stderr
+
+
+def test_the_build_quotes_paths_for_the_shell(tmp_path: Path) -> None:
+    """The second download of an archive, for one, is unpacked into a folder with "(1)" in its name."""
+    build = tmp_path / "build (1) ü #1 50% & 'q'"
+    cmake_of_pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
+    torch_folder = Path(torch.__file__).parent
+    definitions = [f"-DSTGP_TORCH={torch_folder}", f"-Dpybind11_DIR={cmake_of_pybind11}", "-DSTGP_CUDA=OFF"]
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
+    commands = ""
+    for command in ([*configure, *definitions], ["ninja", "-C", str(build), "-t", "commands", "_C"]):
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        commands = done.stdout
+    assert "binding.cpp" in commands
+    for line in commands.splitlines():
+        if not line.startswith("ninja: "):
+            parsed = subprocess.run(["sh", "-n", "-c", line], capture_output=True, text=True)
+            assert parsed.returncode == 0, f"{parsed.stderr}{line}"

@@ -532,10 +532,11 @@ def test_info_shows_the_compiled_library(capsys: pytest.CaptureFixture[str], mon
     assert rows["CPU kernels"] == "avx2, compiled for avx512, avx2, portable"
     assert rows["CUDA kernels"] == "CUDA 13.0.88, compiled for 80, 90 and PTX of 90"
     monkeypatch.setattr(compiled, "LIBRARY", None)
+    monkeypatch.setattr(compiled, "why_missing", lambda: "it rained")
     rows = info_rows(capsys)
-    assert rows["compiled library"] == "not built (pip install -v says why)"
+    assert rows["compiled library"] == "missing: it rained"
     assert "CPU kernels" not in rows
-    assert rows["cpu"] == "cannot run: the compiled library was not built (pip install -v says why)"
+    assert rows["cpu"] == "cannot run: the compiled library is missing: it rained"
 
 
 @pytest.mark.needs("library")

@@ -279,7 +279,8 @@ def test_memory_does_not_grow_with_the_input() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert np.load("40.npy", mmap_mode="r").shape == (320, 8, 8, 512)
-    tokens, more_tokens, video, more_video = map(int, done.stderr.split())
+    # a build without kernels warns there too
+    tokens, more_tokens, video, more_video = (int(line) for line in done.stderr.splitlines() if line.isdigit())
     assert more_tokens - tokens < 32 << 10
     assert more_video - video < 32 << 10
 

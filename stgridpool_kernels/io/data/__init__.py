@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from importlib.resources import as_file, files
 from typing import Any
 
 import numpy as np
 
 __all__ = ["FIXTURE", "load_fixture"]
 
-FIXTURE = Path(__file__).with_name("bigbuckbunny_tokens.npz")
-"""File of the packaged tokens."""
+FIXTURE = files(__name__) / "bigbuckbunny_tokens.npz"
+"""File of the packaged tokens, which may be in a zip."""
 
 
 def load_fixture() -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -24,5 +24,5 @@ def load_fixture() -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         frames: uint8 `(16, 63, 112, 3)` RGB, the same frames in a small size of 7 x 7 pixels per token.
         meta: origin of both: `source`, `credit`, `licence`, `model`, `frame_indices`, and more.
     """
-    with np.load(FIXTURE, allow_pickle=False) as archive:
+    with as_file(FIXTURE) as path, np.load(path, allow_pickle=False) as archive:
         return archive["tokens"], archive["frames"], json.loads(str(archive["meta"]))

@@ -1,0 +1,40 @@
+"""Why the package has no compiled library, and what to do about it, in words."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from importlib.machinery import PathFinder
+from importlib.resources import files
+from pathlib import Path
+
+PACKAGE = "stgridpool_kernels"
+
+RECORD = "left_out.txt"
+"""File of the package in which setup.py writes why a build left the library out."""
+
+
+@cache
+def why_missing() -> str:
+    """Return why the compiled library cannot be found, with a remedy."""
+    package = files(PACKAGE)
+    folder = Path(str(package))
+    # a search with the suffix of this Python's libraries, in other copies that this one hides
+    others = [os.path.join(entry, PACKAGE) for entry in sys.path]
+    hidden = PathFinder.find_spec(f"{PACKAGE}._C", others)
+    if hidden is not None and hidden.origin:
+        return (
+            f"{folder} has none, and hides {Path(hidden.origin).parent}, which has one: leave the checkout for another "
+            "folder, or install it as it is (pip install -e .)"
+        )
+    if not folder.is_dir():
+        return f"libraries cannot be loaded out of {folder.parent}: install the package"
+    of_other_pythons = sorted(path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    if of_other_pythons:
+        tag = sys.implementation.cache_tag
+        return f"{of_other_pythons[0]} in {folder} is not of this Python, {tag}: install the package with this Python"
+    record = package.joinpath(RECORD)
+    if record.is_file():
+        return f"the build left it out: {record.read_text(encoding='utf-8').strip()}"
+    return f"it was never built in {folder}: pip install -e . in the checkout builds it"
