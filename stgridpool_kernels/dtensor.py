@@ -23,8 +23,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from .once import refuse_second
 from .ops import ARGUMENTS, Arguments, check_call, gridding_plan, op_names
 from .plan import GridPlan
+
+refuse_second("cut_counts" in globals())  # importlib.reload keeps what a module defines
 
 Cut = dict[tuple[int, ...], tuple[int, ...]]
 """Numbers of frames of every video within a range [first, last) of packed frames, by range."""

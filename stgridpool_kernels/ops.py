@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import backend_names, choose_backend, requested_backend, use_backend
+from .once import refuse_second
 from .plan import GridPlan, grid_plan
 from .plan.integers import shown
 from .plan.plan import cached_plan, level_shapes, pooled_size
@@ -54,6 +55,7 @@ _NO_POOLING: Arguments = {
 }
 _SETTINGS = ("temperature", "norm_type", "normalize_norm")
 
+refuse_second(hasattr(torch.ops.stgp, "grid_pool"))
 _library = torch.library.Library("stgp", "DEF")
 _defaults: dict[str, Arguments] = {}
 

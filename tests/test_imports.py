@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -14,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "stgridpool_kernels"
 FLOORS = [
-    ("version", "plan", "io.writing"),
+    ("version", "once", "plan", "io.writing"),
     ("backends",),
     ("ops",),
     ("dtensor",),
@@ -91,6 +94,42 @@ def test_no_circles() -> None:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(" → ".join(error.args[1]))
+
+
+AGAIN = """
+import importlib, sys, torch
+import stgridpool_kernels as stgp
+import stgridpool_kernels.dtensor
+x = torch.randn(16, 4, 4, 8, requires_grad=True)
+
+def again(load, *arguments):
+    try:
+        load(*arguments)
+    except ImportError as error:
+        assert "already loaded in this process" in str(error), error
+        assert "restart the process" in str(error)
+        return True
+    return False
+
+def purge():
+    for name in [name for name in sys.modules if name.split(".")[0] == "stgridpool_kernels"]:
+        del sys.modules[name]
+    importlib.import_module("stgridpool_kernels")
+
+names = [name for name in sys.modules if name.split(".")[0] == "stgridpool_kernels"]
+print(*(name for name in names if again(importlib.reload, sys.modules[name])))
+print(again(purge), again(purge))
+stgp.grid_pool(x).sum().backward()
+stgp.grid_pool(x.detach(), backend="reference")
+"""
+
+
+def test_a_second_load_in_a_process_is_refused_and_the_first_goes_on() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}  # the Triton kernels are imported when they are first used
+    done = subprocess.run([sys.executable, "-c", AGAIN], check=True, capture_output=True, text=True, env=environment)
+    refused, purged = done.stdout.splitlines()
+    assert {*refused.split()} == {f"{PACKAGE}.{name}" for name in ("backends.compiled", "ops", "dtensor")}
+    assert purged == "True True"
 
 
 def test_files_are_read_by_the_command_line_and_one_integration() -> None:

@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..once import refuse_second
 from ..plan import GridPlan
 from ..plan.dataflow import Dataflow, MakeDataflow, is_2x2_area, is_2x2_pooling
 from ..plan.tables import VERSION, Chunk, plan_tables
@@ -30,6 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # The ops get checked tensors. `tables` holds the words of the plan (plan/tables.py), and `device_tables` the same words
 # on the device of x, or None if that is the CPU.
+refuse_second(hasattr(torch.ops.stgp, "_grid_pool_by_tables"))
 _library = torch.library.Library("stgp", "FRAGMENT")
 _PLAN = "Tensor tables, Tensor? device_tables"
 _library.define(

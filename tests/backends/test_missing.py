@@ -60,7 +60,7 @@ def test_a_checkout_that_hides_an_installed_package(
     assert "never built" in why()
     (installed / f"_C{SUFFIX}").touch()
     (package / missing.RECORD).touch()
-    assert why().startswith(f"{package} has none, and hides {installed}, which has one: leave the checkout")
+    assert why().startswith(f"{package} has none, and hides {installed}, which has one: run from another folder")
 
 
 def test_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
