@@ -8,13 +8,15 @@ import inspect
 import logging
 import math
 import threading
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import stgridpool_kernels as stgp
-from stgridpool_kernels import backends
+from stgridpool_kernels import backends, ops
 from stgridpool_kernels.ops import ARGUMENTS
 
 NAMES = list(ARGUMENTS)
@@ -136,6 +138,40 @@ def test_meta_tensors_give_the_shape_without_computing(name):
     assert result.device.type == "meta"
     assert result.shape == expected.get(name, (64, 27, 27))
     assert result.dtype == (torch.float32 if name == "token_norm" else torch.bfloat16)
+
+
+# ---- checkpointing ----
+
+
+def recorded(name):
+    return op(f"_{name}_recorded").default
+
+
+def save_by_function(name):
+    save, recompute = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
+    return lambda context, called, *inputs, **options: save if called is recorded(name) else recompute
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("policy", [lambda name: [recorded(name)], save_by_function], ids=["list", "function"])
+@pytest.mark.parametrize("name", ["grid_pool", "norm_pool"])
+def test_selective_checkpointing_saves_a_result_by_the_op_that_gradients_record(name, policy, compiled, monkeypatch):
+    """The README names the op, since a policy does not see the public one."""
+    torch._dynamo.reset()
+    ran, run = [], ops._run
+    monkeypatch.setattr(ops, "_run", lambda called, *arguments: ran.append(called) or run(called, *arguments))
+    contexts = partial(create_selective_checkpoint_contexts, policy(name))
+
+    def pooled(x, context_fn):
+        return checkpoint(lambda x: op(name)(x.sin()).sin(), x, use_reentrant=False, context_fn=context_fn).sum()
+
+    step = torch.compile(pooled, fullgraph=True, backend="aot_eager") if compiled else pooled
+    x = tokens(9, 6, 7, 3).requires_grad_()
+    step(x, contexts).backward()
+    assert ran == [name]
+    found, x.grad = x.grad, None
+    op(name)(x.sin()).sin().sum().backward()
+    torch.testing.assert_close(found, x.grad)
 
 
 # ---- compilation and export ----

@@ -25,8 +25,8 @@ def why_missing() -> str:
     hidden = PathFinder.find_spec(f"{PACKAGE}._C", others)
     if hidden is not None and hidden.origin:
         return (
-            f"{folder} has none, and hides {Path(hidden.origin).parent}, which has one: run from another folder, or build "
-            "the checkout (pip install -e .)"
+            f"{folder} has none, and hides {Path(hidden.origin).parent}, which has one: run from another folder, or "
+            "build the checkout (pip install -e .)"
         )
     if not folder.is_dir():
         return f"libraries cannot be loaded out of {folder.parent}: install the package"
