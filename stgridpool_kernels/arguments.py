@@ -28,6 +28,10 @@ warned: set[str] = set()
 """Layouts that `warn_of_layout` has warned of in this process: "channels first" and "flattened"."""
 
 
+class LayoutWarning(UserWarning):
+    """Warning that tokens have a shape that looks like that of another layout than the one in which they are read."""
+
+
 def converted(name: str, value: Any) -> Any:
     """Return an argument of `grid_pool` or `pool_flat` in a type that the op takes.
 
@@ -84,6 +88,7 @@ def warn_of_layout(x: Tensor) -> None:
         warnings.warn(
             f"x of shape {tuple(x.shape)} is read as frames of {H} × {W} tokens of {C} channels; if they are {layout}, "
             f"{shape}, pass {remedy}",
+            LayoutWarning,
             stacklevel=4,
         )
         warned.add(layout)

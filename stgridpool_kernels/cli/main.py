@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..arguments import LayoutWarning
 from ..integrations.command_line import join_values, refuse_unknown
 from ..io.token_files import SUFFIXES
 from ..io.video import VideoWarning
@@ -90,7 +91,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _warnings_in_a_line(args: argparse.Namespace) -> Iterator[None]:
-    """Print the message of a VideoWarning or RuntimeWarning as one line on stderr, without the code that raised it.
+    """Print the package's warnings, a line each, on stderr, without the code that raised them.
 
     A RuntimeWarning, as for missing kernels, is red on a terminal.
     """
@@ -100,7 +101,7 @@ def _warnings_in_a_line(args: argparse.Namespace) -> Iterator[None]:
         def show_in_a_line(
             message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any, **named: Any
         ) -> None:
-            if issubclass(category, VideoWarning):
+            if issubclass(category, (LayoutWarning, VideoWarning)):
                 complain(args, str(message))
             elif issubclass(category, RuntimeWarning):
                 line = Text(printable(f"stgp {args.command}: {message}"), "bold red")

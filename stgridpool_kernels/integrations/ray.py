@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import grid_pool
+from ..flat import grid_size
 from ..io.failures import describe, is_out_of_memory
 from ..io.folders import Found, find_inputs, remark_on
 from ..io.inputs import check_count, check_reading, load_input
@@ -107,7 +108,7 @@ class PoolFiles:
             x, _ = load_input(job.source, **self.reading)
         job.warning = "; ".join(str(warning.message) for warning in caught)
         job.is_flat = x.dim() == 3
-        return x.unflatten(1, self.reading["grid"]) if job.is_flat else x
+        return x.unflatten(1, grid_size(self.reading["grid"])) if job.is_flat else x
 
     def _pool_packed(self, group: list[tuple[_Job, Tensor]]) -> None:
         """Pool inputs of one frame size and dtype, packed along T, and write the result of each."""

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..flat import grid_size
+from ..plan.integers import shown
 from .encoder import PATCH, TAPS, Encoder
 from .token_files import SUFFIXES, TokenFileError, check_file, format_of, read_tokens, stream_safetensors, stream_tokens
 from .video import VIDEO_SUFFIXES, VideoError, count_frames, iter_frames, read_frames
@@ -102,14 +104,12 @@ def stream_input(
 def check_reading(*, key: str | None, num_frames: int, grid: Sequence[int] | None, tap: str) -> None:
     """Raise TypeError or ValueError unless these are valid arguments of `load_input`."""
     if not isinstance(key, str | None):
-        raise TypeError(f"key must be a name or None, got {key!r}")
+        raise TypeError(f"key must be a name or None, got {shown(key)}")
     check_count("num_frames", num_frames)
-    if grid is not None and (not isinstance(grid, Sequence) or len(grid) != 2):
-        raise ValueError(f"grid must be two integers (rows, cols), got {grid!r}")
-    for count in grid or ():
-        check_count("grid's rows and cols", count)
+    if grid is not None:
+        grid_size(grid)
     if tap not in tuple(TAPS):
-        raise ValueError(f"tap must be one of {', '.join(TAPS)}, got {tap!r}")
+        raise ValueError(f"tap must be one of {', '.join(TAPS)}, got {shown(tap)}")
 
 
 def check_count(name: str, value: int) -> None:
@@ -117,14 +117,14 @@ def check_count(name: str, value: int) -> None:
     try:
         operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from error
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from error
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _size(grid: tuple[int, int] | None) -> tuple[int, int]:
     """Return the height and width in pixels of the frames that are encoded as `grid` tokens."""
-    rows, cols = grid or VIDEO_GRID
+    rows, cols = VIDEO_GRID if grid is None else grid_size(grid)
     return PATCH * rows, PATCH * cols
 
 
