@@ -1,19 +1,21 @@
-"""Reading of video frames with PyAV, which ships its own FFmpeg and is imported on first use.
+"""Frames of videos and pictures, which `formats.opened` opens.
 
-A video is decoded once, from start to end, and only the requested frames are kept, at their final size. Frames that
-cannot be decoded are left out, with a `VideoWarning`.
+A video is decoded from start to end, and only the requested frames are kept, upright and at their final size. Of a file
+that is cut short, the frames that are there are used, with a `VideoWarning`. A damaged packet is an error, unless the
+decoder conceals the damage.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from .decoding import Clip, Packets, VideoWarning
+from .formats import VideoError, import_av, opened
+from .orientation import orientation
 
 __all__ = [
     "VIDEO_SUFFIXES",
@@ -38,14 +40,6 @@ Animations are among them. Still pictures are not, which often are thumbnails. O
 """
 
 
-class VideoError(ValueError):
-    """Error about a file or stream without a frame that can be decoded. The message gives its name and the cause."""
-
-
-class VideoWarning(UserWarning):
-    """Warning that fewer frames of a video can be decoded than its packets or header announce; these are used."""
-
-
 def sample_indices(total: int, num_frames: int) -> list[int]:
     """Return the indices, in order and from 0, of the frames that are read of a clip of `total` frames.
 
@@ -63,9 +57,15 @@ def sample_indices(total: int, num_frames: int) -> list[int]:
 
 
 def count_frames(path: str | os.PathLike[str]) -> int:
-    """Return the number of frames that a video file's packets announce, without decoding. Raises as `read_frames`."""
-    with _opened(os.fspath(path)) as (container, stream):
-        return sum(packet is not None and _shows_frame(packet) for packet in _packets(container, stream))
+    """Return the number of frames that a video file's packets announce, without decoding. Raises as `read_frames`.
+
+    It is the number of frames that are decoded, except in formats where some packets are not shown (VP8 in WebM) or
+    cannot be decoded because the clip begins between two keyframes. A chunk of AVI that is empty, which repeats the
+    frame before it, is no frame.
+    """
+    with opened(os.fspath(path)) as (container, stream):
+        packets = Packets(container, stream)
+        return sum(packet is not None and not packet.is_discard for packet in packets)
 
 
 def read_frames(
@@ -75,44 +75,40 @@ def read_frames(
     size: tuple[int, int] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> np.ndarray:
-    """Read the frames of a clip that `sample_indices` selects with `total` = `count_frames`, which are evenly spread.
+    """Read frames of a clip, evenly spread: those that `sample_indices` selects of all its frames.
 
     Args:
-        path: a local file. Its best video stream is read; a rotation recorded in the stream is applied.
+        path: a local file, in a format that holds its pictures itself (docs/streaming.md lists them). Its best video
+            stream is read; the orientation recorded in the file is applied, mirrored ones included. Neither its name
+            nor its tags matter.
         num_frames: maximum number of frames to return.
         size: `(height, width)` in pixels of the returned frames. They are resized by swscale's bilinear filter, which
             averages when it shrinks; the aspect ratio is not kept. None keeps the clip's own size.
         progress: called as `progress(done, total)` after each sampled frame.
 
     Returns:
-        uint8 `(T, H, W, 3)` RGB with `T = min(num_frames, frames in the clip)`, or fewer if some cannot be decoded.
+        uint8 `(T, H, W, 3)` RGB with `T = min(num_frames, frames in the clip)`.
 
     Warns:
-        VideoWarning: fewer frames can be decoded than the file announces. In formats made for streaming (Matroska,
-            MPEG-TS, raw H.264), a file that is cut short announces only the frames it has, so nothing is missing.
+        VideoWarning: the file is cut short. In formats made for streaming (Matroska, MPEG-TS, raw H.264), such a file
+            announces only the frames it has, so nothing is missing.
 
     Raises:
-        VideoError: FFmpeg cannot open the file, it has no video stream, or none of its frames can be decoded.
+        VideoError: the file cannot be opened, is in another format, has no video stream or one that FFmpeg has no
+            decoder for, or none of its frames can be decoded; or a packet before the last one is damaged, whose frame
+            the message names, and the decoder does not conceal that.
         ValueError: `num_frames` or `size` is not positive.
         ImportError: PyAV is not installed.
     """
     sample_indices(0, num_frames)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size must be (height, width), both positive, got {size}")
-    name, indices = os.fspath(path), sample_indices(count_frames(path), num_frames)
-    frames, done = np.empty((0, *(size or (0, 0)), 3), np.uint8), 0
-    with _opened(name) as (container, stream):
-        for number, frame in enumerate(_frames(container, stream, name)):
-            if done < len(indices) and number == indices[done]:
-                picture = _to_rgb(frame, size)
-                if not done:
-                    frames = np.empty((len(indices), *picture.shape), np.uint8)
-                    size = picture.shape[:2]  # a stream may change its size midway; the first frame decides
-                frames[done] = picture
-                done += 1
-                if progress is not None:
-                    progress(done, len(indices))
-    return frames[:done]
+    name, total = os.fspath(path), count_frames(path)
+    frames, clip = _read_samples(name, sample_indices(total, num_frames), size, progress)
+    if clip.found != total:
+        frames, clip = _read_samples(name, sample_indices(clip.found, num_frames), size, progress)
+    clip.warn_if_cut_short(stacklevel=3)
+    return frames
 
 
 def iter_frames(source: BinaryIO, name: str, *, size: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -121,77 +117,57 @@ def iter_frames(source: BinaryIO, name: str, *, size: tuple[int, int]) -> Iterat
     source: bytes that may be endless, and not seekable if the container format allows it (Matroska, MPEG-TS, fragmented
         MP4). name: its name in error messages.
     """
-    with _opened(name, source) as (container, stream):
-        for frame in _frames(container, stream, name):
-            yield _to_rgb(frame, size)
+    with opened(name, source) as (container, stream):
+        clip = Clip(container, stream, name, exact=True)
+        for frame in clip:
+            yield _to_rgb(frame, size, name)
+        clip.warn_if_cut_short(stacklevel=3)
 
 
-def _frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
-    """Yield every frame of the stream that can be decoded; warn at the end if fewer were decoded than announced."""
-    found = announced = discarded = 0
-    for packet in _packets(container, stream):
-        announced += packet is None or _shows_frame(packet)
-        if packet is None:
-            continue
-        discarded += packet.is_discard
-        try:
-            frames = packet.decode()
-        except _import_av().FFmpegError:
-            continue
-        found += len(frames)
-        yield from frames
-    if not found:
-        raise VideoError(f"{name}: no frame of its video stream can be decoded")
-    announced = max(announced, stream.frames - discarded)  # the header's number, 0 if it has none
-    if found < announced:
-        message = f"{name}: damaged or cut short: {found} of {announced} frames can be decoded, the others are left out"
-        warnings.warn(message, VideoWarning, stacklevel=2)
-
-
-def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """Yield the stream's packets in the order of the container, None for one that is corrupt or cannot be read."""
+def _read_samples(
+    name: str, indices: list[int], size: tuple[int, int] | None, progress: Callable[[int, int], object] | None
+) -> tuple[np.ndarray, Clip]:
+    """Decode a file and return its frames at `indices`, which are sorted, and what was found out about the clip."""
     try:
-        for packet in container.demux(stream):
-            yield None if packet.is_corrupt else packet
-    except _import_av().FFmpegError:
-        yield None
+        return _decode(name, indices, size, progress, exact=False)
+    except import_av().FFmpegError:
+        return _decode(name, indices, size, progress, exact=True)
 
 
-def _shows_frame(packet: Any) -> bool:
-    """Return whether a packet announces a frame. The one that ends a stream is empty; edit lists discard packets."""
-    return packet.size > 0 and not packet.is_discard
+def _decode(
+    name: str,
+    indices: list[int],
+    size: tuple[int, int] | None,
+    progress: Callable[[int, int], object] | None,
+    *,
+    exact: bool,
+) -> tuple[np.ndarray, Clip]:
+    frames, done = np.empty((0, *(size or (0, 0)), 3), np.uint8), 0
+    with opened(name) as (container, stream):
+        clip = Clip(container, stream, name, exact=exact)
+        for number, frame in enumerate(clip):
+            if done < len(indices) and number == indices[done]:
+                picture = _to_rgb(frame, size, name)
+                if not done:
+                    frames = np.empty((len(indices), *picture.shape), np.uint8)
+                    size = picture.shape[:2]  # a stream may change its size midway; the first frame decides
+                frames[done] = picture
+                done += 1
+                if progress is not None:
+                    progress(done, len(indices))
+    return frames[:done], clip
 
 
-def _to_rgb(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
+def _to_rgb(frame: Any, size: tuple[int, int] | None, name: str) -> np.ndarray:
     """Return a decoded frame as uint8 `(H, W, 3)`, upright and at `size`."""
-    quarters = round(frame.rotation / 90) % 4
+    swapped, turn = orientation(frame)
     height, width = size or (None, None)
-    if quarters % 2:
+    if swapped:
         height, width = width, height
-    rgb = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-    return np.rot90(rgb, quarters)
-
-
-@contextmanager
-def _opened(name: str, source: BinaryIO | None = None) -> Iterator[tuple[Any, Any]]:
-    """Yield container and best video stream of the file `name`, or of `source`; FFmpeg's errors become VideoError."""
-    av = _import_av()
     try:
-        # "file:" keeps a colon in the name from being read as a protocol.
-        with av.open(source or f"file:{name}") as container:
-            stream = container.streams.best("video")
-            # FFmpeg would render a text file as a video of its characters.
-            if stream is None or container.format.name == "tty":
-                raise VideoError(f"{name}: the file holds no video stream")
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except av.FFmpegError as error:
-        raise VideoError(f"{name}: not a video FFmpeg can read, or cut short: {error.strerror}") from error
-
-
-def _import_av() -> ModuleType:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('reading video needs PyAV: pip install "stgridpool_kernels[demo]"', name="av") from error
-    return av
+        picture: np.ndarray = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+    except (import_av().FFmpegError, ValueError) as error:
+        raise VideoError(
+            f"{name}: pictures of the pixel format {frame.format.name} cannot be turned into RGB"
+        ) from error
+    return turn(picture)

@@ -1,0 +1,144 @@
+"""Opening of videos and pictures with PyAV, which ships its own FFmpeg and is imported on first use.
+
+FFmpeg is handed bytes and never a name, and opens only formats that hold their pictures themselves. So reading a file
+opens no other file and no connection, whatever the file holds and however it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any, BinaryIO
+
+__all__ = ["VideoError", "import_av", "opened"]
+
+_CONTAINERS = "apng asf avi dv flv gif gxf ivf matroska mov mpeg mpegts mxf nsv nut ogg rm swf wtv yuv4mpegpipe"
+_RAW = "apv av1 avs2 avs3 cavsvideo dirac dnxhd evc h261 h263 h264 hevc m4v mjpeg mjpeg_2000 mpegvideo obu vc1 vvc"
+_PICTURES = (
+    "alias_pix brender_pix bmp_pipe dds_pipe dpx_pipe exr_pipe fits gif_pipe hdr_pipe ico j2k_pipe jpeg_pipe "
+    "jpegls_pipe jpegxl_anim jpegxl_pipe pam_pipe pbm_pipe pcx_pipe pfm_pipe pgm_pipe pgmyuv_pipe phm_pipe png_pipe "
+    "ppm_pipe psd_pipe qoi_pipe sgi_pipe sunrast_pipe tiff_pipe vbn_pipe webp webp_pipe xbm_pipe xpm_pipe xwd_pipe"
+)
+_SOUND = "aac aiff flac mp3 wav"  # so that the error about a song says that it holds no video
+
+_FORMATS = ",".join(f"{_CONTAINERS} {_RAW} {_PICTURES} {_SOUND}".split())
+"""Names of FFmpeg's demuxers that read a file's pictures from that file alone."""
+
+_OPTIONS = {
+    "format_whitelist": _FORMATS,
+    # The bytes come from Python, and a demuxer that names more of them by an address is refused.
+    "protocol_whitelist": "none",
+}
+
+_HEAD = 4096
+"""Number of bytes at the start of a file in which a playlist is recognised."""
+
+_PLAYLISTS = {
+    "an HLS or M3U playlist": rb"#EXTM3U",
+    "a concat script": rb"ffconcat\s",
+    "an SDP session description": rb"v=0\s|(?s:.*)^c=IN IP",
+    "a DASH manifest": rb"(?s:.*)<MPD\b",
+    "a Smooth Streaming manifest": rb"(?s:.*)<SmoothStreamingMedia\b",
+    "an HDS manifest": rb"(?s:.*)<manifest\s[^>]*ns\.adobe\.com/f4m",
+    "an IMF composition playlist": rb"(?s:.*)<CompositionPlaylist\b",
+    "a SMIL presentation": rb"(?s:.*)<smil\b",
+    "an ASX playlist": rb"(?i:<asx\b)",
+    "an XSPF playlist": rb"(?s:.*)<playlist\b[^>]*xspf",
+    "a PLS playlist": rb"(?i:\[playlist\])",
+    "an ASF reference": rb"\[Reference\]",
+    "an RTSP reference": rb"(?i:rtsptext|rtsp://)",
+    "a VobSub index": rb"# VobSub index file",
+    "an SVG drawing": rb"(?s:.*)<svg\b",
+}
+"""Texts that name the files or addresses where pictures are, by what they are called in errors."""
+
+
+class VideoError(ValueError):
+    """Error about a file or stream whose video cannot be read. The message gives its name and the cause."""
+
+
+@contextmanager
+def opened(name: str, source: BinaryIO | None = None) -> Iterator[tuple[Any, Any]]:
+    """Yield PyAV's container and its video stream, of the file `name` or of the bytes of `source`.
+
+    Raises VideoError if the file cannot be opened, or if nothing in it is a video that FFmpeg can decode.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(_open_file(name)) if source is None else source
+        container = stack.enter_context(_open_container(name, file))
+        yield container, _video_stream(name, container)
+
+
+def import_av() -> ModuleType:
+    """Return PyAV. Raises ImportError, which says how to install it."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('reading video needs PyAV: pip install "stgridpool_kernels[demo]"', name="av") from error
+    return av
+
+
+def _open_file(name: str) -> BinaryIO:
+    import_av()
+    try:
+        return open(name, "rb")
+    except (OSError, ValueError) as error:  # ValueError for a null character
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise VideoError(f"{name}: cannot be opened: {cause}") from error
+
+
+class _Nameless:
+    """Bytes of a file or stream, without the name by which FFmpeg would choose a format or look for more files."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self.head = source.read(_HEAD)
+        self._unread = self.head
+        self._source = source
+        if source.seekable():
+            source.seek(-len(self.head), os.SEEK_CUR)
+            self._unread = b""
+            self.seek, self.tell = source.seek, source.tell
+
+    def read(self, size: int) -> bytes:
+        if self._unread:
+            taken, self._unread = self._unread[:size], self._unread[size:]
+            return taken
+        return self._source.read(size)
+
+
+def _open_container(name: str, source: BinaryIO) -> Any:
+    av = import_av()
+    nameless = _Nameless(source)
+    text = nameless.head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for kind, pattern in _PLAYLISTS.items():
+        if b"\0" not in text and re.match(pattern, text, re.MULTILINE):
+            raise VideoError(f"{name}: {kind}, which names other files; only formats that hold their pictures are read")
+    try:
+        # Tags may be in any encoding. They are not used. The options are those of the container alone: with options for
+        # streams, PyAV 17.0.0 writes beyond an array where FFmpeg finds the streams late.
+        return av.open(nameless, container_options=_OPTIONS, metadata_errors="replace")
+    except av.ArgumentError as error:
+        raise VideoError(f"{name}: damaged, or not in a format that is read (docs/streaming.md lists them)") from error
+    except Exception as error:
+        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
+            raise
+        cause = error.strerror if isinstance(error, OSError | av.FFmpegError) else error
+        raise VideoError(f"{name}: not a video FFmpeg can read, or cut short: {cause}") from error
+
+
+def _video_stream(name: str, container: Any) -> Any:
+    """Return the stream that FFmpeg takes for the best video. Pictures that are attached to a song are none."""
+    best = container.streams.best("video")
+    streams = [stream for stream in (best, *container.streams.video) if stream and not _is_attached(stream)]
+    if not streams:
+        raise VideoError(f"{name}: the file holds no video stream")
+    if streams[0].codec_context is None:
+        raise VideoError(f"{name}: FFmpeg has no decoder for the codec of its video stream, or its header is cut short")
+    return streams[0]
+
+
+def _is_attached(stream: Any) -> bool:
+    return bool(stream.disposition & import_av().stream.Disposition.attached_pic)
