@@ -118,9 +118,9 @@ def iter_frames(source: BinaryIO, name: str, *, size: tuple[int, int]) -> Iterat
         MP4). name: its name in error messages.
     """
     with opened(name, source) as (container, stream):
-        clip = Clip(container, stream, name, exact=True)
+        clip, convert = Clip(container, stream, name, exact=True), _Converter(name, size)
         for frame in clip:
-            yield _to_rgb(frame, size, name)
+            yield convert(frame)
         clip.warn_if_cut_short(stacklevel=3)
 
 
@@ -144,13 +144,15 @@ def _decode(
 ) -> tuple[np.ndarray, Clip]:
     frames, done = np.empty((0, *(size or (0, 0)), 3), np.uint8), 0
     with opened(name) as (container, stream):
-        clip = Clip(container, stream, name, exact=exact)
+        clip, convert = Clip(container, stream, name, exact=exact), _Converter(name, size)
         for number, frame in enumerate(clip):
             if done < len(indices) and number == indices[done]:
-                picture = _to_rgb(frame, size, name)
+                picture = convert(frame)
                 if not done:
                     frames = np.empty((len(indices), *picture.shape), np.uint8)
-                    size = picture.shape[:2]  # a stream may change its size midway; the first frame decides
+                    convert.size = picture.shape[
+                        :2
+                    ]  # the first frame decides, since a stream may change its size midway
                 frames[done] = picture
                 done += 1
                 if progress is not None:
@@ -158,16 +160,28 @@ def _decode(
     return frames[:done], clip
 
 
-def _to_rgb(frame: Any, size: tuple[int, int] | None, name: str) -> np.ndarray:
-    """Return a decoded frame as uint8 `(H, W, 3)`, upright and at `size`."""
-    swapped, turn = orientation(frame)
-    height, width = size or (None, None)
-    if swapped:
-        height, width = width, height
-    try:
-        picture: np.ndarray = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-    except (import_av().FFmpegError, ValueError) as error:
-        raise VideoError(
-            f"{name}: pictures of the pixel format {frame.format.name} cannot be turned into RGB"
-        ) from error
-    return turn(picture)
+class _Converter:
+    """Conversion of decoded frames of a clip to uint8 `(H, W, 3)` RGB, upright.
+
+    size: `(height, width)` of the pictures; None is the size of each frame. name: name of the clip in errors.
+    """
+
+    def __init__(self, name: str, size: tuple[int, int] | None) -> None:
+        self._name, self.size = name, size
+        self._rotation: int | None = None
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        # PyAV keeps a frame whose display matrix was read until garbage is collected, so it is read again only if the
+        # rotation changes.
+        if frame.rotation != self._rotation:
+            self._rotation = frame.rotation
+            self._swapped, self._turn = orientation(frame)
+        height, width = self.size or (None, None)
+        if self._swapped:
+            height, width = width, height
+        try:
+            picture: np.ndarray = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+        except (import_av().FFmpegError, ValueError) as error:
+            kind = frame.format.name
+            raise VideoError(f"{self._name}: pixels of the format {kind} cannot be converted to RGB") from error
+        return self._turn(picture)
