@@ -20,6 +20,7 @@ from .figure import save_figure
 from .inspection import Inspection, inspect_tokens
 from .options import check_grid
 from .picture import check_picture, require_matplotlib
+from .terminal import printable
 
 
 def inspect_command(
@@ -45,7 +46,8 @@ def inspect_command(
     """
     check_picture(output, force)
     require_matplotlib()
-    with console.status(f"reading {escape(path.name)}") as status:
+    name = printable(path.name)
+    with console.status(f"reading {escape(name)}") as status:
         x, frames = load_input(
             path, key=key, num_frames=num_frames, grid=grid, tap=tap,
             progress=lambda step, done, total: status.update(f"{step}: {done} of {total} frames"),
@@ -56,10 +58,10 @@ def inspect_command(
     options = dict(options)
     x, frames, which = _first_video(x, frames, options.pop("frame_counts", None))
     inspection = inspect_tokens(x.to(device), **options)
-    save_figure(inspection, frames, output, force=force, name=path.name)
-    console.print(_table(inspection, device, f"{path.name}{which}"))
+    save_figure(inspection, frames, output, force=force, name=name)
+    console.print(_table(inspection, device, f"{name}{which}"))
     console.print(inspection.advice, markup=False, highlight=False)
-    console.print(f"figure: {output}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"figure: {printable(str(output))}", style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def _first_video(

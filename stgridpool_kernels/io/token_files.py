@@ -14,9 +14,10 @@ import pickle
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -96,12 +97,25 @@ def read_tokens(path: str | os.PathLike[str], key: str | None = None, *, grid: t
             case ".pt":
                 tensor = _read_pt(opened, key)
             case _:
-                with safetensors.safe_open(file, framework="pt", device="cpu") as archive:
+                with _open_safetensors(file) as archive:
                     # The library's own tensor is a mapping of the file.
                     tensor = archive.get_tensor(_choose(archive.keys(), key)).clone()
         _check_dtype(_name(tensor.dtype))
         _check_shape(tuple(tensor.shape), grid)
     return tensor
+
+
+@contextmanager
+def _open_safetensors(file: Path) -> Iterator[Any]:
+    """Yield the archive of a .safetensors file. The library takes names in UTF-8 only, so others get a link."""
+    with ExitStack() as stack:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:
+            link = Path(stack.enter_context(TemporaryDirectory()), "tokens.safetensors")
+            link.symlink_to(file.absolute())
+            file = link
+        yield stack.enter_context(safetensors.safe_open(file, framework="pt", device="cpu"))
 
 
 def _read_npz(opened: BinaryIO, key: str | None) -> Tensor:
@@ -308,7 +322,7 @@ def stream_safetensors(file: Path, chunk: int, grid: tuple[int, int] | None = No
     """
     with (
         _errors_name(str(file), _ALLOWED[".safetensors"]),
-        safetensors.safe_open(file, framework="pt", device="cpu") as archive,
+        _open_safetensors(file) as archive,
     ):
         tensor = archive.get_slice(_choose(archive.keys(), None))
         shape = tuple(tensor.get_shape())

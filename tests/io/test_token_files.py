@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import struct
 import tempfile
@@ -31,9 +32,10 @@ from stgridpool_kernels.io.token_files import (
     stream_safetensors,
     write_tokens,
 )
-from stgridpool_kernels.io.video import read_frames
+from stgridpool_kernels.io.video import VideoError, read_frames
 from stgridpool_kernels.io.writing import atomic_write, refuse_existing, remove_leftovers
 from tests.support.cases import tokens
+from tests.support.media import write_video
 from tests.support.tolerance import assert_same_bits
 
 DTYPES = (torch.float16, torch.float32, torch.float64, torch.bfloat16)
@@ -107,6 +109,26 @@ def test_views_gradients_and_upper_case(tmp_path: Path, suffix: str) -> None:
     write_tokens(path, x, force=False)
     assert path.stat().st_size < 8000
     assert torch.equal(read_tokens(path), x.detach())
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"\xff\xfe", "\u0416 \u98ef".encode()], ids=repr)
+@pytest.mark.parametrize("folder", [b".", b"dossi\xe9r"], ids=repr)
+def test_names_are_any_bytes(name: bytes, folder: bytes, tmp_path: Path) -> None:
+    x = tokens(4, 2, 2, 8)
+    place = tmp_path / os.fsdecode(folder)
+    place.mkdir(exist_ok=True)
+    for suffix in SUFFIXES:
+        path = place / (os.fsdecode(name) + suffix)
+        write_tokens(path, x, force=False)
+        assert torch.equal(read_tokens(path), x)
+        if suffix in (".npy", ".safetensors"):
+            chunks = list(stream_input(path, grid=(1, 1), tap="l11", chunk=3))
+            assert torch.equal(torch.cat(chunks), x)
+    video = place / os.fsdecode(name + b".mp4")
+    assert len(read_frames(write_video(place / "a.mp4").rename(video), 9)) == 5
+    video.write_bytes(b"no video")
+    with pytest.raises(VideoError, match=f"^{re.escape(str(video))}: not a video FFmpeg can read"):
+        read_frames(video, 9)
 
 
 def test_what_cannot_be_written_is_refused_with_what_can(tmp_path: Path) -> None:
