@@ -15,12 +15,14 @@ from typing import Any, BinaryIO
 
 __all__ = ["VideoError", "import_av", "opened"]
 
-_CONTAINERS = "apng asf avi dv flv gif gxf ivf matroska mov mpeg mpegts mxf nsv nut ogg rm swf wtv yuv4mpegpipe"
-_RAW = "apv av1 avs2 avs3 cavsvideo dirac dnxhd evc h261 h263 h264 hevc m4v mjpeg mjpeg_2000 mpegvideo obu vc1 vvc"
+_CONTAINERS = (
+    "apng asf avi dhav dv flic flv gif gxf ivf matroska mov mpeg mpegts mxf nsv nut nuv ogg pva rm swf wtv yuv4mpegpipe"
+)
+_RAW = "apv av1 cavsvideo dirac dnxhd h261 h263 h264 hevc m4v mjpeg mjpeg_2000 mpegvideo obu vc1 vvc"
 _PICTURES = (
     "alias_pix brender_pix bmp_pipe dds_pipe dpx_pipe exr_pipe fits gif_pipe hdr_pipe ico j2k_pipe jpeg_pipe "
-    "jpegls_pipe jpegxl_anim jpegxl_pipe pam_pipe pbm_pipe pcx_pipe pfm_pipe pgm_pipe pgmyuv_pipe phm_pipe png_pipe "
-    "ppm_pipe psd_pipe qoi_pipe sgi_pipe sunrast_pipe tiff_pipe vbn_pipe webp webp_pipe xbm_pipe xpm_pipe xwd_pipe"
+    "jpegls_pipe pam_pipe pbm_pipe pcx_pipe pfm_pipe pgm_pipe pgmyuv_pipe phm_pipe png_pipe ppm_pipe psd_pipe qoi_pipe "
+    "sgi_pipe sunrast_pipe tiff_pipe vbn_pipe webp_pipe xbm_pipe xpm_pipe xwd_pipe"
 )
 _SOUND = "aac aiff flac mp3 wav"  # so that the error about a song says that it holds no video
 

@@ -207,6 +207,42 @@ def test_no_other_file_is_opened_for_a_playlist_that_is_not_recognised(
     assert not address[1]
 
 
+@pytest.mark.parametrize("reader", [READERS["read"], stream, pipe])
+def test_a_movie_whose_pictures_are_in_another_file_has_none(reader: Callable[[Path], Any], tmp_path: Path) -> None:
+    """The data reference is an alias, by an absolute and by a relative name, of a movie of the same layout."""
+    good = write_video(tmp_path / "good.mov")
+    data = good.read_bytes()
+    alias = bytes(10) + b"\3" + b"vol".ljust(27, b"\0") + bytes(12) + b"\x08" + b"good.mov".ljust(63, b"\0") + bytes(16)
+    alias += struct.pack(">hh", 1, 1) + bytes(16)
+    for kind, name in ((2, bytes(good)), (0, bytes(tmp_path.name, "ascii"))):
+        alias += struct.pack(">hH", kind, len(name)) + name + bytes(len(name) % 2)
+    alias += struct.pack(">hh", -1, 0)
+    boxes = struct.pack(">I4sII", 16 + 12 + len(alias), b"dref", 0, 1) + struct.pack(
+        ">I4sI", 12 + len(alias), b"alis", 0
+    )
+    start = data.index(b"dref") - 4
+    [size] = struct.unpack_from(">I", data, start)
+    changed = bytearray(data[:start] + boxes + alias + data[start + size :])
+    for outer in (b"dinf", b"minf", b"mdia", b"trak", b"moov"):
+        at = changed.index(outer) - 4
+        struct.pack_into(">I", changed, at, struct.unpack_from(">I", changed, at)[0] + len(boxes + alias) - size)
+    at = changed.index(b"mdat")
+    body = slice(at + 4, at - 4 + struct.unpack_from(">I", changed, at - 4)[0])
+    changed[body] = bytes(body.stop - body.start)
+    path = tmp_path / "alias.mov"
+    path.write_bytes(changed)
+    assert alias_is_followed(path)
+    with pytest.raises(VideoError, match=f"^{path}: no frame of its video stream can be decoded$"):
+        reader(path)
+
+
+def alias_is_followed(path: Path) -> bool:
+    import av
+
+    with av.open(str(path), container_options={"enable_drefs": "1", "use_absolute_path": "1"}) as container:
+        return len(list(container.decode(video=0))) == 5
+
+
 def test_a_playlist_in_a_pipe_is_refused(address: tuple[str, list[bytes]], tmp_path: Path) -> None:
     fifo = tmp_path / "live.m3u8"
     os.mkfifo(fifo)
