@@ -55,14 +55,11 @@ class Clip:
     found: number of frames that were decoded so far. `warn_if_cut_short` compares it with what the container announces.
     """
 
-    def __init__(self, container: Any, stream: Any, name: str, *, exact: bool) -> None:
-        """Prepare decoding.
-
-        exact: decode packet by packet, so that a damaged one is known. Otherwise a thread may work on each frame, and
-            iteration raises FFmpegError where a packet cannot be decoded.
-        """
-        stream.thread_type = "SLICE" if exact else "AUTO"
-        self._container, self._stream, self._name, self._exact = container, stream, name, exact
+    def __init__(self, container: Any, stream: Any, name: str) -> None:
+        # With a thread for each frame, FFmpeg can wait for ever for a picture that a damaged HEVC stream refers to, and
+        # an error does not tell which packet it is about.
+        stream.codec_context.thread_count = 1
+        self._container, self._stream, self._name = container, stream, name
         self._packets = Packets(container, stream)
         self._shown = self._discarded = self._incomplete = 0
         self.found = 0
@@ -80,8 +77,6 @@ class Clip:
             try:
                 frames = self._stream.decode(packet)
             except import_av().FFmpegError as error:
-                if not self._exact:
-                    raise
                 if begins_late and not self.found:
                     continue  # what comes before the first keyframe refers to pictures that are not there
                 following = list(islice(packets, _REORDERED))

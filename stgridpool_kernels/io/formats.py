@@ -113,22 +113,32 @@ class _Nameless:
 
 def _open_container(name: str, source: BinaryIO) -> Any:
     av = import_av()
-    nameless = _Nameless(source)
-    text = nameless.head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for kind, pattern in _PLAYLISTS.items():
-        if b"\0" not in text and re.match(pattern, text, re.MULTILINE):
-            raise VideoError(f"{name}: {kind}, which names other files; only formats that hold their pictures are read")
     try:
-        # Tags may be in any encoding. They are not used. The options are those of the container alone: with options for
-        # streams, PyAV 17.0.0 writes beyond an array where FFmpeg finds the streams late.
-        return av.open(nameless, container_options=_OPTIONS, metadata_errors="replace")
+        nameless = _Nameless(source)
+        _refuse_playlists(name, nameless.head)
+        return av.open(nameless, container_options=_OPTIONS, metadata_errors="replace")  # tags may be in any encoding
+    except VideoError:
+        raise
     except av.ArgumentError as error:
         raise VideoError(f"{name}: damaged, or not in a format that is read (docs/streaming.md lists them)") from error
     except Exception as error:
         if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
             raise
-        cause = error.strerror if isinstance(error, OSError | av.FFmpegError) else error
+        cause = getattr(error, "strerror", None) or error
         raise VideoError(f"{name}: not a video FFmpeg can read, or cut short: {cause}") from error
+
+
+def _refuse_playlists(name: str, head: bytes) -> None:
+    """Raise VideoError if a file that begins with `head` is one of `_PLAYLISTS`.
+
+    FFmpeg refuses it too, but does not say what it is.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if b"\0" in text:
+        return
+    for kind, pattern in _PLAYLISTS.items():
+        if re.match(pattern, text, re.MULTILINE):
+            raise VideoError(f"{name}: {kind}, which names other files; only formats that hold their pictures are read")
 
 
 def _video_stream(name: str, container: Any) -> Any:

@@ -118,7 +118,7 @@ def iter_frames(source: BinaryIO, name: str, *, size: tuple[int, int]) -> Iterat
         MP4). name: its name in error messages.
     """
     with opened(name, source) as (container, stream):
-        clip, convert = Clip(container, stream, name, exact=True), _Converter(name, size)
+        clip, convert = Clip(container, stream, name), _Converter(name, size)
         for frame in clip:
             yield convert(frame)
         clip.warn_if_cut_short(stacklevel=3)
@@ -128,31 +128,15 @@ def _read_samples(
     name: str, indices: list[int], size: tuple[int, int] | None, progress: Callable[[int, int], object] | None
 ) -> tuple[np.ndarray, Clip]:
     """Decode a file and return its frames at `indices`, which are sorted, and what was found out about the clip."""
-    try:
-        return _decode(name, indices, size, progress, exact=False)
-    except import_av().FFmpegError:
-        return _decode(name, indices, size, progress, exact=True)
-
-
-def _decode(
-    name: str,
-    indices: list[int],
-    size: tuple[int, int] | None,
-    progress: Callable[[int, int], object] | None,
-    *,
-    exact: bool,
-) -> tuple[np.ndarray, Clip]:
     frames, done = np.empty((0, *(size or (0, 0)), 3), np.uint8), 0
     with opened(name) as (container, stream):
-        clip, convert = Clip(container, stream, name, exact=exact), _Converter(name, size)
+        clip, convert = Clip(container, stream, name), _Converter(name, size)
         for number, frame in enumerate(clip):
             if done < len(indices) and number == indices[done]:
                 picture = convert(frame)
                 if not done:
                     frames = np.empty((len(indices), *picture.shape), np.uint8)
-                    convert.size = picture.shape[
-                        :2
-                    ]  # the first frame decides, since a stream may change its size midway
+                    convert.size = picture.shape[:2]  # a stream may change its size midway; the first frame decides
                 frames[done] = picture
                 done += 1
                 if progress is not None:
@@ -168,6 +152,7 @@ class _Converter:
 
     def __init__(self, name: str, size: tuple[int, int] | None) -> None:
         self._name, self.size = name, size
+        self._reformat = import_av().video.reformatter.VideoReformatter().reformat
         self._rotation: int | None = None
 
     def __call__(self, frame: Any) -> np.ndarray:
@@ -180,7 +165,7 @@ class _Converter:
         if self._swapped:
             height, width = width, height
         try:
-            picture: np.ndarray = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+            picture: np.ndarray = self._reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
         except (import_av().FFmpegError, ValueError) as error:
             kind = frame.format.name
             raise VideoError(f"{self._name}: pixels of the format {kind} cannot be converted to RGB") from error
