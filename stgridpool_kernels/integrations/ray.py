@@ -61,8 +61,8 @@ class PoolFiles:
     The result adds the columns "state", "reason" and "warning". The state is "written"; "skipped" if the output exists,
     after a previous run or a previous try of the batch by `map_batches`; or "failed", after any exception of reading,
     pooling or writing the file, with the reason in one line. Files that cannot be pooled together, as they do not fit
-    into memory, are pooled one by one. The warning tells which part of a damaged video is missing. Outputs appear
-    complete or not at all, and inputs are never modified.
+    into memory, are pooled one by one. The warning tells how much of a video that is cut short is missing. Outputs
+    appear complete or not at all, and inputs are never modified.
 
     device: device that pools. options: key, num_frames=32, grid=None and tap="post_ln" as in `inputs.load_input`;
     arguments of `grid_pool` except `frame_counts` and `out`. Raises as `check_reading`, `PoolOptions` and, for a device
