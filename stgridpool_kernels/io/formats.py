@@ -148,8 +148,24 @@ def _video_stream(name: str, container: Any) -> Any:
     if not streams:
         raise VideoError(f"{name}: the file holds no video stream")
     if streams[0].codec_context is None:
-        raise VideoError(f"{name}: FFmpeg has no decoder for the codec of its video stream, or its header is cut short")
+        codec = _codec(container, streams[0])
+        raise VideoError(f"{name}: FFmpeg has no decoder for codec {codec} of its video, or its header is cut short")
     return streams[0]
+
+
+def _codec(container: Any, stream: Any) -> str:
+    """Return the tag or name of a codec without a decoder, which PyAV has only in a text of FFmpeg for logs."""
+    logging = import_av().logging
+    level = logging.get_level()
+    logging.set_level(logging.INFO)  # no text is made at the usual level, at which PyAV reads no logs
+    try:
+        text = container.dumps_format()
+    except UnicodeDecodeError:  # of tags, which the text has too
+        text = ""
+    finally:
+        logging.set_level(level)
+    found = re.search(rf"Stream #0:{stream.index}\b.*?: Video: (?:none \((.+?) /|([\w ]+))", text)
+    return ((found[1] or found[2]) if found else "none").replace("none", "of an unknown name")
 
 
 def _is_attached(stream: Any) -> bool:

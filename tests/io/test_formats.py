@@ -344,22 +344,24 @@ def test_tags_in_any_encoding_do_not_matter(
 # ---- files that may end a process ----
 
 UNKNOWN = {
-    "fourcc.mp4": ({"codec": "libx264"}, b"avc1", b"zzz1"),
-    "encrypted.mp4": ({"codec": "libx264"}, b"avc1", b"encv"),
-    "id.mkv": ({}, b"V_MPEG4/ISO/ASP", b"V_ZZZZ4/ISO/ASP"),
-    "fourcc.avi": ({}, b"FMP4", b"ZZZ4"),
-    "fourcc.ivf": ({"codec": "libvpx"}, b"VP80", b"ZZ80"),
+    "fourcc.mp4": ({"codec": "libx264"}, b"avc1", b"zzz1", "zzz1"),
+    "encrypted.mp4": ({"codec": "libx264"}, b"avc1", b"encv", "encv"),
+    "id.mkv": ({}, b"V_MPEG4/ISO/ASP", b"V_ZZZZ4/ISO/ASP", "of an unknown name"),
+    "fourcc.avi": ({}, b"FMP4", b"ZZZ4", "ZZZ4"),
+    "fourcc.ivf": ({"codec": "libvpx"}, b"VP80", b"ZZ80", "ZZ80"),
 }
+"""Files by name: how to write the video, what is replaced by what in it, and the codec in the error."""
 
 
 def test_a_codec_without_a_decoder_is_an_error(tmp_path: Path) -> None:
-    for name, (how, old, new) in UNKNOWN.items():
+    for name, (how, old, new, _) in UNKNOWN.items():
         path = write_video(tmp_path / name, **how)
         data = path.read_bytes()
         assert old in data
         path.write_bytes(data.replace(old, new))
-    cause = "FFmpeg has no decoder for the codec of its video stream, or its header is cut short"
-    assert read_in_a_process(tmp_path) == {f"{tmp_path / name}: {cause}" for name in UNKNOWN}
+    cause = "FFmpeg has no decoder for codec {} of its video, or its header is cut short"
+    expected = {f"{tmp_path / name}: {cause.format(codec)}" for name, (*_, codec) in UNKNOWN.items()}
+    assert read_in_a_process(tmp_path) == expected
 
 
 @pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
