@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 from .plan import GridPlan, Level, Runs, grid_plan
@@ -105,18 +106,24 @@ def live_cells(plan: GridPlan, graph: Dataflow) -> dict[int, tuple[int, ...]]:
     Not every cell is live: a mosaic is cropped, windows may leave out the last row and column, and a summary may be
     sampled itself. Live cells start at the first row and column, so that a number per row describes them.
     """
-    pooled = pooled_extent(plan)
-    tokens: dict[int, set[Extent]] = {node: {pooled} for node in graph.outputs}
-    sampled: dict[int, set[Extent]] = {}
+    pooled = frozenset({pooled_extent(plan)})
+    tokens: dict[int, frozenset[Extent]] = dict.fromkeys(graph.outputs, pooled)
+    sampled: dict[int, frozenset[Extent]] = {}
+    none: frozenset[Extent] = frozenset()
+
+    @cache  # most summaries of a level are live in the same way
+    def behind(number: int, tokens: frozenset[Extent]) -> list[frozenset[Extent]]:
+        level = plan.levels[number]
+        return [frozenset(extents_behind(plan, level, tokens, tile)) for tile in range(level.rows * level.cols)]
+
     for s in reversed(range(len(graph.summaries))):
-        level = plan.levels[graph.summaries[s].level]
-        for tile, source in enumerate(graph.summaries[s].sources):
-            behind = extents_behind(plan, level, tokens.get(~s, ()), tile)
-            if behind:
-                sampled.setdefault(source, set()).update(behind)
-                tokens.setdefault(source, set()).update(behind)
-    counts = {extents: row_counts(plan, extents) for extents in map(frozenset, sampled.values())}
-    return {node: counts[frozenset(extents)] for node, extents in sampled.items()}
+        summary = graph.summaries[s]
+        for source, extents in zip(summary.sources, behind(summary.level, tokens.get(~s, none)), strict=True):
+            if extents:
+                sampled[source] = sampled.get(source, none) | extents
+                tokens[source] = tokens.get(source, none) | extents
+    counts = {extents: row_counts(plan, extents) for extents in set(sampled.values())}
+    return {node: counts[extents] for node, extents in sampled.items()}
 
 
 def pooled_extent(plan: GridPlan) -> Extent:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from array import array
-from collections import deque
+from bisect import bisect_left
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -230,6 +231,9 @@ def _fused(
 
     made = {node: stage for stage, nodes in enumerate(order) for node in nodes}
     last_use = {source: stage for stage, nodes in enumerate(order) for c in nodes for source in sources(c)}
+    last_used: defaultdict[int, list[int]] = defaultdict(list)
+    for node, stage in last_use.items():
+        last_used[stage].append(node)
     records: list[int] = []
     slot: dict[int, int] = {}
     free: list[int] = []
@@ -250,9 +254,10 @@ def _fused(
         for node in (*shrunk, *(node for node in nodes if node not in live)):
             words += (node, ends.get(node, -1), slot.get(node, -1), rows[live.get(node, none_live)])
             words += [slot.get(source, -1) for source in sources(node)] or [-1] * 4
-        for node in [node for node in slot if last_use[node] == stage and not gradient]:
-            freed[slot[node]] = stage + 1
-            heappush(free, slot.pop(node))
+        for node in last_used[stage]:
+            if node in slot and not gradient:
+                freed[slot[node]] = stage + 1
+                heappush(free, slot.pop(node))
     return records, len(freed)
 
 
@@ -265,23 +270,29 @@ def _interleaved(
     between the other frames, which nothing waits for. Levels follow one by one, with frames between them.
     """
     targets = sorted({summary.target for summary in graph.summaries})
+    targets_of = [[graph.summaries[~s].target for s in level] for level in levels]
+    taken = [0] * len(levels)  # number of the summaries of each level that earlier batches complete
     waiting: deque[list[int]] = deque()
-    while frames:
-        stop = next((t + 1 for t in targets if t + 1 >= frames[0] + frames_per_stage), len(graph.outputs))
-        batch, frames = [f for f in frames if f < stop], [f for f in frames if f >= stop]
-        if not frames:
+    first = 0
+    while first < len(frames):
+        ends = bisect_left(targets, frames[first] + frames_per_stage - 1)
+        stop = targets[ends] + 1 if ends < len(targets) else len(graph.outputs)
+        last = bisect_left(frames, stop)
+        if last == len(frames):
             stop = len(graph.outputs)  # a target may come after the last frame that is read
+        batch, first = frames[first:last], last
         others = [frame for frame in batch if frame not in sampled]
-        first = max(0, len(others) - frames_per_stage // 2)
-        for part in (others[:first], [frame for frame in batch if frame in sampled], others[first:]):
+        leading = max(0, len(others) - frames_per_stage // 2)
+        for part in (others[:leading], [frame for frame in batch if frame in sampled], others[leading:]):
             if part:
                 yield part
                 if waiting:
                     yield waiting.popleft()
-        for level in levels:
-            waiting.append([s for s in level if graph.summaries[~s].target < stop])
-            level[:] = [s for s in level if graph.summaries[~s].target >= stop]
-        waiting = deque(filter(None, waiting))
+        for number, level in enumerate(levels):
+            completed = bisect_left(targets_of[number], stop)
+            if taken[number] < completed:
+                waiting.append(level[taken[number] : completed])
+                taken[number] = completed
         if waiting:
             yield waiting.popleft()
     yield from waiting

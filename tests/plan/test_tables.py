@@ -24,6 +24,7 @@ from stgridpool_kernels import grid_plan
 from stgridpool_kernels.plan import GridPlan, Runs, save_tables, tables
 from stgridpool_kernels.plan.dataflow import Dataflow, MakeDataflow, is_2x2_area, is_2x2_pooling, live_cells
 from stgridpool_kernels.plan.tables import plan_tables
+from tests.support.steps import steps
 from tests.support.strategies import gridding_arguments, window_arguments
 
 HEADER = Path(__file__).parents[2] / "csrc" / "tables.h"
@@ -285,6 +286,19 @@ def test_stages_for_a_cpu_keep_few_thumbnails() -> None:
     slots = [Reader(plan_tables(published, frames_per_stage=frames)).header("H_SLOTS") for frames in (None, 16, 4)]
     assert slots == sorted(slots, reverse=True)
     assert (slots[0], slots[-1]) == (40, 9)  # as docs/cpu.md says
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one video", "packed"])
+@pytest.mark.parametrize("frame_strides", [(2, 4, 8), (1, 2) * 2], ids=str)
+@pytest.mark.parametrize("form", [{"frames_per_stage": 4}, {"frames_per_stage": None}, {"gradient": True}], ids=str)
+def test_work_grows_with_the_frames(packed: bool, frame_strides: tuple[int, ...], form: dict[str, Any]) -> None:
+    """Tables of four times the frames take at most about four times the work."""
+
+    def work(frames: int) -> int:
+        plan = grid_plan([32] * (frames // 32) if packed else [frames], 3, 3, frame_strides=frame_strides)
+        return steps(lambda: plan_tables.__wrapped__(plan, **form))
+
+    assert work(1024) < 4.5 * work(256)
 
 
 # ---- save_tables ----
