@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -20,7 +20,7 @@ Extent = tuple[int, int]
 """(rows, cols) of a region anchored at the top-left corner of a frame, in tokens."""
 
 MAX_CACHED_NODES = 4096
-"""Maximum number of nodes whose `Liveness` an `EndlessLiveness` caches."""
+"""Number of nodes whose `Liveness` an `EndlessLiveness` caches before it begins anew."""
 
 
 @dataclass(frozen=True)
@@ -222,27 +222,37 @@ class EndlessLiveness:
 
     def of(self, level: int, frame: int) -> Liveness:
         """Liveness of the node that `frame` holds after level `level`; after level −1 that is the frame itself."""
-        key = (level, frame % self.period)
-        found = self._found.get(key)
-        if found is None:
-            found = self._of(level, frame)
+        wanted = level, frame % self.period
+        if wanted not in self._found:
             if len(self._found) >= MAX_CACHED_NODES:
                 self._found.clear()
-            self._found[key] = found
-        return found
+            nodes, reached = [wanted], {wanted}
+            for node in nodes:
+                for number, target, _ in self._mosaics(*node):
+                    if (number, target) not in reached and (number, target) not in self._found:
+                        nodes.append((number, target))
+                        reached.add(nodes[-1])
+            for node in sorted(nodes, reverse=True):  # the mosaics of a node are of later levels
+                self._found[node] = self._of(*node)
+        return self._found[wanted]
+
+    def _mosaics(self, level: int, frame: int) -> Iterator[tuple[int, int, int]]:
+        """(level, target, place) of each mosaic with the node that `frame` holds after level `level`."""
+        for number in range(level + 1, len(self.segments)):
+            place, target = self.segments[number].place(frame), self.segments[number].target_of(frame)
+            if place is not None:
+                yield number, target, place
+            if frame == target:
+                return
 
     def _of(self, level: int, frame: int) -> Liveness:
         sampled: set[Extent] = set()
         places = []
-        is_output = True
-        for number in range(level + 1, len(self.segments)):
-            place, target = self.segments[number].place(frame), self.segments[number].target_of(frame)
-            if place is not None and (behind := self._behind(number, target, place)):
+        for number, target, place in self._mosaics(level, frame):
+            if behind := self._behind(number, target, place):
                 places.append((number, place))
                 sampled |= behind
-            if frame == target:
-                is_output = False
-                break
+        is_output = all(frame != segment.target_of(frame) for segment in self.segments[level + 1 :])
         tokens = sampled | {pooled_extent(self.plan)} if is_output else sampled
         return Liveness(frozenset(tokens), row_counts(self.plan, sampled) if sampled else (), tuple(places), is_output)
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stgridpool_kernels import grid_plan
-from stgridpool_kernels.plan import GridPlan
+from stgridpool_kernels.plan import GridPlan, dataflow
 from stgridpool_kernels.plan.dataflow import (
+    MAX_CACHED_NODES,
     Dataflow,
     EndlessLiveness,
     Liveness,
@@ -22,6 +23,7 @@ from stgridpool_kernels.plan.dataflow import (
     live_cells,
 )
 from stgridpool_kernels.plan.tables import chunk_entries
+from tests.support.steps import steps
 
 Token = tuple[int, int]
 
@@ -242,6 +244,30 @@ def test_each_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for frame in range(liveness.period):
         liveness.of(-1, frame)
     assert calls
+
+
+@pytest.mark.parametrize("cached", [MAX_CACHED_NODES, 1], ids=["cached", "not cached"])
+@pytest.mark.parametrize("grid_shape", [(2, 2), (1, 6, 1, 8)], ids=str)
+@pytest.mark.parametrize("sampling", ["last", "first"])
+def test_work_grows_with_the_levels(
+    sampling: str, grid_shape: tuple[int, ...], cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times the levels have up to 16 times the pairs of levels, and four times the groups that a frame reaches."""
+    monkeypatch.setattr(dataflow, "MAX_CACHED_NODES", cached)
+
+    def work(levels: int) -> int:
+        grids = grid_shape * (2 * levels // len(grid_shape))
+        plan = grid_plan((), 8, 8, frame_strides=(1,) * levels, grid_shape=grids, sampling=sampling)
+        liveness = EndlessLiveness(plan)
+        return steps(lambda: [liveness.of(-1, frame) for frame in range(4)])
+
+    assert work(48) < 4**3 * work(12)
+
+
+def test_thousands_of_levels() -> None:
+    """A node may be read through as many mosaics as there are levels, which is more than Python recurses."""
+    liveness = EndlessLiveness(grid_plan((), 2, 2, frame_strides=(1,) * 2000))
+    assert liveness.of(-1, 0).places == tuple((level, 0) for level in range(2000))
 
 
 # ---- which kernels take a plan ----
