@@ -83,7 +83,7 @@ def read_integers(value: Any) -> tuple[int, ...] | None:
             return ()
         separators = {found.strip() for found in re.findall(_SEPARATOR, text)}
         entries = re.split(_SEPARATOR, text)
-        integers = all(re.fullmatch(r"[+-]?\d+", entry) for entry in entries)
+        integers = all(re.fullmatch(r"[+-]?\d{1,4000}", entry) for entry in entries)  # Python reads at most 4300 digits
         return tuple(map(int, entries)) if len(separators) <= 1 and integers else None
     entries = [value] if isinstance(value, int) else value
     if isinstance(entries, list | tuple) and all(
@@ -97,8 +97,8 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
     if text.lstrip().startswith("{"):
         try:
             pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"options must be a JSON object, got {text!r}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"options must be a JSON object, got {text[:200]!r}: {error}") from None
         return pairs
     entries = re.split(r",(?=\s*\w+\s*=)", text) if text.strip() else []
     for entry in entries:
@@ -133,7 +133,7 @@ def _number(shown: str, value: Any) -> float:
     try:
         if not isinstance(value, bool):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{shown} must be a number, got {value!r}")
 

@@ -130,3 +130,19 @@ def test_a_grid_in_every_form(given: object) -> None:
 def test_what_is_no_grid(given: object) -> None:
     with pytest.raises(ValueError, match=r"^grid must be rows and columns like 18x32, both at least 1, got "):
         read_grid(given, "grid")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"kernel_size": ' + "[" * 100_000, "options must be a JSON object"),
+        ('{"kernel_size": ' + "1" * 5000 + "}", "options must be a JSON object"),
+        ('{"temperature": 1' + "0" * 400 + "}", "temperature must be a number"),
+        ("kernel_size=" + "1" * 5000, "kernel_size must be one integer or two"),
+        ("frame_strides=" + "1" * 5000, "frame_strides must be integers"),
+    ],
+    ids=["brackets", "digits of JSON", "digits of a float", "digits of a pair", "digits of a list"],
+)
+def test_endless_text_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        read_options(text)
