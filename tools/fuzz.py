@@ -168,7 +168,7 @@ def draw_gridding(draw: random.Random) -> dict[str, Any]:
 def draw_windows(draw: random.Random, height: int, width: int) -> dict[str, Any]:
     kind = draw.random()
     if kind < 0.2:
-        return {"output_size": (draw.randint(1, 9), draw.randint(1, 9))}
+        return {"output_size": (draw.randint(1, height), draw.randint(1, width))}
     if kind < 0.6:
         return {"ceil_mode": True} if min(height, width) < 2 or draw.random() < 0.5 else {}
     kernels, paddings = [], []

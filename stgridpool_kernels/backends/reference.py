@@ -63,35 +63,34 @@ def norm_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, n
 def _pool(frames: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
     """Pool the frames of all videos, (frames, H, W, C) → (frames, OH, OW, C), without rounding to another dtype."""
     norms = token_norm(frames, norm_type, normalize_norm)
-    rows, row_taken, top, bottom = _positions(plan.window_rows, plan.height, frames.device)
-    cols, col_taken, left, right = _positions(plan.window_cols, plan.width, frames.device)
-    frames = F.pad(frames, (0, 0, left, right, top, bottom))  # zero tokens, whose norm is 0
-    norms = F.pad(norms, (left, right, top, bottom))
+    rows, row_taken = _positions(plan.window_rows, plan.height, frames.device)
+    cols, col_taken = _positions(plan.window_cols, plan.width, frames.device)
 
     # position (i, j) of every window at once; row and column indices broadcast to (OH, OW)
     window = [(rows[:, i, None], cols[:, j]) for i in range(rows.shape[1]) for j in range(cols.shape[1])]
     taken = torch.stack([r[:, None] & c for r in row_taken.T for c in col_taken.T], dim=-1)  # (OH, OW, window)
     logits = torch.stack([temperature * norms[:, r, c] for r, c in window], dim=-1)  # (T, OH, OW, window)
-    weights = torch.where(taken, logits, -math.inf).softmax(-1)
+    # n zero tokens of norm 0 weigh n · exp(0) together, as one token of logit log(n) does
+    counts = torch.tensor(plan.window_rows.count)[:, None] * torch.tensor(plan.window_cols.count)
+    padding = (counts.to(taken.device) - taken.sum(-1)).to(logits.dtype).log().expand(logits.shape[:-1])
+    weights = torch.cat([torch.where(taken, logits, -math.inf), padding[..., None]], dim=-1).softmax(-1)
     pooled = frames.new_zeros(())
-    for weight, (r, c) in zip(weights.unbind(-1), window, strict=True):
+    for weight, (r, c) in zip(weights.unbind(-1), window, strict=False):  # padding adds zeros
         pooled = pooled + weight[..., None] * frames[:, r, c]
     return pooled
 
 
-def _positions(runs: Runs, size: int, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """Return the positions of runs as (positions, taken, before, after).
+def _positions(runs: Runs, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions of runs that are inside the frame, and a mask of those that belong to their run.
 
-    positions: (runs, longest run), counted from the first of `before` padding zeros. taken: mask of the positions that
-    belong to their run. before, after: numbers of padding zeros needed before and after the axis.
+    Both have the shape (runs, longest run). No run is in the padding alone.
     """
-    before = max(0, -min(runs.start))
-    after = max(0, max(map(sum, zip(runs.start, runs.count, strict=True))) - size)
-    start, count = torch.tensor(runs.start, device=device), torch.tensor(runs.count, device=device)
-    offset = torch.arange(max(runs.count), device=device)
+    start = torch.tensor(runs.start, device=device)
+    stop = (start + torch.tensor(runs.count, device=device)).clamp(max=size)
+    start = start.clamp(min=0)
+    positions = start[:, None] + torch.arange(int((stop - start).max()), device=device)
     # a shorter run repeats its last position, so that a NaN outside a window cannot reach its result
-    positions = before + start[:, None] + torch.minimum(offset, count[:, None] - 1)
-    return positions, offset < count[:, None], before, after
+    return positions.minimum(stop[:, None] - 1), positions < stop[:, None]
 
 
 def token_norm(x: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:

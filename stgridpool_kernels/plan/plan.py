@@ -18,6 +18,10 @@ from .integers import integers, pair, shown
 SAMPLINGS = ("last", "first")
 RESIZES = ("area", "bilinear")
 
+LARGEST = 1 << 31
+"""Exclusive limit of the number of frames of a call, and of tokens of a window, padding included: kernels count them
+in int32."""
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -83,6 +87,8 @@ class GridPlan:
             raise ValueError(f"height and width must be at least 1, got {self.height} × {self.width}")
         if any(count < 0 for count in self.frame_counts):
             raise ValueError(f"frame_counts must not be negative, got {shown(list(self.frame_counts))}")
+        if sum(self.frame_counts) >= LARGEST:
+            raise ValueError(f"frame_counts must sum to fewer than 2³¹ frames, got {sum(self.frame_counts)}")
         shapes = level_shapes(self.frame_strides, self.grid_shape, self.sampling, self.resize)
         levels = tuple(
             self._level(frame_stride, rows, cols)
@@ -99,6 +105,7 @@ class GridPlan:
             self.output_size,
         )
         rows, cols = (self._windows(axis, size) for axis, size in enumerate(sizes))
+        _check_window((max(rows.count), max(cols.count)), self.kernel_size, self.padding, self.output_size)
         object.__setattr__(self, "levels", levels)
         object.__setattr__(self, "window_rows", rows)
         object.__setattr__(self, "window_cols", cols)
@@ -212,7 +219,9 @@ def pooled_size(
 ) -> tuple[int, int]:
     """Rows and columns of windows, as `torch.nn.AvgPool2d` (or `AdaptiveAvgPool2d` for `output_size`) counts them.
 
-    `height` and `width` may be symbolic. Raises ValueError for an argument that is out of range.
+    `height` and `width` may be symbolic. Raises ValueError for an argument that is out of range. A window that is too
+    large for some frames only is refused by `GridPlan`, as is an `output_size` that exceeds a frame of symbolic size,
+    where a comparison would compile again for some sizes.
     """
     if output_size is not None:
         _check_pair("output_size", output_size, 1)
@@ -223,6 +232,10 @@ def pooled_size(
                 f"stride={_show(stride)}, padding={_show(padding)}, ceil_mode={ceil_mode}, "
                 f"count_include_pad={count_include_pad}"
             )
+        if any(type(size) is int and out > size for size, out in zip((height, width), output_size, strict=True)):
+            raise ValueError(
+                f"output_size must not exceed the frame of {height} × {width} tokens, got {_show(output_size)}"
+            )
         return output_size[0], output_size[1]
     _check_pair("kernel_size", kernel_size, 1)
     _check_pair("padding", padding, 0)
@@ -230,6 +243,9 @@ def pooled_size(
         _check_pair("stride", stride, 1)
     if any(2 * pad > kernel for pad, kernel in zip(padding, kernel_size, strict=True)):
         raise ValueError(f"padding must be at most half of kernel_size={_show(kernel_size)}, got {_show(padding)}")
+    if count_include_pad:  # without padding, and with ceil_mode, a small frame cuts the windows
+        least = [min(k, 2 * pad + 1) if ceil_mode else k for k, pad in zip(kernel_size, padding, strict=True)]
+        _check_window(least, kernel_size, padding, None)
     steps = kernel_size if stride is None else stride
     rows, cols = (
         _num_windows(size, kernel, step, pad, ceil_mode)
@@ -250,6 +266,16 @@ def _show(value: Sequence[int] | None) -> str:
 def _check_pair(name: str, value: Sequence[int], low: int) -> None:
     if len(value) != 2 or any(entry < low for entry in value):
         raise ValueError(f"{name} must be 2 integers (rows, cols) of at least {low}, got {_show(value)}")
+
+
+def _check_window(
+    window: Sequence[int], kernel_size: Sequence[int], padding: Sequence[int], output_size: Sequence[int] | None
+) -> None:
+    """Raise ValueError, naming the arguments that choose the windows, if one of window[0] × window[1] is too large."""
+    if window[0] * window[1] >= LARGEST:
+        by_kernel = f"kernel_size={_show(kernel_size)} with padding={_show(padding)}"
+        chosen = by_kernel if output_size is None else f"output_size={_show(output_size)}"
+        raise ValueError(f"{chosen} makes a window of {window[0]} × {window[1]} tokens: it must have fewer than 2³¹")
 
 
 def _num_windows(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:

@@ -41,7 +41,7 @@ CALLS: dict[str, tuple[str, Arguments]] = {
     ),
     "grid_pool-every-frame": ("grid_pool", {"frame_strides": (1, 2, 1), "temperature": -2.0, "norm_type": 1.0}),
     "grid_pool-gaps": ("grid_pool", {"frame_strides": (1,), "kernel_size": 1, "stride": (2, 3), "norm_type": 3.0}),
-    "grid_pool-adaptive": ("grid_pool", {"frame_strides": (1, 2), "output_size": (3, 9), "norm_type": math.inf}),
+    "grid_pool-adaptive": ("grid_pool", {"frame_strides": (1, 2), "output_size": (2, 3), "norm_type": math.inf}),
     "temporal_grid-published": ("temporal_grid", {}),
     "temporal_grid-mixed": ("temporal_grid", {"frame_strides": (2, 1, 3), "grid_shape": (2, 1, 3, 2, 1, 1)}),
     "temporal_grid-off": ("temporal_grid", {"frame_strides": ()}),

@@ -41,7 +41,7 @@ CALLS: dict[str, tuple[list[int], int, int, int, torch.dtype, dict[str, Any]]] =
         torch.bfloat16,
         {"kernel_size": 3, "stride": 2, "padding": 1, "temperature": -1.5, "norm_type": 3.0, "normalize_norm": False},
     ),
-    "adaptive": ([24], 7, 6, 40, torch.float16, {"output_size": (3, 9), "norm_type": math.inf}),
+    "adaptive": ([24], 7, 6, 40, torch.float16, {"output_size": (3, 5), "norm_type": math.inf}),
     "bilinear": ([64], 6, 5, 24, torch.float32, {"resize": "bilinear", "sampling": "first", "temperature": 0.5}),
     "one token": ([8], 1, 1, 1, torch.float32, {"ceil_mode": True, "norm_type": 1.0}),
 }

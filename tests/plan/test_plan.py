@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -160,14 +162,59 @@ def test_windows_equal_avg_pool(ceil_mode: bool, count_include_pad: bool) -> Non
     assert accepted > 100
 
 
+@pytest.mark.parametrize(
+    ("windows", "size"),
+    [
+        ({"kernel_size": 46340, "stride": 4, "padding": 23170}, (2, 2)),  # 46340² < 2³¹ < 46341²
+        ({"kernel_size": (1, (1 << 31) - 1), "padding": (0, (1 << 30) - 1)}, (5, 1)),
+        ({"kernel_size": 1 << 62, "ceil_mode": True}, (1, 1)),
+        ({"kernel_size": 1 << 62, "padding": 1 << 61, "count_include_pad": False}, (1, 1)),
+        ({"kernel_size": 1 << 62, "padding": 23167, "ceil_mode": True}, (1, 1)),
+    ],
+    ids=str,
+)
+def test_windows_below_the_limit(windows: dict[str, Any], size: tuple[int, int]) -> None:
+    """The tokens that take part count: windows end with the padded frame, or with the frame if padding is excluded."""
+    assert grid_plan([1], 5, 4, **windows).pooled_size == size
+
+
+@pytest.mark.parametrize(
+    ("size", "windows", "named"),
+    [
+        ((5, 4), {"kernel_size": 46341, "padding": 23170}, "kernel_size=[46341, 46341] with padding=[23170, 23170]"),
+        ((5, 4), {"kernel_size": 1 << 30, "padding": 1 << 29}, "kernel_size=[1073741824, 1073741824]"),
+        ((5, 4), {"kernel_size": (1 << 31, 1), "padding": (1 << 30, 0)}, "kernel_size=[2147483648, 1]"),
+        ((46340, 3), {"kernel_size": 1 << 40, "padding": 23171, "ceil_mode": True}, "kernel_size=[1099511627776, "),
+        ((1 << 16, 1 << 15), {"kernel_size": 1 << 40, "ceil_mode": True}, "kernel_size=[1099511627776, "),
+        ((1 << 16, 1 << 15), {"kernel_size": (1 << 16, 1 << 15), "count_include_pad": False}, "kernel_size=[65536, "),
+        ((1 << 16, 1 << 15), {"output_size": 1}, "output_size=[1, 1]"),
+    ],
+    ids=str,
+)
+def test_windows_above_the_limit(size: tuple[int, int], windows: dict[str, Any], named: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"{re.escape(named)}.* makes a window of .* tokens: it must have fewer than 2³¹"
+    ):
+        grid_plan([1], *size, frame_strides=(), **windows)
+
+
+def test_more_frames_than_kernels_count() -> None:
+    with pytest.raises(ValueError, match="frame_counts must sum to fewer than 2³¹ frames, got 1099511627776"):
+        grid_plan([1 << 39] * 2, 1, 1, frame_strides=(1,), kernel_size=1)
+
+
 def test_stride_is_the_kernel_by_default() -> None:
     default, given = (grid_plan([], 11, 7, kernel_size=(3, 2), stride=stride) for stride in (None, (3, 2)))
     assert (default.window_rows, default.window_cols) == (given.window_rows, given.window_cols)
 
 
 def test_adaptive_windows_equal_adaptive_avg_pool() -> None:
-    for size, windows in product(range(1, 13), range(1, 16)):
-        height, out_height = 13 - size, 16 - windows
+    for size, windows in product(range(1, 13), range(1, 13)):
+        height, out_height = 13 - size, 13 - windows
+        if windows > size or out_height > height:
+            with pytest.raises(ValueError, match=f"output_size must not exceed the frame of {height} × {size} tokens"):
+                grid_plan([], height, size, output_size=(out_height, windows))
+            continue
         means = F.adaptive_avg_pool2d(one_hot(height, size), (out_height, windows))[:, 0]
         plan = grid_plan([], height, size, output_size=(out_height, windows))
         (rows, _), (cols, _) = covered(plan.window_rows, height), covered(plan.window_cols, size)

@@ -305,6 +305,8 @@ def norm_pool(
         OH, OW = pair(output_size)
         if OH < 1 or OW < 1:
             raise ValueError(f"output_size must be positive, not {output_size}")
+        if OH > H or OW > W:
+            raise ValueError(f"output_size must not exceed {H} × {W}, not {output_size}")
         row_windows = [adaptive_run(i, H, OH) for i in range(OH)]
         column_windows = [adaptive_run(i, W, OW) for i in range(OW)]
     else:

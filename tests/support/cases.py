@@ -86,7 +86,7 @@ CALLS: dict[str, tuple[str, Arguments]] = {
             "norm_type": 3.0,
         },
     ),
-    "grid_pool-adaptive": ("grid_pool", {"frame_strides": (1, 2), "output_size": (3, 9), "norm_type": math.inf}),
+    "grid_pool-adaptive": ("grid_pool", {"frame_strides": (1, 2), "output_size": (2, 3), "norm_type": math.inf}),
     "temporal_grid-published": ("temporal_grid", {}),
     "temporal_grid-mixed": ("temporal_grid", {"frame_strides": (2, 1, 3), "grid_shape": (2, 1, 3, 2, 1, 1)}),
     "temporal_grid-bilinear": ("temporal_grid", {"resize": "bilinear", "frame_strides": (1, 2)}),

@@ -31,7 +31,7 @@ def one_or_both(draw: st.DrawFn, first: int, second: int) -> int | tuple[int, in
 @st.composite
 def window_arguments(draw: st.DrawFn, height: int, width: int) -> Arguments:
     if draw(st.sampled_from(["kernel", "kernel", "adaptive", "kernel"])) == "adaptive":
-        return {"output_size": one_or_both(draw, draw(st.integers(1, 9)), draw(st.integers(1, 9)))}
+        return {"output_size": one_or_both(draw, draw(st.integers(1, height)), draw(st.integers(1, width)))}
     arguments: Arguments = {"ceil_mode": draw(st.booleans()), "count_include_pad": draw(st.booleans())}
     kernels, paddings = [], []
     for size in (height, width):

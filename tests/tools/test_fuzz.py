@@ -35,7 +35,7 @@ LARGE_LOGITS: list[dict[str, Any]] = [
     {
         "shape": (64, 7, 6, 105),
         "content": "outlier",
-        "arguments": {"frame_strides": (5, 4), "resize": "bilinear", "output_size": (9, 7), "temperature": 40.0},
+        "arguments": {"frame_strides": (5, 4), "resize": "bilinear", "output_size": (5, 4), "temperature": 40.0},
     },
 ]
 
