@@ -70,6 +70,9 @@ Call call_of(const Tensor& x, const Tensor& out, bool channels) {
   return call;
 }
 
+// The number of frames of x, of all videos together.
+int64_t frames_of(const Tensor& x) { return x.dim() == 5 ? product({x.sizes()[0], x.sizes()[1]}) : x.sizes()[0]; }
+
 const int32_t* words_of(const Tensor& tables) { return static_cast<const int32_t*>(tables.const_data_ptr()); }
 
 // Returns the words of `tables`. Checks that they are tables for x and out; if `pooled`, out has pooled frames, else
@@ -82,8 +85,7 @@ const int32_t* checked_words(const Tensor& tables, const Tensor& x, const Tensor
   const char* wrong = check_tables(t, tables.numel());
   STD_TORCH_CHECK(wrong == nullptr, wrong);
   const int64_t rank = x.dim();
-  int64_t frames = 1;
-  for (int64_t axis = 0; axis < rank - 3; ++axis) frames *= x.sizes()[axis];
+  const int64_t frames = frames_of(x);
   STD_TORCH_CHECK(t[H_FRAMES] == frames && t[H_HEIGHT] == x.sizes()[rank - 3] && t[H_WIDTH] == x.sizes()[rank - 2],
                   "the tables are of another x");
   STD_TORCH_CHECK(out.sizes()[rank - 3] == t[pooled ? H_OUT_ROWS : H_HEIGHT] &&
@@ -99,13 +101,22 @@ void set_weighting(Call& call, double temperature, double norm_type, bool normal
   call.normalize_norm = normalize_norm;
 }
 
+// Raises an error, which names the sizes of x, unless there is memory for `bytes` of scratch.
+void check_scratch(bool is_there, int64_t bytes, const Tensor& x) {
+  const int64_t rank = x.dim();
+  STD_TORCH_CHECK(is_there, "no memory for ", bytes,
+                  bytes == MOST_BYTES ? " bytes of scratch or more" : " bytes of scratch", ", which frames of ",
+                  x.sizes()[rank - 3], " x ", x.sizes()[rank - 2], " tokens of ", x.sizes()[rank - 1],
+                  " channels take");
+}
+
 // ---- on the CPU ----
 
 // Scratch memory of a call. It is kept for the next call, because fresh memory costs a page fault every 4 KiB, which
 // takes longer than the work on it. If two calls run at the same time, the second one allocates its own memory.
 class Scratch {
  public:
-  Scratch(Call& call, int64_t bytes) {
+  Scratch(Call& call, int64_t bytes, const Tensor& x) {
     if (bytes == 0) return;
     {
       const std::lock_guard<std::mutex> guard(mutex);
@@ -114,8 +125,8 @@ class Scratch {
     }
     if (size < bytes) {
       memory.reset(static_cast<char*>(std::aligned_alloc(SCRATCH_ALIGNMENT, aligned(bytes))));
+      check_scratch(memory != nullptr, bytes, x);
       size = bytes;
-      STD_TORCH_CHECK(memory != nullptr, "no memory for ", bytes, " bytes of scratch");
     }
     call.scratch = memory.get();
   }
@@ -164,9 +175,9 @@ cpu::Threads torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()), run, nullptr};
 }
 
-void run_on_cpu(Op op, Call& call, const int32_t* t) {
+void run_on_cpu(Op op, Call& call, const Tensor& x, const int32_t* t) {
   const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(op, t, call, threads));
+  const Scratch scratch(call, cpu::scratch_bytes(op, t, call, threads), x);
   switch (op) {
     case Op::grid_pool:
       return cpu::grid_pool(t, call, threads);
@@ -207,8 +218,10 @@ const int32_t* checked_device_words(const std::optional<Tensor>& device_tables, 
 void run_on_cuda(Op op, Call& call, const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int32_t *t = words_of(tables), *on_device = checked_device_words(device_tables, tables, x);
+  const int64_t bytes = cuda::scratch_bytes(op, t, call);
+  check_scratch(bytes < MOST_BYTES, bytes, x);
   // The tensor may go before the kernels are done: torch's allocator reuses its memory in the order of the stream.
-  const Tensor scratch = torch::stable::new_empty(x, {cuda::scratch_bytes(op, t, call)}, ScalarType::Byte);
+  const Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   call.scratch = scratch.mutable_data_ptr();
   void* const stream = current_stream(x);
   switch (op) {
@@ -231,12 +244,12 @@ void run_on_cuda(Op op, Call& call, const Tensor& x, const Tensor& tables, const
 // ---- the ops ----
 
 // Runs a checked call on the device of x.
-void run(Op op, Call& call, [[maybe_unused]] const Tensor& x, const Tensor& tables,
+void run(Op op, Call& call, const Tensor& x, const Tensor& tables,
          [[maybe_unused]] const std::optional<Tensor>& device_tables) {
 #ifdef STGP_CUDA
   if (x.is_cuda()) return run_on_cuda(op, call, x, tables, device_tables);
 #endif
-  run_on_cpu(op, call, words_of(tables));
+  run_on_cpu(op, call, x, words_of(tables));
 }
 
 void grid_pool_by_tables(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
@@ -314,17 +327,16 @@ void token_norm_compiled(const Tensor& x, double norm_type, bool normalize_norm,
   Call call = call_of(x, out, false);
   set_weighting(call, 1, norm_type, normalize_norm);
   const int64_t rank = x.dim(), H = x.sizes()[rank - 3], W = x.sizes()[rank - 2];
-  const int64_t frames = rank == 5 ? x.sizes()[0] * x.sizes()[1] : x.sizes()[0];
   STD_TORCH_CHECK(out.sizes()[rank - 3] == H && out.sizes()[rank - 2] == W, "out must have one norm per token");
 #ifdef STGP_CUDA
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    return check_launch(cuda::token_norm(frames, H, W, call, current_stream(x)));
+    return check_launch(cuda::token_norm(frames_of(x), H, W, call, current_stream(x)));
   }
 #endif
   const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(Op::token_norm, nullptr, call, threads));
-  cpu::token_norm(frames, H, W, call, threads);
+  const Scratch scratch(call, cpu::scratch_bytes(Op::token_norm, nullptr, call, threads), x);
+  cpu::token_norm(frames_of(x), H, W, call, threads);
 }
 
 // One function implements an op on every device.

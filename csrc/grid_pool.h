@@ -84,7 +84,8 @@ struct Threads {
   void* pool = nullptr;  // passed to `run`
 };
 
-// Bytes of scratch that a call needs, a multiple of 64.
+// Bytes of scratch that a call needs, a multiple of 64. For a call that needs 2^63 - 64 bytes or more it is that number,
+// which no memory has: a call must not run without its scratch.
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call, const Threads& threads);
 
 void grid_pool(const int32_t* tables, const Call& call, const Threads& threads);
@@ -104,7 +105,7 @@ bool use_capability(const char* name);
 
 namespace cuda {
 
-// Bytes of scratch that a call needs.
+// Bytes of scratch that a call needs, at most 2^63 - 64 as on the CPU.
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call);
 
 // The functions queue work on `stream`, a cudaStream_t of the current device, and do not wait for it. A CUDA graph can

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
+#include <limits>
 
 #include "grid_pool.h"
 #include "tables.h"
@@ -11,6 +13,28 @@
 namespace stgp {
 
 constexpr int64_t SCRATCH_ALIGNMENT = 64;  // bytes: a cache line, and the widest vector
+
+// The largest multiple of SCRATCH_ALIGNMENT. Sizes stay there where they would exceed it: a view of a few bytes can have
+// any number of tokens, and memory for a size that has wrapped around would be too small.
+constexpr int64_t MOST_BYTES = std::numeric_limits<int64_t>::max() / SCRATCH_ALIGNMENT * SCRATCH_ALIGNMENT;
+
+// The product of sizes, none of them negative, or MOST_BYTES if it is larger.
+inline int64_t product(std::initializer_list<int64_t> sizes) {
+  int64_t total = 1;
+  for (const int64_t size : sizes) {
+    if (__builtin_mul_overflow(total, size, &total) || total > MOST_BYTES) total = MOST_BYTES;
+  }
+  return total;
+}
+
+// The sum of sizes, none of them negative, or MOST_BYTES if it is larger.
+inline int64_t sum(std::initializer_list<int64_t> sizes) {
+  int64_t total = 0;
+  for (const int64_t size : sizes) {
+    if (__builtin_add_overflow(total, size, &total) || total > MOST_BYTES) total = MOST_BYTES;
+  }
+  return total;
+}
 
 // `bytes`, rounded up to a multiple of SCRATCH_ALIGNMENT.
 inline int64_t aligned(int64_t bytes) {
@@ -29,13 +53,12 @@ inline bool has_fused_form(const int32_t* tables) { return tables[H_NUM_STAGES] 
 // The fused form stores one thumbnail in each slot, as (slots, h, w, C).
 inline int64_t thumbnail_bytes(const int32_t* tables, const Call& call) {
   const int64_t h = (int64_t{tables[H_HEIGHT]} + 1) / 2, w = (int64_t{tables[H_WIDTH]} + 1) / 2;
-  return aligned(tables[H_SLOTS] * h * w * call.C * element_size(call.dtype));
+  return aligned(product({tables[H_SLOTS], h, w, call.C, element_size(call.dtype)}));
 }
 
 // The general form stores each summary in full, as (summaries, H, W, C).
 inline int64_t summary_bytes(const int32_t* tables, const Call& call) {
-  const int64_t tokens = int64_t{tables[H_SUMMARIES]} * tables[H_HEIGHT] * tables[H_WIDTH];
-  return aligned(tokens * call.C * element_size(call.dtype));
+  return aligned(product({tables[H_SUMMARIES], tables[H_HEIGHT], tables[H_WIDTH], call.C, element_size(call.dtype)}));
 }
 
 }  // namespace stgp

@@ -1,6 +1,7 @@
 #include "tables.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "grid_pool.h"
 
@@ -29,13 +30,17 @@ bool runs_fit(const int32_t* t, int64_t words, int64_t offset, int64_t count, in
 
 const char* check_levels(const int32_t* t, int64_t words) {
   const int64_t H = t[H_HEIGHT], W = t[H_WIDTH];
-  int64_t summaries = 0;
+  int64_t summaries = 0, taken = 0;  // by the levels so far; no two of them have words in common
   for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
     const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
     const int64_t rows = level[L_ROWS], cols = level[L_COLS], count = level[L_COUNT];
     if (rows < 1 || cols < 1 || count < 1 || level[L_FIRST] != summaries) return "a level's sizes are out of range";
-    if (rows * cols > words || !inside(level[L_SOURCES], count * rows * cols, words) ||
-        !all_between(t + level[L_SOURCES], count * rows * cols, -summaries, t[H_FRAMES])) {
+    if (rows * cols > words || !inside(level[L_SOURCES], count * rows * cols, words)) {
+      return "a level's sources are out of range";
+    }
+    taken += count * rows * cols + 2 * (H + W);
+    if (taken > words) return "levels have words in common";
+    if (!all_between(t + level[L_SOURCES], count * rows * cols, -summaries, t[H_FRAMES])) {
       return "a level's sources are out of range";
     }
     if (!runs_fit(t, words, level[L_ROW_RUNS], H, 0, rows * H) ||
@@ -47,26 +52,32 @@ const char* check_levels(const int32_t* t, int64_t words) {
   return summaries == t[H_SUMMARIES] ? nullptr : "the levels do not hold all summaries";
 }
 
-// Returns whether a mosaic has all tiles that its entry reads, of h x w tokens each. Other tiles may be -1.
-bool has_tiles(const int32_t* t, const int32_t* entry, int64_t h, int64_t w) {
-  const int64_t H = t[H_HEIGHT], W = t[H_WIDTH];
+// Returns the tiles that a mosaic's entry reads, as a set of bits 2 * row + col: for the live cells of its thumbnail, if
+// `live` is not nullptr, and for the windows of a pooled frame.
+int32_t tiles_read(const int32_t* t, const int32_t* live, bool pooled) {
+  const int64_t H = t[H_HEIGHT], W = t[H_WIDTH], h = (H + 1) / 2, w = (W + 1) / 2;
+  int32_t tiles = 0;
   for (int64_t i = 0; i < h; ++i) {
-    const int64_t live = entry[E_SLOT] >= 0 ? t[entry[E_LIVE] + i] : 0;
-    const int64_t pooled = entry[E_TARGET] >= 0 && i < t[H_OUT_ROWS] ? t[H_OUT_COLS] : 0;
-    if (live == 0 && pooled == 0) continue;
-    const int64_t top = live > 0 && H % 2 == 1 && i > 0 ? 2 * i - 1 : 2 * i;
-    const int64_t bottom = std::min(2 * i + 2, H), right = std::min(2 * std::max(live, pooled), W);
+    const int64_t cells = live != nullptr ? live[i] : 0;
+    const int64_t windows = pooled && i < t[H_OUT_ROWS] ? t[H_OUT_COLS] : 0;
+    if (cells == 0 && windows == 0) continue;
+    const int64_t top = cells > 0 && H % 2 == 1 && i > 0 ? 2 * i - 1 : 2 * i;
+    const int64_t bottom = std::min(2 * i + 2, H), right = std::min(2 * std::max(cells, windows), W);
     for (int64_t row = top / h; row <= (bottom - 1) / h; ++row) {
-      for (int64_t col = 0; col <= (right - 1) / w; ++col) {
-        if (entry[E_SOURCES + 2 * row + col] < 0) return false;
-      }
+      for (int64_t col = 0; col <= (right - 1) / w; ++col) tiles |= 1 << (2 * row + col);
     }
   }
-  return true;
+  return tiles;
 }
 
 const char* check_stages(const int32_t* t, int64_t words) {
+  if (t[H_NUM_STAGES] == 0) return nullptr;
   const int64_t h = (t[H_HEIGHT] + 1) / 2, w = (t[H_WIDTH] + 1) / 2;
+  const int32_t of_windows = tiles_read(t, nullptr, true);
+  // For each offset of live counts that an entry has: 1, the tiles that these counts read from bit 1 on, and from bit 5
+  // on the tiles for windows too. Many entries have the same counts, which are looked at once.
+  std::vector<uint16_t> tiles_of(words);
+  int64_t entries = 0, live_rows = 0;
   for (int s = 0; s < t[H_NUM_STAGES]; ++s) {
     const int32_t* stage = t + t[H_STAGES] + s * STAGE_WORDS;
     const int64_t count = stage[S_COUNT], walked = stage[S_SHRUNK];
@@ -74,17 +85,29 @@ const char* check_stages(const int32_t* t, int64_t words) {
         !inside(stage[S_ENTRIES], count * ENTRY_WORDS, words)) {
       return "a stage's entries are out of range";
     }
+    entries += count;
+    if (entries * ENTRY_WORDS > words) return "stages have entries in common";
     for (int64_t e = 0; e < count; ++e) {
       const int32_t* entry = t + stage[S_ENTRIES] + e * ENTRY_WORDS;
       const bool mosaic = stage[S_MOSAIC] != 0;
       if (!all_between(entry + E_NODE, 1, mosaic ? -words : 0, mosaic ? 0 : t[H_FRAMES]) ||
           !all_between(entry + E_TARGET, 1, -1, t[H_FRAMES]) ||
           !all_between(entry + E_SLOT, 1, e < walked ? 0 : -1, e < walked ? t[H_SLOTS] : 0) ||
-          !all_between(entry + E_SOURCES, 4, -1, t[H_SLOTS]) || !inside(entry[E_LIVE], h, words) ||
-          !all_between(t + entry[E_LIVE], h, 0, w + 1)) {
+          !all_between(entry + E_SOURCES, 4, -1, t[H_SLOTS]) || !inside(entry[E_LIVE], h, words)) {
         return "an entry is out of range";
       }
-      if (mosaic && !has_tiles(t, entry, h, w)) return "a mosaic lacks a tile";
+      uint16_t& known = tiles_of[entry[E_LIVE]];
+      if (known == 0) {
+        const int32_t* live = t + entry[E_LIVE];
+        if (!all_between(live, h, 0, w + 1)) return "an entry is out of range";
+        if (++live_rows * h > words) return "rows of live cells overlap";
+        known = static_cast<uint16_t>(1 | tiles_read(t, live, false) << 1 | tiles_read(t, live, true) << 5);
+      }
+      const bool pooled = entry[E_TARGET] >= 0;
+      const int32_t needed = entry[E_SLOT] >= 0 ? known >> (pooled ? 5 : 1) : pooled ? of_windows : 0;
+      for (int n = 0; mosaic && n < 4; ++n) {
+        if ((needed >> n & 1) != 0 && entry[E_SOURCES + n] < 0) return "a mosaic lacks a tile";
+      }
     }
   }
   return nullptr;
@@ -129,8 +152,11 @@ const char* check_gradient(const int32_t* t, int64_t words) {
       if (node < -int64_t{t[H_SUMMARIES]}) return "an entry is of no summary";
     }
   }
+  int64_t taken = 0;
   for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
     const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
+    taken += 2 * (level[L_ROWS] * H + level[L_COLS] * W);
+    if (taken > words) return "the inverse runs of levels have words in common";
     if (!inverse_runs_fit(t, words, gradient[G_LEVELS + 2 * l], level[L_ROWS] * H, H) ||
         !inverse_runs_fit(t, words, gradient[G_LEVELS + 2 * l + 1], level[L_COLS] * W, W)) {
       return "the inverse runs of a level are out of range";

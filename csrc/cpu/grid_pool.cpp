@@ -66,17 +66,17 @@ constexpr int64_t STREAM_BYTES = 4 << 20;
 bool is_fused(Op op, const int32_t* t) { return is_pooling(op) && has_fused_form(t); }
 
 // C, rounded up to whole blocks of channels.
-int64_t whole_blocks(int64_t C) { return (C + WIDEST_BLOCK - 1) / WIDEST_BLOCK * WIDEST_BLOCK; }
+int64_t whole_blocks(int64_t C) { return product({sum({C, WIDEST_BLOCK - 1}) / WIDEST_BLOCK, WIDEST_BLOCK}); }
 
 // Bytes of Gradients::summaries.
 int64_t gradient_bytes(const int32_t* t, const Call& call) {
-  return aligned(int64_t{t[H_SUMMARIES]} * t[H_HEIGHT] * t[H_WIDTH] * whole_blocks(call.C) * sizeof(float));
+  return aligned(product({t[H_SUMMARIES], t[H_HEIGHT], t[H_WIDTH], whole_blocks(call.C), sizeof(float)}));
 }
 
 // Bytes of Gradients::windows.
 int64_t window_bytes(Op op, const int32_t* t) {
   if (op != Op::grid_pool_backward || is_fused(op, t)) return 0;
-  return aligned(int64_t{t[H_FRAMES]} * t[H_OUT_ROWS] * t[H_OUT_COLS] * 3 * sizeof(double));
+  return aligned(product({t[H_FRAMES], t[H_OUT_ROWS], t[H_OUT_COLS], 3, sizeof(double)}));
 }
 
 // Sizes of the arrays of a Workspace.
@@ -88,8 +88,9 @@ struct WorkspaceSizes {
   int64_t window = 0;    // elements of `logits` and of `dots`
 
   int64_t bytes() const {
-    return aligned(gathered) + aligned(carried) + aligned(taps * sizeof(void*)) + aligned(taps * sizeof(float)) +
-           aligned(norms * sizeof(float)) + 2 * aligned(window * sizeof(double));
+    const int64_t windows = product({2, aligned(product({window, sizeof(double)}))});
+    return sum({aligned(gathered), aligned(carried), aligned(product({taps, sizeof(void*)})),
+                aligned(product({taps, sizeof(float)})), aligned(product({norms, sizeof(float)})), windows});
   }
 
   // A workspace whose arrays are in `memory`, of size bytes().
@@ -116,7 +117,7 @@ WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
   int64_t tokens = 1;  // of x that a kernel may gather at the same time
   if (is_fused(op, t)) {
     tokens = 9;
-    if (t[H_SLOTS] > 0 && t[H_WIDTH] % 2 == 1) sizes.carried = (call.C + WIDEST_BLOCK) * sizeof(float);
+    if (t[H_SLOTS] > 0 && t[H_WIDTH] % 2 == 1) sizes.carried = product({sum({call.C, WIDEST_BLOCK}), sizeof(float)});
   } else if (op != Op::token_norm) {
     for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
       const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
@@ -137,11 +138,11 @@ WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
     sizes.taps = tokens;
   }
   // at most four sums: those of two columns of cells, for two rows of tokens each
-  if (is_backward(op)) sizes.carried = 4 * whole_blocks(call.C) * sizeof(float);
+  if (is_backward(op)) sizes.carried = product({4, whole_blocks(call.C), sizeof(float)});
   if (call.x_strides.channel != 1 || (is_backward(op) && call.grad_strides.channel != 1)) {
-    sizes.gathered = (1 + tokens) * call.C * element_size(call.dtype);
+    sizes.gathered = product({1 + tokens, call.C, element_size(call.dtype)});
   } else if (call.out_strides.channel != 1) {
-    sizes.gathered = call.C * element_size(call.dtype);
+    sizes.gathered = product({call.C, element_size(call.dtype)});
   }
   return sizes;
 }
@@ -152,13 +153,18 @@ int64_t stored_bytes(Op op, const int32_t* t, const Call& call) {
   const int64_t nodes = op == Op::temporal_grid_backward ? 0
                         : is_fused(op, t)                ? thumbnail_bytes(t, call)
                                                          : summary_bytes(t, call);
-  return nodes + (is_backward(op) ? gradient_bytes(t, call) + window_bytes(op, t) : 0);
+  return is_backward(op) ? sum({nodes, gradient_bytes(t, call), window_bytes(op, t)}) : nodes;
 }
 
 Gradients gradients_in(Op op, const int32_t* t, const Call& call) {
   char* const end = static_cast<char*>(call.scratch) + stored_bytes(op, t, call);
   char* const windows = end - window_bytes(op, t);
   return {windows - gradient_bytes(t, call), window_bytes(op, t) > 0 ? reinterpret_cast<double*>(windows) : nullptr};
+}
+
+// Bytes of a row of a frame. A view may have rows that do not fit into memory.
+int64_t bytes_of_row(const int32_t* t, const Call& call) {
+  return product({t[H_WIDTH], call.C, element_size(call.dtype)});
 }
 
 // A part of a call whose pieces of work may run at the same time.
@@ -192,10 +198,10 @@ class Runner {
   void run(const Threads& threads) {
     int64_t bytes = 0, most = 0;
     for (const Phase& phase : phases) {
-      bytes += phase.count * phase.height * phase.row_bytes;
+      bytes = sum({bytes, product({phase.count, phase.height, phase.row_bytes})});
       most = std::max(most, phase.count * phase.height);
     }
-    const int64_t useful = (bytes + BYTES_PER_THREAD - 1) / BYTES_PER_THREAD;
+    const int64_t useful = sum({bytes, BYTES_PER_THREAD - 1}) / BYTES_PER_THREAD;
     const int64_t workers = std::min<int64_t>({threads.run == nullptr ? 1 : threads.count, useful, most});
     for (Phase& phase : phases) {
       // Four pieces a thread balance the load. Smaller pieces would read more rows twice, where their cells overlap.
@@ -265,7 +271,7 @@ void run_phases(Op op, const int32_t* tables, const Call& call, const Threads& t
 void add_summaries(const int32_t* t, int64_t row_bytes, Phases& phases) {
   for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
     const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
-    phases.emplace_back(level[L_COUNT], t[H_HEIGHT], row_bytes * level[L_ROWS] * level[L_COLS], l);
+    phases.emplace_back(level[L_COUNT], t[H_HEIGHT], product({row_bytes, level[L_ROWS], level[L_COLS]}), l);
   }
 }
 
@@ -273,9 +279,10 @@ void add_summaries(const int32_t* t, int64_t row_bytes, Phases& phases) {
 // for the frames of x.
 void add_gradients(const int32_t* t, int64_t row_bytes, Phases& phases) {
   for (int l = t[H_NUM_LEVELS] - 1; l >= 0; --l) {
-    phases.emplace_back(t[t[H_LEVELS] + l * LEVEL_WORDS + L_COUNT], t[H_HEIGHT], 4 * row_bytes, phases.size());
+    phases.emplace_back(t[t[H_LEVELS] + l * LEVEL_WORDS + L_COUNT], t[H_HEIGHT], product({4, row_bytes}),
+                        phases.size());
   }
-  phases.emplace_back(t[H_FRAMES], t[H_HEIGHT], 4 * row_bytes, phases.size());
+  phases.emplace_back(t[H_FRAMES], t[H_HEIGHT], product({4, row_bytes}), phases.size());
 }
 
 // The node that has number n in phase s of add_gradients.
@@ -299,20 +306,21 @@ bool use_capability(const char* name) {
 }
 
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call, const Threads& threads) {
-  return stored_bytes(op, tables, call) + std::max(threads.count, 1) * workspace_sizes(op, tables, call).bytes();
+  const int64_t workspaces = product({std::max(threads.count, 1), workspace_sizes(op, tables, call).bytes()});
+  return sum({stored_bytes(op, tables, call), workspaces});
 }
 
 void grid_pool(const int32_t* t, const Call& call, const Threads& threads) {
   const Kernels& kernels = *provider()(call.dtype);
   const int64_t H = t[H_HEIGHT], OH = t[H_OUT_ROWS], OW = t[H_OUT_COLS], frames = t[H_FRAMES], levels = t[H_NUM_LEVELS];
-  const int64_t token_bytes = call.C * element_size(call.dtype), row_bytes = t[H_WIDTH] * token_bytes;
-  const bool stream = frames * OH * OW * token_bytes >= STREAM_BYTES;
+  const int64_t row_bytes = bytes_of_row(t, call);
+  const bool stream = product({frames, OH, OW, call.C, element_size(call.dtype)}) >= STREAM_BYTES;
   Phases phases;
   if (has_fused_form(t)) {
     const int32_t* stages = t + t[H_STAGES];
     for (int s = 0; s < t[H_NUM_STAGES]; ++s) {
       const int32_t* stage = stages + s * STAGE_WORDS;
-      phases.emplace_back(stage[S_COUNT], (H + 1) / 2, 2 * row_bytes, stage[S_AFTER]);
+      phases.emplace_back(stage[S_COUNT], (H + 1) / 2, product({2, row_bytes}), stage[S_AFTER]);
     }
     run_phases(Op::grid_pool, t, call, threads, stream, phases, [&](int64_t s, int64_t e, const Piece& piece) {
       kernels.fused_rows(piece, t + stages[s * STAGE_WORDS + S_ENTRIES] + e * ENTRY_WORDS);
@@ -320,7 +328,7 @@ void grid_pool(const int32_t* t, const Call& call, const Threads& threads) {
     return;
   }
   add_summaries(t, row_bytes, phases);
-  phases.emplace_back(frames, OH, H * row_bytes / OH, levels);
+  phases.emplace_back(frames, OH, product({H, row_bytes}) / OH, levels);
   run_phases(Op::grid_pool, t, call, threads, stream, phases, [&](int64_t s, int64_t n, const Piece& piece) {
     if (s < levels) {
       kernels.summary_rows(piece, t + t[H_LEVELS] + s * LEVEL_WORDS, n);
@@ -332,8 +340,8 @@ void grid_pool(const int32_t* t, const Call& call, const Threads& threads) {
 
 void temporal_grid(const int32_t* t, const Call& call, const Threads& threads) {
   const Kernels& kernels = *provider()(call.dtype);
-  const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype), levels = t[H_NUM_LEVELS];
-  const bool stream = int64_t{t[H_FRAMES]} * t[H_HEIGHT] * row_bytes >= STREAM_BYTES;
+  const int64_t row_bytes = bytes_of_row(t, call), levels = t[H_NUM_LEVELS];
+  const bool stream = product({t[H_FRAMES], t[H_HEIGHT], row_bytes}) >= STREAM_BYTES;
   Phases phases;
   add_summaries(t, row_bytes, phases);
   phases.emplace_back(t[H_FRAMES], t[H_HEIGHT], row_bytes, levels);
@@ -352,16 +360,16 @@ namespace {
 void fused_backward(const int32_t* t, const Call& call, const Threads& threads, bool stream) {
   const Kernels& kernels = *provider()(call.dtype);
   const Gradients gradients = gradients_in(Op::grid_pool_backward, t, call);
-  const int64_t h = (t[H_HEIGHT] + 1) / 2, row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype);
+  const int64_t h = (t[H_HEIGHT] + 1) / 2, row_bytes = bytes_of_row(t, call);
   const int64_t num_stages = t[H_NUM_STAGES], shrinking = t[H_SUMMARIES] > 0 ? num_stages : 0;
   const int32_t* stages = t + t[H_STAGES];
   Phases phases;
   for (int64_t s = 0; s < shrinking; ++s) {
     const int32_t* stage = stages + s * STAGE_WORDS;
-    phases.emplace_back(stage[S_SHRUNK], h, 2 * row_bytes, stage[S_AFTER]);
+    phases.emplace_back(stage[S_SHRUNK], h, product({2, row_bytes}), stage[S_AFTER]);
   }
   for (int64_t s = num_stages - 1; s >= 0; --s) {
-    phases.emplace_back(stages[s * STAGE_WORDS + S_COUNT], h, 4 * row_bytes, phases.size());
+    phases.emplace_back(stages[s * STAGE_WORDS + S_COUNT], h, product({4, row_bytes}), phases.size());
   }
   run_phases(Op::grid_pool_backward, t, call, threads, stream, phases, [&](int64_t s, int64_t e, const Piece& piece) {
     const bool shrinks = s < shrinking;
@@ -380,13 +388,13 @@ void fused_backward(const int32_t* t, const Call& call, const Threads& threads, 
 void grid_pool_backward(const int32_t* t, const Call& call, const Threads& threads) {
   const Kernels& kernels = *provider()(call.dtype);
   const int64_t H = t[H_HEIGHT], OH = t[H_OUT_ROWS], frames = t[H_FRAMES], levels = t[H_NUM_LEVELS];
-  const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype);
-  const bool stream = frames * H * row_bytes >= STREAM_BYTES;
+  const int64_t row_bytes = bytes_of_row(t, call);
+  const bool stream = product({frames, H, row_bytes}) >= STREAM_BYTES;
   if (has_fused_form(t)) return fused_backward(t, call, threads, stream);
   const Gradients gradients = gradients_in(Op::grid_pool_backward, t, call);
   Phases phases;
   add_summaries(t, row_bytes, phases);
-  phases.emplace_back(frames, OH, H * row_bytes / OH, levels);
+  phases.emplace_back(frames, OH, product({H, row_bytes}) / OH, levels);
   add_gradients(t, row_bytes, phases);
   run_phases(Op::grid_pool_backward, t, call, threads, stream, phases, [&](int64_t s, int64_t n, const Piece& piece) {
     if (s < levels) {
@@ -401,8 +409,8 @@ void grid_pool_backward(const int32_t* t, const Call& call, const Threads& threa
 
 void temporal_grid_backward(const int32_t* t, const Call& call, const Threads& threads) {
   const Kernels& kernels = *provider()(call.dtype);
-  const int64_t row_bytes = t[H_WIDTH] * call.C * element_size(call.dtype);
-  const bool stream = int64_t{t[H_FRAMES]} * t[H_HEIGHT] * row_bytes >= STREAM_BYTES;
+  const int64_t row_bytes = bytes_of_row(t, call);
+  const bool stream = product({t[H_FRAMES], t[H_HEIGHT], row_bytes}) >= STREAM_BYTES;
   const Gradients gradients = gradients_in(Op::temporal_grid_backward, t, call);
   Phases phases;
   add_gradients(t, row_bytes, phases);
@@ -415,7 +423,7 @@ void token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, const Th
   if (H == 0) return;
   const Kernels& kernels = *provider()(call.dtype);
   Phases phases;
-  phases.emplace_back(frames, H, W * call.C * element_size(call.dtype), 0);
+  phases.emplace_back(frames, H, product({W, call.C, element_size(call.dtype)}), 0);
   run_phases(Op::token_norm, nullptr, call, threads, false, phases,
              [&](int64_t, int64_t frame, const Piece& piece) { kernels.norm_rows(piece, W, frame); });
 }

@@ -16,22 +16,21 @@ namespace {
 // The arrays of scratch of a gradient. `bytes` is set to the size of all scratch.
 GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool pooled, int64_t* bytes) {
   const int64_t summaries = tables[H_SUMMARIES], frames = tables[H_FRAMES];
-  const int64_t tokens = int64_t{tables[H_HEIGHT]} * tables[H_WIDTH];
-  const int64_t windows = int64_t{tables[H_OUT_ROWS]} * tables[H_OUT_COLS];
+  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS];
   const bool fused = pooled && takes_fused(tables, call);
   *bytes = fused ? thumbnail_bytes(tables, call) : pooled ? summary_bytes(tables, call) : 0;
-  const auto take = [&](int64_t words) {
+  const auto take = [&](std::initializer_list<int64_t> words) {
     const int64_t start = *bytes;
-    *bytes += aligned(words * 4);
+    *bytes = sum({start, aligned(product({product(words), 4}))});
     return call.scratch == nullptr ? nullptr : static_cast<char*>(call.scratch) + start;
   };
   GradientScratch scratch{};
-  scratch.summaries = reinterpret_cast<float*>(take(summaries * tokens * call.C));
+  scratch.summaries = reinterpret_cast<float*>(take({summaries, H, W, call.C}));
   if (fused) return scratch;
-  scratch.ends = reinterpret_cast<int32_t*>(take(summaries));
+  scratch.ends = reinterpret_cast<int32_t*>(take({summaries}));
   if (!pooled) return scratch;
-  scratch.norms = reinterpret_cast<float*>(take(frames * tokens));
-  scratch.statistics = reinterpret_cast<float*>(take(frames * windows * 3));
+  scratch.norms = reinterpret_cast<float*>(take({frames, H, W}));
+  scratch.statistics = reinterpret_cast<float*>(take({frames, OH, OW, 3}));
   return scratch;
 }
 
@@ -52,7 +51,6 @@ bool takes_fused(const int32_t* tables, const Call& call) {
 
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call) {
   if (op == Op::token_norm || call.thumbnails != nullptr) return 0;
-  const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
   if (is_backward(op)) {
     int64_t bytes = 0;
     gradient_scratch(tables, call, op == Op::grid_pool_backward, &bytes);
@@ -60,7 +58,8 @@ int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call) {
   }
   if (op == Op::temporal_grid) return summary_bytes(tables, call);
   if (takes_fused(tables, call)) return thumbnail_bytes(tables, call);
-  return summary_bytes(tables, call) + tables[H_FRAMES] * H * W * static_cast<int64_t>(sizeof(float));
+  return sum(
+      {summary_bytes(tables, call), product({tables[H_FRAMES], tables[H_HEIGHT], tables[H_WIDTH], sizeof(float)})});
 }
 
 int grid_pool(const int32_t* tables, const int32_t* device_tables, const Call& call, void* stream) {
@@ -112,7 +111,7 @@ int temporal_grid_backward(const int32_t* tables, const int32_t* device_tables, 
 }
 
 int token_norm(int64_t frames, int64_t H, int64_t W, const Call& call, void* stream) {
-  if (frames * H * W == 0) return cudaSuccess;
+  if (frames == 0 || H == 0 || W == 0) return cudaSuccess;
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   if (too_many_channels(call) || frames > most || H > most || W > most) return cudaErrorInvalidValue;
   return find_norms(static_cast<int32_t>(frames), static_cast<int32_t>(H), static_cast<int32_t>(W), call, nullptr,

@@ -125,7 +125,7 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   p.chunks = static_cast<int32_t>((call.C + threads * THREAD_CHANNELS - 1) / (threads * THREAD_CHANNELS));
   const auto kernel = is_vectorized(tables, call, p.OH, p.OW) ? norm_pool_kernel<T, Access::vector>
                                                               : norm_pool_kernel<T, Access::scalar>;
-  const int64_t blocks = static_cast<int64_t>(p.OH) * p.OW * p.chunks;
+  const int64_t blocks = product({p.OH, p.OW, p.chunks});
   return launch_in_ranges(tables[H_FRAMES], blocks, [&](int32_t first, int32_t range) {
     p.first = first;
     return launch(kernel, range * blocks, threads, stream, p);

@@ -150,9 +150,10 @@ def _unsupported_call(x: Tensor, plan: GridPlan | None) -> str | None:
         most = max(plan.height, plan.width, *plan.pooled_size)
         if most >= LARGEST:
             return f"there are {most} rows or columns, the kernels count fewer than 2²⁴"
-        window = max(plan.window_rows.count) * max(plan.window_cols.count)
-        if window >= 1 << 31:
-            return f"a window has {window} tokens, the kernels count fewer than 2³¹"
+        if most * x.shape[-4] >= 1 << 31:  # no mosaic has more rows or columns
+            mosaics = [max(level.rows * plan.height, level.cols * plan.width) for level in plan.levels if level.targets]
+            if max(mosaics, default=0) >= 1 << 31:
+                return f"a mosaic has {max(mosaics)} rows or columns of tokens, the kernels count fewer than 2³¹"
     return None
 
 

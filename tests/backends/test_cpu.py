@@ -30,6 +30,7 @@ from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.plan import tables
 from stgridpool_kernels.plan.tables import plan_tables
 from tests.backends import test_backends
+from tests.plan.test_tables import C as WORD
 from tests.support.cases import CALLS, LAYOUTS, laid_out, tokens
 from tests.support.instructions import known, restored
 from tests.support.tolerance import assert_same_bits, assert_within, ulp
@@ -328,6 +329,30 @@ def test_scratch_is_not_seen() -> None:
 # ---- private ops ----
 
 
+MANY = 1 << 18
+WHOLE = {"kernel_size": 1, "stride": MANY}
+"""Windows of one token, of which a frame of MANY × MANY tokens has one."""
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "arguments"),
+    [
+        ("grid_pool", (1, MANY, MANY, 1 << 25), WHOLE | {"frame_strides": (1,), "grid_shape": (1, 1)}),  # 2⁶³ bytes
+        ("grid_pool", (2, MANY, MANY, 1 << 25), WHOLE | {"frame_strides": (1,), "grid_shape": (1, 1)}),  # 2⁶⁴
+        ("token_norm", (1, 1, 1, 1 << 60), {}),
+        ("token_norm", (1, 1, 1, 1 << 61), {}),
+    ],
+)
+def test_scratch_beyond_64_bits(op: str, shape: tuple[int, int, int, int], arguments: Arguments) -> None:
+    """The tokens of a view may be more than memory has, and their sizes more than int64 holds."""
+    _, H, W, channels = shape
+    named = (
+        f"no memory for {2**63 - 64} bytes of scratch or more, which frames of {H} x {W} tokens of {channels} channels"
+    )
+    with pytest.raises(RuntimeError, match=named):
+        run(op, torch.zeros(1).expand(shape), **arguments)
+
+
 def grid_pool_by_tables(x: Tensor, words: Tensor, out: Tensor) -> None:
     torch.ops.stgp._grid_pool_by_tables(x, words, None, 1.0, 2.0, True, out)
 
@@ -385,7 +410,9 @@ REASONS = re.findall(r'"(.+)";', (CSRC / "tables.cpp").read_text())
 REASONS += ["the tables are of another x", "the tables are of another out", "no memory for"]
 REASONS += ["the tables have nothing for gradients"]
 GRADIENTS = set(
-    re.findall(r'"(.*(?:gradient|consumer|inverse runs|no summary).*)";', (CSRC / "tables.cpp").read_text())
+    re.findall(
+        r'"(.*(?:gradient|consumer|inverse runs (?!of levels)|no summary).*)";', (CSRC / "tables.cpp").read_text()
+    )
 )
 
 
@@ -442,6 +469,82 @@ def test_corrupted_tables_of_gradients(value: int | str) -> None:
         assert "an entry is of no summary" in reasons
     if isinstance(value, int) and abs(value) >= 1000:
         assert GRADIENTS - {"an entry is of no summary"} <= reasons, GRADIENTS - reasons
+
+
+def level_again(words: Tensor) -> Tensor:
+    """Return tables with many summaries that have their sources and runs in common, and the runs of the first level."""
+    first = int(words[WORD["H_LEVELS"]])
+    level = words[first : first + WORD["LEVEL_WORDS"]]
+    number = len(words) // int(level[WORD["L_COUNT"]] * 4 + 20)
+    levels = level.repeat(number, 1)
+    levels[:, WORD["L_FIRST"]] = level[WORD["L_COUNT"]] * torch.arange(number)
+    changed = torch.cat([words, levels.flatten()])
+    changed[WORD["H_LEVELS"]], changed[WORD["H_NUM_LEVELS"]] = len(words), number
+    changed[WORD["H_SUMMARIES"]] = number * level[WORD["L_COUNT"]]
+    return changed
+
+
+def stage_again(words: Tensor) -> Tensor:
+    """Return tables in which the first stage comes many times."""
+    first = int(words[WORD["H_STAGES"]])
+    stage = words[first : first + WORD["STAGE_WORDS"]]
+    number = len(words) // (int(stage[WORD["S_COUNT"]]) * WORD["ENTRY_WORDS"]) * 4
+    changed = torch.cat([words, stage.repeat(number)])
+    changed[WORD["H_STAGES"]], changed[WORD["H_NUM_STAGES"]] = len(words), number
+    return changed
+
+
+def live_rows_that_overlap(words: Tensor) -> Tensor:
+    """Return tables in which the live counts of each entry of the first stage begin one word further."""
+    offset, count = words[int(words[WORD["H_STAGES"]]) + torch.tensor([WORD["S_ENTRIES"], WORD["S_COUNT"]])].tolist()
+    changed = torch.cat([words, torch.zeros(count + int(words[WORD["H_HEIGHT"]]), dtype=torch.int32)])
+    changed[offset + WORD["E_LIVE"] : offset + count * WORD["ENTRY_WORDS"] : WORD["ENTRY_WORDS"]] = torch.arange(
+        len(words), len(words) + count
+    )
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (level_again, "levels have words in common"),
+        (stage_again, "stages have entries in common"),
+        (live_rows_that_overlap, "rows of live cells overlap"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_parts_in_common_are_refused(change: Callable[[Tensor], Tensor], reason: str) -> None:
+    """Parts of tables are apart, so that the time of their check does not grow with the square of their size."""
+    plan = grid_plan([200], 64, 2, frame_strides=(1,))
+    words = torch.tensor(plan_tables(plan), dtype=torch.int32)
+    x, out = torch.zeros(200, 64, 2, 1), torch.zeros(200, 32, 1, 1)
+    grid_pool_by_tables(x, words, out)
+    changed = change(words)
+    changed[WORD["H_WORDS"]] = len(changed)
+    with pytest.raises(RuntimeError, match=reason):
+        grid_pool_by_tables(x, changed, out)
+
+
+def test_inverse_runs_in_common_are_refused() -> None:
+    """A level's inverse runs have as many words as its rows and columns times those of a frame, its runs have fewer."""
+    words = torch.tensor(plan_tables(grid_plan([8], 64, 2, frame_strides=(1,)), gradient=True), dtype=torch.int32)
+    first, count, section = words[[WORD["H_LEVELS"], WORD["H_SUMMARIES"], WORD["H_GRADIENT"]]].tolist()
+    number = len(words) // 150
+    levels = words[first : first + WORD["LEVEL_WORDS"]].repeat(number, 1)
+    levels[:, WORD["L_FIRST"]] = count * torch.arange(number)
+    consumers = torch.full((8 + count * number + 1,), int(words[words[section]]), dtype=torch.int32)
+    gradient = words[section : section + WORD["G_LEVELS"]].clone()
+    gradient[WORD["G_CONSUMERS"]] = len(words) + levels.numel()
+    inverses = words[section + WORD["G_LEVELS"] :][:2].repeat(number)
+    changed = torch.cat([words, levels.flatten(), consumers, gradient, inverses])
+    changed[[WORD["H_LEVELS"], WORD["H_NUM_LEVELS"], WORD["H_SUMMARIES"]]] = torch.tensor(
+        [len(words), number, count * number], dtype=torch.int32
+    )
+    changed[WORD["H_GRADIENT"]] = len(words) + levels.numel() + len(consumers)
+    changed[WORD["H_WORDS"]] = len(changed)
+    x = torch.zeros(8, 64, 2, 1)
+    with pytest.raises(RuntimeError, match="the inverse runs of levels have words in common"):
+        temporal_grid_backward_by_tables(x, x, changed.int(), torch.empty_like(x))
 
 
 def test_tables_without_gradients() -> None:
@@ -515,6 +618,14 @@ except RuntimeError as refusal:
     assert done.stdout.startswith(f"backend 'cpu' cannot run this call: {cause}")
 
 
+def test_mosaics_that_tables_cannot_hold_are_refused() -> None:
+    for frames, reason in (((1 << 20) - 1, None), (1 << 20, "a mosaic has 2147483648 rows or columns of tokens")):
+        x = torch.zeros(1).expand(frames, 1, 1 << 11, 1)
+        plan = grid_plan([frames], 1, 1 << 11, frame_strides=(1,), grid_shape=(1, 1 << 20), kernel_size=1)
+        assert (compiled.unsupported_on_cpu(x, plan) or "").startswith(reason or "")
+        assert (compiled.unsupported_on_cpu(x, plan) is None) == (reason is None)
+
+
 def test_sizes_that_tables_cannot_hold_are_refused() -> None:
     x = torch.empty(1, 1 << 24, 1, 1, dtype=torch.bfloat16)
     pairs = grid_plan([1], 1 << 24, 1, frame_strides=(), kernel_size=(1 << 20, 1))
@@ -523,5 +634,3 @@ def test_sizes_that_tables_cannot_hold_are_refused() -> None:
         compiled.unsupported_on_cpu(x[:, 1:], grid_plan([1], (1 << 24) - 1, 1, frame_strides=(), kernel_size=(2, 1)))
         is None
     )
-    wide = grid_plan([1], 1 << 16, 1 << 15, frame_strides=(), output_size=1)
-    assert "fewer than 2³¹" in str(compiled.unsupported_on_cpu(torch.empty(1, 1, 1, 1), wide))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import shutil
 import subprocess
@@ -109,6 +110,21 @@ def test_numbers_of_channels(C, dtype):
     x = tokens(8, 3, 5, C, dtype=dtype)
     arguments = {"frame_strides": (1, 2), "ceil_mode": True}
     assert_accurate(pooled(x, **arguments), "grid_pool", x, **arguments)
+
+
+@pytest.mark.parametrize("op", ["grid_pool", "temporal_grid", "grid_pool_backward", "temporal_grid_backward"])
+@pytest.mark.parametrize("arguments", [{}, {"grid_shape": (1, 2)}], ids=["fused", "general"])
+def test_scratch_beyond_64_bits(arguments, op):
+    """The size stays at the largest one: an allocation fails, where one of a size that wrapped around would not."""
+    tables = plan_tables(grid_plan([8], 4, 4, frame_strides=(1,), **arguments), gradient=True)
+    words = (ctypes.c_int32 * len(tables))(*tables)
+    sizes = []
+    for C in (8, 1 << 40, 1 << 58, 1 << 60, 1 << 62, (1 << 63) - 1):
+        call = cuda_emulation.Call(dtype=2, T=8, C=C, norm_type=2.0)
+        number = cuda_emulation.OPS.index(op)
+        sizes.append(cuda_emulation.load().stgp_scratch_bytes(number, words, ctypes.byref(call)))
+    assert sizes == sorted(sizes)
+    assert 1 << 40 < sizes[1] < sizes[-1] == (1 << 63) - 64
 
 
 @dtypes

@@ -712,13 +712,24 @@ def test_auto_leaves_the_interpreter_alone(caplog: pytest.LogCaptureFixture) -> 
         (torch.empty(1, 2, 2, 3, device="meta"), {}, "x is on meta"),
         (torch.empty(1).expand(1 << 15, 1 << 8, 1 << 8, 3), {}, "has 2147483648 tokens"),
         (torch.empty(1).expand(1, 257, 256, 1), {"output_size": (1, 1)}, "a window has 65792 tokens"),
-        (torch.empty(1, 1, 1, 1).expand(1 << 26, 1, 1, 1), {"output_size": (8, 4)}, "the result has 2147483648 tokens"),
+        (
+            torch.empty(1, 1, 1, 1).expand(1 << 29, 1, 1, 1),
+            {"kernel_size": 2, "stride": 1, "padding": 1},
+            "the result has 2147483648 tokens",
+        ),
     ],
     ids=["float64", "device", "tokens", "window", "result"],
 )
 def test_refusals_name_the_reason(x: Tensor, arguments: Arguments, reason: str) -> None:
     plan = grid_plan(x.shape[:1], *x.shape[1:3], frame_strides=(), **arguments)
     assert reason in triton_backend.unsupported_reason(x, plan)
+
+
+@pytest.mark.parametrize("sizes", [{"scratch": 1 << 64}, {"scratch": 0, "gradients": 1 << 63}], ids=str)
+def test_scratch_beyond_64_bits(sizes: dict[str, int]) -> None:
+    elements = max(sizes.values())
+    with pytest.raises(RuntimeError, match=f"no memory for {elements} elements of scratch, fewer than 2⁶⁰"):
+        launch.PreparedCall(None, [], tables=None, **sizes)
 
 
 def test_refused_call_raises() -> None:

@@ -20,6 +20,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -497,6 +498,34 @@ void test_sizes_whose_product_exceeds_64_bits() {
   CHECK(wrong_with(t) != nullptr);
 }
 
+// Scratch of calls on views, whose sizes may be anything, does not wrap around either.
+void test_scratch_that_exceeds_64_bits() {
+  const int64_t most = std::numeric_limits<int64_t>::max() / 64 * 64;
+  for (const bool fused : {false, true}) {
+    Tables t = with_gradients(one_summary(fused));
+    for (const Op op :
+         {Op::grid_pool, Op::temporal_grid, Op::token_norm, Op::grid_pool_backward, Op::temporal_grid_backward}) {
+      Call call{.dtype = DType::float32, .T = 2, .C = 8};
+      call.x_strides.channel = op == Op::token_norm ? 0 : 1;
+      for (const int threads : {1, 1 << 16}) {
+        int64_t bytes = 0, before = 0;
+        for (const int64_t C : {int64_t{8}, int64_t{1} << 40, int64_t{1} << 58, int64_t{1} << 60, most, most + 63}) {
+          call.C = C;
+          bytes = stgp::cpu::scratch_bytes(op, t.data(), call, {threads});
+          CHECK(before <= bytes && bytes % 64 == 0);
+          before = bytes;
+        }
+        CHECK(bytes == most || bytes < int64_t{1} << 40);  // where no array has channels
+        CHECK(bytes == most || !fused || op == Op::temporal_grid);
+      }
+    }
+    Call call{.dtype = DType::float32, .T = 2, .C = int64_t{1} << 40};
+    t[stgp::H_SUMMARIES] = t[stgp::H_SLOTS] = 1 << 23;
+    CHECK(stgp::cpu::scratch_bytes(Op::grid_pool_backward, t.data(), call, {}) == most);
+    CHECK(stgp::cpu::scratch_bytes(Op::grid_pool, t.data(), call, {}) == most);
+  }
+}
+
 void test_capabilities() {
   const std::string before = stgp::cpu::capability();
   const std::vector<std::string> names = capabilities();
@@ -528,6 +557,7 @@ int main(int argc, char** argv) {
   test_gradients_that_are_refused();
   test_missing_tiles_are_refused();
   test_sizes_whose_product_exceeds_64_bits();
+  test_scratch_that_exceeds_64_bits();
   if (failures == 0) std::puts("all checks passed");
   return failures == 0 ? 0 : 1;
 }

@@ -24,6 +24,9 @@ from .tiles import norm_kind
 MAX_CALLS = 256
 """Maximum number of cached prepared calls, each with its tables; the least recently used is dropped first."""
 
+MAX_ELEMENTS = 1 << 60
+"""Exclusive limit of the elements of a tensor of scratch, whose bytes torch counts in int64."""
+
 TENSORS = ("x", "out", "scratch", "tables", "grad", "gradients")
 """Leading pointer arguments of every kernel. Forward kernels take the first 4, backward kernels all 6."""
 
@@ -125,12 +128,15 @@ class PreparedCall:
     """All launches of a call with given sizes, strides, dtype, alignment and settings.
 
     scratch: number of elements of x.dtype to allocate, 0 if none is needed or the caller provides it. gradients: number
-    of float32 elements to allocate for gradients of nodes and windows.
+    of float32 elements to allocate for gradients of nodes and windows. Raises RuntimeError if one exceeds all memory.
     """
 
     def __init__(
         self, plan: object, launches: Sequence[Launch], scratch: int, tables: Tables | None, gradients: int = 0
     ) -> None:
+        for elements in (scratch, gradients):
+            if elements >= MAX_ELEMENTS:
+                raise RuntimeError(f"no memory for {elements} elements of scratch, fewer than 2⁶⁰ can be addressed")
         self.plan = plan  # cache keys identify plans by id(), so the plan must live as long as its call
         self.launches = tuple(launches)
         self.has_run = False
