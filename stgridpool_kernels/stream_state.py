@@ -6,7 +6,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Number
+from numbers import Real
 from types import NoneType
 from typing import Any
 
@@ -82,10 +82,21 @@ def copied(tensor: Tensor, device: torch.device | None) -> Tensor:
     return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
+class _Shown(reprlib.Repr):
+    """Short text of values of any type in one line, without the content of tensors and of other objects."""
+
+    def repr_int(self, value: int, level: int) -> str:
+        return super().repr_int(value, level) if abs(value) < 1 << 128 else f"an integer of {value.bit_length()} bits"
+
+    def repr_instance(self, value: object, level: int) -> str:
+        plain = isinstance(value, (bool, float, NoneType, type, torch.dtype))
+        return repr(value) if plain else f"a {type(value).__name__}"
+
+
 def expect(right: bool, entry: str, allowed: object, got: object) -> None:
     """Raise ValueError, naming the entry of a state, the values it may have and the one it has, unless `right`."""
     if not right:
-        raise ValueError(f"{entry} must be {allowed}, got {reprlib.repr(got)}")
+        raise ValueError(f"{entry} must be {allowed}, got {_Shown().repr(got)}")
 
 
 def check_state(state: Any, arguments: Mapping[str, Any], backends: Sequence[str]) -> None:
@@ -139,12 +150,16 @@ def _check_streams(streams: Any, seen: bool) -> None:
 
 
 def check_kept(streams: Iterable[Mapping[str, Any]], dtype: str, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raise ValueError, naming the entry, unless every tensor in the streams of a state has that dtype and a shape."""
+    """Raise ValueError, naming the entry, unless every tensor in the streams of a state has that dtype and a shape.
+
+    Its elements must be apart in memory: an expanded tensor claims sizes that a state of a few bytes can hold.
+    """
     allowed = f"a dense tensor of {STATE_DTYPES[dtype]} and shape {' or '.join(map(str, shapes))}"
     for number, stream in enumerate(streams):
         for place, tensor in enumerate(stream["kept"]):
-            dense = type(tensor) is Tensor and not tensor.is_nested and tensor.layout == torch.strided
-            got = (tensor.dtype, tuple(tensor.shape)) if dense and not tensor.is_meta else type(tensor)
+            strided = type(tensor) is Tensor and not tensor.is_nested and tensor.layout == torch.strided
+            dense = strided and not tensor.is_meta and tensor.untyped_storage().nbytes() >= tensor.nbytes
+            got = (tensor.dtype, tuple(tensor.shape)) if dense else type(tensor)
             right = got in [(STATE_DTYPES[dtype], shape) for shape in shapes]
             expect(right, f"state['streams'][{number}]['kept'][{place}]", allowed, got)
 
@@ -167,4 +182,4 @@ def _equals(value: Any, expected: Any) -> bool:
     """Return whether a value equals `expected` and is a number, a string, None or a list of them."""
     if isinstance(expected, list):
         return isinstance(value, list) and len(value) == len(expected) and all(map(_equals, value, expected))
-    return isinstance(value, (Number, str, NoneType)) and bool(value == expected)
+    return isinstance(value, (Real, str, NoneType)) and bool(value == expected)

@@ -8,11 +8,13 @@ import io
 import math
 import operator
 import pickle
+import random
 import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +395,7 @@ def test_state_is_a_copy(name: str, backend: str, device: torch.device) -> None:
 
 DAMAGED: list[tuple[tuple[Any, ...], str]] = [
     (("version", 1), "['version'] must be 2, got 1"),
-    (("version", torch.ones(2)), "['version'] must be 2, got tensor"),
+    (("version", torch.ones(2)), "['version'] must be 2, got a Tensor"),
     (("slots", []), "state must be a dict of version, arguments, format, streams, got ["),
     (("arguments", "temperature", 2.0), "['arguments']['temperature'] must be 1.0, got 2.0"),
     (("arguments", "frame_strides", [2, torch.ones(2), 8]), "['arguments']['frame_strides'] must be [2, 4, 8], got"),
@@ -409,6 +411,10 @@ DAMAGED: list[tuple[tuple[Any, ...], str]] = [
     (("streams", 0, "kept", 1, torch.ones(3, 4, 8)), "shape (5, 7, 8), got (torch.float32, (3, 4, 8))"),
     (("streams", 0, "kept", 0, torch.ones(5, 7, 8).to_sparse()), "['kept'][0] must be a dense tensor of"),
     (("streams", 0, "kept", 0, torch.ones(5, 7, 8, device="meta")), "['kept'][0] must be a dense tensor of"),
+    (("streams", 0, "kept", 0, torch.ones(1).expand(5, 7, 8)), "['kept'][0] must be a dense tensor of"),
+    (("arguments", "norm_type", Decimal("sNaN")), "['arguments']['norm_type'] must be 2.0, got a Decimal"),
+    (("streams", 0, "frames", 10**5000), "len(state['streams'][0]['kept']) must be 0, got 2"),
+    (("streams", 0, "frames", -(10**5000)), "must be an integer of at least 0, got an integer of 16610 bits"),
 ]
 
 
@@ -426,6 +432,56 @@ def test_state_that_is_damaged_is_refused(path: tuple[Any, ...], message: str) -
         stream.load_state_dict(state)
     assert stream.streams == (0, "other")
     assert_same_bits(stream.push(x[5:], streams=[0]), stgridpool_kernels.grid_pool(x, backend="reference")[5:])
+
+
+def nested(depth: int) -> list[Any]:
+    return functools.reduce(lambda inner, _: [inner], range(depth), [])
+
+
+ODD = [
+    *(None, True, 0, -1, 10**9, 1 << 64, 10**5000, 0.5, math.inf, math.nan, 1j, "", "meta", "\ud800", b"", [], {}, ()),
+    *(torch.ones(2), torch.tensor(5), torch.ones(5, 7, 8).to_sparse(), torch.ones(5, 7, 8, device="meta")),
+    *(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), torch.ones(1).expand(5, 7, 8)),
+    *(
+        torch.nn.Parameter(torch.ones(5, 7, 8)),
+        np.ones(3),
+        np.int64(5),
+        Decimal("sNaN"),
+        object(),
+        torch.float32,
+        nested(10**4),
+    ),
+]
+
+
+def entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each dict and list of a state, with the key or index of each of its entries."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield value, key
+        yield from entries(value[key])
+
+
+@pytest.mark.parametrize("seeds", [range(120), pytest.param(range(120, 1200), marks=pytest.mark.slow)], ids=str)
+def test_states_with_random_damage(seeds: range) -> None:
+    """A state is loaded, or refused by the name of its entry; then nothing has changed."""
+    stream = GridPoolStream(backend="reference", streams=[0, "other"])
+    stream.push(tokens(5, 5, 7, 8), streams=[0])
+    before, refusals = stream.state_dict(), []
+    for seed in seeds:
+        draw = random.Random(seed)
+        state = copy.deepcopy(before)
+        for container, key in draw.sample(list(entries(state)), draw.randint(1, 2)):
+            container[key] = draw.choice(ODD)
+        try:
+            stream.load_state_dict(state)
+        except ValueError as refusal:
+            refusals.append(str(refusal))
+        else:
+            stream.load_state_dict(before)
+        assert str(stream.state_dict()) == str(before)
+    assert all(re.fullmatch(r"(len\()?state.+", refusal) for refusal in refusals)  # in one line
+    assert len(refusals) > len(seeds) / 2
 
 
 @pytest.mark.parametrize("state", [{}, [], None, {"version": 2}, "state"], ids=repr)

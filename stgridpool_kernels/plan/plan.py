@@ -90,10 +90,6 @@ class GridPlan:
         if sum(self.frame_counts) >= LARGEST:
             raise ValueError(f"frame_counts must sum to fewer than 2³¹ frames, got {sum(self.frame_counts)}")
         shapes = level_shapes(self.frame_strides, self.grid_shape, self.sampling, self.resize)
-        levels = tuple(
-            self._level(frame_stride, rows, cols)
-            for frame_stride, (rows, cols) in zip(self.frame_strides, shapes, strict=True)
-        )
         sizes = pooled_size(
             self.height,
             self.width,
@@ -106,6 +102,9 @@ class GridPlan:
         )
         rows, cols = (self._windows(axis, size) for axis, size in enumerate(sizes))
         _check_window((max(rows.count), max(cols.count)), self.kernel_size, self.padding, self.output_size)
+        levels = tuple(
+            self._level(frame_stride, m, n) for frame_stride, (m, n) in zip(self.frame_strides, shapes, strict=True)
+        )
         object.__setattr__(self, "levels", levels)
         object.__setattr__(self, "window_rows", rows)
         object.__setattr__(self, "window_cols", cols)
@@ -128,8 +127,7 @@ class GridPlan:
                 targets.append(first + target)
                 sources.append(tuple(first + frame for frame in frames))
         mosaic_runs = _area_mosaic if self.resize == "area" else _bilinear_mosaic
-        row_runs = mosaic_runs(self.height, rows)
-        col_runs = mosaic_runs(self.width, cols)
+        row_runs, col_runs = mosaic_runs(self.height, rows), mosaic_runs(self.width, cols)
         return Level(frame_stride, rows, cols, tuple(targets), tuple(sources), row_runs, col_runs)
 
     def _windows(self, axis: int, windows: int) -> Runs:
@@ -321,6 +319,7 @@ def _adaptive_runs(size: int, windows: int) -> Runs:
     return Runs(tuple(starts), tuple(map(operator.sub, stops, starts)))
 
 
+@lru_cache(maxsize=32)  # levels mostly have the same grid
 def _area_mosaic(size: int, tiles: int) -> Runs:
     """Mosaic positions behind each summary position when every tile is shrunk to ⌈size/tiles⌉ and the whole cropped."""
     tile = -(-size // tiles)
@@ -329,6 +328,7 @@ def _area_mosaic(size: int, tiles: int) -> Runs:
     return Runs(tuple(starts), tuple(cells.count[position % tile] for position in range(size)))
 
 
+@lru_cache(maxsize=32)
 def _bilinear_mosaic(size: int, tiles: int) -> Runs:
     """Mosaic positions behind each summary position: the one or two at the centre of every `tiles` positions.
 
