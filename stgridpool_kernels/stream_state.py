@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .ops import DTYPES
+from .plan.integers import shown
 
 StreamId = int | str
 
@@ -82,21 +82,10 @@ def copied(tensor: Tensor, device: torch.device | None) -> Tensor:
     return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
-class _Shown(reprlib.Repr):
-    """Short text of values of any type in one line, without the content of tensors and of other objects."""
-
-    def repr_int(self, value: int, level: int) -> str:
-        return super().repr_int(value, level) if abs(value) < 1 << 128 else f"an integer of {value.bit_length()} bits"
-
-    def repr_instance(self, value: object, level: int) -> str:
-        plain = isinstance(value, (bool, float, NoneType, type, torch.dtype))
-        return repr(value) if plain else f"a {type(value).__name__}"
-
-
 def expect(right: bool, entry: str, allowed: object, got: object) -> None:
     """Raise ValueError, naming the entry of a state, the values it may have and the one it has, unless `right`."""
     if not right:
-        raise ValueError(f"{entry} must be {allowed}, got {_Shown().repr(got)}")
+        raise ValueError(f"{entry} must be {allowed}, got {shown(got)}")
 
 
 def check_state(state: Any, arguments: Mapping[str, Any], backends: Sequence[str]) -> None:

@@ -46,9 +46,13 @@ class _Short(reprlib.Repr):
         self.maxstring = self.maxother = self.maxlong = 100
 
     def repr1(self, x: Any, level: int) -> str:
-        if getattr(x, "ndim", 0):
-            return f"{type(x).__name__} of shape {tuple(x.shape)}"
+        if getattr(x, "ndim", 0) and not isinstance(x, type):
+            nested = getattr(x, "is_nested", False)  # a nested tensor has no shape
+            return f"{type(x).__name__} of " + (f"{x.ndim} dimensions" if nested else f"shape {tuple(x.shape)}")
         return " ".join(super().repr1(x, level).splitlines())
+
+    def repr_int(self, x: int, level: int) -> str:  # Python writes at most 4300 digits
+        return super().repr_int(x, level) if x.bit_length() < 4300 else f"an integer of {x.bit_length()} bits"
 
 
 shown = _Short().repr
