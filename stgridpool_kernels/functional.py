@@ -88,7 +88,8 @@ def grid_pool(
 
     kernel_size, stride, padding, ceil_mode: windows of `torch.nn.AvgPool2d`; an integer stands for both directions.
     count_include_pad: True includes zero padding in the softmax, with norm 0; False excludes it.
-    output_size: (OH, OW) of the windows of `torch.nn.AdaptiveAvgPool2d`, which replace the five arguments above.
+    output_size: (OH, OW), at most (H, W), of the windows of `torch.nn.AdaptiveAvgPool2d`, which replace the five
+        arguments above. A window of either kind has fewer than 2³¹ tokens, the padding that takes part included.
     temperature: 0 is average pooling. Larger values approach the token with the largest norm, values below 0 the token
         with the smallest.
     norm_type: p of ‖t‖ = (mean_c |t_c|^p)^(1/p), greater than 0; inf is max_c |t_c|.
