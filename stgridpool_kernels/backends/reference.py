@@ -71,8 +71,9 @@ def _pool(frames: Tensor, plan: GridPlan, temperature: float, norm_type: float, 
     taken = torch.stack([r[:, None] & c for r in row_taken.T for c in col_taken.T], dim=-1)  # (OH, OW, window)
     logits = torch.stack([temperature * norms[:, r, c] for r, c in window], dim=-1)  # (T, OH, OW, window)
     # n zero tokens of norm 0 weigh n · exp(0) together, as one token of logit log(n) does
-    counts = torch.tensor(plan.window_rows.count)[:, None] * torch.tensor(plan.window_cols.count)
-    padding = (counts.to(taken.device) - taken.sum(-1)).to(logits.dtype).log().expand(logits.shape[:-1])
+    sizes = (torch.tensor(runs.count, device=taken.device) for runs in (plan.window_rows, plan.window_cols))
+    padding = torch.outer(*sizes) - taken.sum(-1)
+    padding = padding.to(logits.dtype).log().expand(logits.shape[:-1])
     weights = torch.cat([torch.where(taken, logits, -math.inf), padding[..., None]], dim=-1).softmax(-1)
     pooled = frames.new_zeros(())
     for weight, (r, c) in zip(weights.unbind(-1), window, strict=False):  # padding adds zeros

@@ -164,7 +164,7 @@ def test_the_snippet_of_the_page_runs(stock: object) -> None:
     [
         ({"add_faster_video": True}, {}, "config.add_faster_video must be off"),
         ({"mm_spatial_pool_mode": "conv"}, {}, "config.mm_spatial_pool_mode must be one of 'average', .* got 'conv'"),
-        ({}, {"output_size": (7, 28)}, "output must be square where .* is 'grid', got 7 × 28"),
+        ({}, {"output_size": (7, 26)}, "output must be square where .* is 'grid', got 7 × 26"),
         ({}, {"kernel_size": 30, "ceil_mode": False}, r"kernel_size=\[30, 30\] .* leaves no window on a 27 × 27 frame"),
     ],
 )
@@ -178,8 +178,8 @@ def test_what_cannot_be_is_refused_at_the_call(settings: dict, options: dict, me
 
 def test_a_rectangle_fits_other_newlines() -> None:
     model = LlavaQwenForCausalLM(newline="one_token")
-    llava_next.patch(output_size=(7, 28))
-    assert [len(tokens) for tokens in model.video_tokens(videos(model, 8))] == [8 * 196 + 1]
+    llava_next.patch(output_size=(7, 26))
+    assert [len(tokens) for tokens in model.video_tokens(videos(model, 8))] == [8 * 182 + 1]
 
 
 @pytest.mark.parametrize(
