@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_tensor, warn_of_layout
+from .arguments import check_tensor, converted, warn_of_layout
 from .backends import BACKENDS, Backend, backend_names, check_backend, choose_backend, use_backend
 from .functional import GridPool
 from .ops import check_tokens
 from .plan import GridPlan, grid_plan
 from .plan.dataflow import EndlessLiveness
+from .plan.integers import shown
 from .plan.plan import level_shapes
 from .plan.tables import ChunkEntry, chunk_entries, chunk_tables
 from .stream_state import (
@@ -149,9 +150,7 @@ class GridPoolStream:
         self._format: _Format | None = None
         self._states: States = {}
         self._slots: Slots = {}
-        if isinstance(streams, str) or not isinstance(streams, Sequence):
-            raise TypeError(f"streams must be a sequence of integers or strings, got {streams!r}")
-        for stream in streams:
+        for stream in _names(streams, "integers or strings"):
             self.open(stream)
 
     # ---- streams ----
@@ -163,9 +162,9 @@ class GridPoolStream:
 
     def open(self, stream: StreamId) -> None:
         """Open a stream. Raises ValueError if it is open, TypeError unless it is an integer or a string."""
-        _check_name(stream)
+        stream = _name(stream)
         if stream in self._states:
-            raise ValueError(f"stream {stream!r} is open already; open are {list(self._states)}")
+            raise ValueError(f"stream {stream!r} is open already; open are {shown(list(self._states))}")
         self._states[stream] = self._new_state()
 
     def close(self, stream: StreamId) -> None:
@@ -273,30 +272,28 @@ class GridPoolStream:
         self, n: int, streams: Sequence[StreamId] | None, frame_counts: Sequence[int] | None
     ) -> dict[StreamId, tuple[int, int]]:
         """Return the first row of x and the number of rows of every stream that gets frames."""
-        names = self.streams if streams is None else streams
-        if isinstance(names, str) or not isinstance(names, Sequence):
-            raise TypeError(f"streams must be a sequence of open streams, got {names!r}")
+        names = self.streams if streams is None else _names(streams, "open streams")
         for name in names:
             self._known(name)
         if len(set(names)) < len(names):
-            raise ValueError(f"streams must name each stream once, got {list(names)}")
+            raise ValueError(f"streams must name each stream once, got {shown(list(names))}")
         if frame_counts is None:
             if not names:
                 raise ValueError("streams must name an open stream, got []")
             if len(names) != 1:
-                raise ValueError(f"frame_counts must be given for {len(names)} streams, got None for {list(names)}")
+                listed = shown(list(names))
+                raise ValueError(f"frame_counts must be given for {len(names)} streams, got None for {listed}")
             frame_counts = [n]
-        allowed = f"frame_counts must be one number of frames for each of {list(names)}, got {frame_counts}"
-        try:
-            counts = [operator.index(count) for count in frame_counts]
-        except TypeError as error:
-            raise TypeError(allowed) from error
+        counts = converted("frame_counts", frame_counts)
         if len(counts) != len(names) or min(counts, default=0) < 0:
-            raise ValueError(allowed)
+            listed = shown(list(names))
+            raise ValueError(
+                f"frame_counts must be one number of frames for each of {listed}, got {shown(frame_counts)}"
+            )
         if sum(counts) != n:
-            raise ValueError(f"frame_counts must sum to n = {n}, got {counts} with sum {sum(counts)}")
-        firsts = [sum(counts[:number]) for number in range(len(counts))]
-        return dict(zip(names, zip(firsts, counts, strict=True), strict=True))
+            raise ValueError(f"frame_counts must sum to n = {n}, got {shown(list(counts))} with sum {sum(counts)}")
+        firsts = itertools.accumulate(counts, initial=0)
+        return dict(zip(names, zip(firsts, counts, strict=False), strict=True))
 
     def _work(self, pieces: dict[StreamId, tuple[int, int]], liveness: EndlessLiveness) -> _Work:
         """List the nodes to compute. pieces: (first row of x, number of rows) of every stream that gets frames."""
@@ -418,9 +415,9 @@ class GridPoolStream:
         return StreamState(0, ({},) * self._levels)
 
     def _known(self, stream: StreamId) -> StreamId:
-        _check_name(stream)
+        stream = _name(stream)
         if stream not in self._states:
-            raise ValueError(f"stream must be open, got {stream!r}; open are {list(self._states)}")
+            raise ValueError(f"stream must be open, got {shown(stream)}; open are {shown(list(self._states))}")
         return stream
 
     def _only(self, stream: StreamId | None) -> StreamId:
@@ -429,7 +426,7 @@ class GridPoolStream:
         if not self._states:
             raise ValueError("streams must name an open stream, got []: none is open")
         if len(self._states) != 1:
-            raise ValueError(f"stream must be named, got None; open are {list(self._states)}")
+            raise ValueError(f"stream must be named, got None; open are {shown(list(self._states))}")
         return next(iter(self._states))
 
     # ---- state ----
@@ -508,6 +505,17 @@ def _check_plain(x: Tensor) -> None:
         )
 
 
-def _check_name(stream: StreamId) -> None:
-    if not is_stream_id(stream):
-        raise TypeError(f"a stream must be an integer or a string, got {stream!r}")
+def _name(stream: Any) -> StreamId:
+    """Return the name of a stream as Python's integer or string. Raises TypeError unless it is one."""
+    name: StreamId = stream.tolist() if hasattr(stream, "tolist") else stream
+    if not is_stream_id(name):
+        raise TypeError(f"a stream must be an integer or a string, got {shown(stream)}")
+    return name
+
+
+def _names(streams: Any, what: str) -> list[StreamId]:
+    """Return the names in a sequence or array. Raises TypeError, with `what` it must be a sequence of, for others."""
+    plain = streams.tolist() if hasattr(streams, "tolist") else streams
+    if isinstance(plain, str) or not isinstance(plain, Sequence):
+        raise TypeError(f"streams must be a sequence of {what}, got {shown(streams)}")
+    return [_name(stream) for stream in plain]

@@ -24,6 +24,10 @@ STATE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 """Supported dtypes of frames, by their names in a state."""
 
 
+LONGEST_SIDE = 1 << 16
+"""Most rows and columns of frames if a state keeps none: a plan of larger ones, which nothing shows, takes memory."""
+
+
 @dataclass(frozen=True)
 class StreamState:
     """The state of one stream: the number of frames it has seen, and the slots of the nodes that it keeps.
@@ -107,6 +111,9 @@ def check_state(state: Any, arguments: Mapping[str, Any], backends: Sequence[str
     _check_streams(streams, seen=form is not None)
     if form is not None:
         H, W, C = form["height"], form["width"], form["channels"]
+        if not any(stream["kept"] for stream in streams):  # nothing shows that there are such frames
+            allowed = f"of frames of at most {LONGEST_SIDE} rows and columns, as no tensor is kept"
+            expect(max(H, W) <= LONGEST_SIDE, "state['format']", allowed, (H, W, C))
         check_kept(streams, form["dtype"], [(H, W, C), (-(-H // 2), -(-W // 2), C)])
 
 

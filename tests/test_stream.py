@@ -434,6 +434,21 @@ def test_state_that_is_damaged_is_refused(path: tuple[Any, ...], message: str) -
     assert_same_bits(stream.push(x[5:], streams=[0]), stgridpool_kernels.grid_pool(x, backend="reference")[5:])
 
 
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_a_state_that_keeps_nothing_cannot_claim_any_size(side: str) -> None:
+    """Without a frame that shows its size, a plan would be made for whatever a state claims."""
+    stream = GridPoolStream(frame_strides=[])
+    stream.push(tokens(5, 5, 7, 8))
+    state = stream.state_dict()
+    state["format"][side] = 65536
+    stream.load_state_dict(state)
+    state["format"][side] = 10**9
+    with pytest.raises(
+        ValueError, match=r"format'\] must be of frames of at most 65536 rows and columns, as no tensor"
+    ):
+        stream.load_state_dict(state)
+
+
 def nested(depth: int) -> list[Any]:
     return functools.reduce(lambda inner, _: [inner], range(depth), [])
 
@@ -652,6 +667,14 @@ def test_frame_counts_of_any_integers(counts: Any) -> None:
     assert server.push(torch.ones(3, 4, 4, 3), frame_counts=counts).shape == (3, 2, 2, 3)
     assert [server.frames("a"), server.frames("b")] == [1, 2]
     assert all(type(server.frames(name)) is int for name in server.streams)
+
+
+@pytest.mark.parametrize("names", [np.arange(2), torch.arange(2), (np.int64(0), 1)], ids=type)
+def test_names_of_any_integers(names: Any) -> None:
+    server = GridPoolStream(streams=names)
+    server.push(torch.ones(3, 4, 4, 3), streams=names, frame_counts=[1, 2])
+    assert [server.frames(0), server.frames(names[1])] == [1, 2]
+    assert all(type(name) is int for name in server.streams)
 
 
 @pytest.mark.parametrize("method", ["close", "reset", "flush", "frames"])
