@@ -6,11 +6,14 @@ How to add an engine
 Engines hold the tokens of all videos of a batch as one (ΣF, h·w, C) tensor, and reserve placeholders in the prompt
 before they compute it. An adapter therefore does three things: it finds the number of frames of each video, it passes
 the tensor to `pool_flat`, and it refuses options that give another number of tokens than there are placeholders. It
-imports its engine lazily, with `require`, and changes nothing until it is called. The following adapter is complete. It
-is for the engine of tests/support/toy_engine.py, and tests/integrations/test_base.py executes it from this docstring:
+imports its engine lazily, with `require`, which also checks that the methods that it replaces take what they took in
+the tested versions, and changes nothing until it is called. The following adapter is complete. It is for the engine of
+tests/support/toy_engine.py, and tests/integrations/test_base.py executes it from this docstring:
 
     from stgridpool_kernels.integrations.base import ceil_options, pool_flat, require, require_size
     from stgridpool_kernels.integrations.pooled_class import patch_class, unpatch_class
+
+    SIGNATURES = {"toy_engine:VideoModel.shrink": "self, features, frames_per_video"}
 
 
     def members(base, options):
@@ -21,7 +24,7 @@ is for the engine of tests/support/toy_engine.py, and tests/integrations/test_ba
 
 
     def patch(model, **options):
-        engine = require("toy_engine", at_least="1.0", below="2.0")
+        engine = require("toy_engine", at_least="1.0", below="2.0", signatures=SIGNATURES)
         if not isinstance(model, engine.VideoModel):
             raise TypeError(f"model must be a toy_engine.VideoModel, got {type(model).__name__}")
         chosen = ceil_options(**options)
@@ -42,10 +45,14 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
+import pkgutil
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -62,6 +69,7 @@ __all__ = [
     "pooled_grid",
     "require",
     "require_size",
+    "signature_fault",
     "tokens_per_frame",
     "video_token_count",
 ]
@@ -70,6 +78,9 @@ NEWLINES = ("none", "one_token", "grid", "frame")
 """Supported placements of newline tokens: none, one after the video, one after every row, one after every frame."""
 
 _GEOMETRY = tuple(name for name in inspect.signature(grid_plan).parameters if name in OPTIONS)
+_ALLOW_UNTESTED = "STGP_ALLOW_UNTESTED"
+_WARNED: set[str] = set()
+"""Engines that `require` warned of in this process, and in the one that it was forked from."""
 
 
 def pooled_grid(grid: Sequence[int], **options: Any) -> tuple[int, int]:
@@ -166,21 +177,96 @@ def require_size(engine: str, grid: Sequence[int], expected: int, options: PoolO
     )
 
 
-def require(package: str, at_least: str, below: str) -> ModuleType:
-    """Import an engine if the integration was tested with its version: at_least ≤ version < below.
+def require(
+    package: str,
+    at_least: str,
+    below: str,
+    signatures: Mapping[str, str] | None = None,
+    install: str | None = None,
+) -> ModuleType:
+    """Import an engine if the integration was tested with its version, or still fits it.
 
-    Raises ImportError if it is not installed, RuntimeError with its version and the tested range if it is outside.
+    package: name of the module. at_least, below: the tested versions, at_least ≤ version < below. signatures: the names
+    of the parameters of each function or method that the integration replaces or calls, see `signature_fault`. install:
+    name of the package for pip, by default `package`.
+
+    A version from `below` on, or one that is unknown, gives a UserWarning, once for each engine in a process. So does
+    an older version if the environment variable STGP_ALLOW_UNTESTED is 1.
+
+    Raises ImportError if the engine is not installed; RuntimeError for an older version, and for signatures that
+    differ, whichever the version. Each message says which versions were tested and how to install one.
     """
-    tested = f"this integration was tested with {package} from {at_least} to before {below}"
+    tested = (
+        f"this integration was tested with {package} from {at_least} to before {below}: "
+        f'pip install "{install or package}>={at_least},<{below}"'
+    )
+    version = _version(package)
+    if version is None:
+        raise ImportError(f"{package} is not installed; {tested}")
+    found, release = f"{package} {version} is installed", _release(version)
+    older = release is not None and release < (_release(at_least) or ())
+    newer = release is None or release >= (_release(below) or ())
+    if older and os.environ.get(_ALLOW_UNTESTED) != "1":
+        raise RuntimeError(f"{found}; {tested}, or set {_ALLOW_UNTESTED}=1 to try this version")
+    engine = importlib.import_module(package)
+    for path, expected in (signatures or {}).items():
+        if fault := signature_fault(path, expected):
+            raise RuntimeError(f"{found}, but {fault}; {tested}")
+    if (older or newer) and package not in _WARNED:
+        warnings.warn(f"{found}; {tested}", UserWarning, stacklevel=3)
+        _WARNED.add(package)
+    return engine
+
+
+def signature_fault(path: str, expected: str) -> str | None:
+    """Return how a function of an engine differs from what an integration expects, None if it does not.
+
+    path: its module and name, such as "module:Class.method". expected: the names of all its parameters, such as
+    "self, x". If other optional parameters may follow, "..." stands for them, and names after it are those of
+    parameters at any place: "self, x, ..., size". A name may be a pattern with *.
+    """
+    module, _, name = path.partition(":")
     try:
-        version = metadata.version(package)
+        parameters = inspect.signature(pkgutil.resolve_name(path)).parameters
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the engine itself lacks something
+        return f"there is no {module}"
+    except AttributeError:
+        return f"{module} has no {name}"
+    except (TypeError, ValueError):
+        return f"{name} must be a function with known parameters"
+    if _fits(parameters, expected):
+        return None
+    return f"{name} must take ({expected}), got ({', '.join(parameters)})"
+
+
+def _fits(parameters: Mapping[str, inspect.Parameter], expected: str) -> bool:
+    first, *others = ([name for name in part.split(", ") if name] for part in expected.split("..."))
+    names = list(parameters)
+    if len(names) < len(first) or not all(map(fnmatchcase, names, first)):
+        return False
+    if not others:
+        return len(names) == len(first)
+    further = names[len(first) :]
+    optional = all(
+        parameters[name].default is not inspect.Parameter.empty
+        or parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        for name in further
+        if name not in others[0]
+    )
+    return optional and set(others[0]) <= set(further)
+
+
+def _version(package: str) -> str | None:
+    """Return the version of an installed engine, "of unknown version" if it does not say, None if it is not there."""
+    try:
+        if version := metadata.version(package):
+            return version
     except metadata.PackageNotFoundError:  # it may be a clone on the path, or a distribution of another name
         if package not in sys.modules and importlib.util.find_spec(package) is None:
-            raise ImportError(f"{package} is not installed; {tested}") from None
-        version = str(getattr(importlib.import_module(package), "__version__", "unknown"))
-    if not _release(at_least) <= _release(version) < _release(below):
-        raise RuntimeError(f"{package} {version} is installed; {tested}")
-    return importlib.import_module(package)
+            return None
+    return str(getattr(importlib.import_module(package), "__version__", "of unknown version"))
 
 
 def _remedy(grid: Sequence[int], expected: int, arguments: dict[str, Any]) -> str:
@@ -195,10 +281,12 @@ def _remedy(grid: Sequence[int], expected: int, arguments: dict[str, Any]) -> st
     return ""
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version without trailing zeros: "5.17.0rc1" and "5.17" give (5, 17)."""
+def _release(version: str) -> tuple[int, ...] | None:
+    """Return the leading numbers of a version without trailing zeros: "5.17.0rc1" gives (5, 17). None without any."""
     numbers = re.match(r"\d+(?:\.\d+)*", version)
-    release = [int(number) for number in numbers.group().split(".")] if numbers else []
+    if numbers is None:
+        return None
+    release = [int(number) for number in numbers.group().split(".")]
     while release and release[-1] == 0:
         release.pop()
     return tuple(release)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from .base import PoolOptions, pool_flat, pooled_grid
+from .base import PoolOptions, pool_flat, pooled_grid, signature_fault
 
+_MODULE = "llava.model.llava_arch"
 _MODES = ("average", "max", "bilinear")
 
 
@@ -39,11 +39,8 @@ def patch(**options: Any) -> None:
     owner = _owner()
     if _is_patched(owner.get_2dPool):
         raise RuntimeError(f"llava is patched already, with {owner.get_2dPool.stgp_options}: unpatch it first")
-    found = list(inspect.signature(owner.get_2dPool).parameters)
-    if found != ["self", "image_feature", "stride"]:
-        raise RuntimeError(
-            f"LlavaMetaForCausalLM.get_2dPool must take (self, image_feature, stride), got ({', '.join(found)})"
-        )
+    if fault := signature_fault(f"{_MODULE}:LlavaMetaForCausalLM.get_2dPool", "self, image_feature, stride"):
+        raise RuntimeError(f"{fault}: put another clone of LLaVA-NeXT on the path")
     owner.get_2dPool = _replacement(owner.get_2dPool, PoolOptions(**options), options)
 
 
@@ -100,7 +97,7 @@ def _check_newlines(config: Any, pooled: tuple[int, int]) -> None:
 def _owner() -> Any:
     if importlib.util.find_spec("llava") is None:
         raise ImportError("llava is not installed: put a clone of LLaVA-NeXT on the path")
-    owner = getattr(importlib.import_module("llava.model.llava_arch"), "LlavaMetaForCausalLM", None)
+    owner = getattr(importlib.import_module(_MODULE), "LlavaMetaForCausalLM", None)
     if not hasattr(owner, "get_2dPool"):
         raise RuntimeError("llava has no LlavaMetaForCausalLM.get_2dPool: this takes LLaVA-NeXT, not LLaVA")
     return owner

@@ -21,6 +21,7 @@ from .base import PoolOptions, require, video_token_count
 from .options import read_options
 
 _PREFIX = "stgp_"
+_MODELS = "lmms_eval.models.simple"
 _CLASSES = {
     "LlavaVidStgp": ("llava_vid", "LlavaVid"),
     "LlavaOnevisionStgp": ("llava_onevision", "Llava_OneVision"),
@@ -37,6 +38,18 @@ def manifests() -> list[Any]:
         registry.ModelManifest(f"{module}_stgp", simple_class_path=f"{__name__}.{name}")
         for name, (module, _) in _CLASSES.items()
     ]
+
+
+def tested(name: str) -> dict[str, Any]:
+    """Return the arguments of `require` for a model class. The other's module would import what only that one needs."""
+    module, base = _CLASSES[name]
+    methods = ("loglikelihood", "generate_until", "generate_until_multi_round")
+    return {
+        "package": "lmms_eval",
+        "at_least": "0.7.3",
+        "below": "0.7.4",
+        "signatures": {f"{_MODELS}.{module}:{base}.{method}": "self, requests" for method in methods},
+    }
 
 
 def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -73,9 +86,9 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def _pooled_class(name: str) -> type:
-    require("lmms_eval", at_least="0.7.3", below="0.7.4")
+    require(**tested(name))
     module, base_name = _CLASSES[name]
-    base: Any = getattr(importlib.import_module(f"lmms_eval.models.simple.{module}"), base_name)
+    base: Any = getattr(importlib.import_module(f"{_MODELS}.{module}"), base_name)
 
     def __init__(self: Any, *positional: Any, **arguments: Any) -> None:
         self.stgp_options, others = split_arguments(arguments)

@@ -34,7 +34,26 @@ from .base import PoolOptions, require
 from .command_line import SEVERAL, grid, join_values, refuse_unknown
 from .options import OPTIONS, read_options
 
-_TESTED = {"at_least": "2.60", "below": "2.61"}
+TESTED: dict[str, Any] = {
+    "package": "ray",
+    "at_least": "2.60",
+    "below": "2.61",
+    "install": "ray[data]",
+    "signatures": {
+        "ray:init": "..., include_dashboard",
+        "ray:is_initialized": "...",
+        "ray:cluster_resources": "...",
+        "ray:shutdown": "...",
+        "ray.data:from_items": "items, ..., override_num_blocks",
+        "ray.data:ActorPoolStrategy.__init__": "self, ..., size",
+        "ray.data:Dataset.map_batches": (
+            "self, fn, ..., fn_constructor_kwargs, batch_size, batch_format, compute, num_gpus"
+        ),
+        "ray.data:Dataset.iter_rows": "self, ...",
+    },
+}
+"""Arguments of `require` for this integration."""
+
 _READING = {"key": None, "num_frames": 32, "grid": None, "tap": "post_ln"}
 _Path = str | os.PathLike[str]
 
@@ -176,7 +195,8 @@ def extract(
     Uses the cluster that this process is connected to; else that of RAY_ADDRESS; else one that `ray start` started on
     this machine; else it starts one for the length of the call.
 
-    Raises OSError, ValueError or TypeError before anything is read; ImportError or RuntimeError without a tested Ray.
+    Raises OSError, ValueError or TypeError before anything is read; ImportError or RuntimeError without Ray, and
+    for a version that `require` refuses.
     """
     PoolFiles(**options)  # checks them
     if device not in (None, "cpu", "cuda"):
@@ -184,7 +204,7 @@ def extract(
     check_count("actors", 1 if actors is None else actors)
     check_count("batch_size", batch_size)
     found = _found(Path(output), [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs))
-    ray = require("ray", **_TESTED)
+    ray = require(**TESTED)
     skipped = [target for target in found.outputs if os.path.lexists(target)]
     report = Report(skipped=skipped, failed=dict(found.unreadable), left_out=dict(found.left_out))
     new = {target: source for target, source in found.outputs.items() if target not in skipped}

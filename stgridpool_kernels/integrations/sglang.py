@@ -29,26 +29,49 @@ from .base import PoolOptions, ceil_options, pool_flat, require, require_size
 from .options import read_options
 
 _VARIABLE = "STGP_SGLANG"
-_MODEL = "sglang.srt.models.llava.LlavaBaseForCausalLM"
+_MODULE, _CLASS = "sglang.srt.models.llava", "LlavaBaseForCausalLM"
+_REGISTRY = "sglang.srt.plugins.hook_registry"
+_HOOKED = {
+    "load_weights": "self, weights",
+    "pad_input_ids": "self, input_ids, image_inputs",
+    "_infer_image_aspect_ratio": "mm_items",
+    "encode_images": "self, pixel_values",
+    "forward": "self, input_ids, positions, forward_batch",
+}
+"""The parameters of each method that has a hook."""
+
+HOOKED = tuple(_HOOKED)
+"""Names of the methods that have hooks."""
+
+TESTED: dict[str, Any] = {
+    "package": "sglang",
+    "at_least": "0.5.23",
+    "below": "0.5.24",
+    "signatures": {
+        **{f"{_MODULE}:{_CLASS}.{name}": parameters for name, parameters in _HOOKED.items()},
+        f"{_REGISTRY}:HookRegistry.register": "target, hook, hook_type, ...",
+    },
+}
+"""Arguments of `require` for this integration."""
 
 
 def register() -> None:
     """Entry point of the group `sglang.srt.plugins`: register the hooks if STGP_SGLANG is set.
 
-    Raises SystemExit if the options are wrong or SGLang has an untested version, since the engine would log any other
-    exception and continue without the plugin.
+    Raises SystemExit if the options are wrong or SGLang has a version that `require` refuses, since the engine would
+    log any other exception and continue without the plugin.
     """
     text = os.environ.get(_VARIABLE, "")
     if not text:
         return
     try:
-        require("sglang", at_least="0.5.23", below="0.5.24")
+        require(**TESTED)
         hooks = Hooks(switched_options(text))
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError, UserWarning) as error:
         raise SystemExit(f"stgridpool_kernels: {_VARIABLE}={text}: {error}") from None
-    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
+    registry = importlib.import_module(_REGISTRY)
     for name in HOOKED:
-        registry.HookRegistry.register(f"{_MODEL}.{name}", getattr(hooks, name), registry.HookType.AROUND)
+        registry.HookRegistry.register(f"{_MODULE}.{_CLASS}.{name}", getattr(hooks, name), registry.HookType.AROUND)
 
 
 def switched_options(text: str) -> PoolOptions:
@@ -57,10 +80,6 @@ def switched_options(text: str) -> PoolOptions:
     `ceil_mode` is True by default.
     """
     return ceil_options(**read_options("" if text == "on" else text))
-
-
-HOOKED = ("load_weights", "pad_input_ids", "_infer_image_aspect_ratio", "encode_images", "forward")
-"""Names of the methods that have hooks."""
 
 
 @dataclass
@@ -93,7 +112,7 @@ class Hooks:
     ) -> array[int]:
         """Mark the frames of each video of a request, before placeholders are made from the items' hashes."""
         kind: Any = type(model)
-        hooked = next(base for base in kind.__mro__ if base.__name__ == _MODEL.rpartition(".")[2])
+        hooked = next(base for base in kind.__mro__ if base.__name__ == _CLASS)
         pools = model.mm_patch_merge_type.startswith("spatial") and kind.forward is hooked.forward
         if pools:
             name_videos(input_ids, model.config.image_token_index, image_inputs.mm_items, self.options)

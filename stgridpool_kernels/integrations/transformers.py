@@ -22,6 +22,34 @@ from .base import PoolOptions, ceil_options, pool_flat, require, require_size
 from .pooled_class import is_pooled, patch_class, pooled_class, unpatch_class
 
 _MODELS = "transformers.models"
+_ONEVISION = f"{_MODELS}.llava_onevision.modeling_llava_onevision"
+_NEXT_VIDEO = f"{_MODELS}.llava_next_video.modeling_llava_next_video"
+_PATCHING = "transformers.monkey_patching"
+
+TESTED: dict[str, Any] = {
+    "package": "transformers",
+    "at_least": "5.17",
+    "below": "5.25",
+    "signatures": {
+        f"{_ONEVISION}:LlavaOnevisionModel.get_video_features": "self, pixel_values*, ...",
+        f"{_ONEVISION}:LlavaOnevisionModel.apply_pooling": "self, image_features",
+        f"{_NEXT_VIDEO}:LlavaNextVideoModel.get_video_features": "self, pixel_values*, ...",
+        f"{_NEXT_VIDEO}:LlavaNextVideoPooler.forward": "self, image_features",
+    },
+}
+"""Arguments of `require` for this integration."""
+
+TESTED_MAPPING = {
+    **TESTED,
+    "signatures": {
+        **TESTED["signatures"],
+        f"{_PATCHING}:register_patch_mapping": "mapping, ...",
+        f"{_PATCHING}:unregister_patch_mapping": "keys, ...",
+        f"{_PATCHING}:get_patch_mapping": "...",
+        f"{_PATCHING}:apply_patches": "...",
+    },
+}
+"""The same for the functions that use the library's patch mapping."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +69,13 @@ class _Architecture:
 
 _ARCHITECTURES = (
     _Architecture(
-        f"{_MODELS}.llava_onevision.modeling_llava_onevision",
+        _ONEVISION,
         "LlavaOnevisionModel",
         "apply_pooling",
         lambda side: math.ceil(side / 2) ** 2,
     ),
     _Architecture(
-        f"{_MODELS}.llava_next_video.modeling_llava_next_video",
+        _NEXT_VIDEO,
         "LlavaNextVideoModel",
         "vision_resampler",
         lambda side: side * side // 4,
@@ -70,10 +98,10 @@ def patch(model: nn.Module, *, tokens_per_frame: int | None = None, **options: A
     LLaVA-NeXT-Video. Models that are patched with different options do not affect each other.
 
     Raises ValueError for a size that does not fit the placeholders, with both numbers; RuntimeError if the model is
-    patched already (`unpatch` it first) or transformers has an untested version; TypeError if there is no such model in
-    `model`; for options as `grid_pool`.
+    patched already (`unpatch` it first) or transformers has a version that `require` refuses; TypeError if there is no
+    such model in `model`; for options as `grid_pool`.
     """
-    require("transformers", at_least="5.17", below="5.24")
+    require(**TESTED)
     inner = _inner_model(model)
     chosen = ceil_options(**options)
     _check_size(type(inner), inner.config, chosen, tokens_per_frame)
@@ -96,12 +124,12 @@ def register(*, tokens_per_frame: int | None = None, **options: Any) -> None:
     models are unchanged. Arguments are those of `patch`. Loading a model raises ValueError if its size does not fit the
     placeholders.
 
-    Raises RuntimeError if it is in force already (`unregister` first), transformers has an untested version, or its
-    patch mapping does not work here: transformers 5.17 imports every image processor for it, which needs torchvision.
-    Raises ValueError if one of the classes is registered by other code; for options as `grid_pool`.
+    Raises RuntimeError if it is in force already (`unregister` first), transformers has a version that `require`
+    refuses, or its patch mapping does not work here: transformers 5.17 imports every image processor for it, which
+    needs torchvision. Raises ValueError if one of the classes is registered by other code; for options as `grid_pool`.
     """
-    require("transformers", at_least="5.17", below="5.24")
-    patching: Any = importlib.import_module("transformers.monkey_patching")
+    require(**TESTED_MAPPING)
+    patching: Any = importlib.import_module(_PATCHING)
     if _registered(patching):
         raise RuntimeError("registered already: unregister first")
     chosen = ceil_options(**options)
@@ -120,8 +148,8 @@ def register(*, tokens_per_frame: int | None = None, **options: Any) -> None:
 
 def unregister() -> None:
     """End `register`: models that are loaded later have their own pooling. Raises RuntimeError if not registered."""
-    require("transformers", at_least="5.17", below="5.24")
-    patching: Any = importlib.import_module("transformers.monkey_patching")
+    require(**TESTED_MAPPING)
+    patching: Any = importlib.import_module(_PATCHING)
     names = _registered(patching)
     if not names:
         raise RuntimeError("not registered")

@@ -33,6 +33,29 @@ ARCHITECTURES = (
 OPTIONS_VARIABLE = "STGP_VLLM_OPTIONS"
 """Environment variable that holds the options of engines without `stgp_options`."""
 
+_MODELS = "vllm.model_executor.models"
+
+TESTED: dict[str, Any] = {
+    "package": "vllm",
+    "at_least": "0.32",
+    "below": "0.33",
+    "signatures": {
+        f"{_MODELS}.{module}:{name}{function}": names
+        for module, name in (("llava_onevision", "LlavaOnevision"), ("llava_next_video", "LlavaNextVideo"))
+        for function, names in (
+            ("ForConditionalGeneration.__init__", "self, vllm_config, prefix"),
+            ("ForConditionalGeneration._process_video_pixels", "self, inputs"),
+            ("ProcessingInfo.get_num_video_tokens", "self, image_width, image_height, num_frames"),
+        )
+    }
+    | {
+        f"{_MODELS}.llava_onevision:LlavaOnevisionForConditionalGeneration._image_pixels_to_features": (
+            "self, vision_tower, pixel_values, ..."
+        )
+    },
+}
+"""Arguments of `require` for this integration."""
+
 logger = logging.getLogger("vllm.stgridpool_kernels")  # vLLM shows only loggers below its own
 
 
@@ -70,8 +93,8 @@ def pool_options(config: Any) -> PoolOptions:
 
 
 def __getattr__(name: str) -> Any:
-    """Return the class of one of `ARCHITECTURES`. Raises RuntimeError if vLLM has an untested version."""
+    """Return the class of one of `ARCHITECTURES`. Raises RuntimeError if vLLM has a version that `require` refuses."""
     if name not in ARCHITECTURES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    require("vllm", at_least="0.32", below="0.33")
+    require(**TESTED)
     return getattr(importlib.import_module(f"{__package__}.vllm_llava"), name)

@@ -1,4 +1,4 @@
-"""The model classes of vllm.py, which imports this module if one is selected and vLLM has a tested version.
+"""The model classes of vllm.py, which imports this module if one is selected and `require` accepts vLLM.
 
 Both differ from their base class in three respects: ST-GridPool pools video tokens; a batch may contain videos of
 different lengths; and the process that makes the engine refuses options unless they leave as many tokens as prompts

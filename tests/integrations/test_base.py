@@ -1,4 +1,4 @@
-"""Integrations share pooling in an engine's layout, token counts, options and versions; the example adapter works."""
+"""Integrations share pooling in an engine's layout, token counts and options; the example adapter works."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,7 +25,6 @@ from stgridpool_kernels.integrations.base import (
     PoolOptions,
     pool_flat,
     pooled_grid,
-    require,
     require_size,
     tokens_per_frame,
     video_token_count,
@@ -255,47 +254,6 @@ def test_bad_input_is_named(call: object, error: type[Exception], message: str) 
         call(tokens(8, 5, 5))
 
 
-# ---- versions ----
-
-
-@pytest.fixture
-def installed_toy_engine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return the toy engine, under the name that an adapter imports it by."""
-    monkeypatch.setitem(sys.modules, "toy_engine", toy_engine)
-    return toy_engine
-
-
-@pytest.mark.parametrize("version", ["1.2", "1.2.0.dev0", "1.2+cpu", "1.10.3", "1.99"])
-def test_a_tested_version_is_imported(
-    monkeypatch: pytest.MonkeyPatch, installed_toy_engine: ModuleType, version: str
-) -> None:
-    monkeypatch.setattr(installed_toy_engine, "__version__", version)
-    assert require("toy_engine", at_least="1.2.0", below="2") is installed_toy_engine
-
-
-@pytest.mark.parametrize("version", ["1.1.9", "2.0", "2", "10.0", "unknown", "0.9"])
-def test_another_version_is_refused(
-    monkeypatch: pytest.MonkeyPatch, installed_toy_engine: ModuleType, version: str
-) -> None:
-    monkeypatch.setattr(installed_toy_engine, "__version__", version)
-    with pytest.raises(RuntimeError, match=f"toy_engine {version} is installed; .* from 1.2 to before 2"):
-        require("toy_engine", at_least="1.2", below="2")
-
-
-def test_the_version_of_an_installed_distribution_is_known_before_it_is_imported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(base, "metadata", SimpleNamespace(version=lambda name: "3.1", PackageNotFoundError=KeyError))
-    monkeypatch.setitem(sys.modules, "engine_that_fails", None)  # importing it raises ImportError
-    with pytest.raises(RuntimeError, match=r"engine_that_fails 3\.1 is installed"):
-        require("engine_that_fails", at_least="1", below="2")
-
-
-def test_a_missing_engine_is_named() -> None:
-    with pytest.raises(ImportError, match=r"no_such_engine is not installed; .* no_such_engine from 1 to before 2"):
-        require("no_such_engine", at_least="1", below="2")
-
-
 IMPORTS = """
 import sys, torch
 from stgridpool_kernels.integrations import base, llava_next, sglang, transformers, vllm
@@ -312,6 +270,13 @@ def test_no_engine_is_imported_and_no_device_initialised_before_they_are_asked_f
 
 
 # ---- the example of base.py ----
+
+
+@pytest.fixture
+def installed_toy_engine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the toy engine, under the name that an adapter imports it by."""
+    monkeypatch.setitem(sys.modules, "toy_engine", toy_engine)
+    return toy_engine
 
 
 def example() -> str:

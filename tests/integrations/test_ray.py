@@ -448,7 +448,7 @@ def test_a_step_is_refused_as_it_is_made(arguments: dict) -> None:
 def test_without_ray_the_error_says_which_is_needed(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stgp_ray, "_TESTED", {"at_least": "99", "below": "100"})
+    monkeypatch.setattr(stgp_ray, "TESTED", {**stgp_ray.TESTED, "at_least": "99", "below": "100"})
     assert stgp_ray.main([str(inputs), "-o", str(tmp_path / "out")]) == 1
-    assert "ray from 99 to before 100" in capsys.readouterr().err
+    assert 'ray from 99 to before 100: pip install "ray[data]>=99,<100"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -464,7 +464,7 @@ def test_other_modules_and_unknown_options_are_refused(model: Any) -> None:
         integration.patch(model, temp=1)
 
 
-def test_an_untested_version_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_version_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = base.metadata.PackageNotFoundError
     found = SimpleNamespace(version=lambda name: "5.16.1", PackageNotFoundError=absent)
     monkeypatch.setattr(base, "metadata", found)

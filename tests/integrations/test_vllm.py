@@ -84,14 +84,14 @@ def test_a_registry_of_another_kind_is_survived(
     ]
 
 
-def test_an_untested_version_registers_and_refuses_to_be_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_version_registers_and_refuses_to_be_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry()
-    stand_in(monkeypatch, "0.33.1", ModelRegistry=registry)
+    stand_in(monkeypatch, "0.31.1", ModelRegistry=registry)
     plugin.register()
     for selected in registry.models.values():
         module, name = selected.split(":")
         with pytest.raises(
-            RuntimeError, match=r"^vllm 0\.33\.1 is installed; .* tested with vllm from 0\.32 to before"
+            RuntimeError, match=r"^vllm 0\.31\.1 is installed; .* tested with vllm from 0\.32 to before"
         ):
             getattr(importlib.import_module(module), name)
 
