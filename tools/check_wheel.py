@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 from tests.support.wheels import COMPILERS, ROOT, compiled_library, copy_tests, environment, run, run_backend_tests
+from tools.environment import make
 
 NEEDED = re.compile(r"libtorch_cpu|libtorch_cuda|libstdc\+\+|libm|libgcc_s|libc|libpthread|libdl|librt|ld-linux-[\w-]+")
 """Matches what a library may need: torch, and what a manylinux wheel may expect of a system."""
@@ -79,25 +79,16 @@ def dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def name_of(requirement: str) -> str:
-    """Return the name in `name==version`, spelled as packages compare it."""
-    return requirement.split("==")[0].lower().replace("_", "-")
-
-
 def check_installed(wheel: Path, torch: str, pure: bool) -> None:
     """Raise SystemExit unless the wheel works in a fresh environment without a compiler."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
-        run(sys.executable, "-m", "venv", folder / "fresh")
+        suite = ROOT / "tools/requirements/suite.txt"
+        make(folder / "fresh", suite, torch)
         python = folder / "fresh/bin/python"
         env = environment(PATH=str(python.parent), **dict.fromkeys(COMPILERS))
-        pip = (python, "-m", "pip", "--disable-pip-version-check")
-        install = (*pip, "install", "--quiet", "--only-binary", ":all:")
-        run(*install, torch, env=env)  # first, with the versions that it asks for; the others are those of the tests
-        there = {name_of(line) for line in run(*pip, "list", "--format=freeze", env=env).splitlines()}
-        pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if name_of(line) not in there]
-        (folder / "pins.txt").write_text("\n".join(pins))
-        run(*install, "--constraint", folder / "pins.txt", wheel, "pytest", "hypothesis", env=env)
+        pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index")
+        run(*pip, wheel, env=env)  # what it requires is there already
         copy_tests(folder)
         where = "from stgridpool_kernels.backends import compiled; print(compiled.__file__, compiled.LIBRARY)"
         imported, library = run(python, "-c", where, cwd=folder, env=env).strip().split(" ", 1)

@@ -7,10 +7,12 @@ environment, call the same check on the real ones.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 from stgridpool_kernels.integrations import base, lmms_eval, ray, sglang, transformers, vllm
 from stgridpool_kernels.integrations.base import require, signature_fault
 
+ROOT = Path(__file__).parents[2]
 INTEGRATIONS = {
     "transformers": transformers.TESTED,
     "transformers, later models": transformers.TESTED_MAPPING,
@@ -224,6 +227,32 @@ def test_what_a_module_of_the_engine_lacks_itself_is_not_hidden(monkeypatch: pyt
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="a_part_that_is_not_installed"):
         signature_fault("engine_without_parts:f", "")
+
+
+# ---- what is written about them ----
+
+
+def test_the_page_names_the_tested_versions_and_quotes_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/integrations.md").read_text()
+    for name, tested in {
+        "transformers": transformers.TESTED,
+        "vLLM": vllm.TESTED,
+        "SGLang": sglang.TESTED,
+        "lmms-eval": lmms_eval.tested("LlavaVidStgp"),
+        "Ray": ray.TESTED,
+    }.items():
+        assert f"| {name} | from {tested['at_least']} to before {tested['below']} |" in page
+    install(monkeypatch, "5.16.1")
+    with pytest.raises(RuntimeError) as refused:
+        require(**transformers.TESTED)
+    assert str(refused.value) in " ".join(page.split())
+
+
+def test_the_bounds_of_the_extras_are_those_of_the_integrations() -> None:
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    extras = toml.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["ray"] == [f"ray[data]>={ray.TESTED['at_least']},<{ray.TESTED['below']}"]
+    assert f"transformers>={transformers.TESTED['at_least']}" in extras["bench"]
 
 
 # ---- what is installed ----

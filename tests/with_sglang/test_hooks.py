@@ -1,7 +1,6 @@
 """Hooks work in SGLang's own forward and pad_input_ids, as the installed release has them, and in its own registry.
 
-Tests are skipped where SGLang is not installed, for which
-`pip install --no-deps -r tests/with_sglang/requirements.txt` is enough.
+Tests are skipped where SGLang is not installed; `make test-sglang` installs it into an environment of its own.
 """
 
 from __future__ import annotations
