@@ -520,7 +520,7 @@ def test_choosing_a_backend_inside_a_compiled_function_raises():
             return stgp.grid_pool(x)
 
     for function in (with_argument, with_context):  # torch 2.10 refuses the context variable before it comes to ours
-        with pytest.raises(Exception, match="chosen outside compiled functions|`get` of class `ContextVar`"):
+        with pytest.raises(Exception, match=r"chosen outside compiled functions|`get` of class `ContextVar`"):
             torch.compile(function, fullgraph=True, backend="eager")(tokens(8, 4, 4, 2))
 
 

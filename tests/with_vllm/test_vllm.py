@@ -373,25 +373,32 @@ def test_an_unknown_option_is_refused(run: Any, onevision: Path) -> None:
     assert "Starting to load model" not in log
 
 
-@pytest.fixture
-def of_tomorrow(tmp_path: Path) -> str:
-    """Return a PYTHONPATH on which the installed vLLM says that it is a version that does not exist."""
-    about = tmp_path / "tomorrow/vllm-1.99.0.dist-info/METADATA"
+def at_version(version: str, folder: Path) -> str:
+    """Return a PYTHONPATH on which the installed vLLM says that it is another version."""
+    about = folder / f"other/vllm-{version}.dist-info/METADATA"
     about.parent.mkdir(parents=True)
-    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 1.99.0+cpu\n")
+    about.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
     return os.pathsep.join([str(about.parents[1]), os.environ["PYTHONPATH"]])
 
 
-def test_an_untested_version_is_refused_where_it_is_selected(run: Any, onevision: Path, of_tomorrow: str) -> None:
-    _, log = run(onevision, [["words"]], selected(ONEVISION), PYTHONPATH=of_tomorrow, fails=True)
+def test_an_older_version_is_refused_where_it_is_selected(run: Any, onevision: Path, tmp_path: Path) -> None:
+    path = at_version("0.31.0", tmp_path)
+    _, log = run(onevision, [["words"]], selected(ONEVISION), PYTHONPATH=path, fails=True)
     assert (
-        "RuntimeError: vllm 1.99.0+cpu is installed; this integration was tested with vllm from 0.32 to before 0.33"
+        "RuntimeError: vllm 0.31.0+cpu is installed; this integration was tested with vllm from 0.32 to before 0.33"
     ) in log
 
 
-def test_an_untested_version_does_nothing_to_other_models(run: Any, onevision: Path, of_tomorrow: str) -> None:
-    _, log = run(onevision, [["words", "an image"]], PYTHONPATH=of_tomorrow)
+def test_a_newer_version_is_warned_of_where_it_is_selected(run: Any, onevision: Path, tmp_path: Path) -> None:
+    _, log = run(onevision, [["words"]], selected(ONEVISION), PYTHONPATH=at_version("1.99.0", tmp_path))
+    assert "UserWarning: vllm 1.99.0+cpu is installed; this integration was tested with vllm from 0.32" in log
+    assert "ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens" in log
+
+
+def test_another_version_does_nothing_to_other_models(run: Any, onevision: Path, tmp_path: Path) -> None:
+    _, log = run(onevision, [["words", "an image"]], PYTHONPATH=at_version("1.99.0", tmp_path))
     assert "ST-GridPool" not in log
+    assert "UserWarning: vllm" not in log
 
 
 # ---- the classes ----
