@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from stgridpool_kernels import GridPlan, grid_plan
 from stgridpool_kernels.plan import Runs
 from stgridpool_kernels.plan.plan import _last_of_each_stride, cached_plan
+from tests.support.steps import steps
 
 # ---- sampled frames ----
 
@@ -315,30 +314,12 @@ def test_repr_is_short_and_complete() -> None:
     assert eval(repr(plan), {"GridPlan": GridPlan}) == plan
 
 
-def lines_run(call: Callable[[], object]) -> int:
-    """Return how many lines of Python a call runs, which are no more on a busy machine.
+@pytest.mark.parametrize("frames", [1024, 4096, 16384])
+def test_a_plan_is_made_in_a_few_lines_a_frame(frames: int) -> None:
+    """A new plan runs fewer than six lines a frame at any number of frames; a kept one is found in fewer than 50.
 
     `make bench ARGS="-k plan"` takes times.
     """
-    lines = 0
-
-    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., object]:
-        nonlocal lines
-        lines += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
-    return lines
-
-
-@pytest.mark.parametrize("frames", [1024, 4096, 16384])
-def test_a_plan_is_made_in_a_few_lines_a_frame(frames: int) -> None:
-    """A new plan runs fewer than six lines a frame at any number of frames; a kept one is found in fewer than 50."""
     plan = grid_plan((frames,), 27, 27)
-    assert frames < lines_run(lambda: dataclasses.replace(plan)) < 6 * frames
-    assert lines_run(lambda: grid_plan((frames,), 27, 27)) < 50
+    assert frames < steps(lambda: dataclasses.replace(plan), lines=True) < 6 * frames
+    assert steps(lambda: grid_plan((frames,), 27, 27), lines=True) < 50
