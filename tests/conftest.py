@@ -43,6 +43,8 @@ LONGEST = (
     "test_gpu_check.py",
     "test_compile_report.py",
     "test_demo.py",
+    "test_transformers.py",
+    "test_missing.py",
 )
 """Files whose tests take longest. They run first, so that the processes of pytest-xdist end at the same time."""
 

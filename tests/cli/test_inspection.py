@@ -27,7 +27,7 @@ from stgridpool_kernels.cli.figure import draw
 from stgridpool_kernels.cli.inspection import inspect_tokens
 from stgridpool_kernels.cli.main import main
 from stgridpool_kernels.io.data import load_fixture
-from stgridpool_kernels.io.token_files import SUFFIXES, write_tokens
+from stgridpool_kernels.io.token_files import write_tokens
 from tests.support.cases import tokens as random_tokens
 
 NO_GRIDDING: dict[str, Any] = {"frame_strides": ()}
@@ -352,13 +352,12 @@ def test_a_file_is_measured_and_drawn(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.usefixtures("_here")
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_names_that_are_not_utf_8_are_drawn_escaped(suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_not_utf_8_are_drawn_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     name = os.fsdecode(b"caf\xe9")
-    write_tokens(name + suffix, random_tokens(8, 4, 4, 8), force=False)
-    assert main(["inspect", name + suffix, "-o", f"{name}.png"]) == 0
+    write_tokens(f"{name}.safetensors", random_tokens(8, 4, 4, 8), force=False)
+    assert main(["inspect", f"{name}.safetensors", "-o", f"{name}.png"]) == 0
     text = capsys.readouterr().out
-    assert text.splitlines()[0].strip() == f"caf\\udce9{suffix}"
+    assert text.splitlines()[0].strip() == "caf\\udce9.safetensors"
     assert "figure: caf\\udce9.png" in text
     assert Path(f"{name}.png").stat().st_size
 
