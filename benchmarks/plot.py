@@ -137,7 +137,7 @@ def _draw_sweep(axes: Axes, rows: Sequence[BenchRow]) -> None:
     axes.set_ylabel("ms", fontsize=SMALL)
     counts = sorted({row.frames for row in rows})
     axes.set_xticks(counts, labels=[str(count) for count in counts])
-    axes.xaxis.minorticks_off()
+    axes.tick_params(axis="x", which="minor", length=0, labelbottom=False)
     axes.yaxis.set_major_formatter(lambda value, place: show_number(value))
     _clean(axes, "both")
     # names in the vertical order of the lines' right ends

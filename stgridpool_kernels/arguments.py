@@ -6,8 +6,10 @@ NumPy. Symbolic values pass as they are, and so does everything while torch comp
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan.integers import integers, is_alone, pair, shown
+from .plan.values import integers, is_alone, pair, shown, truth, word
 
 WIDE_FRAME = 8
 """Ratio of the sides of a frame above which its tokens are likely to be flattened."""
@@ -49,7 +51,7 @@ def check_tensor(x: Any) -> None:
     if isinstance(x, Tensor) or hasattr(type(x), "__torch_function__"):
         return
     remedy = ""
-    if hasattr(x, "__array__"):
+    if hasattr(type(x), "__array__"):
         remedy = ": pass torch.from_numpy(x)"
     elif isinstance(x, (list, tuple)) and x:
         remedy = ": pass torch.stack(x), of frames of shape (H, W, C)"
@@ -71,10 +73,7 @@ def check_names(given: Mapping[str, object], allowed: Collection[str], what: str
 
 
 def warn_of_layout(x: Tensor) -> None:
-    """Warn, once in a process for each layout, of tokens that probably do not have the shape (…, T, H, W, C).
-
-    The warning points to the caller of the caller of the function that calls this one.
-    """
+    """Warn, once in a process for each layout, of tokens that probably do not have the shape (…, T, H, W, C)."""
     H, W, C = x.shape[-3:]
     if not type(H) is type(W) is type(C) is int:  # sizes are symbolic while torch traces
         return
@@ -89,9 +88,17 @@ def warn_of_layout(x: Tensor) -> None:
             f"x of shape {tuple(x.shape)} is read as frames of {H} × {W} tokens of {C} channels; if they are {layout}, "
             f"{shape}, pass {remedy}",
             LayoutWarning,
-            stacklevel=4,
+            stacklevel=_levels_to_the_caller(),
         )
         warned.add(layout)
+
+
+def _levels_to_the_caller() -> int:
+    """Return the `stacklevel` of a warning in the function that calls this one, for the nearest code of a user."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith((f"{__package__}.", "torch.nn.")):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -101,10 +108,11 @@ def _is_symbolic(value: Any) -> bool:
 def _kind(value: Any) -> str:
     """Return the type of a value, with the shape of an array or the length of a sequence."""
     size = ""
-    if hasattr(value, "shape"):
-        size = f" of shape {tuple(value.shape)}"
-    elif hasattr(value, "__len__"):
-        size = f" of length {len(value)}"
+    with suppress(TypeError, ValueError, RuntimeError):  # of classes, and of objects that only look like arrays
+        if hasattr(value, "shape"):
+            size = f" of shape {tuple(value.shape)}"
+        elif hasattr(value, "__len__"):
+            size = f" of length {len(value)}"
     return f"{type(value).__module__}.{type(value).__qualname__}{size}".removeprefix("builtins.")
 
 
@@ -138,33 +146,20 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, got {shown(value)}") from None
 
 
-def _truth(name: str, value: Any) -> bool:
-    plain = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(plain, int) or plain not in (0, 1):
-        raise TypeError(f"{name} must be True or False, got {shown(value)}")
-    return bool(plain)
-
-
-def _word(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {shown(value)}")
-    return str(value)
-
-
 _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
     "frame_strides": partial(_sequence, allowed="an integer or a sequence of integers, one per level"),
     "grid_shape": partial(_sequence, allowed=f"{_PAIR}, or two per level", convert=pair),
-    "sampling": _word,
-    "resize": _word,
+    "sampling": word,
+    "resize": word,
     "kernel_size": partial(_sequence, allowed=_PAIR, convert=pair),
     "stride": partial(_optional, allowed=_PAIR, convert=pair),
     "padding": partial(_sequence, allowed=_PAIR, convert=pair),
-    "ceil_mode": _truth,
-    "count_include_pad": _truth,
+    "ceil_mode": truth,
+    "count_include_pad": truth,
     "output_size": partial(_optional, allowed=_PAIR, convert=pair),
     "temperature": _number,
     "norm_type": _number,
-    "normalize_norm": _truth,
+    "normalize_norm": truth,
     "frame_counts": partial(_optional, allowed=_COUNTS, convert=_frame_counts),
     "frames_per_video": partial(_sequence, allowed=_COUNTS, convert=_frame_counts),
 }

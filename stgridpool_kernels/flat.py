@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arguments import check_names, check_tensor, converted
 from .functional import grid_pool
-from .plan.integers import integers, shown
+from .plan.values import integers, shown
 
 OPTIONS = tuple(name for name in inspect.signature(grid_pool).parameters if name not in ("x", "frame_counts", "out"))
 """Names of the arguments of `grid_pool` that are options of `pool_flat` too."""

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from .arguments import check_names, check_tensor, converted, warn_of_layout
 from .backends import use_backend
 from .ops import check_arguments
+from .plan.values import word
 
 
 def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: Any) -> Tensor:
     if type(x) is not Tensor or (out is not None and type(out) is not Tensor):
         check_tensor(x)
         _support_dtensors(x, out)
+    if type(backend) is not str:
+        backend = word("backend", backend)
     if backend != "auto" and torch.compiler.is_compiling():
         raise RuntimeError(f"the backend is chosen outside compiled functions, got backend={backend!r} inside one")
     if out is not None and not isinstance(out, Tensor):
@@ -41,7 +44,7 @@ def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: A
 
 def _support_dtensors(*tensors: object) -> None:
     """Register the ops on DTensors if a tensor is one, without importing torch.distributed.tensor, which is slow."""
-    if "torch.distributed.tensor" in sys.modules:
+    if sys.modules.get("torch.distributed.tensor") is not None:
         from torch.distributed.tensor import DTensor
 
         if any(isinstance(tensor, DTensor) for tensor in tensors):
@@ -101,8 +104,8 @@ def grid_pool(
     backend: "auto" or one of `available_backends()`; "auto" follows `use_backend`, then STGP_BACKEND, then takes the
         fastest.
 
-    Integers, numbers and sequences of them may be those of NumPy and torch. Warns once if the shape of x looks like
-    that of another layout: channels first, or flattened frames.
+    Integers, numbers and sequences of them may be those of NumPy and torch, except while torch compiles. Warns once if
+    the shape of x looks like that of another layout: channels first, or flattened frames.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed; RuntimeError if the requested
     backend cannot run the call, or a gradient is required together with `out`. Differentiable once in x. Same as the op
@@ -233,16 +236,21 @@ class GridPool(nn.Module):
 
     Takes the arguments of `grid_pool` except `out`, `backend` and `frame_counts`; `forward` takes the last. They are
     checked at once, except for limits that depend on the size or dtype of x: errors as in `grid_pool`, TypeError for an
-    unknown argument. The attribute `arguments` holds all of them, sequences as tuples. They cannot be changed.
+    unknown argument. The property `arguments` returns all of them, sequences as tuples. They cannot be changed.
     """
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
         check_names(arguments, _PARAMETERS, "arguments of GridPool")
-        self.arguments: dict[str, Any] = {
+        self._arguments: dict[str, Any] = {
             name: converted(name, arguments.get(name, parameter.default)) for name, parameter in _PARAMETERS.items()
         }
-        check_arguments(self.arguments)
+        check_arguments(self._arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by name, with defaults, and with sequences as tuples."""
+        return dict(self._arguments)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PARAMETERS:
@@ -250,15 +258,15 @@ class GridPool(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor, frame_counts: Sequence[int] | None = None) -> Tensor:
-        return grid_pool(x, frame_counts=frame_counts, **self.arguments)
+        return grid_pool(x, frame_counts=frame_counts, **self._arguments)
 
     def extra_repr(self) -> str:
         shown = set(_ALWAYS_SHOWN)
-        if self.arguments["output_size"] is not None:
+        if self._arguments["output_size"] is not None:
             shown.remove("kernel_size")
         return ", ".join(
             f"{name}={value!r}"
-            for name, value in self.arguments.items()
+            for name, value in self._arguments.items()
             if name in shown or value != _PARAMETERS[name].default
         )
 

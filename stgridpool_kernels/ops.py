@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 from .backends import backend_names, choose_backend, requested_backend, use_backend
 from .once import refuse_second
 from .plan import GridPlan, grid_plan
-from .plan.integers import shown
 from .plan.plan import cached_plan, level_shapes, pooled_size
+from .plan.values import shown
 
 Arguments = dict[str, Any]
 

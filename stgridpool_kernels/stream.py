@@ -29,9 +29,9 @@ from .functional import GridPool
 from .ops import check_tokens
 from .plan import GridPlan, grid_plan
 from .plan.dataflow import EndlessLiveness
-from .plan.integers import shown
 from .plan.plan import level_shapes
 from .plan.tables import ChunkEntry, chunk_entries, chunk_tables
+from .plan.values import plain, shown
 from .stream_state import (
     STATE_DTYPES,
     VERSION,
@@ -164,7 +164,7 @@ class GridPoolStream:
         """Open a stream. Raises ValueError if it is open, TypeError unless it is an integer or a string."""
         stream = _name(stream)
         if stream in self._states:
-            raise ValueError(f"stream {stream!r} is open already; open are {shown(list(self._states))}")
+            raise ValueError(f"stream {shown(stream)} is open already; open are {shown(list(self._states))}")
         self._states[stream] = self._new_state()
 
     def close(self, stream: StreamId) -> None:
@@ -507,15 +507,15 @@ def _check_plain(x: Tensor) -> None:
 
 def _name(stream: Any) -> StreamId:
     """Return the name of a stream as Python's integer or string. Raises TypeError unless it is one."""
-    name: StreamId = stream.tolist() if hasattr(stream, "tolist") else stream
+    name = plain(stream)
     if not is_stream_id(name):
         raise TypeError(f"a stream must be an integer or a string, got {shown(stream)}")
-    return name
+    return str.__str__(name) if isinstance(name, str) else int(name)  # not a member of an enumeration
 
 
 def _names(streams: Any, what: str) -> list[StreamId]:
     """Return the names in a sequence or array. Raises TypeError, with `what` it must be a sequence of, for others."""
-    plain = streams.tolist() if hasattr(streams, "tolist") else streams
-    if isinstance(plain, str) or not isinstance(plain, Sequence):
+    names = plain(streams)
+    if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"streams must be a sequence of {what}, got {shown(streams)}")
-    return [_name(stream) for stream in plain]
+    return [_name(stream) for stream in names]

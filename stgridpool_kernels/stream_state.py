@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .ops import DTYPES
-from .plan.integers import shown
+from .plan.values import shown
 
 StreamId = int | str
 
@@ -73,11 +74,11 @@ def usable_device(where: torch.device | str, entry: str) -> torch.device:
     """Return a device with its index, as cuda:0 for cuda. Raises ValueError that names `entry` if it cannot be used."""
     try:
         return torch.empty(0, device=where).cpu().to(where).device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
         usable = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
         # Torch explains CUDA in a sentence; of other devices it lists every kernel that it was built with.
         cause = f" ({str(error).splitlines()[0].split('. ')[0]})" if str(where).startswith("cuda") else ""
-        message = f"{entry} must be one that can be used here, got {str(where)!r}{cause}; allowed: {usable}"
+        message = f"{entry} must be one that can be used here, got {shown(str(where))}{cause}; allowed: {usable}"
         raise ValueError(message) from error
 
 
@@ -151,13 +152,18 @@ def check_kept(streams: Iterable[Mapping[str, Any]], dtype: str, shapes: Sequenc
     Its elements must be apart in memory: an expanded tensor claims sizes that a state of a few bytes can hold.
     """
     allowed = f"a dense tensor of {STATE_DTYPES[dtype]} and shape {' or '.join(map(str, shapes))}"
+    taken: Counter[int] = Counter()  # bytes by storage
     for number, stream in enumerate(streams):
         for place, tensor in enumerate(stream["kept"]):
             strided = type(tensor) is Tensor and not tensor.is_nested and tensor.layout == torch.strided
             dense = strided and not tensor.is_meta and tensor.untyped_storage().nbytes() >= tensor.nbytes
             got = (tensor.dtype, tuple(tensor.shape)) if dense else type(tensor)
-            right = got in [(STATE_DTYPES[dtype], shape) for shape in shapes]
-            expect(right, f"state['streams'][{number}]['kept'][{place}]", allowed, got)
+            right, entry = got in [(STATE_DTYPES[dtype], shape) for shape in shapes], f"['kept'][{place}]"
+            expect(right, f"state['streams'][{number}]{entry}", allowed, got)
+            storage = tensor.untyped_storage()
+            taken[storage._cdata] += tensor.nbytes
+            apart = taken[storage._cdata] <= storage.nbytes()
+            expect(apart, f"state['streams'][{number}]{entry}", "apart in memory from other tensors", got)
 
 
 def _check_keys(value: Any, entry: str, keys: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from enum import Enum
 from fractions import Fraction
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels import arguments as arguments_module
-from stgridpool_kernels.integrations.base import PoolOptions, tokens_per_frame
+from stgridpool_kernels.integrations.base import PoolOptions, require_size, tokens_per_frame, video_token_count
 from tests.support.cases import tokens
 
 FORMS = [
@@ -65,6 +66,13 @@ REFUSED = [
     ({"sampling": None}, "sampling must be a string, got None"),
     ({"resize": b"area"}, "resize must be a string, got b'area'"),
 ]
+UNREADABLE = [
+    torch.ones(2, dtype=torch.int64, device="meta"),
+    torch.ones(2, dtype=torch.int64).to_sparse(),
+    torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+]
+"""Tensors without elements that can be read one by one."""
+
 TOO_LARGE = [({"kernel_size": 1 << 70}, "kernel_size"), ({"frame_strides": [1 << 63]}, "frame_strides")]
 COUNTS_REFUSED = [8, 8.0, "8", [4.0, 4.0], [[4], [4]], {4: 4}, np.int64(8), torch.tensor(8), np.ones((8, 100))]
 
@@ -113,6 +121,59 @@ def test_wrong_types_name_the_argument_in_one_line(given: dict[str, Any], messag
         assert len(str(raised.value)) < 200
 
 
+@pytest.mark.parametrize("value", UNREADABLE, ids=["meta", "sparse", "nested"])
+@pytest.mark.parametrize("name", ["frame_strides", "grid_shape", "kernel_size", "output_size", "ceil_mode"])
+def test_tensors_that_hold_no_numbers_are_refused_by_name(name: str, value: Any) -> None:
+    for call in (stgp.GridPool, lambda **given: stgp.grid_plan([8], 4, 4, **given)):
+        with pytest.raises(TypeError, match=f"^{name} must be .*, got .*Tensor"):
+            call(**{name: value})
+    with pytest.raises(TypeError, match=r"^frame_counts must be a sequence of integers"):
+        stgp.grid_pool(tokens(8, 6, 7, 9), frame_counts=value)
+
+
+class Word(str, Enum):
+    LAST = "last"
+
+
+def test_words_may_be_members_of_an_enumeration() -> None:
+    assert stgp.GridPool(sampling=Word.LAST) is not None
+    assert stgp.GridPool(sampling=Word.LAST).arguments == stgp.GridPool().arguments
+
+
+@pytest.mark.parametrize(
+    "backend", [3, None, np.arange(5), torch.zeros(4, 1000)], ids=["int", "None", "array", "tensor"]
+)
+def test_a_backend_that_is_no_string_is_refused_without_data(backend: Any) -> None:
+    x = tokens(8, 6, 7, 9)
+    calls: list[Callable[..., Any]] = [
+        lambda: stgp.grid_pool(x, backend=backend),
+        lambda: stgp.pool_flat(x, [8], backend=backend),
+        lambda: stgp.use_backend(backend),
+        lambda: stgp.GridPoolStream(backend=backend),
+        lambda: PoolOptions(backend=backend),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"^backend must be a string, got .{0,60}$"):
+            call()
+
+
+def test_arguments_of_plans_and_token_counts_are_named() -> None:
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        (r"sampling must be a string, got \['a'\]", lambda: stgp.grid_plan((), 4, 4, sampling=["a"])),
+        ("ceil_mode must be True or False, got ndarray", lambda: stgp.grid_plan((), 4, 4, ceil_mode=np.ones(3))),
+        ("height and width must be fewer than 2³¹ tokens", lambda: stgp.grid_plan((), 2**70, 4)),
+        ("frame_counts must sum to fewer than 2³¹ frames", lambda: stgp.grid_plan([10**5000], 4, 4)),
+        ("frames must be an integer, got 2.5", lambda: video_token_count(2.5, (4, 4))),
+        ("frames must be an integer, got ndarray", lambda: video_token_count(np.ones(2, int), (4, 4))),
+        (r"newline must be one of .*, got \['x'\]", lambda: video_token_count(2, (4, 4), newline=["x"])),
+        ("expected must be an integer, got None", lambda: require_size("engine", (4, 4), None, PoolOptions())),
+    ]
+    for message, call in calls:
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            call()
+    assert video_token_count(np.int64(3), np.array([4, 4])) == 12
+
+
 @pytest.mark.parametrize(("given", "name"), TOO_LARGE)
 def test_integers_beyond_64_bits_are_refused(given: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must fit in 64 bits, got"):
@@ -139,9 +200,10 @@ def test_counts_that_are_no_sequence_of_integers_are_refused(counts: Any) -> Non
         (None, "NoneType$"),
         ("tokens.pt", "str of length 9$"),
         (3.5, "float$"),
+        (torch.Tensor, r"torch._C._TensorMeta$"),
         ({"x": torch.zeros(4, 4)}, "dict of length 1$"),
     ],
-    ids=["array", "list", "tuple", "arrays", "None", "path", "number", "dict"],
+    ids=["array", "list", "tuple", "arrays", "None", "path", "number", "class", "dict"],
 )
 @pytest.mark.parametrize(
     "name", ["grid_pool", "temporal_grid", "norm_pool", "token_norm", "pool_flat", "module", "push"]
@@ -200,6 +262,9 @@ def test_arguments_of_a_module_cannot_be_assigned(name: str) -> None:
     module = stgp.GridPool()
     with pytest.raises(AttributeError, match=rf"{name} of a GridPool is fixed: make a new one, GridPool\({name}=…\)"):
         setattr(module, name, 5)
+    with pytest.raises(AttributeError):
+        module.arguments = {}
+    module.arguments[name] = 5  # of a copy
     module.note = 5  # other attributes are as those of every module
     assert module.arguments == stgp.GridPool().arguments
 
@@ -321,7 +386,8 @@ def test_neither_ops_nor_compiled_functions_warn() -> None:
 
 
 @pytest.mark.usefixtures("unwarned")
-def test_the_warning_points_to_the_caller() -> None:
+@pytest.mark.parametrize("call", [stgp.grid_pool, stgp.GridPool(), lambda x: stgp.pool_flat(x, [2])])
+def test_the_warning_points_to_the_caller(call: Callable[[Tensor], Tensor]) -> None:
     with pytest.warns(UserWarning, match="flattened") as caught:
-        stgp.grid_pool(torch.zeros(2, 8, 729, 64))
+        call(torch.zeros(2, 8, 729, 64))
     assert caught[0].filename == __file__

@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from decimal import Decimal
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +433,28 @@ def test_state_that_is_damaged_is_refused(path: tuple[Any, ...], message: str) -
         stream.load_state_dict(state)
     assert stream.streams == (0, "other")
     assert_same_bits(stream.push(x[5:], streams=[0]), stgridpool_kernels.grid_pool(x, backend="reference")[5:])
+
+
+def test_a_state_cannot_claim_one_memory_for_several_frames() -> None:
+    """A small file would otherwise take the memory of all frames that it claims."""
+    stream = GridPoolStream(backend="reference", streams=[0, 1])
+    stream.push(tokens(10, 5, 7, 8), frame_counts=[5, 5])
+    state = stream.state_dict()
+    stream.load_state_dict(state)
+    state["streams"][1]["kept"][0] = state["streams"][0]["kept"][0]
+    with pytest.raises(
+        ValueError, match=r"\['streams'\]\[1\]\['kept'\]\[0\] must be apart in memory from other tensors"
+    ):
+        stream.load_state_dict(state)
+
+
+class Name(IntEnum):
+    FIRST = 1
+
+
+def test_names_of_an_enumeration_are_kept_as_integers() -> None:
+    stream = GridPoolStream(streams=[Name.FIRST])
+    assert [type(name) for name in stream.streams] == [int]
 
 
 @pytest.mark.parametrize("side", ["height", "width"])

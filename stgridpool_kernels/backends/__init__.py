@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..plan import GridPlan
 from ..plan.tables import Chunk
+from ..plan.values import shown, word
 from . import compiled, reference
 from . import triton as triton_backend
 
@@ -127,10 +128,10 @@ def backend_names() -> list[str]:
 
 
 def check_backend(name: str, argument: str = "backend") -> None:
-    """Raise ValueError unless `name` is one of `backend_names()`. argument: its name in the error message."""
+    """Raise ValueError or TypeError unless `name` is one of `backend_names()`. argument: its name in the message."""
     names = backend_names()
-    if name not in names:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))}, got {name!r}")
+    if word(argument, name) not in names:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))}, got {shown(name)}")
 
 
 class use_backend:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, lru_cache
+from importlib.machinery import PathFinder
 from types import ModuleType
 
 import torch
@@ -60,12 +62,14 @@ LARGEST = 1 << 24
 def _load() -> ModuleType | None:
     """Return the compiled library, None if there is none. Raises ImportError with the cause if it does not load."""
     name = "stgridpool_kernels._C"
-    spec = importlib.util.find_spec(name)
-    if spec is None:
+    # The library must be beside this package: a search by name finds that of another checkout which is installed too.
+    spec = PathFinder.find_spec(name, sys.modules["stgridpool_kernels"].__path__)
+    if spec is None or spec.loader is None or not spec.origin:
         return None
     advice = f"Build it again with this torch ({torch.__version__}), or remove it: {spec.origin}"
     try:
-        library = importlib.import_module(name)
+        library = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(library)
     except ImportError as error:
         raise ImportError(f"the compiled library is there but does not load: {error}. {advice}") from error
     if library.TABLES_VERSION != VERSION:
@@ -150,6 +154,8 @@ def _unsupported_call(x: Tensor, plan: GridPlan | None) -> str | None:
         most = max(plan.height, plan.width, *plan.pooled_size)
         if most >= LARGEST:
             return f"there are {most} rows or columns, the kernels count fewer than 2²⁴"
+        if max(plan.padding) >= LARGEST:
+            return f"padding is {max(plan.padding)}, the kernels count fewer than 2²⁴ rows and columns of it"
         if most * x.shape[-4] >= 1 << 31:  # no mosaic has more rows or columns
             mosaics = [max(level.rows * plan.height, level.cols * plan.width) for level in plan.levels if level.targets]
             if max(mosaics, default=0) >= 1 << 31:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from functools import cache
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "stgridpool_kernels"
@@ -21,8 +23,8 @@ def why_missing() -> str:
     package = files(PACKAGE)
     folder = Path(str(package))
     # a search with the suffix of this Python's libraries, in other copies that this one hides
-    others = [os.path.join(entry, PACKAGE) for entry in sys.path]
-    hidden = PathFinder.find_spec(f"{PACKAGE}._C", others)
+    others = [os.path.join(entry, PACKAGE) for entry in sys.path if isinstance(entry, str)]
+    hidden = PathFinder.find_spec(f"{PACKAGE}._C", others) or _of_another_checkout()
     if hidden is not None and hidden.origin:
         return (
             f"{folder} has none, and hides {Path(hidden.origin).parent}, which has one: run from another folder, or "
@@ -36,5 +38,13 @@ def why_missing() -> str:
         return f"{of_other_pythons[0]} in {folder} is not of this Python, {tag}: install the package with this Python"
     record = package.joinpath(RECORD)
     if record.is_file():
-        return f"the build left it out: {record.read_text(encoding='utf-8').strip()}"
+        first, *_ = record.read_bytes().decode(errors="replace").splitlines() or [""]
+        return f"the build left it out: {first[:200]}"
     return f"it was never built in {folder}: pip install -e . in the checkout builds it"
+
+
+def _of_another_checkout() -> ModuleSpec | None:
+    """Return where the library of an editable installation is, None if there is none."""
+    with suppress(ImportError, AttributeError, ValueError):
+        return find_spec(f"{PACKAGE}._C")
+    return None

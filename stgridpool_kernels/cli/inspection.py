@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..functional import GridPool, temporal_grid, token_norm
+from ..backends import use_backend
+from ..functional import GridPool, token_norm
 from ..ops import check_tokens
 from ..plan import GridPlan, Runs, grid_plan
 
@@ -162,10 +163,12 @@ def _stages(x: Tensor, plan: GridPlan, backend: str = "auto") -> Iterator[Tensor
     for levels in range(1, len(plan.levels) + 1):
         # a grid_shape of 2 entries applies to every level, a longer one has 2 per level
         shape = plan.grid_shape if len(plan.grid_shape) == 2 else plan.grid_shape[: 2 * levels]
-        yield temporal_grid(
-            x, frame_strides=plan.frame_strides[:levels], grid_shape=shape, sampling=plan.sampling, resize=plan.resize,
-            backend=backend,
-        )  # fmt: skip
+        with use_backend(backend):  # the op, which does not warn that pictures have few channels
+            stage = torch.ops.stgp.temporal_grid(
+                x, frame_strides=plan.frame_strides[:levels], grid_shape=shape, sampling=plan.sampling,
+                resize=plan.resize,
+            )  # fmt: skip
+        yield stage
 
 
 # ---- windows ----

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..backends import backend_names, backend_reasons, requested_backend
+from ..functional import GridPool
 from ..integrations.command_line import SEVERAL, checked, grid, positive
 from ..integrations.options import read_option
 from ..io.encoder import TAPS
 from ..io.inputs import VIDEO_GRID
 from ..io.token_files import SUFFIXES
-from ..ops import check_arguments
 from ..plan import RESIZES, SAMPLINGS
 from ..stream_state import usable_device
 
@@ -128,7 +128,7 @@ def check_options(options: dict[str, Any]) -> None:
     reason = backend_reasons().get(backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
-    check_arguments({name: value for name, value in options.items() if name not in ("backend", "frame_counts")})
+    GridPool(**{name: value for name, value in options.items() if name not in ("backend", "frame_counts")})
 
 
 def _value_of(argument: Any) -> dict[str, Any]:

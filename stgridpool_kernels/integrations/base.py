@@ -60,6 +60,7 @@ from typing import Any
 from .. import GridPool, grid_plan, pool_flat, use_backend
 from ..arguments import check_names
 from ..flat import OPTIONS, grid_size
+from ..plan.values import integers, is_alone, shown
 
 __all__ = [
     "NEWLINES",
@@ -104,8 +105,9 @@ def video_token_count(frames: int, grid: Sequence[int], newline: str = "none", *
 
     Raises ValueError for a negative number of frames or an unknown newline; otherwise as `pool_flat`.
     """
-    if frames < 0:
-        raise ValueError(f"frames must not be negative, got {frames}")
+    if newline not in NEWLINES:
+        raise ValueError(f"newline must be one of {', '.join(map(repr, NEWLINES))}, got {shown(newline)}")
+    frames = _count("frames", frames)
     rows, cols = pooled_grid(grid, **options)
     counts = {
         "none": frames * rows * cols,
@@ -113,9 +115,17 @@ def video_token_count(frames: int, grid: Sequence[int], newline: str = "none", *
         "grid": frames * rows * (cols + 1),
         "frame": frames * (rows * cols + 1),
     }
-    if newline not in counts:
-        raise ValueError(f"newline must be one of {', '.join(map(repr, NEWLINES))}, got {newline!r}")
     return counts[newline]
+
+
+def _count(name: str, value: Any) -> int:
+    """Return a number of frames or tokens. Raises TypeError or ValueError unless it is an integer of at least 0."""
+    numbers = integers(name, value, "an integer")
+    if not is_alone(value):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if numbers[0] < 0:
+        raise ValueError(f"{name} must not be negative, got {shown(numbers[0])}")
+    return numbers[0]
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -164,7 +174,7 @@ def require_size(engine: str, grid: Sequence[int], expected: int, options: PoolO
 
     Raises ValueError with both numbers, and with options that fit if they are known.
     """
-    arguments = options.arguments
+    arguments, expected = options.arguments, _count("expected", expected)
     rows, cols = pooled_grid(grid, **arguments)
     if rows * cols == expected:
         return
@@ -264,7 +274,9 @@ def _version(package: str) -> str | None:
         if version := metadata.version(package):
             return version
     except metadata.PackageNotFoundError:  # it may be a clone on the path, or a distribution of another name
-        if package not in sys.modules and importlib.util.find_spec(package) is None:
+        missing = object()
+        loaded = sys.modules.get(package, missing)
+        if loaded is None or (loaded is missing and importlib.util.find_spec(package) is None):
             return None
     return str(getattr(importlib.import_module(package), "__version__", "of unknown version"))
 
@@ -282,11 +294,14 @@ def _remedy(grid: Sequence[int], expected: int, arguments: dict[str, Any]) -> st
 
 
 def _release(version: str) -> tuple[int, ...] | None:
-    """Return the leading numbers of a version without trailing zeros: "5.17.0rc1" gives (5, 17). None without any."""
-    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    """Return the leading numbers of a version without trailing zeros: "5.17.0rc1" gives (5, 17). None without any.
+
+    An epoch, which no tested version has, is not taken for a number of the release: "1!5.17" gives None.
+    """
+    numbers = re.match(r"\s*v?(?:0!)?(\d{1,9}(?:\.\d{1,9})*)(?![\d!])", version, re.IGNORECASE)
     if numbers is None:
         return None
-    release = [int(number) for number in numbers.group().split(".")]
+    release = [int(number) for number in numbers[1].split(".")]
     while release and release[-1] == 0:
         release.pop()
     return tuple(release)

@@ -22,7 +22,7 @@ _KINDS: dict[str, tuple[str, Any]] = {
 }
 
 
-_SEPARATOR = r"\s*[,:x×]\s*|\s+"
+_SEPARATOR = r"\s*[,:xX×]\s*|\s+"
 
 
 OPTIONS = (*_KINDS, "backend")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from .formats import VideoError, import_av
+from .formats import Bytes, VideoError, import_av
 
 __all__ = ["Clip", "Packets", "VideoWarning"]
 
@@ -27,14 +27,15 @@ class Packets:
     or if the container cannot be read to its end, `cut_short` is True, and `missing` is 1 for a packet of this stream.
     """
 
-    def __init__(self, container: Any, stream: Any) -> None:
-        self._container, self._index = container, stream.index
+    def __init__(self, container: Any, stream: Any, source: Bytes) -> None:
+        self._container, self._index, self._source = container, stream.index, source
         self.cut_short, self.missing = False, 0
 
     def __iter__(self) -> Iterator[Any]:
         incomplete = None
         try:
             for packet in self._container.demux():
+                self._source.check()
                 if not packet.size:  # PyAV ends every stream with an empty packet
                     continue
                 if incomplete is not None and incomplete.stream_index == self._index:
@@ -46,6 +47,7 @@ class Packets:
                 self.cut_short, self.missing = True, int(incomplete.stream_index == self._index)
         except import_av().FFmpegError:
             self.cut_short, self.missing = True, 1
+        self._source.check()
         yield None
 
 
@@ -55,12 +57,12 @@ class Clip:
     found: number of frames that were decoded so far. `warn_if_cut_short` compares it with what the container announces.
     """
 
-    def __init__(self, container: Any, stream: Any, name: str) -> None:
+    def __init__(self, container: Any, stream: Any, source: Bytes, name: str) -> None:
         # With a thread for each frame, FFmpeg can wait for ever for a picture that a damaged HEVC stream refers to, and
         # an error does not tell which packet it is about.
         stream.codec_context.thread_count = 1
         self._container, self._stream, self._name = container, stream, name
-        self._packets = Packets(container, stream)
+        self._packets = Packets(container, stream, source)
         self._shown = self._discarded = self._incomplete = 0
         self.found = 0
 
@@ -79,6 +81,8 @@ class Clip:
             except import_av().FFmpegError as error:
                 if begins_late and not self.found:
                     continue  # what comes before the first keyframe refers to pictures that are not there
+                if self.found == 1 and self._container.format.name.endswith("_pipe"):
+                    return  # bytes behind a still picture, as motion photos have
                 following = list(islice(packets, _REORDERED))
                 if any(following):
                     waiting = _between(last, packet.pts, [*times, *_times(following)])

@@ -67,6 +67,7 @@ def find_inputs(folder: Path, inputs: Sequence[str | os.PathLike[str]], suffix_o
 def _files(folder: Path, found: Found) -> list[Path]:
     """Return the files in a folder that are inputs, in the order of their names, and count what is left out."""
     files: list[Path] = []
+    left_out: Counter[str] = Counter()
 
     def note(error: OSError) -> None:
         if Path(error.filename) == folder:
@@ -76,15 +77,15 @@ def _files(folder: Path, found: Found) -> list[Path]:
     for top, folders, names in os.walk(folder, onerror=note):
         links = [name for name in folders if os.path.islink(os.path.join(top, name))]
         hidden = [name for name in [*folders, *names] if name.startswith(".")]
-        found.left_out += Counter(["hidden"] * len(hidden) + ["linked folder(s)"] * len(set(links) - set(hidden)))
+        left_out += Counter(["hidden"] * len(hidden) + ["linked folder(s)"] * len(set(links) - set(hidden)))
         folders[:] = sorted(set(folders) - {*links, *hidden})
         for file in (Path(top, name) for name in sorted(set(names) - set(hidden))):
             if file.suffix.lower() in (*SUFFIXES, *VIDEO_SUFFIXES):
                 files.append(file)
             else:
-                found.left_out[file.suffix.lower() or "without suffix"] += 1
+                left_out[file.suffix.lower() or "without suffix"] += 1
+    found.left_out += left_out
     if not files and not found.unreadable:
-        left_out = remark_on(found.left_out)
-        has_none = f"{folder} has none{f'; {left_out}' if left_out else ''}"
+        has_none = f"{folder} has none{f'; {remark_on(left_out)}' if left_out else ''}"
         raise ValueError(f"inputs must hold token files ({', '.join(SUFFIXES)}) or videos, {has_none}")
     return files

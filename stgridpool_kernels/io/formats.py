@@ -6,7 +6,6 @@ opens no other file and no connection, whatever the file holds and however it is
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,22 +37,26 @@ _OPTIONS = {
 _HEAD = 4096
 """Number of bytes at the start of a file in which a playlist is recognised."""
 
+_STILL = {b"\xff\xd8\xff": "jpeg_pipe", b"P7\n": "pam_pipe"}
+"""Demuxers of pictures that FFmpeg recognises by their names, or if nothing follows them, by how such files begin."""
+
 _PLAYLISTS = {
     "an HLS or M3U playlist": rb"#EXTM3U",
     "a concat script": rb"ffconcat\s",
     "an SDP session description": rb"v=0\s|(?s:.*)^c=IN IP",
-    "a DASH manifest": rb"(?s:.*)<MPD\b",
-    "a Smooth Streaming manifest": rb"(?s:.*)<SmoothStreamingMedia\b",
+    "a DASH manifest": rb"(?s:.*)<(\w+:)?MPD\b",
+    "a Smooth Streaming manifest": rb"(?s:.*)<(\w+:)?SmoothStreamingMedia\b",
     "an HDS manifest": rb"(?s:.*)<manifest\s[^>]*ns\.adobe\.com/f4m",
-    "an IMF composition playlist": rb"(?s:.*)<CompositionPlaylist\b",
-    "a SMIL presentation": rb"(?s:.*)<smil\b",
-    "an ASX playlist": rb"(?i:<asx\b)",
-    "an XSPF playlist": rb"(?s:.*)<playlist\b[^>]*xspf",
+    "an IMF composition playlist": rb"(?s:.*)<(\w+:)?CompositionPlaylist\b",
+    "a SMIL presentation": rb"(?s:.*)<(\w+:)?smil\b",
+    "an ASX playlist": rb"(?is:(<\?xml.*)?<asx\b)",
+    "an XSPF playlist": rb"(?s:.*)<(\w+:)?playlist\b[^>]*xspf",
     "a PLS playlist": rb"(?i:\[playlist\])",
     "an ASF reference": rb"\[Reference\]",
     "an RTSP reference": rb"(?i:rtsptext|rtsp://)",
     "a VobSub index": rb"# VobSub index file",
-    "an SVG drawing": rb"(?s:.*)<svg\b",
+    "an SVG drawing": rb"(?s:.*)<(\w+:)?svg\b",
+    "a list of addresses": rb"(?i:(https?|mms|rtmp|ftp|file)://)",
 }
 """Texts that name the files or addresses where pictures are, by what they are called in errors."""
 
@@ -63,15 +66,15 @@ class VideoError(ValueError):
 
 
 @contextmanager
-def opened(name: str, source: BinaryIO | None = None) -> Iterator[tuple[Any, Any]]:
-    """Yield PyAV's container and its video stream, of the file `name` or of the bytes of `source`.
+def opened(name: str, source: BinaryIO | None = None) -> Iterator[tuple[Any, Any, Bytes]]:
+    """Yield PyAV's container and its video stream, of the file `name` or of the bytes of `source`, and these bytes.
 
     Raises VideoError if the file cannot be opened, or if nothing in it is a video that FFmpeg can decode.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(_open_file(name)) if source is None else source
+        file = Bytes(stack.enter_context(_open_file(name)) if source is None else source, name)
         container = stack.enter_context(_open_container(name, file))
-        yield container, _video_stream(name, container)
+        yield container, _video_stream(name, container), file
 
 
 def import_av() -> ModuleType:
@@ -92,31 +95,60 @@ def _open_file(name: str) -> BinaryIO:
         raise VideoError(f"{name}: cannot be opened: {cause}") from error
 
 
-class _Nameless:
-    """Bytes of a file or stream, without the name by which FFmpeg would choose a format or look for more files."""
+class Bytes:
+    """Bytes of a file or stream, without the name by which FFmpeg would choose a format or look for more files.
 
-    def __init__(self, source: BinaryIO) -> None:
-        self.head = source.read(_HEAD)
-        self._unread = self.head
-        self._source = source
-        if source.seekable():
-            source.seek(-len(self.head), os.SEEK_CUR)
+    PyAV goes on after an exception in `read`, Ctrl-C included. So the bytes end there, and `check` raises it.
+    """
+
+    def __init__(self, source: BinaryIO, name: str) -> None:
+        self._source, self._name = source, name
+        self._error: BaseException | None = None
+        self._unread = b""
+        self._start = source.tell() if source.seekable() else 0
+        self.head = self._unread = self.read(_HEAD)
+        self.check()
+        if self.rewind():
             self._unread = b""
             self.seek, self.tell = source.seek, source.tell
 
     def read(self, size: int) -> bytes:
-        if self._unread:
-            taken, self._unread = self._unread[:size], self._unread[size:]
-            return taken
-        return self._source.read(size)
+        try:
+            if self._unread:
+                taken, self._unread = self._unread[:size], self._unread[size:]
+                return taken
+            return self._source.read(size) if self._error is None else b""
+        except BaseException as error:
+            self._error = error
+            return b""
+
+    def rewind(self) -> bool:
+        """Go back to where the bytes began, if that is possible, and return whether it is."""
+        if not self._source.seekable():
+            return False
+        self._source.seek(self._start)
+        return True
+
+    def check(self) -> None:
+        """Raise what a `read` has raised, an OSError as VideoError."""
+        if isinstance(self._error, OSError):
+            cause = self._error.strerror or self._error
+            raise VideoError(f"{self._name}: cannot be read: {cause}") from self._error
+        if self._error is not None:
+            raise self._error
 
 
-def _open_container(name: str, source: BinaryIO) -> Any:
+def _open_container(name: str, source: Bytes) -> Any:
     av = import_av()
+    _refuse_playlists(name, source.head)
     try:
-        nameless = _Nameless(source)
-        _refuse_playlists(name, nameless.head)
-        return av.open(nameless, container_options=_OPTIONS, metadata_errors="replace")  # tags may be in any encoding
+        try:
+            return _open(source)
+        except av.FFmpegError:
+            picture = next((_STILL[start] for start in _STILL if source.head.startswith(start)), None)
+            if picture is None or not source.rewind():
+                raise
+            return _open(source, picture)
     except VideoError:
         raise
     except av.ArgumentError as error:
@@ -126,6 +158,14 @@ def _open_container(name: str, source: BinaryIO) -> Any:
             raise
         cause = getattr(error, "strerror", None) or error
         raise VideoError(f"{name}: not a video FFmpeg can read, or cut short: {cause}") from error
+
+
+def _open(source: Bytes, format: str | None = None) -> Any:
+    try:
+        # Tags may be in any encoding.
+        return import_av().open(source, format=format, container_options=_OPTIONS, metadata_errors="replace")
+    finally:
+        source.check()
 
 
 def _refuse_playlists(name: str, head: bytes) -> None:
@@ -147,6 +187,8 @@ def _video_stream(name: str, container: Any) -> Any:
     streams = [stream for stream in (best, *container.streams.video) if stream and not _is_attached(stream)]
     if not streams:
         raise VideoError(f"{name}: the file holds no video stream")
+    if all(stream.disposition & import_av().stream.Disposition.dependent for stream in streams):
+        raise VideoError(f"{name}: its picture is a grid of tiles, which is not read")
     if streams[0].codec_context is None:
         codec = _codec(container, streams[0])
         raise VideoError(f"{name}: FFmpeg has no decoder for codec {codec} of its video, or its header is cut short")
@@ -165,7 +207,8 @@ def _codec(container: Any, stream: Any) -> str:
     finally:
         logging.set_level(level)
     found = re.search(rf"Stream #0:{stream.index}\b.*?: Video: (?:none \((.+?) /|([\w ]+))", text)
-    return ((found[1] or found[2]) if found else "none").replace("none", "of an unknown name")
+    tag = ((found[1] or found[2]) if found else "none").strip()
+    return "of an unknown name" if tag in ("", "none") else tag
 
 
 def _is_attached(stream: Any) -> bool:

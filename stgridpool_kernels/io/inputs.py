@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..flat import grid_size
-from ..plan.integers import shown
+from ..plan.values import shown
 from .encoder import PATCH, TAPS, Encoder
 from .token_files import SUFFIXES, TokenFileError, check_file, format_of, read_tokens, stream_safetensors, stream_tokens
 from .video import VIDEO_SUFFIXES, VideoError, count_frames, iter_frames, read_frames

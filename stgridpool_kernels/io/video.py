@@ -63,8 +63,8 @@ def count_frames(path: str | os.PathLike[str]) -> int:
     cannot be decoded because the clip begins between two keyframes. A chunk of AVI that is empty, which repeats the
     frame before it, is no frame.
     """
-    with opened(os.fspath(path)) as (container, stream):
-        packets = Packets(container, stream)
+    with opened(os.fspath(path)) as (container, stream, source):
+        packets = Packets(container, stream, source)
         return sum(packet is not None and not packet.is_discard for packet in packets)
 
 
@@ -117,8 +117,8 @@ def iter_frames(source: BinaryIO, name: str, *, size: tuple[int, int]) -> Iterat
     source: bytes that may be endless, and not seekable if the container format allows it (Matroska, MPEG-TS, fragmented
         MP4). name: its name in error messages.
     """
-    with opened(name, source) as (container, stream):
-        clip, convert = Clip(container, stream, name), _Converter(name, size)
+    with opened(name, source) as (container, stream, unnamed):
+        clip, convert = Clip(container, stream, unnamed, name), _Converter(name, size)
         for frame in clip:
             yield convert(frame)
         clip.warn_if_cut_short(stacklevel=3)
@@ -129,8 +129,8 @@ def _read_samples(
 ) -> tuple[np.ndarray, Clip]:
     """Decode a file and return its frames at `indices`, which are sorted, and what was found out about the clip."""
     frames, done = np.empty((0, *(size or (0, 0)), 3), np.uint8), 0
-    with opened(name) as (container, stream):
-        clip, convert = Clip(container, stream, name), _Converter(name, size)
+    with opened(name) as (container, stream, source):
+        clip, convert = Clip(container, stream, source, name), _Converter(name, size)
         for number, frame in enumerate(clip):
             if done < len(indices) and number == indices[done]:
                 picture = convert(frame)

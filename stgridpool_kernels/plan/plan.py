@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 
-from .integers import integers, pair, shown
+from .values import integers, pair, shown, truth, word
 
 SAMPLINGS = ("last", "first")
 RESIZES = ("area", "bilinear")
@@ -85,10 +85,13 @@ class GridPlan:
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 1:
             raise ValueError(f"height and width must be at least 1, got {self.height} × {self.width}")
+        if max(self.height, self.width) >= LARGEST:
+            sides = f"{shown(self.height)} × {shown(self.width)}"
+            raise ValueError(f"height and width must be fewer than 2³¹ tokens, got {sides}")
         if any(count < 0 for count in self.frame_counts):
             raise ValueError(f"frame_counts must not be negative, got {shown(list(self.frame_counts))}")
         if sum(self.frame_counts) >= LARGEST:
-            raise ValueError(f"frame_counts must sum to fewer than 2³¹ frames, got {sum(self.frame_counts)}")
+            raise ValueError(f"frame_counts must sum to fewer than 2³¹ frames, got {shown(sum(self.frame_counts))}")
         shapes = level_shapes(self.frame_strides, self.grid_shape, self.sampling, self.resize)
         sizes = pooled_size(
             self.height,
@@ -170,13 +173,13 @@ def grid_plan(
         *integers("height and width", (height, width)),
         integers("frame_strides", frame_strides),
         pair("grid_shape", grid_shape),
-        sampling,
-        resize,
+        word("sampling", sampling),
+        word("resize", resize),
         pair("kernel_size", kernel_size),
         None if stride is None else pair("stride", stride),
         pair("padding", padding),
-        ceil_mode,
-        count_include_pad,
+        truth("ceil_mode", ceil_mode),
+        truth("count_include_pad", count_include_pad),
         None if output_size is None else pair("output_size", output_size),
     )
 
@@ -198,9 +201,9 @@ def level_shapes(
     if any(entry < 1 for entry in grid_shape):
         raise ValueError(f"grid_shape must have rows and cols of at least 1, got {shown(list(grid_shape))}")
     if sampling not in SAMPLINGS:
-        raise ValueError(f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {sampling!r}")
+        raise ValueError(f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {shown(sampling)}")
     if resize not in RESIZES:
-        raise ValueError(f"resize must be one of {', '.join(map(repr, RESIZES))}, got {resize!r}")
+        raise ValueError(f"resize must be one of {', '.join(map(repr, RESIZES))}, got {shown(resize)}")
     pairs = list(zip(grid_shape[::2], grid_shape[1::2], strict=True))
     return pairs * levels if len(grid_shape) == 2 else pairs
 

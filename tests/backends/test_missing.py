@@ -27,6 +27,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "here" / missing.PACKAGE
     folder.mkdir(parents=True)
     monkeypatch.setattr(missing, "files", lambda name: folder)
+    monkeypatch.setattr(missing, "_of_another_checkout", lambda: None)  # that of this package
     monkeypatch.setattr(sys, "path", [str(folder.parent)])
     return folder
 
@@ -63,11 +64,23 @@ def test_a_checkout_that_hides_an_installed_package(
     assert why().startswith(f"{package} has none, and hides {installed}, which has one: run from another folder")
 
 
+@pytest.mark.needs("library")
+def test_a_checkout_does_not_take_the_library_of_an_installed_one(tmp_path: Path) -> None:
+    """The finder of an editable installation would find it by its name, and other kernels would run."""
+    copy = shutil.copytree(
+        Path(stgp.__file__).parent, tmp_path / missing.PACKAGE, ignore=shutil.ignore_patterns("_C*", "__pycache__")
+    )
+    code = "from stgridpool_kernels.backends import compiled; print(compiled.LIBRARY, compiled.missing_library())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"None the compiled library is missing: {copy} has none, and hides ")
+
+
 def test_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "package.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr(f"{missing.PACKAGE}/__init__.py", "")
         file.writestr(f"{missing.PACKAGE}/{missing.RECORD}", "no C++ compiler")
+        monkeypatch.setattr(missing, "_of_another_checkout", lambda: None)
         monkeypatch.setattr(missing, "files", lambda name: zipfile.Path(file, f"{name}/"))
         monkeypatch.setattr(sys, "path", [str(archive)])
         assert why() == f"libraries cannot be loaded out of {archive}: install the package"

@@ -206,3 +206,53 @@ def test_a_stream_joined_in_the_middle_begins_with_a_keyframe(
     np.testing.assert_array_equal(reader(path), whole[10:])
     np.testing.assert_array_equal(read_frames(path, 7, size=SIZE), whole[10:][sample_indices(30, 7)])
     assert not warned(recwarn)
+
+
+# ---- reading that fails ----
+
+
+class Broken(io.BytesIO):
+    """A file that raises an exception when half of it was read."""
+
+    def __init__(self, data: bytes, error: BaseException) -> None:
+        super().__init__(data)
+        self.error, self.half = error, len(data) // 2
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() >= self.half:
+            raise self.error
+        return super().read(min(size or 0, 1000))
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.avi", "a.mp4"])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (SystemExit(3), SystemExit),
+        (OSError(5, "Input/output error"), VideoError),
+    ],
+    ids=["Ctrl-C", "exit", "failing disk"],
+)
+def test_what_a_read_raises_ends_the_reading(
+    name: str, error: BaseException, expected: type[BaseException], tmp_path: Path
+) -> None:
+    """PyAV prints an exception in a read, and takes the bytes for ended."""
+    data = write_video(tmp_path / name, "mpeg2video" if name == "a.ts" else "mpeg4").read_bytes()
+    message = "^a: cannot be read: Input/output error$" if expected is VideoError else None
+    with pytest.raises(expected, match=message):
+        list(iter_frames(Broken(data, error), "a", size=SIZE))
+
+
+@readers
+@pytest.mark.parametrize("codec", ["png", "mjpeg"])
+@pytest.mark.parametrize("tail", [b"\0", b"text" * 2000, bytes(range(256)) * 40], ids=["zero", "text", "bytes"])
+@pytest.mark.filterwarnings("error")
+def test_bytes_behind_a_still_picture_do_not_matter(
+    codec: str, tail: bytes, reader: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """Phones and editors append data to pictures."""
+    path = write_video(tmp_path / "a.mov", codec, pixels="rgb24" if codec == "png" else "yuvj420p", frames=1)
+    picture = tmp_path / "a.jpg"
+    picture.write_bytes(b"".join(bytes(packet) for packet in packets(path)) + tail)
+    assert len(reader(picture)) == 1

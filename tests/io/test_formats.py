@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -339,6 +340,15 @@ def test_tags_in_any_encoding_do_not_matter(
     path.write_bytes(data.replace(utf_16, b"\x00\xd8".ljust(len(utf_16), b"\xdc")))
     frames = reader(path)
     assert (frames if isinstance(frames, int) else len(frames)) == 5
+
+
+def test_a_grid_of_tiles_is_refused() -> None:
+    """PyAV does not say how the tiles of an AVIF or HEIF picture are joined. One of them is not the picture."""
+    dependent = formats.import_av().stream.Disposition.dependent
+    tiles = [SimpleNamespace(disposition=dependent) for _ in range(4)]
+    streams = SimpleNamespace(best=lambda kind: tiles[0], video=tiles)
+    with pytest.raises(VideoError, match=r"^a.avif: its picture is a grid of tiles, which is not read$"):
+        formats._video_stream("a.avif", SimpleNamespace(streams=streams))
 
 
 # ---- files that may end a process ----

@@ -1,4 +1,4 @@
-"""Integers as callers write them: those of Python, NumPy and torch, alone or in a sequence, an array or a tensor."""
+"""Integers, words and truth values as callers write them: of Python, NumPy and torch, alone or in a sequence."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 
+def plain(value: Any) -> Any:
+    """Return an array or a tensor as numbers or lists of them, and any other value as it is.
+
+    Raises TypeError for a tensor without such elements, as one that is sparse, nested or without data.
+    """
+    try:
+        return value.tolist() if hasattr(value, "tolist") else value
+    except (RuntimeError, TypeError):
+        raise TypeError(f"no numbers can be read from {shown(value)}") from None
+
+
 def integers(name: str, value: Any, allowed: str = "an integer or a sequence of integers") -> tuple[int, ...]:
     """Return the integers in a sequence, an array or a tensor, or an integer alone as a sequence of one.
 
@@ -17,11 +28,11 @@ def integers(name: str, value: Any, allowed: str = "an integer or a sequence of 
     """
     if type(value) is tuple and {int}.issuperset(map(type, value)):
         return value
-    plain = value.tolist() if hasattr(value, "tolist") else value
     try:
-        if isinstance(plain, (str, bytes, Mapping, AbstractSet)):
+        entries = plain(value)
+        if isinstance(entries, (str, bytes, Mapping, AbstractSet)):
             raise TypeError
-        return tuple(map(operator.index, (plain,) if hasattr(plain, "__index__") else plain))
+        return tuple(map(operator.index, (entries,) if hasattr(entries, "__index__") else entries))
     except TypeError:
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}") from None
 
@@ -35,6 +46,24 @@ def pair(name: str, value: Any, allowed: str = "an integer or two (rows, cols)")
 def is_alone(value: Any) -> bool:
     """Return whether a value is an integer rather than a sequence of them."""
     return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+
+
+def truth(name: str, value: Any) -> bool:
+    """Return a truth value, or 0 or 1, as a bool. name: the argument. Raises TypeError for anything else."""
+    try:
+        found = plain(value)
+        if isinstance(found, int) and found in (0, 1):
+            return bool(found)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def word(name: str, value: Any) -> str:
+    """Return a string, or a member of an enumeration of strings, as a str. Raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {shown(value)}")
+    return str.__str__(value)
 
 
 class _Short(reprlib.Repr):
