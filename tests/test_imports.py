@@ -138,7 +138,7 @@ def test_files_are_read_by_the_command_line_and_one_integration() -> None:
         for module, path in MODULES.items()
         if floor(module) == floor(f"{PACKAGE}.integrations") and any(".io" in name for name in imported(path))
     }
-    assert readers <= {f"{PACKAGE}.integrations.{name}" for name in ("ray", "ray_folders")}
+    assert readers <= {f"{PACKAGE}.integrations.ray"}
 
 
 def test_ops_that_a_backend_calls_are_declared_beside_it() -> None:
