@@ -39,8 +39,7 @@ def integers(name: str, value: Any, allowed: str = "an integer or a sequence of 
 
 def pair(name: str, value: Any, allowed: str = "an integer or two (rows, cols)") -> tuple[int, ...]:
     """Return (rows, cols) as `integers` does, with an integer alone for both. The number of entries is not checked."""
-    entries = integers(name, value, allowed)
-    return entries * 2 if is_alone(value) else entries
+    return integers(name, value, allowed) * (2 if type(value) is not tuple and is_alone(value) else 1)
 
 
 def is_alone(value: Any) -> bool:
@@ -50,6 +49,8 @@ def is_alone(value: Any) -> bool:
 
 def truth(name: str, value: Any) -> bool:
     """Return a truth value, or 0 or 1, as a bool. name: the argument. Raises TypeError for anything else."""
+    if value is True or value is False:
+        return value
     try:
         found = plain(value)
         if isinstance(found, int) and found in (0, 1):
@@ -61,6 +62,8 @@ def truth(name: str, value: Any) -> bool:
 
 def word(name: str, value: Any) -> str:
     """Return a string, or a member of an enumeration of strings, as a str. Raises TypeError for anything else."""
+    if type(value) is str:
+        return value
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {shown(value)}")
     return str.__str__(value)
