@@ -38,7 +38,7 @@ def why_left_out() -> str | None:
         return f"they are built on Linux only, and this is {sys.platform}"
     torch = find_torch()
     if torch is None:
-        return "it saw no torch; with torch there, install again with --no-build-isolation"
+        return "it saw no torch; install again with torch there, by uv with --no-build-isolation"
     version = re.search(r"^__version__ = ['\"]((\d+)\.(\d+).*)['\"]", (torch / "version.py").read_text(), re.MULTILINE)
     if version is None or (int(version[2]), int(version[3])) < (2, 10):
         return f"they need torch 2.10 or newer, found {version[1] if version else 'an unknown version'} in {torch}"

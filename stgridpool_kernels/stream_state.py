@@ -74,7 +74,7 @@ def usable_device(where: torch.device | str, entry: str) -> torch.device:
     """Return a device with its index, as cuda:0 for cuda. Raises ValueError that names `entry` if it cannot be used."""
     try:
         return torch.empty(0, device=where).cpu().to(where).device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         usable = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
         # Torch explains CUDA in a sentence; of other devices it lists every kernel that it was built with.
         cause = f" ({str(error).splitlines()[0].split('. ')[0]})" if str(where).startswith("cuda") else ""

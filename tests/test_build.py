@@ -75,7 +75,7 @@ def test_no_torch(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(script.sysconfig, "get_path", lambda name: str(tmp_path))
     assert script.find_torch() is None
-    assert script.why_left_out() == "it saw no torch; with torch there, install again with --no-build-isolation"
+    assert script.why_left_out() == "it saw no torch; install again with torch there, by uv with --no-build-isolation"
 
 
 def test_torch_is_found_in_the_environment_that_an_isolated_build_is_for(

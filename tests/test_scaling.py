@@ -22,7 +22,7 @@ def python(folder: Path, *arguments: str) -> str:
 
 
 def test_every_snippet_is_run() -> None:
-    """integrations/test_ray.py runs those of Ray."""
+    """This file runs the snippet on DTensors, and tests/integrations/test_ray.py the two on Ray."""
     assert list(SCALING.snippets) == ["dtensor", "extract", "step"]
     assert SCALING.text.count("```python") == len(SCALING.snippets)
 

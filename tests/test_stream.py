@@ -436,7 +436,7 @@ def test_state_that_is_damaged_is_refused(path: tuple[Any, ...], message: str) -
 
 
 def test_a_state_cannot_claim_one_memory_for_several_frames() -> None:
-    """A small file would otherwise take the memory of all frames that it claims."""
+    """A small file must not take the memory of many frames that share its only tensor."""
     stream = GridPoolStream(backend="reference", streams=[0, 1])
     stream.push(tokens(10, 5, 7, 8), frame_counts=[5, 5])
     state = stream.state_dict()
@@ -459,7 +459,7 @@ def test_names_of_an_enumeration_are_kept_as_integers() -> None:
 
 @pytest.mark.parametrize("side", ["height", "width"])
 def test_a_state_that_keeps_nothing_cannot_claim_any_size(side: str) -> None:
-    """Without a frame that shows its size, a plan would be made for whatever a state claims."""
+    """A state without frames proves no size, and a plan for a size that it merely claims could take all memory."""
     stream = GridPoolStream(frame_strides=[])
     stream.push(tokens(5, 5, 7, 8))
     state = stream.state_dict()

@@ -22,7 +22,7 @@ def why_missing() -> str:
     """Return why the compiled library cannot be found, with a remedy."""
     package = files(PACKAGE)
     folder = Path(str(package))
-    # a search with the suffix of this Python's libraries, in other copies that this one hides
+    # Other copies of the package, which this one hides, may have a library for this Python.
     others = [os.path.join(entry, PACKAGE) for entry in sys.path if isinstance(entry, str)]
     hidden = PathFinder.find_spec(f"{PACKAGE}._C", others) or _of_another_checkout()
     if hidden is not None and hidden.origin:

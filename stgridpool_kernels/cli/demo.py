@@ -88,7 +88,7 @@ def time_calls(functions: Sequence[Pool], x: Tensor) -> tuple[list[float], str, 
     CPU meanwhile, the minimum; then the second note says so.
     """
     frames, others = len(x), others_cores()
-    while _times(functions[0], x, 0.05).min() < _LEAST_SECONDS and x.nbytes < _MOST_BYTES:
+    while _times(functions[0], x, 0.2).min() < _LEAST_SECONDS and x.nbytes < _MOST_BYTES:
         x = torch.cat([x, x])
     found = [_times(function, x, 0.5) for function in functions]
     busy = busy_note(others())

@@ -60,7 +60,7 @@ from typing import Any
 from .. import GridPool, grid_plan, pool_flat, use_backend
 from ..arguments import check_names
 from ..flat import OPTIONS, grid_size
-from ..plan.values import integers, is_alone, shown
+from ..plan.values import count, shown
 
 __all__ = [
     "NEWLINES",
@@ -107,7 +107,7 @@ def video_token_count(frames: int, grid: Sequence[int], newline: str = "none", *
     """
     if newline not in NEWLINES:
         raise ValueError(f"newline must be one of {', '.join(map(repr, NEWLINES))}, got {shown(newline)}")
-    frames = _count("frames", frames)
+    frames = count("frames", frames)
     rows, cols = pooled_grid(grid, **options)
     counts = {
         "none": frames * rows * cols,
@@ -116,16 +116,6 @@ def video_token_count(frames: int, grid: Sequence[int], newline: str = "none", *
         "frame": frames * (rows * cols + 1),
     }
     return counts[newline]
-
-
-def _count(name: str, value: Any) -> int:
-    """Return a number of frames or tokens. Raises TypeError or ValueError unless it is an integer of at least 0."""
-    numbers = integers(name, value, "an integer")
-    if not is_alone(value):
-        raise TypeError(f"{name} must be an integer, got {shown(value)}")
-    if numbers[0] < 0:
-        raise ValueError(f"{name} must not be negative, got {shown(numbers[0])}")
-    return numbers[0]
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -174,7 +164,7 @@ def require_size(engine: str, grid: Sequence[int], expected: int, options: PoolO
 
     Raises ValueError with both numbers, and with options that fit if they are known.
     """
-    arguments, expected = options.arguments, _count("expected", expected)
+    arguments, expected = options.arguments, count("expected", expected)
     rows, cols = pooled_grid(grid, **arguments)
     if rows * cols == expected:
         return

@@ -25,10 +25,11 @@ from .. import grid_pool
 from ..flat import grid_size
 from ..io.failures import describe, is_out_of_memory
 from ..io.folders import Found, find_inputs, remark_on
-from ..io.inputs import check_count, check_reading, load_input
+from ..io.inputs import check_reading, load_input
 from ..io.token_files import write_tokens
 from ..io.video import VideoWarning
 from ..io.writing import remove_leftovers
+from ..plan.values import count
 from ..stream_state import usable_device
 from .base import PoolOptions, require
 from .command_line import SEVERAL, grid, join_values, refuse_unknown
@@ -153,7 +154,7 @@ class PoolFiles:
 
 @dataclass
 class _Job:
-    """A file of a batch, by the columns of `PoolFiles`."""
+    """One file of a batch, with the columns of `PoolFiles` as fields, and notes for a second try."""
 
     source: str
     output: str
@@ -201,8 +202,8 @@ def extract(
     PoolFiles(**options)  # checks them
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be None, 'cpu' or 'cuda', got {device!r}")
-    check_count("actors", 1 if actors is None else actors)
-    check_count("batch_size", batch_size)
+    count("actors", 1 if actors is None else actors, 1)
+    count("batch_size", batch_size, 1)
     found = _found(Path(output), [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs))
     ray = require(**TESTED)
     skipped = [target for target in found.outputs if os.path.lexists(target)]

@@ -49,7 +49,7 @@ TESTED_MAPPING = {
         f"{_PATCHING}:apply_patches": "...",
     },
 }
-"""The same for the functions that use the library's patch mapping."""
+"""Arguments of `require` for the functions that use the library's patch mapping."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Words in one line for exceptions, and recognition of those that say that memory ran out."""
+"""Descriptions of exceptions in one line, and a test for those that say that memory ran out."""
 
 from __future__ import annotations
 

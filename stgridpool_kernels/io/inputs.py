@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..flat import grid_size
-from ..plan.values import shown
+from ..plan.values import count, shown
 from .encoder import PATCH, TAPS, Encoder
 from .token_files import SUFFIXES, TokenFileError, check_file, format_of, read_tokens, stream_safetensors, stream_tokens
 from .video import VIDEO_SUFFIXES, VideoError, count_frames, iter_frames, read_frames
 
-__all__ = ["VIDEO_GRID", "check_count", "check_reading", "load_input", "stream_input"]
+__all__ = ["VIDEO_GRID", "check_reading", "load_input", "stream_input"]
 
 VIDEO_GRID = (18, 32)
 """Default rows and columns of tokens per frame of a video."""
@@ -105,21 +104,11 @@ def check_reading(*, key: str | None, num_frames: int, grid: Sequence[int] | Non
     """Raise TypeError or ValueError unless these are valid arguments of `load_input`."""
     if not isinstance(key, str | None):
         raise TypeError(f"key must be a name or None, got {shown(key)}")
-    check_count("num_frames", num_frames)
+    count("num_frames", num_frames, 1)
     if grid is not None:
         grid_size(grid)
     if tap not in tuple(TAPS):
         raise ValueError(f"tap must be one of {', '.join(TAPS)}, got {shown(tap)}")
-
-
-def check_count(name: str, value: int) -> None:
-    """Raise TypeError or ValueError unless `value` is an integer of at least 1."""
-    try:
-        operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be an integer, got {shown(value)}") from error
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _size(grid: tuple[int, int] | None) -> tuple[int, int]:

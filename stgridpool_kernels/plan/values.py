@@ -42,6 +42,16 @@ def pair(name: str, value: Any, allowed: str = "an integer or two (rows, cols)")
     return integers(name, value, allowed) * (2 if type(value) is not tuple and is_alone(value) else 1)
 
 
+def count(name: str, value: Any, least: int = 0) -> int:
+    """Return an integer of at least `least`. name: the argument. Raises TypeError or ValueError for anything else."""
+    numbers = integers(name, value, "an integer")
+    if not is_alone(value):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if numbers[0] < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(numbers[0])}")
+    return numbers[0]
+
+
 def is_alone(value: Any) -> bool:
     """Return whether a value is an integer rather than a sequence of them."""
     return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0

@@ -115,7 +115,7 @@ def test_numbers_of_channels(C, dtype):
 @pytest.mark.parametrize("op", ["grid_pool", "temporal_grid", "grid_pool_backward", "temporal_grid_backward"])
 @pytest.mark.parametrize("arguments", [{}, {"grid_shape": (1, 2)}], ids=["fused", "general"])
 def test_scratch_beyond_64_bits(arguments, op):
-    """The size stays at the largest one: an allocation fails, where one of a size that wrapped around would not."""
+    """The size of scratch stays at the largest one, which no allocation gives, and does not wrap to a small one."""
     tables = plan_tables(grid_plan([8], 4, 4, frame_strides=(1,), **arguments), gradient=True)
     words = (ctypes.c_int32 * len(tables))(*tables)
     sizes = []

@@ -229,7 +229,7 @@ def test_any_failure_of_a_file_leaves_the_others(
 
 
 def test_folders_are_pooled_into_the_same_subfolders(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is left out is counted, and a file that fails leaves the others."""
+    """The command counts files that it leaves out, and pools the others if one of them fails."""
     Path("in/more").mkdir(parents=True)
     x = tokens(8, 4, 4, 8)
     write_tokens("in/b.npy", x, force=False)

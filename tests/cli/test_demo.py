@@ -89,7 +89,7 @@ def test_demo_on_the_real_video(tmp_path, monkeypatch, capsys):
 def test_calls_of_at_least_5_ms_are_timed(
     busy: float, named: str, shown: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call takes 0.1 ms a frame, here; 16 frames are too few, 64 are not."""
+    """Calls are made to take 0.1 ms a frame, so that 16 frames are too few to be timed, and 64 are enough."""
     sizes = []
 
     def times(function, x, seconds):

@@ -237,7 +237,7 @@ def test_a_size_that_fits_passes() -> None:
         (lambda x: pool_flat(x, [8], out=x), TypeError, "options must be among .* got out"),
         (lambda x: pool_flat(x, [8], kernel_size=0), ValueError, "kernel_size must be"),
         (lambda x: pool_flat(x, [8], backend="nope"), ValueError, "backend must be one of"),
-        (lambda x: video_token_count(-1, (4, 4)), ValueError, "frames must not be negative, got -1"),
+        (lambda x: video_token_count(-1, (4, 4)), ValueError, "frames must be at least 0, got -1"),
         (lambda x: video_token_count(1, (4, 4), "no"), ValueError, "newline must be one of 'none', .* got 'no'"),
         (lambda x: tokens_per_frame((4, 0)), ValueError, r"grid must be 2 integers .* got \(4, 0\)"),
         (lambda x: pooled_grid((4, 4), ceil=True), TypeError, "options must be among .* got ceil=True"),

@@ -292,7 +292,7 @@ def test_a_copy_is_patched_and_stands_alone(model: Any) -> None:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """For tests that shard: a process group of this process alone."""
+    """Make a process group of this process alone, which sharding needs."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -93,7 +93,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
 
 
 def adapter(tested: dict[str, Any]) -> ModuleType:
-    """Stand for the function of an integration that a user calls, who is the one to be warned."""
+    """Call `require` as a function of an integration does, so that warnings point to the caller of this function."""
     return require(**tested)
 
 

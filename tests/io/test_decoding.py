@@ -90,7 +90,7 @@ def test_damage_that_the_decoder_conceals(
 @readers
 @pytest.mark.parametrize(("name", "codec"), [("a.mov", "png"), ("a.mjpeg", "mjpeg")])
 def test_a_damaged_end_is_left_out(name: str, codec: str, reader: Callable[[Path], np.ndarray], tmp_path: Path) -> None:
-    """Formats without sizes do not tell it from an end that is missing."""
+    """Formats without sizes do not tell a damaged last packet from an end that is missing."""
     pixels = "rgb24" if codec == "png" else "yuvj420p"
     path = write_video(tmp_path / name, codec, pixels=pixels, format="mjpeg" if codec == "mjpeg" else None, frames=8)
     whole = reader(path)

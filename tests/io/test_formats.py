@@ -91,7 +91,7 @@ VIDEOS = {
 def test_formats_that_hold_their_pictures(
     name: str, how: dict[str, Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """Each is read by path, by stream and by pipe, whatever it is called."""
+    """A video of each format is read by path, by stream and by pipe, whatever its name is."""
     path = write_video(tmp_path / name, **how)
     expected = read_frames(path, 9, size=SIZE)
     assert len(expected) == count_frames(path) == 5

@@ -47,7 +47,7 @@ def test_every_package_of_a_list_has_one_version(listed: Path) -> None:
 
 
 def test_the_main_list_holds_all_that_its_packages_ask_for() -> None:
-    """What is asked for is known of the packages that are installed here in the version of the list."""
+    """Requirements are known of the packages that are installed here in the version of the list."""
     pins = read_pins(environment.MAIN)
     lines = [line for lines in pins.values() for line in lines if applies(line)]
     exact = {(canonical(name), version) for name, version in map(parts, lines)}
