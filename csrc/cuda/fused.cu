@@ -276,7 +276,9 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   p.inv_count = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
   p.temperature = call.temperature;
 
-  const bool halo = p.H % 2 == 1 || p.W % 2 == 1, is_vector = is_vectorized(tables, call, p.OH, p.OW);
+  // Kernels for every norm are compiled with a halo alone, and carry sums whether there is one or not.
+  const bool halo = p.H % 2 == 1 || p.W % 2 == 1 || p.norm != Norm::l2;
+  const bool is_vector = is_vectorized(tables, call, p.OH, p.OW);
   const int32_t threads = block_threads(p.C, sizeof(T));
   for (int32_t stage = 0; stage < tables[H_NUM_STAGES]; ++stage) {
     const int32_t* s = tables + tables[H_STAGES] + stage * STAGE_WORDS;

@@ -49,7 +49,7 @@ namespace emulation {
 
 void barrier();
 uint32_t exchange(uint32_t value, unsigned lane_of_source);
-void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& body);
+void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 
 }  // namespace emulation
 
@@ -66,7 +66,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       config->blockDim.x > 1024 || config->dynamicSmemBytes > 48 << 10) {
     return cudaErrorInvalidConfiguration;
   }
-  emulation::run_grid(config->gridDim.x, config->blockDim.x, [&] { kernel(parameters...); });
+  emulation::run_grid(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, [&] { kernel(parameters...); });
   return cudaSuccess;
 }
 

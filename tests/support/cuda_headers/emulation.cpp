@@ -157,7 +157,8 @@ uint32_t exchange(uint32_t value, unsigned source) {
   return current->value;
 }
 
-void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  static const std::vector<char> untouched(sizeof stgp::cuda::dynamic_shared_memory, '\xff');
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   while (fibers.size() < threads) {
@@ -177,6 +178,10 @@ void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& ke
       fibers[t]->state = State::runs;
     }
     run_block(threads);
+    const char* dynamic = reinterpret_cast<const char*>(stgp::cuda::dynamic_shared_memory);
+    if (std::memcmp(dynamic + shared_bytes, untouched.data(), untouched.size() - shared_bytes) != 0) {
+      fail("a block wrote to dynamic shared memory that its launch does not have");
+    }
   }
 }
 
