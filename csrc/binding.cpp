@@ -95,10 +95,13 @@ const int32_t* checked_words(const Tensor& tables, const Tensor& x, const Tensor
   return t;
 }
 
-void set_weighting(Call& call, double temperature, double norm_type, bool normalize_norm) {
+void set_weighting(Call& call, double temperature, double norm_type, bool normalize_norm, int64_t norm_channels) {
+  STD_TORCH_CHECK(norm_channels >= 1 && norm_channels <= call.C, "norm_channels must be from 1 to C = ", call.C,
+                  ", got ", norm_channels);
   call.temperature = static_cast<float>(temperature);
   call.norm_type = norm_type;
   call.normalize_norm = normalize_norm;
+  call.norm_channels = norm_channels;
 }
 
 // Raises an error, which names the sizes of x, unless there is memory for `bytes` of scratch.
@@ -253,9 +256,10 @@ void run(Op op, Call& call, const Tensor& x, const Tensor& tables,
 }
 
 void grid_pool_by_tables(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
-                         double temperature, double norm_type, bool normalize_norm, const Tensor& out, int64_t cells) {
+                         double temperature, double norm_type, bool normalize_norm, int64_t norm_channels,
+                         const Tensor& out, int64_t cells) {
   Call call = call_of(x, out, true);
-  set_weighting(call, temperature, norm_type, normalize_norm);
+  set_weighting(call, temperature, norm_type, normalize_norm, norm_channels);
   STD_TORCH_CHECK(cells >= 0 && cells < (1 << 24), "cells must be from 0 to 2^24 - 1, got ", cells);
   call.cells = static_cast<int32_t>(cells);
   checked_words(tables, x, out, true);
@@ -264,10 +268,10 @@ void grid_pool_by_tables(const Tensor& x, const Tensor& tables, const std::optio
 
 // `thumbnails` keeps the thumbnails of streams between their chunks: (slots, h, w, C).
 void pool_chunk_by_tables(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
-                          double temperature, double norm_type, bool normalize_norm, const Tensor& thumbnails,
-                          const Tensor& out) {
+                          double temperature, double norm_type, bool normalize_norm, int64_t norm_channels,
+                          const Tensor& thumbnails, const Tensor& out) {
   Call call = call_of(x, out, true);
-  set_weighting(call, temperature, norm_type, normalize_norm);
+  set_weighting(call, temperature, norm_type, normalize_norm, norm_channels);
   const int32_t* t = checked_words(tables, x, out, true);
   STD_TORCH_CHECK(thumbnails.dim() == 4 && thumbnails.is_contiguous() && thumbnails.scalar_type() == x.scalar_type() &&
                       thumbnails.get_device_index() == x.get_device_index() && thumbnails.sizes()[0] >= t[H_SLOTS] &&
@@ -309,9 +313,9 @@ void check_gradient_tables(const Tensor& tables, const Tensor& grad, const Tenso
 
 void grid_pool_backward_by_tables(const Tensor& grad, const Tensor& x, const Tensor& tables,
                                   const std::optional<Tensor>& device_tables, double temperature, double norm_type,
-                                  bool normalize_norm, const Tensor& out) {
+                                  bool normalize_norm, int64_t norm_channels, const Tensor& out) {
   Call call = call_of_gradient(grad, x, out);
-  set_weighting(call, temperature, norm_type, normalize_norm);
+  set_weighting(call, temperature, norm_type, normalize_norm, norm_channels);
   check_gradient_tables(tables, grad, x, out, true);
   run(Op::grid_pool_backward, call, x, tables, device_tables);
 }
@@ -323,9 +327,10 @@ void temporal_grid_backward_by_tables(const Tensor& grad, const Tensor& tables,
   run(Op::temporal_grid_backward, call, grad, tables, device_tables);
 }
 
-void token_norm_compiled(const Tensor& x, double norm_type, bool normalize_norm, const Tensor& out) {
+void token_norm_compiled(const Tensor& x, double norm_type, bool normalize_norm, int64_t norm_channels,
+                         const Tensor& out) {
   Call call = call_of(x, out, false);
-  set_weighting(call, 1, norm_type, normalize_norm);
+  set_weighting(call, 1, norm_type, normalize_norm, norm_channels);
   const int64_t rank = x.dim(), H = x.sizes()[rank - 3], W = x.sizes()[rank - 2];
   STD_TORCH_CHECK(out.sizes()[rank - 3] == H && out.sizes()[rank - 2] == W, "out must have one norm per token");
 #ifdef STGP_CUDA

@@ -4,6 +4,8 @@
 //   temporal_grid  out = x, with the target frame of each group replaced by the group's mosaic: the shape of x
 //   token_norm     out = (mean_c |x_c|^p)^(1/p): (B, T, H, W) in float32
 //
+// The norm runs over all channels of a token or over the first of them (Call::norm_channels).
+//
 // The functions grid_pool_backward and temporal_grid_backward compute gradients in x. Their tables need a gradient
 // section (H_GRADIENT is not 0), which `save_tables(plan, path, gradient=True)` writes. grid_pool_backward computes the
 // summaries again. Gradients of summaries are float32; only the gradient of x is rounded. temporal_grid_backward does
@@ -56,6 +58,7 @@ struct Call {
   float temperature = 1.0f;
   double norm_type = 2.0;      // p > 0; p = infinity: the largest magnitude
   bool normalize_norm = true;  // whether the norm has the mean over channels; else it has the sum
+  int64_t norm_channels = 0;   // number of channels that the norm runs over, the first ones; 0 stands for all C
   // For tables of a chunk of streams: the slots of thumbnails, (slots, h, w, C). They hold thumbnails of earlier
   // chunks, and grid_pool adds those of this chunk. On CUDA it fails if its fused kernel does not take the number of
   // channels or the norm.

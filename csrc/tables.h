@@ -44,7 +44,7 @@
 namespace stgp {
 
 constexpr int32_t MAGIC = 0x50475453;  // "STGP"
-constexpr int32_t VERSION = 2;
+constexpr int32_t VERSION = 3;         // of the tables, and of the private ops that take them
 
 // The first words of all tables.
 enum Header : int32_t {

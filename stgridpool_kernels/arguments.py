@@ -133,6 +133,14 @@ def _frame_counts(name: str, value: Any, allowed: str) -> tuple[int, ...]:
     return integers(name, value, allowed)
 
 
+def _integer(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if not is_alone(value):
+        raise TypeError(f"{name} must be an integer or None, got {shown(value)}")
+    return _sequence(name, value, allowed="an integer or None")[0]
+
+
 def _number(name: str, value: Any) -> float:
     if getattr(value, "requires_grad", False):
         raise TypeError(f"{name} must be a number: it is not learned, got {_kind(value)} that requires a gradient")
@@ -160,6 +168,7 @@ _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _number,
     "norm_type": _number,
     "normalize_norm": truth,
+    "norm_channels": _integer,
     "frame_counts": partial(_optional, allowed=_COUNTS, convert=_frame_counts),
     "frames_per_video": partial(_sequence, allowed=_COUNTS, convert=_frame_counts),
 }

@@ -67,6 +67,7 @@ def grid_pool(
     temperature: float = 1.0,
     norm_type: float = 2.0,
     normalize_norm: bool = True,
+    norm_channels: int | None = None,
     frame_counts: Sequence[int] | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -97,6 +98,9 @@ def grid_pool(
         with the smallest.
     norm_type: p of ‖t‖ = (mean_c |t_c|^p)^(1/p), greater than 0; inf is max_c |t_c|.
     normalize_norm: True takes the mean over channels (published code), False the sum (the paper's formula).
+    norm_channels: number of channels, from 1 to C, that the norm runs over; they are the first ones. None stands for
+        all. All C channels are pooled by the same weights: tokens of the same places that are joined along channels, as
+        those that Qwen3-VL adds at several layers, are pooled together, with weights from the first of them.
 
     frame_counts: numbers of frames of videos packed along T, in order, for 4-D x only; they must sum to T. Groups never
         span two videos.
@@ -132,6 +136,7 @@ def grid_pool(
         temperature=temperature,
         norm_type=norm_type,
         normalize_norm=normalize_norm,
+        norm_channels=norm_channels,
         frame_counts=frame_counts,
     )
 
@@ -176,6 +181,7 @@ def norm_pool(
     temperature: float = 1.0,
     norm_type: float = 2.0,
     normalize_norm: bool = True,
+    norm_channels: int | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -197,6 +203,7 @@ def norm_pool(
         temperature=temperature,
         norm_type=norm_type,
         normalize_norm=normalize_norm,
+        norm_channels=norm_channels,
     )
 
 
@@ -205,6 +212,7 @@ def token_norm(
     *,
     norm_type: float = 2.0,
     normalize_norm: bool = True,
+    norm_channels: int | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -219,6 +227,7 @@ def token_norm(
         backend,
         norm_type=norm_type,
         normalize_norm=normalize_norm,
+        norm_channels=norm_channels,
     )
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import backend_names, choose_backend, requested_backend, use_backend
+from .backends.weighting import Weighting
 from .once import refuse_second
 from .plan import GridPlan, grid_plan
 from .plan.plan import cached_plan, level_shapes, pooled_size
-from .plan.values import shown
+from .plan.values import count, shown
 
 Arguments = dict[str, Any]
 
@@ -32,7 +33,7 @@ _WINDOWS = (
     "int[2] kernel_size=[2,2], int[2]? stride=None, int[2] padding=[0,0], bool ceil_mode=False, "
     "bool count_include_pad=True, int[2]? output_size=None"
 )
-_NORM = "float norm_type=2.0, bool normalize_norm=True"
+_NORM = "float norm_type=2.0, bool normalize_norm=True, SymInt? norm_channels=None"
 _WEIGHTS = f"float temperature=1.0, {_NORM}"
 _COUNTS = "SymInt[]? frame_counts=None"
 
@@ -53,7 +54,6 @@ _NO_POOLING: Arguments = {
     "count_include_pad": True,
     "output_size": None,
 }
-_SETTINGS = ("temperature", "norm_type", "normalize_norm")
 
 refuse_second(hasattr(torch.ops.stgp, "grid_pool"))
 _library = torch.library.Library("stgp", "DEF")
@@ -78,9 +78,19 @@ def check_tokens(x: Tensor) -> None:
         raise ValueError(f"x must have H, W and C of at least 1, got shape {shape}")
 
 
+def check_norm_channels(norm_channels: int | None, x: Tensor) -> None:
+    """Raise ValueError unless the number of channels of the norm, None for all, is one for the tokens x."""
+    if norm_channels is not None:
+        for right in (norm_channels >= 1, norm_channels <= x.shape[-1]):
+            torch._check_value(right, lambda: f"norm_channels must be from 1 to C = {x.shape[-1]}, got {norm_channels}")
+
+
 def check_arguments(arguments: Arguments) -> None:
     """Check types, by the schema, and ranges of `grid_pool`'s arguments, except limits that depend on x."""
-    torch.ops.stgp.grid_pool(torch.empty(1, 1 << 20, 1 << 20, 1, device="meta", dtype=torch.float64), **arguments)
+    if arguments.get("norm_channels") is not None:
+        count("norm_channels", arguments["norm_channels"], 1)
+    x = torch.empty(1, 1 << 20, 1 << 20, 1, device="meta", dtype=torch.float64)
+    torch.ops.stgp.grid_pool(x, **arguments | {"norm_channels": None})
 
 
 def _check(name: str, x: Tensor, a: Arguments) -> None:
@@ -92,6 +102,7 @@ def _check(name: str, x: Tensor, a: Arguments) -> None:
         raise ValueError(f"temperature must be finite in {shown} arithmetic, got {a['temperature']}")
     if "norm_type" in a and not a["norm_type"] > 0:
         raise ValueError(f"norm_type must be greater than 0 (inf is allowed), got {a['norm_type']}")
+    check_norm_channels(a.get("norm_channels"), x)
     if a.get("frame_counts") is not None:
         _check_frame_counts(x, a["frame_counts"])
 
@@ -106,8 +117,8 @@ def _check_frame_counts(x: Tensor, frame_counts: Sequence[int]) -> None:
             f"frame_counts packs videos along T of a (T, H, W, C) tensor and cannot go with 5-D x of shape "
             f"{tuple(x.shape)}, got {shown(frame_counts)}"
         )
-    for count in frame_counts:
-        torch._check_value(count >= 0, lambda: f"frame_counts must not be negative, got {shown(frame_counts)}")
+    for frames in frame_counts:
+        torch._check_value(frames >= 0, lambda: f"frame_counts must not be negative, got {shown(frame_counts)}")
     total = sum(frame_counts)
     torch._check_value(
         total == x.shape[0],
@@ -173,10 +184,12 @@ def _plan(name: str, x: Tensor, a: Arguments) -> GridPlan | None:
     return cached_plan(tuple(frame_counts), x.shape[-3], x.shape[-2], *hashable)
 
 
-def _backend_arguments(plan: GridPlan | None, a: Arguments) -> list[Any]:
+def _backend_arguments(x: Tensor, plan: GridPlan | None, a: Arguments) -> list[Any]:
     """Arguments of a backend's function between x and out."""
-    settings = [a[key] for key in _SETTINGS if key in a]
-    return settings if plan is None else [plan, *settings]
+    arguments: list[Any] = [] if plan is None else [plan]
+    if "norm_type" in a:
+        arguments.append(Weighting.of(a, x.shape[-1]))
+    return arguments
 
 
 def _result(x: Tensor, pooled: Sequence[int] | None) -> tuple[tuple[int, ...], torch.dtype]:
@@ -198,7 +211,7 @@ def _run(name: str, x: Tensor, a: Arguments, out: Tensor | None) -> Tensor:
         _check_memory(out, x)
     backend = choose_backend(x, plan)
     if out.numel():
-        getattr(backend, name)(x, *_backend_arguments(plan, a), out)
+        getattr(backend, name)(x, *_backend_arguments(x, plan, a), out)
     return out
 
 
@@ -269,7 +282,7 @@ def _implement(name: str) -> None:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
         # dispatched kernels run below autograd, which a backend may need to recompute the forward
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-            return chosen.backward(name, grad, x, *_backend_arguments(plan, a)).contiguous()
+            return chosen.backward(name, grad, x, *_backend_arguments(x, plan, a)).contiguous()
 
     for op, kernel in zip(op_names(name), (forward, forward_out, recorded, backward), strict=True):
         _library.impl(op, kernel, "CompositeExplicitAutograd")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,8 +24,9 @@ from torch import Tensor
 
 from .arguments import check_tensor, converted, warn_of_layout
 from .backends import BACKENDS, Backend, backend_names, check_backend, choose_backend, use_backend
+from .backends.weighting import Weighting
 from .functional import GridPool
-from .ops import check_tokens
+from .ops import check_norm_channels, check_tokens
 from .plan import GridPlan, grid_plan
 from .plan.dataflow import EndlessLiveness
 from .plan.plan import level_shapes
@@ -144,8 +144,6 @@ class GridPoolStream:
         self.arguments: dict[str, Any] = GridPool(**arguments).arguments
         self.backend = backend
         self._planned = {name: value for name, value in self.arguments.items() if name in _PLANNED}
-        settings = operator.itemgetter("temperature", "norm_type", "normalize_norm")
-        self._settings: tuple[float, float, bool] = settings(self.arguments)
         self._levels = len(self.arguments["frame_strides"])
         self._format: _Format | None = None
         self._states: States = {}
@@ -250,6 +248,7 @@ class GridPoolStream:
         pieces = self._pieces(len(x), streams, frame_counts)
         warn_of_layout(x)
         form = self._format_of(x)
+        check_norm_channels(self.arguments["norm_channels"], x)
         out = x.new_empty((len(x), *form.plan.pooled_size, x.shape[-1]))
         if len(x) == 0:
             return out
@@ -318,14 +317,17 @@ class GridPoolStream:
 
     def _pool(self, x: Tensor, videos: Sequence[int], backend: Backend, out: Tensor) -> None:
         """Write grid_pool of videos with these frame counts into out. Plans are cached by them, so few are used."""
-        backend.grid_pool(x, grid_plan(videos, *x.shape[1:3], **self._planned), *self._settings, out)
+        backend.grid_pool(
+            x, grid_plan(videos, *x.shape[1:3], **self._planned), Weighting.of(self.arguments, x.shape[-1]), out
+        )
 
     def _pool_fused(self, x: Tensor, work: _Work, form: _Format, backend: Backend, out: Tensor) -> Slots:
         """Pool and shrink all rows of `work.stages` in one pass; return the slots. Occupied slots are not changed."""
         slots = self._room(work.slots, form)
         if any(work.stages):
             assert backend.pool_chunk is not None
-            backend.pool_chunk(x, chunk_tables(form.plan, len(x), work.stages, work.slots), *self._settings, slots, out)
+            weighting = Weighting.of(self.arguments, x.shape[-1])
+            backend.pool_chunk(x, chunk_tables(form.plan, len(x), work.stages, work.slots), weighting, slots, out)
         return slots
 
     def _pool_frames(self, x: Tensor, work: _Work, form: _Format, backend: Backend, out: Tensor) -> Slots:
@@ -482,6 +484,9 @@ class GridPoolStream:
     def _read_format(self, given: dict[str, Any], device: torch.device | str | None) -> _Format:
         entry, where = ("device", device) if device is not None else ("state['format']['device']", given["device"])
         shape = (0, given["height"], given["width"], given["channels"])
+        least = self.arguments["norm_channels"] or 1
+        allowed = f"at least norm_channels = {least}"
+        expect(given["channels"] >= least, "state['format']['channels']", allowed, given["channels"])
         like = torch.empty(shape, dtype=STATE_DTYPES[given["dtype"]], device=usable_device(where, entry))
         backend = next(known for known in BACKENDS if known.name == given["backend"])
         reason = backend.unsupported_reason(None, None)

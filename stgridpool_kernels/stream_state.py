@@ -18,7 +18,7 @@ from .plan.values import shown
 
 StreamId = int | str
 
-VERSION = 2
+VERSION = 3
 """Version of the form of states; states of other versions are refused."""
 
 STATE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

@@ -38,6 +38,7 @@ FORMS = [
     ("temperature", 2.0, [2, np.float32(2), np.float64(2), np.array(2.0), torch.tensor(2.0), Fraction(2)]),
     ("norm_type", math.inf, [np.inf, np.float16(np.inf), torch.tensor(math.inf)]),
     ("ceil_mode", True, [np.True_, np.array(True), torch.tensor(True), 1]),
+    ("norm_channels", 5, [np.int64(5), np.array(5), torch.tensor(5), torch.tensor([5]).sum()]),
     ("sampling", "first", [np.str_("first")]),
 ]
 """Arguments with their values as the ops take them, and other forms of these."""
@@ -63,6 +64,10 @@ REFUSED = [
     ({"grid_shape": [(2, 2), (3, 3)]}, r"grid_shape must be an integer .*, got \[\(2, 2\), \(3, 3\)\]"),
     ({"ceil_mode": "yes"}, "ceil_mode must be True or False, got 'yes'"),
     ({"normalize_norm": 2}, "normalize_norm must be True or False, got 2"),
+    ({"norm_channels": 5.0}, "norm_channels must be an integer or None, got 5.0"),
+    ({"norm_channels": "5"}, "norm_channels must be an integer or None, got '5'"),
+    ({"norm_channels": [5]}, r"norm_channels must be an integer or None, got \[5\]"),
+    ({"norm_channels": np.ones((9, 9))}, r"norm_channels must be an integer or None, got ndarray of shape \(9, 9\)"),
     ({"sampling": None}, "sampling must be a string, got None"),
     ({"resize": b"area"}, "resize must be a string, got b'area'"),
 ]
@@ -73,7 +78,11 @@ UNREADABLE = [
 ]
 """Tensors without elements that can be read one by one."""
 
-TOO_LARGE = [({"kernel_size": 1 << 70}, "kernel_size"), ({"frame_strides": [1 << 63]}, "frame_strides")]
+TOO_LARGE = [
+    ({"kernel_size": 1 << 70}, "kernel_size"),
+    ({"frame_strides": [1 << 63]}, "frame_strides"),
+    ({"norm_channels": 1 << 64}, "norm_channels"),
+]
 COUNTS_REFUSED = [8, 8.0, "8", [4.0, 4.0], [[4], [4]], {4: 4}, np.int64(8), torch.tensor(8), np.ones((8, 100))]
 
 

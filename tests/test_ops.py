@@ -28,10 +28,11 @@ CONFIGURATIONS = {
         {"kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 1], "ceil_mode": True, "count_include_pad": False},
         {"output_size": [2, 2], "temperature": -2.5, "norm_type": math.inf},
         {"frame_strides": [1, 1], "grid_shape": [3, 1, 1, 2], "norm_type": 0.5, "normalize_norm": False},
+        {"norm_channels": 2},
     ],
     "temporal_grid": [{}, {"frame_strides": [1, 2], "grid_shape": [1, 2], "frame_counts": [4, 5]}],
     "norm_pool": [{}, {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1]}, {"output_size": [1, 2]}],
-    "token_norm": [{}, {"norm_type": 3.0, "normalize_norm": False}],
+    "token_norm": [{}, {"norm_type": 3.0, "normalize_norm": False, "norm_channels": 1}],
 }
 CASES = [
     pytest.param(name, arguments, id=f"{name}-{'-'.join(arguments) or 'defaults'}")
@@ -56,13 +57,13 @@ def test_public_schemas_are_the_documented_ones():
     nsp = (
         "int[2] kernel_size=[2,2], int[2]? stride=None, int[2] padding=[0,0], bool ceil_mode=False, "
         "bool count_include_pad=True, int[2]? output_size=None, "
-        "float temperature=1.0, float norm_type=2.0, bool normalize_norm=True"
+        "float temperature=1.0, float norm_type=2.0, bool normalize_norm=True, SymInt? norm_channels=None"
     )
     expected = {
         "grid_pool": f"{ptg}, {nsp}, SymInt[]? frame_counts=None",
         "temporal_grid": f"{ptg}, SymInt[]? frame_counts=None",
         "norm_pool": nsp,
-        "token_norm": "float norm_type=2.0, bool normalize_norm=True",
+        "token_norm": "float norm_type=2.0, bool normalize_norm=True, SymInt? norm_channels=None",
     }
     for name, arguments in expected.items():
         schema = torch._C.parse_schema(f"stgp::{name}(Tensor x, *, {arguments}) -> Tensor")
@@ -221,6 +222,36 @@ def test_compiled_with_packed_videos():
         x = tokens(first + second, 6, 7, 5)
         assert torch.equal(compiled(x, first, second), pool(x, first, second))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["grid_pool", "norm_pool", "token_norm"])
+def test_one_graph_for_changing_norm_channels(name):
+    def norm(x, channels):
+        return op(name)(x, norm_channels=channels) * 2
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(norm, fullgraph=True, dynamic=True, backend=counter)
+    for channels in (2, 9, 4):
+        x = tokens(16, 6, 7, 9)
+        assert torch.equal(compiled(x, channels), norm(x, channels))
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        for leaf, run in zip(leaves, (compiled, norm), strict=True):
+            run(leaf, channels).sum().backward()
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+    assert counter.frame_count == 2  # without a gradient and with one
+    with pytest.raises(ValueError, match="norm_channels must be from 1 to C = 9, got 10"):
+        norm(x, 10)
+
+
+def test_norm_channels_may_be_known_at_run_time_only():
+    def pool(x, channels):
+        return torch.ops.stgp.grid_pool(x, norm_channels=channels.item())
+
+    x = tokens(16, 6, 7, 9)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(pool, fullgraph=True, backend="aot_eager")
+        for channels in (5, 1, 9):
+            assert torch.equal(compiled(x, torch.tensor(channels)), pool(x, torch.tensor(channels)))
 
 
 def test_compiled_with_out():
@@ -623,6 +654,11 @@ NORM_ERRORS = [
     ({"norm_type": 0.0}, "norm_type must be greater than 0 .*, got 0.0"),
     ({"norm_type": -1.0}, "norm_type must be greater than 0 .*, got -1.0"),
     ({"norm_type": math.nan}, "norm_type must be greater than 0 .*, got nan"),
+    ({"norm_channels": 0}, "norm_channels must be .*, got 0"),
+    ({"norm_channels": -2}, "norm_channels must be .*, got -2"),
+]
+CHANNEL_ERRORS = [
+    ({"norm_channels": n}, f"norm_channels must be from 1 to C = 3, got {n}") for n in (-1, 0, 4, 1 << 40)
 ]
 TEMPERATURE_ERRORS = [
     ({"temperature": math.inf}, "temperature must be finite in float32 arithmetic, got inf"),
@@ -635,10 +671,10 @@ COUNT_ERRORS = [
     ({"frame_counts": []}, r"frame_counts must sum to T = 9, got \[\] with sum 0"),
 ]
 ERRORS = {
-    "grid_pool": GRIDDING_ERRORS + WINDOW_ERRORS + NORM_ERRORS + TEMPERATURE_ERRORS + COUNT_ERRORS,
+    "grid_pool": GRIDDING_ERRORS + WINDOW_ERRORS + NORM_ERRORS + CHANNEL_ERRORS + TEMPERATURE_ERRORS + COUNT_ERRORS,
     "temporal_grid": GRIDDING_ERRORS + COUNT_ERRORS,
-    "norm_pool": WINDOW_ERRORS + NORM_ERRORS + TEMPERATURE_ERRORS,
-    "token_norm": NORM_ERRORS,
+    "norm_pool": WINDOW_ERRORS + NORM_ERRORS + CHANNEL_ERRORS + TEMPERATURE_ERRORS,
+    "token_norm": NORM_ERRORS + CHANNEL_ERRORS,
 }
 
 

@@ -32,6 +32,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import stgridpool_kernels
 from stgridpool_kernels import GridPoolStream, grid_plan, stream
 from stgridpool_kernels.backends import BACKENDS, compiled
+from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan.tables import ChunkEntry, chunk_tables
 from stgridpool_kernels.stream import SLOTS_PER_LEVEL
 from tests.support.cases import run, tokens
@@ -123,9 +124,10 @@ def test_any_chunking_of_any_call(data: st.DataObject, backend: str, device: tor
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, *[torch.float16] * (not interpreted)]))
     most = 3 if interpreted else 9
     H, W = data.draw(st.integers(1, most)), data.draw(st.integers(1, most))
+    C = data.draw(st.sampled_from([3, 16, 1]))
     arguments = data.draw(st.sampled_from([{}, None, {"sampling": "first"}]))
     if arguments is None:
-        arguments = data.draw(gridding_arguments()) | data.draw(window_arguments(H, W)) | data.draw(norm_arguments())
+        arguments = data.draw(gridding_arguments()) | data.draw(window_arguments(H, W)) | data.draw(norm_arguments(C))
         arguments |= {"temperature": data.draw(temperatures)}
     elif min(H, W) == 1 or data.draw(st.booleans()):
         arguments = arguments | {"ceil_mode": True}
@@ -133,7 +135,7 @@ def test_any_chunking_of_any_call(data: st.DataObject, backend: str, device: tor
     T = data.draw(st.integers(0, 12 if interpreted else 40))
     if arguments.get("sampling", "last") == "last":
         T -= T % math.lcm(*strides)
-    x = tokens(T, H, W, data.draw(st.sampled_from([3, 16, 1])), dtype=dtype, device=device)
+    x = tokens(T, H, W, C, dtype=dtype, device=device)
     cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=6)))
     chunks = [x[start:stop] for start, stop in zip([0, *cuts], [*cuts, T], strict=True)]
     stream = GridPoolStream(backend=backend, **arguments)
@@ -395,8 +397,8 @@ def test_state_is_a_copy(name: str, backend: str, device: torch.device) -> None:
 
 
 DAMAGED: list[tuple[tuple[Any, ...], str]] = [
-    (("version", 1), "['version'] must be 2, got 1"),
-    (("version", torch.ones(2)), "['version'] must be 2, got Tensor of shape (2,)"),
+    (("version", 1), "['version'] must be 3, got 1"),
+    (("version", torch.ones(2)), "['version'] must be 3, got Tensor of shape (2,)"),
     (("slots", []), "state must be a dict of version, arguments, format, streams, got ["),
     (("arguments", "temperature", 2.0), "['arguments']['temperature'] must be 1.0, got 2.0"),
     (("arguments", "frame_strides", [2, torch.ones(2), 8]), "['arguments']['frame_strides'] must be [2, 4, 8], got"),
@@ -522,7 +524,7 @@ def test_states_with_random_damage(seeds: range) -> None:
     assert len(refusals) > len(seeds) / 2
 
 
-@pytest.mark.parametrize("state", [{}, [], None, {"version": 2}, "state"], ids=repr)
+@pytest.mark.parametrize("state", [{}, [], None, {"version": 3}, "state"], ids=repr)
 def test_state_that_is_none(state: Any) -> None:
     with pytest.raises(ValueError, match=r"^state"):
         GridPoolStream().load_state_dict(state)
@@ -616,6 +618,23 @@ def test_another_format_needs_a_reset() -> None:
         assert stream.frames() == 2
     stream.reset()
     assert stream.push(torch.ones(1, 4, 6, 3).half()).shape == (1, 2, 3, 3)
+
+
+def test_norm_of_more_channels_than_there_are() -> None:
+    stream = GridPoolStream(backend="reference", norm_channels=4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="norm_channels must be from 1 to C = 3, got 4"):
+            stream.push(torch.ones(2, 4, 4, 3))
+        assert stream.frames() == 0
+    stream.push(torch.ones(2, 4, 4, 5))
+    with pytest.raises(ValueError, match="x must be as the frames before it"):
+        stream.push(torch.ones(2, 4, 4, 3))
+    state = stream.state_dict()
+    state["format"]["channels"] = 3
+    for kept in state["streams"]:
+        kept["kept"] = [tensor[..., :3].clone() for tensor in kept["kept"]]
+    with pytest.raises(ValueError, match=r"\['channels'\] must be at least norm_channels = 4, got 3"):
+        stream.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -872,9 +891,9 @@ def test_a_copy_goes_its_own_way(name: str, backend: str, device: torch.device) 
 def test_tables_of_a_chunk_are_checked() -> None:
     plan = grid_plan((), 4, 4)
     chunk = chunk_tables(plan, 2, [[ChunkEntry(0, 0, 3, (2, 2)), ChunkEntry(1, 1, -1, ())]], 4)
-    x, out = torch.ones(2, 4, 4, 3), torch.empty(2, 2, 2, 3)
+    x, out, weighting = torch.ones(2, 4, 4, 3), torch.empty(2, 2, 2, 3), Weighting(1.0, 2.0, True, 3)
     for slots in (torch.empty(3, 2, 2, 3), torch.empty(4, 2, 2, 4), torch.empty(4, 2, 2, 3).half()):
         with pytest.raises(RuntimeError, match="of other thumbnails"):
-            compiled.pool_chunk(x, chunk, 1.0, 2.0, True, slots, out)
-    compiled.pool_chunk(x, chunk, 1.0, 2.0, True, torch.empty(4, 2, 2, 3), out)
+            compiled.pool_chunk(x, chunk, weighting, slots, out)
+    compiled.pool_chunk(x, chunk, weighting, torch.empty(4, 2, 2, 3), out)
     assert torch.equal(out, torch.ones_like(out))

@@ -38,6 +38,7 @@ from benchmarks.workloads import DTYPES
 from stgridpool_kernels.backends import triton_kernels
 from stgridpool_kernels.backends.triton_kernels import fused
 from stgridpool_kernels.backends.triton_kernels.config import FusedConfig
+from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan import grid_plan
 from tests.support.cuda_emulation import KERNELS, ROOT, content_hash
 from tests.support.wheels import run
@@ -114,12 +115,20 @@ NORMS = _with_gradients(
     *(
         Case(op, {**windows, **norm})
         for op, windows in (("grid_pool", {}), ("norm_pool", {}), ("norm_pool", {"kernel_size": 3}), ("token_norm", {}))
-        for norm in ({"norm_type": 1.0}, {"norm_type": float("inf")}, {"norm_type": 3.0, "normalize_norm": False})
+        for norm in (
+            {"norm_type": 1.0},
+            {"norm_type": float("inf")},
+            {"norm_type": 3.0, "normalize_norm": False},
+            *({"norm_type": p, "norm_channels": 8} for p in (2.0, 1.0, float("inf"), 3.0)),
+        )
     )
 )
-"""Kernels are specialised for the norm too, whatever the shape and the windows."""
+"""Kernels are specialised for the norm too, and for whether it runs over all channels, whatever the shape and windows.
 
-SETTINGS: dict[str, Any] = {"temperature": 1.0, "norm_type": 2.0, "normalize_norm": True}
+Their number is an argument of a kernel: another number compiles nothing.
+"""
+
+SETTINGS: dict[str, Any] = {"temperature": 1.0, "norm_type": 2.0, "normalize_norm": True, "norm_channels": None}
 OTHER_HALF: dict[str, dict[str, Any]] = {"norm_pool": {"frame_strides": ()}, "temporal_grid": {"kernel_size": 1}}
 """Arguments of a plan that switch off the half of grid_pool which an op leaves out."""
 
@@ -146,12 +155,12 @@ def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
     counts = geometry.pop("frame_counts", [T] * math.prod(x.shape[:-4]))
     plan = None if case.op == "token_norm" else grid_plan(counts, H, W, **OTHER_HALF.get(case.op, {}), **geometry)
 
-    values, capability = tuple(settings.values()), divmod(arch, 10)
+    weighting, capability = Weighting.of(settings, x.shape[-1]), divmod(arch, 10)
     if case.gradient:
         grad, out = out, torch.empty_like(x)
-        call = triton_kernels.prepare_backward(case.op, grad, x, plan, values, out, capability)
+        call = triton_kernels.prepare_backward(case.op, grad, x, plan, weighting, out, capability)
     else:
-        grad, call = None, triton_kernels.prepare(case.op, x, plan, values, out, capability)
+        grad, call = None, triton_kernels.prepare(case.op, x, plan, weighting, out, capability)
     scratch = torch.empty(call.scratch, dtype=dtype, device="meta") if call.scratch else None
     gradients = torch.empty(call.gradients, dtype=torch.float32, device="meta") if call.gradients else None
     tensors = (x, out, scratch, call.tables.tensor if call.tables else None, grad, gradients)
@@ -229,10 +238,11 @@ FLAGS = ("-std=c++17", "-O3", "-cubin")
 CHANNELS = (1152, 3584, 4096)
 """The channels of SigLIP, of LLaVA-Video and of a 24 × 24 tower, for whose blocks warps are counted."""
 
-FUSED = re.compile(r"grid_pool(_backward)?_kernel<(\w+), \(Access\)0, true, (true|false), (true|false)>")
+FUSED = re.compile(r"grid_pool(_backward)?_kernel<(\w+), \(Access\)0, true, (true|false), (true|false), false>")
 """Matches the kernels of the published settings on tokens in 128-bit pieces.
 
-The last two template arguments say whether frames are mosaics and whether walks have a halo.
+Template arguments say that p is 2, whether frames are mosaics, whether walks have a halo, and that norms run over all
+channels.
 """
 
 

@@ -55,6 +55,7 @@ from tests.support.tolerance import (
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("grid_pool", "grid_pool", "grid_pool", "temporal_grid", "norm_pool", "token_norm")
+NORM = ("norm_type", "normalize_norm", "norm_channels")
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -62,7 +63,8 @@ EPS = torch.finfo(torch.float32).eps
 class RandomCall:
     """A random call. Its repr, with `from math import inf`, makes it again.
 
-    `spoilt` is the number of tokens that hold a NaN or an infinity.
+    `spoilt` is the number of tokens that hold a NaN or an infinity, in a channel of the norm: in another one, a weight
+    that is 0 in float32 and not in float64 would make NaN of an infinity.
     """
 
     op: str
@@ -79,9 +81,10 @@ class RandomCall:
 
     def x(self) -> Tensor:
         x = tokens(*self.shape, content=self.content, dtype=getattr(torch, self.dtype), seed=self.seed)
-        draw = random.Random(self.seed)
+        draw, C = random.Random(self.seed), x.shape[-1]
         for _ in range(self.spoilt if x.numel() else 0):
-            x.view(-1)[draw.randrange(x.numel())] = draw.choice([math.nan, math.inf, -math.inf])
+            channel = draw.randrange(self.arguments.get("norm_channels") or C)
+            x.view(-1, C)[draw.randrange(x.numel() // C), channel] = draw.choice([math.nan, math.inf, -math.inf])
         return x
 
     def run(self, x: Tensor, backend: str = "cpu", **more: Any) -> Tensor:
@@ -134,7 +137,8 @@ class RandomCall:
         finite = x[x.isfinite()].abs()
         largest = finite.max().item() if finite.numel() else 0.0
         p, strides = self.arguments.get("norm_type", 2.0), self.arguments.get("frame_strides", (2, 4, 8))
-        norms = stgp.token_norm(x, norm_type=p, normalize_norm=self.arguments.get("normalize_norm", True)).double()
+        norm = {name: self.arguments[name] for name in NORM if name in self.arguments}
+        norms = stgp.token_norm(x, **norm).double()
         largest_norm = norms[norms.isfinite()].max().item() if norms.isfinite().any() else 0.0
         norm_error = 4 * EPS * max(1, 1 / p) * largest_norm
         if self.op == "token_norm":
@@ -204,6 +208,7 @@ def draw_call(seed: int, capability: str | None = None) -> RandomCall:
     if op != "temporal_grid":
         arguments["norm_type"] = draw.choice([2.0, 2.0, 1.0, 0.5, 3.0, 2.5, math.inf])
         arguments["normalize_norm"] = draw.random() < 0.7
+        arguments["norm_channels"] = draw.choice([None, draw.randint(1, C)])
     return RandomCall(
         op,
         (*lead, T, H, W, C),
@@ -238,7 +243,7 @@ def wrong_tables(seed: int) -> bool:
     dtype = getattr(torch, draw.choice(["bfloat16", "float16", "float32"]))
     x = laid_out(tokens(T, H, W, C, dtype=dtype), draw.choice(["contiguous", "channels first"]))
     pooled, like_x = (torch.empty(T, *size, C, dtype=dtype) for size in (plan.pooled_size, (H, W)))
-    weights, refused = (1.0, draw.choice([2.0, 2.0, 1.0, 3.0, math.inf]), True), False
+    weights, refused = (1.0, draw.choice([2.0, 2.0, 1.0, 3.0, math.inf]), True, draw.randint(1, C)), False
     calls = [
         lambda: torch.ops.stgp._grid_pool_by_tables(x, words, None, *weights, pooled),
         lambda: torch.ops.stgp._temporal_grid_by_tables(x, words, None, like_x),

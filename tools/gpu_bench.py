@@ -31,6 +31,7 @@ from benchmarks.results import encode
 from benchmarks.workloads import WORKLOADS, Workload, random_tokens
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.backends.triton_kernels import config, launch, prepare
+from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan.dataflow import Dataflow
 from tools.compile_report import configured
 from tools.gpu_check import AXES, Lines
@@ -82,12 +83,13 @@ def variant(workload: Workload, backend: str, choice: dict[str, Any]) -> Provide
 
     def call(x: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty((len(x), *plan.pooled_size, x.shape[-1])) if out is None else out
+        weighting = Weighting(1.0, 2.0, True, x.shape[-1])
         if backend == "cuda":
             op, cells = torch.ops.stgp._grid_pool_by_tables.default, choice.get("cells", 0)
-            compiled._run(op, (x,), plan, Dataflow.of, 1.0, 2.0, True, out, cells)
+            compiled._run(op, (x,), plan, Dataflow.of, *weighting, out, cells)
         else:
             with configured(choice):
-                launch.run((name, workload.name), lambda: prepare("grid_pool", x, plan, (1.0, 2.0, True), out), x, out)
+                launch.run((name, workload.name), lambda: prepare("grid_pool", x, plan, weighting, out), x, out)
         return out
 
     return replace(like, name=name, call=call, ulps=2, takes_out=True, captures=True, memory=0.5)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.goals import GOALS
 from benchmarks.workloads import WORKLOADS, Workload
+from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.plan.dataflow import Dataflow, live_cells
 from tests.support.interpreter import hasten_interpreter, repair_interpreter
@@ -121,13 +122,13 @@ def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
     T = sum(plan.frame_counts)
     x = torch.ones(T, plan.height, plan.width, 1, dtype=torch.bfloat16)
     result = torch.ones(T, *plan.pooled_size, 1, dtype=x.dtype)
-    settings = (1.0, 2.0, True)
+    weighting = Weighting(1.0, 2.0, True, 1)
     if gradient:
         out = torch.empty_like(x)
-        call = triton_kernels.prepare_backward("grid_pool", result, x, plan, settings, out)
+        call = triton_kernels.prepare_backward("grid_pool", result, x, plan, weighting, out)
     else:
         out = result
-        call = triton_kernels.prepare("grid_pool", x, plan, settings, out)
+        call = triton_kernels.prepare("grid_pool", x, plan, weighting, out)
     if any(launch.kernel not in (fused.grid_pool_kernel, backward.pair_gradient_kernel) for launch in call.launches):
         raise ValueError(f"the general kernels run {plan}: one channel does not stand for all of a token there")
     cells = torch.empty(call.scratch, dtype=x.dtype)

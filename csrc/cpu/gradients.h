@@ -64,12 +64,14 @@ inline Sums reduce_both(const T* token, const T* grad, const T* next, int64_t C,
 // The norm of a token, as token_norm has it, and grad . token. `next` is the token to prefetch.
 template <typename T>
 Sums norm_and_dot(const T* token, const T* grad, const T* next, const Call& call) {
-  const int64_t C = call.C;
+  const int64_t C = channels_of_norm(call);
   const double p = call.norm_type;
   Sums sums;
+  double others = 0;  // grad . token of the channels that the norm does not run over
+  if (C < call.C) others = reduce_both(token + C, grad + C, next + C, call.C - C, [](Floats v) { return v; }).dot;
   if (p == HUGE_VAL) {
     sums = reduce_both(token, grad, next, C, [](Floats v) { return v; });
-    return {largest_magnitude(token, C), sums.dot};
+    return {largest_magnitude(token, C), sums.dot + others};
   }
   if (p == 2) {
     sums = reduce_both(token, grad, next, C, [](Floats v) { return v * v; });
@@ -79,7 +81,7 @@ Sums norm_and_dot(const T* token, const T* grad, const T* next, const Call& call
     sums = reduce_both(token, grad, next, C, [p](Floats v) { return power(absolute(v), p); });
   }
   const double mean = call.normalize_norm ? sums.norm / static_cast<double>(C) : sums.norm;
-  return {p == 1 ? mean : p == 2 ? sqrt(mean) : pow(mean, 1 / p), sums.dot};
+  return {p == 1 ? mean : p == 2 ? sqrt(mean) : pow(mean, 1 / p), sums.dot + others};
 }
 
 // The product is rounded before it is used. If it were fused with a subtraction, logit - largest could differ from 0
@@ -103,22 +105,25 @@ float count_largest(const T* token, float largest, int64_t C) {
   return sum_lanes(count);
 }
 
-// gamma * d norm / d token, as `factor` times a function of a channel. Kind NONE is 0; a token of norm 0 has it.
+// gamma * d norm / d token, as `factor` times a function of a channel, which is 0 for channels of 0. Kind NONE is 0; a
+// token of norm 0 has it.
 struct Slope {
   enum Kind { NONE, L1, L2, MAX, POWER } kind = NONE;
   float factor = 0;
   float norm = 1;
   double exponent = 1;
+  int64_t channels = 0;  // the first ones, that the norm runs over
 
   template <typename T>
   static Slope of(float gamma, const T* token, float norm, const Call& call) {
     if (norm == 0) return {};
     const double p = call.norm_type;
-    const float mean = call.normalize_norm ? gamma / static_cast<float>(call.C) : gamma;
-    if (p == 2) return {L2, mean / norm, norm, 1};
-    if (p == 1) return {L1, mean, norm, 1};
-    if (p == HUGE_VAL) return {MAX, gamma / count_largest(token, norm, call.C), norm, 1};
-    return {POWER, mean, norm, p - 1};
+    const int64_t C = channels_of_norm(call);
+    const float mean = call.normalize_norm ? gamma / static_cast<float>(C) : gamma;
+    if (p == 2) return {L2, mean / norm, norm, 1, C};
+    if (p == 1) return {L1, mean, norm, 1, C};
+    if (p == HUGE_VAL) return {MAX, gamma / count_largest(token, norm, C), norm, 1, C};
+    return {POWER, mean, norm, p - 1, C};
   }
 };
 
@@ -152,9 +157,15 @@ void write_gradient(To* to, const TokenGradient<T>& gradient, int64_t C, bool st
       const Block g = whole ? load(grad + c) : load_some(grad + c, C - c);
       sum.a = weight * g.a, sum.b = weight * g.b;
     }
-    if constexpr (KIND != Slope::NONE) {
-      const Block v = whole ? load(token + c) : load_some(token + c, C - c);
-      sum.a += slope.factor * function(v.a), sum.b += slope.factor * function(v.b);
+    if (KIND != Slope::NONE && c < slope.channels) {
+      const int64_t rest = slope.channels - c;
+      const Block v = rest >= BLOCK ? load(token + c) : load_some(token + c, rest);
+      if (rest >= BLOCK || slope.channels == C) {
+        sum.a += slope.factor * function(v.a), sum.b += slope.factor * function(v.b);
+      } else {  // the factor may be NaN
+        const Block share = keep_some<T>({slope.factor * function(v.a), slope.factor * function(v.b)}, rest);
+        sum.a += share.a, sum.b += share.b;
+      }
     }
     for (int m = 0; m < 2; ++m) {
       if (gradient.more[m] != nullptr) sum.a += gradient.more[m][c / BLOCK].a, sum.b += gradient.more[m][c / BLOCK].b;

@@ -60,7 +60,8 @@ void weighted_sum(const T* const* taps, const float* weights, int64_t n, float s
 template <typename T>
 struct Window {
   const T* taps[4];
-  const T* next[4];  // taps of the window to the right, to prefetch
+  const T* next[4];    // taps of the window to the right, to prefetch
+  int64_t prefetched;  // channels of the upper two of them that norms have prefetched; all if nothing is pooled
 
   // pooled = sum_k weights[k] * taps[k]
   float weights[4];
@@ -105,6 +106,7 @@ void take_window(const Window<T>& s, int64_t C) {
   int64_t c = 0;
   for (; c + BLOCK <= C; c += BLOCK) {
     prefetch(s.next[2] + c), prefetch(s.next[3] + c);
+    if (c >= s.prefetched) prefetch(s.next[0] + c), prefetch(s.next[1] + c);
     blocks(c, [](const T* token) { return load(token); }, [](T* token, Block v, bool past) { store(token, v, past); });
   }
   if (c < C) {
@@ -168,6 +170,7 @@ void whole_window(const FusedEntry<T>& e, int64_t i, int64_t j, bool pool, bool 
     }
     softmax(window.weights, 4, 0);
   }
+  window.prefetched = pool ? channels_of_norm(e.call) : C;
   const OutToken<T> out(e.call, pool ? e.target : 0, pool ? i : 0, pool ? j : 0, e.workspace);
   window.pooled = out.buffer;
   window.stream = e.stream;

@@ -62,10 +62,13 @@ inline float largest_magnitude(const T* token, int64_t C) {
   return bit_cast<float>(all);
 }
 
+// The number of channels that the norm runs over.
+inline int64_t channels_of_norm(const Call& call) { return call.norm_channels > 0 ? call.norm_channels : call.C; }
+
 // (mean_c |t_c|^p)^(1/p), or the sum in place of the mean. `next` is the token to prefetch.
 template <typename T>
 float token_norm(const T* token, const T* next, const Call& call) {
-  const int64_t C = call.C;
+  const int64_t C = channels_of_norm(call);
   const double p = call.norm_type;
   if (p == HUGE_VAL) return largest_magnitude(token, C);
   float total;

@@ -252,6 +252,16 @@ inline Block load_some(const T* token, int64_t channels) {
   return load(padded);
 }
 
+// A block with the values of v in the first `channels` channels of tokens of type T, and 0 in the others.
+template <typename T>
+inline Block keep_some(Block v, int64_t channels) {
+  T ones[BLOCK];
+  store(ones, Block{splat(1), splat(1)}, false);
+  const Block kept = load_some(ones, channels);
+  const Floats zero{};
+  return {kept.a != zero ? v.a : zero, kept.b != zero ? v.b : zero};
+}
+
 template <typename T>
 inline void store_some(T* token, Block v, int64_t channels) {
   T padded[BLOCK];

@@ -15,8 +15,8 @@
 //               sign(t_c) / L if |t_c| = n, else 0     p = infinity
 //               sign(t_c) (|t_c| / n)^(p - 1) / M      any other p
 //
-// where M is C for a norm with the mean and 1 for one with the sum, and L is the number of channels with |t_c| = n. The
-// derivative is 0 if t_c or n is 0.
+// where M is the number of channels that the norm runs over for a norm with the mean and 1 for one with the sum, and L is
+// the number of these channels with |t_c| = n. The derivative is 0 in other channels, and if t_c or n is 0.
 
 #include <cmath>
 
@@ -81,13 +81,13 @@ __device__ __forceinline__ float add_dot(float total, const Vec& left, const Vec
   return total;
 }
 
-// Adds the number of channels of magnitude n to `count`.
+// Adds the number of channels of magnitude n among the first `channels` of a vec to `count`.
 template <class T>
-__device__ __forceinline__ float add_largest(float count, const Vec& vec, float n) {
+__device__ __forceinline__ float add_largest(float count, const Vec& vec, float n, int32_t channels) {
   float values[PER_VEC<T>];
   unpack_all<T>(vec, values);
 #pragma unroll
-  for (float value : values) count += fabsf(value) == n ? 1.0f : 0.0f;
+  for (int e = 0; e < PER_VEC<T>; ++e) count += e < channels && fabsf(values[e]) == n ? 1.0f : 0.0f;
   return count;
 }
 
@@ -130,6 +130,7 @@ struct Gradients {
   bool of_summary;  // whether this launch computes gradients of summaries; else of frames of x
   Norm norm;
   float inv_count, temperature, p;
+  int32_t norm_channels;  // channels that the norm runs over
 };
 
 // statistics[t, i, j] = the largest logit l of window (i, j), the sum of exp(logit - l), and sum_k a_k d_k. A block
@@ -274,7 +275,8 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
       float largest[1] = {};
       if (p.norm == Norm::max) {
         for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
-          largest[0] = add_largest<T>(largest[0], load_vec<A, CacheHint::keep>(token, channel, C, stride), norm);
+          const Vec vec = load_vec<A, CacheHint::keep>(token, channel, C, stride);
+          largest[0] = add_largest<T>(largest[0], vec, norm, p.norm_channels - channel);
         }
         join_block(Sum{}, largest, buffer);
       }
@@ -293,7 +295,9 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
         float values[PER_VEC<T>];
         unpack_all<T>(load_vec<A, CacheHint::keep>(token, channel, C, stride), values);
 #pragma unroll
-        for (int e = 0; e < PER_VEC<T>; ++e) sum[e] += slope<POWER>(p.norm, of_token, values[e], norm, p.p);
+        for (int e = 0; e < PER_VEC<T>; ++e) {
+          if (channel + e < p.norm_channels) sum[e] += slope<POWER>(p.norm, of_token, values[e], norm, p.p);
+        }
       }
     }
     for (int32_t at = consumers[0]; at < consumers[1]; at += CONSUMER_WORDS) {
@@ -379,9 +383,10 @@ cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, con
   p.OW = tables[H_OUT_COLS];
   p.frames = tables[H_FRAMES];
   p.norm = norm_kind(call.norm_type);
-  p.inv_count = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.inv_count = inv_count_of_norm(call);
   p.temperature = call.temperature;
   p.p = static_cast<float>(call.norm_type);
+  p.norm_channels = static_cast<int32_t>(channels_of_norm(call));
 
   const int32_t threads = block_threads(call.C, sizeof(T));
   const bool is_vector = all_vectorized(tables, call, pooled);
@@ -438,17 +443,18 @@ struct FusedGradients {
   int32_t H, W, h, w, OH, OW, C, frames;
   Norm norm;
   float inv_count, temperature;
+  int32_t norm_channels, norm_threads;  // as in the forward
 };
 
 // Stores the gradients of the tokens of window (i, j) of an entry, which is also cell (i, j) of its thumbnail.
 //
 // A block computes one window, with its tokens packed in registers. MOSAIC: the entries are summaries, whose gradients
 // are float32. HALO: H or W is odd, so that the second row and column of the window are also in the halo of other
-// cells.
-template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
+// cells. PART: the norm runs over some of the channels, which are loaded once more for it.
+template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO, bool PART>
 __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __grid_constant__ FusedGradients<T> p) {
   // The tokens are kept in registers, or else loaded at each use, because they would take too many registers.
-  constexpr bool KEEPS = A == Access::vector && (sizeof(T) == 2 || !MOSAIC || L2_NORM);
+  constexpr bool KEEPS = A == Access::vector && !PART && (sizeof(T) == 2 || !MOSAIC || L2_NORM);
   constexpr bool KEEPS_GRAD = KEEPS && sizeof(T) == 2;
   constexpr int HELD = KEEPS ? VECS<T> : 1, GRADS = KEEPS_GRAD ? VECS<T> : 1, CELLS = HALO ? 4 : 1;
   constexpr CacheHint HINT = MOSAIC || !KEEPS ? CacheHint::keep : CacheHint::stream;
@@ -490,8 +496,15 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
       load_grad(k);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        norms[q] = add_vec<T>(norm, norms[q], tile[q][k % HELD]);
+        if constexpr (!PART) norms[q] = add_vec<T>(norm, norms[q], tile[q][k % HELD]);
         dots[q] = add_dot<T>(dots[q], tile[q][k % HELD], grad[k % GRADS]);
+      }
+    }
+    if constexpr (PART) {
+      for (int q = 0; q < 4; ++q) {
+        if (!taken(q)) continue;
+        const T* token = image.token(2 * i + q / 2, 2 * j + q % 2);
+        norms[q] = add_channels<T, A>(norm, token, p.norm_channels, x_channel, p.norm_threads);
       }
     }
     join_block(Join{norm}, norms, 0);
@@ -504,7 +517,10 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
       for (int k = 0; k < VECS<T>; ++k) {
         if constexpr (!KEEPS) load(k);
 #pragma unroll
-        for (int q = 0; q < 4; ++q) largest[q] = add_largest<T>(largest[q], tile[q][k % HELD], norms[q]);
+        for (int q = 0; q < 4; ++q) {
+          const int32_t in_norm = PART ? p.norm_channels - channel(k) : PER_VEC<T>;
+          largest[q] = add_largest<T>(largest[q], tile[q][k % HELD], norms[q], in_norm);
+        }
       }
       join_block(Sum{}, largest, 0);
     }
@@ -578,7 +594,9 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
 #pragma unroll
           for (int e = 0; e < PER_WORD<T>; ++e) {
             const int n = v * PER_WORD<T> + e;
-            float sum = fmaf(weights[q], of_grad[e], slope<false>(norm, slopes[q], values[e], norms[q], 0.0f));
+            const bool in_norm = !PART || channel(k) + n + quad < p.norm_channels;
+            const float of_norm = in_norm ? slope<false>(norm, slopes[q], values[e], norms[q], 0.0f) : 0.0f;
+            float sum = fmaf(weights[q], of_grad[e], of_norm);
             sum += cells[0][n];
             if constexpr (HALO) {
               if (q % 2 == 1) sum += cells[1][n];
@@ -612,14 +630,15 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
 }
 
 template <class T, Access A, bool MOSAIC>
-auto choose_fused_kernel(bool halo, Norm norm) -> void (*)(FusedGradients<T>) {
+auto choose_fused_kernel(bool halo, const FusedGradients<T>& p) -> void (*)(FusedGradients<T>) {
+  if (p.norm_channels < p.C) return grid_pool_backward_kernel<T, A, false, MOSAIC, true, true>;
   if constexpr (A == Access::vector) {
-    if (norm == Norm::l2) {
-      return halo ? grid_pool_backward_kernel<T, A, true, MOSAIC, true>
-                  : grid_pool_backward_kernel<T, A, true, MOSAIC, false>;
+    if (p.norm == Norm::l2) {
+      return halo ? grid_pool_backward_kernel<T, A, true, MOSAIC, true, false>
+                  : grid_pool_backward_kernel<T, A, true, MOSAIC, false, false>;
     }
   }
-  return grid_pool_backward_kernel<T, A, false, MOSAIC, true>;
+  return grid_pool_backward_kernel<T, A, false, MOSAIC, true, false>;
 }
 
 template <class T>
@@ -642,18 +661,22 @@ cudaError_t run_fused(const int32_t* tables, const int32_t* device_tables, const
   p.C = static_cast<int32_t>(call.C);
   p.frames = tables[H_FRAMES];
   p.norm = norm_kind(call.norm_type);
-  p.inv_count = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.inv_count = inv_count_of_norm(call);
   p.temperature = call.temperature;
 
-  const bool halo = p.H % 2 == 1 || p.W % 2 == 1, is_vector = all_vectorized(tables, call, true);
+  p.norm_channels = static_cast<int32_t>(channels_of_norm(call));
+  p.norm_threads = block_threads(p.norm_channels, sizeof(float));
+
+  const bool halo = p.H % 2 == 1 || p.W % 2 == 1;
+  const bool is_vector = all_vectorized(tables, call, true) && p.norm_channels % PER_VEC<T> == 0;
   const int32_t threads = block_threads(p.C, sizeof(float));
   const int64_t windows = static_cast<int64_t>(p.h) * p.w;
   for (int32_t stage = tables[H_NUM_STAGES] - 1; stage >= 0; --stage) {
     const int32_t* s = tables + tables[H_STAGES] + stage * STAGE_WORDS;
-    const auto kernel = s[S_MOSAIC] != 0 ? (is_vector ? choose_fused_kernel<T, Access::vector, true>(halo, p.norm)
-                                                      : choose_fused_kernel<T, Access::scalar, true>(halo, p.norm))
-                                         : (is_vector ? choose_fused_kernel<T, Access::vector, false>(halo, p.norm)
-                                                      : choose_fused_kernel<T, Access::scalar, false>(halo, p.norm));
+    const auto kernel = s[S_MOSAIC] != 0 ? (is_vector ? choose_fused_kernel<T, Access::vector, true>(halo, p)
+                                                      : choose_fused_kernel<T, Access::scalar, true>(halo, p))
+                                         : (is_vector ? choose_fused_kernel<T, Access::vector, false>(halo, p)
+                                                      : choose_fused_kernel<T, Access::scalar, false>(halo, p));
     const cudaError_t error = launch_in_ranges(s[S_COUNT], windows, [&](int32_t first, int32_t range) {
       p.entries = device_tables + s[S_ENTRIES] + first * ENTRY_WORDS;
       return launch(kernel, range * windows, threads, stream, p);

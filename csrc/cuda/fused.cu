@@ -18,8 +18,8 @@ namespace {
 constexpr int32_t CELLS = 4;
 
 // Limit of the registers of a thread. A multiprocessor has room for 24 warps with 80 registers, for 16 with 128.
-template <class T, Access A>
-constexpr int REGISTERS = sizeof(T) == 2 && A == Access::vector ? 80 : 128;
+template <class T, Access A, bool PART>
+constexpr int REGISTERS = sizeof(T) == 2 && A == Access::vector && !PART ? 80 : 128;
 
 template <class T>
 struct Fused {
@@ -35,6 +35,7 @@ struct Fused {
   bool pools;  // whether windows are pooled; else only thumbnails are stored
   Norm norm;
   float inv_count, temperature;
+  int32_t norm_channels, norm_threads;  // channels that the norm runs over, and threads of a block for them alone
 };
 
 // Returns whether a block computes more than one cell or window.
@@ -58,8 +59,10 @@ __device__ __forceinline__ void add_word(float (&sums)[PER_WORD<T>], uint32_t wo
 // loaded as soon as its registers are free. If W is odd, the sum of a cell's last column is carried to the next cell; a
 // walk is then a whole row, unless Call::cells cuts it, so that no column is read twice. For mosaics and for scalar
 // access a block computes one cell.
-template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO>
-__global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_constant__ Fused<T> p) {
+//
+// PART: the norm runs over some of the channels. They are loaded once more for it, in the order of a call on them alone.
+template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO, bool PART>
+__global__ void __maxnreg__((REGISTERS<T, A, PART>)) grid_pool_kernel(const __grid_constant__ Fused<T> p) {
   constexpr bool WALKS = walks(A, MOSAIC), CARRIES = HALO && WALKS;
   // The tokens of a window are kept in registers, or else loaded at each use. With scalar access they
   // would take too many registers, and so would 32-bit mosaics, which are in the L2 cache.
@@ -143,11 +146,19 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
     float weights[4] = {};
     if (pools) {
       float norms[4] = {};
+      if constexpr (PART) {
+        for (int q = 0; q < 4; ++q) {
+          if (!taken(j, q)) continue;
+          const T* token = image.token(2 * i + q / 2, 2 * j + q % 2);
+          norms[q] = add_channels<T, A>(norm, token, p.norm_channels, x_channel, p.norm_threads);
+        }
+      } else {
 #pragma unroll HELD
-      for (int k = 0; k < VECS<T>; ++k) {
-        if constexpr (!KEEPS) load_tile(j, k);
+        for (int k = 0; k < VECS<T>; ++k) {
+          if constexpr (!KEEPS) load_tile(j, k);
 #pragma unroll
-        for (int q = 0; q < 4; ++q) norms[q] = add_vec<T>(norm, norms[q], tile[q][k % HELD]);
+          for (int q = 0; q < 4; ++q) norms[q] = add_vec<T>(norm, norms[q], tile[q][k % HELD]);
+        }
       }
       join_block(Join{norm}, norms, j % 2);
 #pragma unroll
@@ -247,13 +258,15 @@ __global__ void __maxnreg__((REGISTERS<T, A>)) grid_pool_kernel(const __grid_con
 }
 
 template <class T, Access A, bool MOSAIC>
-auto choose_kernel(bool halo, Norm norm) -> void (*)(Fused<T>) {
+auto choose_kernel(bool halo, const Fused<T>& p) -> void (*)(Fused<T>) {
+  if (p.norm_channels < p.C) return grid_pool_kernel<T, A, false, MOSAIC, true, true>;
   if constexpr (A == Access::vector) {
-    if (norm == Norm::l2) {
-      return halo ? grid_pool_kernel<T, A, true, MOSAIC, true> : grid_pool_kernel<T, A, true, MOSAIC, false>;
+    if (p.norm == Norm::l2) {
+      return halo ? grid_pool_kernel<T, A, true, MOSAIC, true, false>
+                  : grid_pool_kernel<T, A, true, MOSAIC, false, false>;
     }
   }
-  return grid_pool_kernel<T, A, false, MOSAIC, true>;
+  return grid_pool_kernel<T, A, false, MOSAIC, true, false>;
 }
 
 template <class T>
@@ -273,12 +286,14 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   p.C = static_cast<int32_t>(call.C);
   p.pools = pools;
   p.norm = norm_kind(call.norm_type);
-  p.inv_count = call.normalize_norm ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.inv_count = inv_count_of_norm(call);
   p.temperature = call.temperature;
+  p.norm_channels = static_cast<int32_t>(channels_of_norm(call));
+  p.norm_threads = block_threads(p.norm_channels, sizeof(T));
 
   // Kernels for every norm are compiled with a halo alone, and carry sums whether there is one or not.
-  const bool halo = p.H % 2 == 1 || p.W % 2 == 1 || p.norm != Norm::l2;
-  const bool is_vector = is_vectorized(tables, call, p.OH, p.OW);
+  const bool halo = p.H % 2 == 1 || p.W % 2 == 1 || p.norm != Norm::l2 || p.norm_channels < p.C;
+  const bool is_vector = is_vectorized(tables, call, p.OH, p.OW) && p.norm_channels % PER_VEC<T> == 0;
   const int32_t threads = block_threads(p.C, sizeof(T));
   for (int32_t stage = 0; stage < tables[H_NUM_STAGES]; ++stage) {
     const int32_t* s = tables + tables[H_STAGES] + stage * STAGE_WORDS;
@@ -289,10 +304,10 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
     p.spans = (p.w + p.cells - 1) / p.cells;
     p.window_spans = (p.OW + p.windows - 1) / p.windows;
     const int64_t walk = static_cast<int64_t>(p.h) * p.spans, pool = static_cast<int64_t>(p.OH) * p.window_spans;
-    const auto kernel = mosaic ? (is_vector ? choose_kernel<T, Access::vector, true>(halo, p.norm)
-                                            : choose_kernel<T, Access::scalar, true>(halo, p.norm))
-                               : (is_vector ? choose_kernel<T, Access::vector, false>(halo, p.norm)
-                                            : choose_kernel<T, Access::scalar, false>(halo, p.norm));
+    const auto kernel = mosaic ? (is_vector ? choose_kernel<T, Access::vector, true>(halo, p)
+                                            : choose_kernel<T, Access::scalar, true>(halo, p))
+                               : (is_vector ? choose_kernel<T, Access::vector, false>(halo, p)
+                                            : choose_kernel<T, Access::scalar, false>(halo, p));
     const int64_t shared = halo && walks_rows ? threads * THREAD_CHANNELS * sizeof(float) : 0;
     const int32_t count = s[S_COUNT], all_walked = s[S_SHRUNK];
     const cudaError_t error = launch_in_ranges(count, std::max(walk, pool), [&](int32_t first, int32_t range) {

@@ -15,6 +15,14 @@ enum class Norm : int32_t { l1, l2, max, power };
 
 Norm norm_kind(double norm_type);
 
+// The number of channels that the norm runs over.
+inline int64_t channels_of_norm(const Call& call) { return call.norm_channels > 0 ? call.norm_channels : call.C; }
+
+// The factor of the sum over channels: 1 / their number for the mean, 1 for the sum.
+inline float inv_count_of_norm(const Call& call) {
+  return call.normalize_norm ? 1.0f / static_cast<float>(channels_of_norm(call)) : 1.0f;
+}
+
 // Returns whether the fused kernel computes a call. The answer is the same for a video alone and packed with others.
 bool takes_fused(const int32_t* tables, const Call& call);
 

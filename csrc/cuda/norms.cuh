@@ -28,6 +28,21 @@ __device__ __forceinline__ float add_vec(Norm norm, float total, const Vec& vec)
   return total;
 }
 
+// The result of add_vec for a thread's share of the first `channels` channels of a token, which `threads` threads of the
+// block share. A sum over the block then has the order of a block of `threads` threads.
+template <class T, Access A>
+__device__ __forceinline__ float add_channels(Norm norm, const T* token, int32_t channels, int64_t stride,
+                                              int32_t threads) {
+  const int32_t thread = threadIdx.x;
+  float total = 0.0f;
+  if (thread >= threads) return total;
+#pragma unroll 1  // a kernel that holds a window has no registers for more
+  for (int32_t channel = thread * PER_VEC<T>; channel < channels; channel += threads * PER_VEC<T>) {
+    total = add_vec<T>(norm, total, load_vec<A, CacheHint::keep>(token, channel, channels, stride));
+  }
+  return total;
+}
+
 // Joins the results of add_vec for two sets of channels.
 struct Join {
   Norm norm;

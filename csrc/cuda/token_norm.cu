@@ -13,17 +13,18 @@ struct Norms {
   const int32_t* final;  // the node of each output frame; nullptr: the frame of x
   Frames<float> norms;   // (videos, T, H, W)
   int32_t first;         // first frame of this launch
+  int32_t channels;      // number of channels that the norm runs over
   Norm norm;
   bool mean;        // whether the norm has the mean over channels; else it has the sum
   bool exact;       // whether division and root are rounded correctly
-  float inv_count;  // 1 / C with the mean, 1 with the sum
+  float inv_count;  // 1 / channels with the mean, 1 with the sum
   double p;
 };
 
 // norm[t, r, c] = (mean_k |x[t, r, c, k]|^p)^(1/p), or the sum in place of the mean. A block computes one norm.
 template <class T, Access A, bool POWER>
 __global__ void __launch_bounds__(MAX_THREADS) token_norm_kernel(const __grid_constant__ Norms<T> p) {
-  const int32_t W = p.nodes.W, H = p.nodes.H, C = p.nodes.C;
+  const int32_t W = p.nodes.W, H = p.nodes.H, C = p.channels;
   const int32_t block = blockIdx.x, col = block % W, row = block / W % H, frame = p.first + block / W / H;
   int64_t stride;
   const T* token = p.nodes.token(p.final == nullptr ? frame : p.final[frame], row, col, &stride);
@@ -40,9 +41,7 @@ __global__ void __launch_bounds__(MAX_THREADS) token_norm_kernel(const __grid_co
       }
     }
   } else {
-    for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
-      total[0] = add_vec<T>(p.norm, total[0], load_vec<A, CacheHint::keep>(token, channel, C, stride));
-    }
+    total[0] = add_channels<T, A>(p.norm, token, C, stride, blockDim.x);
   }
   join_block(Join{p.norm}, total, 0);
   if (threadIdx.x != 0) return;
@@ -68,20 +67,23 @@ cudaError_t find(int32_t frames, int32_t H, int32_t W, const Call& call, const i
   p.nodes = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), H, W, static_cast<int32_t>(call.C)};
   p.final = final;
   p.norms = {norms, norm_strides, static_cast<int32_t>(call.T)};
+  p.channels = static_cast<int32_t>(channels_of_norm(call));
   p.norm = norm_kind(call.norm_type);
   p.mean = call.normalize_norm;
   p.exact = exact;
-  p.inv_count = p.mean ? 1.0f / static_cast<float>(call.C) : 1.0f;
+  p.inv_count = inv_count_of_norm(call);
   p.p = call.norm_type;
 
-  const bool is_vector = is_vectorized(call.x, call.x_strides, frames / call.T, call.T, H, W, call.C, sizeof(T));
+  // summaries in scratch have C channels a token
+  const bool is_vector = p.channels % PER_VEC<T> == 0 &&
+                         is_vectorized(call.x, call.x_strides, frames / call.T, call.T, H, W, call.C, sizeof(T));
   const auto kernel = p.norm == Norm::power ? token_norm_kernel<T, Access::scalar, true>
                       : is_vector           ? token_norm_kernel<T, Access::vector, false>
                                             : token_norm_kernel<T, Access::scalar, false>;
   const int64_t blocks = static_cast<int64_t>(H) * W;
   return launch_in_ranges(frames, blocks, [&](int32_t first, int32_t range) {
     p.first = first;
-    return launch(kernel, range * blocks, block_threads(call.C, sizeof(T)), stream, p);
+    return launch(kernel, range * blocks, block_threads(p.channels, sizeof(T)), stream, p);
   });
 }
 

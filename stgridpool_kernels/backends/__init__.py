@@ -17,6 +17,7 @@ from ..plan.tables import Chunk
 from ..plan.values import shown, word
 from . import compiled, reference
 from . import triton as triton_backend
+from .weighting import Weighting
 
 logger = logging.getLogger("stgridpool_kernels")
 
@@ -40,14 +41,14 @@ class Backend:
 
     name: str
     unsupported_reason: Callable[[Tensor | None, GridPlan | None], str | None]
-    grid_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
+    grid_pool: Callable[[Tensor, GridPlan, Weighting, Tensor], None]
     temporal_grid: Callable[[Tensor, GridPlan, Tensor], None]
-    norm_pool: Callable[[Tensor, GridPlan, float, float, bool, Tensor], None]
-    token_norm: Callable[[Tensor, float, bool, Tensor], None]
+    norm_pool: Callable[[Tensor, GridPlan, Weighting, Tensor], None]
+    token_norm: Callable[[Tensor, Weighting, Tensor], None]
     backward: Callable[..., Tensor]
     opt_in_reason: Callable[[], str | None] = lambda: None
     keeps_thumbnails: Callable[[GridPlan, int, float], bool] = lambda plan, channels, norm_type: False
-    pool_chunk: Callable[[Tensor, Chunk, float, float, bool, Tensor, Tensor], None] | None = None
+    pool_chunk: Callable[[Tensor, Chunk, Weighting, Tensor, Tensor], None] | None = None
 
 
 def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:

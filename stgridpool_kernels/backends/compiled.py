@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from functools import cache, lru_cache
 from importlib.machinery import PathFinder
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..plan.dataflow import Dataflow, MakeDataflow, is_2x2_area, is_2x2_pooling
 from ..plan.tables import VERSION, Chunk, plan_tables
 from .device_tables import Tables, tables_on
 from .missing import why_missing
+from .weighting import Weighting
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -36,22 +38,20 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 refuse_second(hasattr(torch.ops.stgp, "_grid_pool_by_tables"))
 _library = torch.library.Library("stgp", "FRAGMENT")
 _PLAN = "Tensor tables, Tensor? device_tables"
+_NORM = "float norm_type, bool normalize_norm, int norm_channels"
 _library.define(
-    f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
-    "Tensor(a!) out, int cells=0) -> ()"  # cells per thread block of the fused CUDA kernel; 0 takes its default
-)
+    f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, {_NORM}, Tensor(a!) out, int cells=0) -> ()"
+)  # cells: per thread block of the fused CUDA kernel; 0 takes its default
 _library.define(
-    f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, float norm_type, bool normalize_norm, "
-    "Tensor(a!) thumbnails, Tensor(b!) out) -> ()"
+    f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, {_NORM}, Tensor(a!) thumbnails, Tensor(b!) out) -> ()"
 )
 # tables for gradients have a gradient section; out is the gradient of x
 _library.define(
-    f"_grid_pool_backward_by_tables(Tensor grad, Tensor x, {_PLAN}, float temperature, float norm_type, "
-    "bool normalize_norm, Tensor(a!) out) -> ()"
+    f"_grid_pool_backward_by_tables(Tensor grad, Tensor x, {_PLAN}, float temperature, {_NORM}, Tensor(a!) out) -> ()"
 )
 _library.define(f"_temporal_grid_backward_by_tables(Tensor grad, {_PLAN}, Tensor(a!) out) -> ()")
 _library.define(f"_temporal_grid_by_tables(Tensor x, {_PLAN}, Tensor(a!) out) -> ()")
-_library.define("_token_norm_compiled(Tensor x, float norm_type, bool normalize_norm, Tensor(a!) out) -> ()")
+_library.define(f"_token_norm_compiled(Tensor x, {_NORM}, Tensor(a!) out) -> ()")
 
 # ---- calls that the library can run ----
 
@@ -74,7 +74,7 @@ def _load() -> ModuleType | None:
         raise ImportError(f"the compiled library is there but does not load: {error}. {advice}") from error
     if library.TABLES_VERSION != VERSION:
         built = library.build_info()["version"]
-        raise ImportError(f"the compiled library is of version {built} and takes other tables. {advice}")
+        raise ImportError(f"the compiled library is of version {built} and its ops take other arguments. {advice}")
     return library
 
 
@@ -204,11 +204,9 @@ def _run(
         op(*tensors, _tables(plan, dataflow, None, gradient), device_tables, *rest)
 
 
-def grid_pool(
-    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
-) -> None:
+def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
     op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, (x,), plan, Dataflow.of, temperature, norm_type, normalize_norm, out)
+    _run(op, (x,), plan, Dataflow.of, *weighting, out)
 
 
 def keeps_thumbnails_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
@@ -227,37 +225,35 @@ def _chunk_tables(words: tuple[int, ...], device: torch.device) -> tuple[Tensor,
     return tables, _upload(words, device) if device.type == "cuda" else None
 
 
-def pool_chunk(
-    x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
-) -> None:
+def pool_chunk(x: Tensor, chunk: Chunk, weighting: Weighting, slots: Tensor, out: Tensor) -> None:
     op = torch.ops.stgp._pool_chunk_by_tables.default
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         tables, uploaded = _chunk_tables(chunk.words, x.device)
         on_device = uploaded.use_now() if uploaded else None
-        op(x, tables, on_device, temperature, norm_type, normalize_norm, slots, out)
+        op(x, tables, on_device, *weighting, slots, out)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
     _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Dataflow.of, out)
 
 
-def norm_pool(
-    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
-) -> None:
+def norm_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
     op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, (x,), plan, Dataflow.none, temperature, norm_type, normalize_norm, out)
+    _run(op, (x,), plan, Dataflow.none, *weighting, out)
 
 
-def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
-    torch.ops.stgp._token_norm_compiled.default(x, norm_type, normalize_norm, out)
+def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
+    _, *norm = weighting
+    torch.ops.stgp._token_norm_compiled.default(x, *norm, out)
 
 
-def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: object) -> None:
+def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *weighting_and_out: Any) -> None:
     """Write the gradient of grid_pool, norm_pool or temporal_grid with respect to x into the last argument."""
+    *weighting, out = weighting_and_out
     if op == "temporal_grid":
         kernel = torch.ops.stgp._temporal_grid_backward_by_tables.default
-        _run(kernel, (grad,), plan, Dataflow.of, *settings_and_out, gradient=True)
+        _run(kernel, (grad,), plan, Dataflow.of, out, gradient=True)
     else:
         kernel = torch.ops.stgp._grid_pool_backward_by_tables.default
         schedule = Dataflow.of if op == "grid_pool" else Dataflow.none
-        _run(kernel, (grad, x), plan, schedule, *settings_and_out, gradient=True)
+        _run(kernel, (grad, x), plan, schedule, *weighting[0], out, gradient=True)

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..plan import GridPlan, Level, Runs
+from .weighting import Weighting
 
 
-def grid_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
+def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting) -> Tensor:
     """Apply temporal gridding, then norm-based pooling: (…, T, H, W, C) → (…, T, OH, OW, C) in x.dtype."""
-    pooled = _pool(_grid(x, plan), plan, temperature, norm_type, normalize_norm)
+    pooled = _pool(_grid(x, plan), plan, weighting)
     return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
 
 
@@ -54,30 +55,33 @@ def _shrink(groups: Tensor, level: Level, resize: str) -> Tensor:
     return mosaic[:, :, (m - 1) // 2 : m // 2 + 1, :, (n - 1) // 2 : n // 2 + 1].mean((2, 4))
 
 
-def norm_pool(x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
+def norm_pool(x: Tensor, plan: GridPlan, weighting: Weighting) -> Tensor:
     """Norm-based spatial pooling: Σ softmax(temperature · ‖t‖) · t over the tokens t of every window of the plan."""
-    pooled = _pool(_accumulate(x.flatten(0, -4)), plan, temperature, norm_type, normalize_norm)
+    pooled = _pool(_accumulate(x.flatten(0, -4)), plan, weighting)
     return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
 
 
-def _pool(frames: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool) -> Tensor:
+def _pool(frames: Tensor, plan: GridPlan, weighting: Weighting) -> Tensor:
     """Pool the frames of all videos, (frames, H, W, C) → (frames, OH, OW, C), without rounding to another dtype."""
-    norms = token_norm(frames, norm_type, normalize_norm)
+    norms = token_norm(frames, weighting)
     rows, row_taken = _positions(plan.window_rows, plan.height, frames.device)
     cols, col_taken = _positions(plan.window_cols, plan.width, frames.device)
 
     # position (i, j) of every window at once; row and column indices broadcast to (OH, OW)
     window = [(rows[:, i, None], cols[:, j]) for i in range(rows.shape[1]) for j in range(cols.shape[1])]
     taken = torch.stack([r[:, None] & c for r in row_taken.T for c in col_taken.T], dim=-1)  # (OH, OW, window)
-    logits = torch.stack([temperature * norms[:, r, c] for r, c in window], dim=-1)  # (T, OH, OW, window)
+    logits = torch.stack([weighting.temperature * norms[:, r, c] for r, c in window], dim=-1)  # (T, OH, OW, window)
     # n zero tokens of norm 0 weigh n · exp(0) together, as one token of logit log(n) does
     sizes = (torch.tensor(runs.count, device=taken.device) for runs in (plan.window_rows, plan.window_cols))
     padding = torch.outer(*sizes) - taken.sum(-1)
     padding = padding.to(logits.dtype).log().expand(logits.shape[:-1])
     weights = torch.cat([torch.where(taken, logits, -math.inf), padding[..., None]], dim=-1).softmax(-1)
     pooled = frames.new_zeros(())
-    for weight, (r, c) in zip(weights.unbind(-1), window, strict=False):  # padding adds zeros
-        pooled = pooled + weight[..., None] * frames[:, r, c]
+    all_taken = bool(taken.all())
+    for k, (r, c) in enumerate(window):  # padding adds zeros
+        weighted = weights[..., k, None] * frames[:, r, c]
+        # a weight of 0 would turn an infinity that a shorter run repeats into NaN
+        pooled = pooled + (weighted if all_taken else torch.where(taken[..., k, None], weighted, 0))
     return pooled
 
 
@@ -94,11 +98,13 @@ def _positions(runs: Runs, size: int, device: torch.device) -> tuple[Tensor, Ten
     return positions.minimum(stop[:, None] - 1), positions < stop[:, None]
 
 
-def token_norm(x: Tensor, norm_type: float, normalize_norm: bool) -> Tensor:
-    """‖t‖ of every token: (…, T, H, W, C) → (…, T, H, W) in float32 or float64."""
+def token_norm(x: Tensor, weighting: Weighting) -> Tensor:
+    """‖t‖ of every token by the first `norm_channels` channels: (…, T, H, W, C) → (…, T, H, W), float32 or float64."""
+    if weighting.norm_channels < x.shape[-1]:
+        x = x[..., : weighting.norm_channels]
     # Frame by frame, since torch's vectorised pow may round the tail of a tensor differently: otherwise the last bit of
     # a norm would depend on the number of frames.
-    norms = [_norm(frame, norm_type, normalize_norm) for frame in x.flatten(0, -4)]
+    norms = [_norm(frame, weighting.norm_type, weighting.normalize_norm) for frame in x.flatten(0, -4)]
     return torch.stack(norms).view(x.shape[:-1])
 
 

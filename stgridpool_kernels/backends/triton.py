@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..plan import GridPlan
 from ..plan.tables import Chunk
+from .weighting import Weighting
 
 OLDEST = (3, 6)
 """Oldest supported version of triton, as (major, minor)."""
@@ -74,10 +75,8 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-def grid_pool(
-    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
-) -> None:
-    _kernels().execute("grid_pool", x, plan, (temperature, norm_type, normalize_norm), out)
+def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
+    _kernels().execute("grid_pool", x, plan, weighting, out)
 
 
 def keeps_thumbnails(plan: GridPlan, channels: int, norm_type: float) -> bool:
@@ -85,27 +84,23 @@ def keeps_thumbnails(plan: GridPlan, channels: int, norm_type: float) -> bool:
     return bool(_kernels().takes_fused(plan, channels))
 
 
-def pool_chunk(
-    x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
-) -> None:
-    _kernels().pool_chunk(x, chunk, (temperature, norm_type, normalize_norm), slots, out)
+def pool_chunk(x: Tensor, chunk: Chunk, weighting: Weighting, slots: Tensor, out: Tensor) -> None:
+    _kernels().pool_chunk(x, chunk, weighting, slots, out)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    _kernels().execute("temporal_grid", x, plan, (1.0, 2.0, True), out)
+    _kernels().execute("temporal_grid", x, plan, None, out)
 
 
-def norm_pool(
-    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
-) -> None:
-    _kernels().execute("norm_pool", x, plan, (temperature, norm_type, normalize_norm), out)
+def norm_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
+    _kernels().execute("norm_pool", x, plan, weighting, out)
 
 
 def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *arguments: Any) -> None:
     """Write the gradient of any op but token_norm with respect to x. arguments: those of the op, then the output."""
-    *settings, grad_x = arguments
-    _kernels().execute_backward(op, grad, x, plan, tuple(settings) or (1.0, 2.0, True), grad_x)
+    *weighting, grad_x = arguments
+    _kernels().execute_backward(op, grad, x, plan, weighting[0] if weighting else None, grad_x)
 
 
-def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
-    _kernels().execute("token_norm", x, None, (1.0, norm_type, normalize_norm), out)
+def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
+    _kernels().execute("token_norm", x, None, weighting, out)

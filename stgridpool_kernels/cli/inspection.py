@@ -127,7 +127,7 @@ def inspect_tokens(x: Tensor, **options: Any) -> Inspection:
     pool = GridPool(**options)
     arguments = dict(pool.arguments)
     temperature = float(arguments.pop("temperature"))
-    norm = {name: arguments.pop(name) for name in ("norm_type", "normalize_norm")}
+    norm = {name: arguments.pop(name) for name in ("norm_type", "normalize_norm", "norm_channels")}
     plan = grid_plan(x.shape[:1], x.shape[1], x.shape[2], **arguments)
 
     stages = [token_norm(stage, **norm, backend=backend) for stage in _stages(x.detach(), plan, backend)]
@@ -150,12 +150,14 @@ def inspect_tokens(x: Tensor, **options: Any) -> Inspection:
     )
 
 
-def _norm_name(norm_type: float, normalize_norm: bool) -> str:
+def _norm_name(norm_type: float, normalize_norm: bool, norm_channels: int | None) -> str:
     if norm_type == math.inf:
-        return "max |t|"
-    if norm_type == 2:
-        return "RMS" if normalize_norm else "L2 norm"
-    return f"({'mean' if normalize_norm else 'Σ'} |t|^{norm_type:g})^(1/{norm_type:g})"
+        name = "max |t|"
+    elif norm_type == 2:
+        name = "RMS" if normalize_norm else "L2 norm"
+    else:
+        name = f"({'mean' if normalize_norm else 'Σ'} |t|^{norm_type:g})^(1/{norm_type:g})"
+    return name if norm_channels is None else f"{name}, norm_channels={norm_channels}"
 
 
 def _stages(x: Tensor, plan: GridPlan, backend: str = "auto") -> Iterator[Tensor]:

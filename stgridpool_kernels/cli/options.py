@@ -33,6 +33,7 @@ OPTION_HELP = {
     "temperature": "weight of the norms: 0 is average pooling, large values take the token of the largest norm",
     "norm_type": "p of the token norm, any number above 0 or inf",
     "normalize_norm": "mean over channels inside the norm (published code); off takes the sum (the paper's formula)",
+    "norm_channels": "number of channels that the norm runs over, the first ones (default: all)",
     "frame_counts": "numbers of frames of the videos that are packed along T of one file; must sum to T",
 }
 """Help texts of the options of the op, by argument."""
@@ -137,8 +138,9 @@ def _value_of(argument: Any) -> dict[str, Any]:
         return {"choices": _CHOICES[argument.name]}
 
     read = checked(lambda text: read_option(argument.name, text, "it"))
-    is_list = _takes_integers(argument)
-    return {"type": read, "metavar": "X" if not is_list else "N,N" if argument.N else "N,N,..."}
+    if _takes_integers(argument):
+        return {"type": read, "metavar": "N,N" if argument.N else "N,N,..."}
+    return {"type": read, "metavar": "N" if "int" in str(argument.type) else "X"}
 
 
 def _show_default(value: object) -> str:

@@ -60,7 +60,7 @@ def read_option(name: str, value: Any, shown: str) -> Any:
     if kind == "List":
         optional = str(argument.type).startswith("Optional")
         return _pair(shown, value, optional) if argument.N else _list(shown, value, optional)
-    return {"float": _number, "bool": _boolean, "str": _word}[kind](shown, value)
+    return {"float": _number, "int": _integer, "bool": _boolean, "str": _word}[kind](shown, value)
 
 
 def read_grid(value: Any, shown: str) -> tuple[int, int]:
@@ -127,6 +127,15 @@ def _pair(shown: str, value: Any, optional: bool) -> int | tuple[int, ...] | Non
     if len(numbers) not in (1, 2):
         raise ValueError(f"{shown} must be one integer or two like 2,2{', or none' if optional else ''}, got {value!r}")
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _integer(shown: str, value: Any) -> int | None:
+    if _is_none(value):
+        return None
+    numbers = read_integers(value) or ()
+    if len(numbers) != 1:
+        raise ValueError(f"{shown} must be an integer, or none, got {value!r}")
+    return numbers[0]
 
 
 def _number(shown: str, value: Any) -> float:

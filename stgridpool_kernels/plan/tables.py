@@ -26,7 +26,9 @@ from .dataflow import (
 from .plan import GridPlan, Runs
 
 MAGIC = int.from_bytes(b"STGP", "little")
-VERSION = 2
+VERSION = 3
+"""Version of the tables, and of the private ops that take them: a library of another version is not loaded."""
+
 HEADER_WORDS = 19
 STAGE_WORDS = 5
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import stgridpool_kernels
 from stgridpool_kernels import grid_plan
-from tests.support import eager
+from tests.support import eager, golden
 from tests.support.cases import CALLS, GRIDDING_CALLS, LAYOUTS, Arguments, Size, laid_out, run, tokens
 from tests.support.strategies import (
     gridding_arguments,
@@ -82,6 +82,7 @@ def test_golden_values(path: Path, backend: str, device: torch.device) -> None:
         "padding": meta["padding"],
         "temperature": meta["temperature"],
         "norm_type": float(meta["p"]),
+        "norm_channels": meta.get("norm_channels"),
     }
     found = run(backend, "temporal_grid", x, **gridding)
     assert_golden(found, grid)
@@ -90,7 +91,19 @@ def test_golden_values(path: Path, backend: str, device: torch.device) -> None:
 
 
 def test_golden_values_are_all_there() -> None:
-    assert len(GOLDEN) == 15
+    assert len(GOLDEN) == 15 + len(golden.CASES)
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_golden_values_of_the_reference_are_made_by_a_command(name: str) -> None:
+    """Their weights are not those of all channels."""
+    meta, arrays = golden.make(name)
+    with np.load(golden.DATA / f"{name}.npz") as data:
+        assert json.loads(str(data["meta"])) == meta
+        for key, array in arrays.items():
+            assert_golden(torch.from_numpy(data[key]), array)
+    norms = [stgridpool_kernels.token_norm(arrays["x"], norm_channels=n) for n in (meta["norm_channels"], None)]
+    assert (norms[0] / norms[1] - 1).abs().mean() > 0.1
 
 
 # ---- random calls against brute force ----
@@ -101,7 +114,7 @@ def test_random_grid_pool(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
     x = data.draw(inputs(dtype, device, size))
-    arguments = data.draw(gridding_arguments()) | data.draw(packings(x)) | data.draw(norm_arguments())
+    arguments = data.draw(gridding_arguments()) | data.draw(packings(x)) | data.draw(norm_arguments(x.shape[-1]))
     arguments |= data.draw(window_arguments(*x.shape[-3:-1])) | {"temperature": data.draw(temperatures)}
     assert_accurate(run(backend, "grid_pool", x, **arguments), "grid_pool", x, **arguments)
 
@@ -120,7 +133,7 @@ def test_random_norm_pool(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
     x = data.draw(inputs(dtype, device, size))
-    arguments = data.draw(window_arguments(*x.shape[-3:-1])) | data.draw(norm_arguments())
+    arguments = data.draw(window_arguments(*x.shape[-3:-1])) | data.draw(norm_arguments(x.shape[-1]))
     arguments |= {"temperature": data.draw(temperatures)}
     result = run(backend, "norm_pool", x, **arguments)
     # arithmetic is float32 for 16-bit tokens too, so only the result is rounded
@@ -131,10 +144,107 @@ def test_random_norm_pool(
 def test_random_token_norm(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    x, arguments = data.draw(inputs(dtype, device, size)), data.draw(norm_arguments())
+    x = data.draw(inputs(dtype, device, size))
+    arguments = data.draw(norm_arguments(x.shape[-1]))
     result = run(backend, "token_norm", x, **arguments)
     assert result.dtype == torch.promote_types(dtype, torch.float32)
     assert_accurate(result, "token_norm", x, **arguments)
+
+
+# ---- norms of some channels ----
+
+NORMS: dict[str, Arguments] = {
+    "l2": {},
+    "l1": {"norm_type": 1.0, "normalize_norm": False},
+    "max": {"norm_type": math.inf},
+    "power": {"norm_type": 3.0},
+}
+WEIGHED: dict[str, tuple[str, Arguments]] = {
+    "fused": ("grid_pool", {"frame_strides": (1, 2), "ceil_mode": True}),
+    "general": ("grid_pool", {"frame_strides": (1,), "resize": "bilinear", "temperature": 3.0}),
+    "padding": ("norm_pool", {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "norms": ("token_norm", {}),
+}
+
+
+def channels_of(name: str, result: Tensor, channels: int) -> Tensor:
+    """Return the first channels of pooled tokens, or norms as they are."""
+    return result if name == "token_norm" else result[..., :channels]
+
+
+def rounds_as_alone(n: int, C: int, backend: str, device: torch.device, gridded: bool = True) -> bool:
+    """Return whether a backend rounds the first n of C channels, pooled by norms of these, as it does n channels alone.
+
+    On a GPU, Triton spreads the channels of a block over threads, and the block follows C. In the reference, torch
+    shrinks frames: it averages the last channels, which do not fill a vector, by other instructions.
+    """
+
+    def block(channels: int) -> int:
+        return 1 << max(4, (channels - 1).bit_length())
+
+    if backend == "reference":
+        return not gridded or n % 16 == 0
+    return backend != "triton" or device.type == "cpu" or block(n) == block(C)
+
+
+@pairs({"C, norm_channels": [(13, 6), (40, 16), (130, 69), (24, 1), (70, 65)], "norm": NORMS, "layout": LAYOUTS})
+def test_norms_of_some_channels_are_those_of_a_slice(
+    C: int,
+    norm_channels: int,
+    norm: Arguments,
+    layout: str,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
+    size: Size,
+) -> None:
+    x = laid_out(tokens(*size, C, dtype=dtype, device=device), layout)
+    for name, arguments in WEIGHED.values():
+        found = run(backend, name, x, norm_channels=norm_channels, **arguments, **norm)
+        if rounds_as_alone(norm_channels, C, backend, device, gridded="frame_strides" in arguments):
+            alone = run(backend, name, x[..., :norm_channels], **arguments, **norm)
+            assert_same_bits(channels_of(name, found, norm_channels), alone)
+        else:
+            assert_accurate(found, name, x, norm_channels=norm_channels, **arguments, **norm)
+
+
+@each({"call": WEIGHED, "norm": NORMS})
+def test_norm_of_all_channels_by_their_number(
+    call: tuple[str, Arguments], norm: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    (name, arguments), x = call, tokens(*size, 20, dtype=dtype, device=device)
+    assert_same_bits(
+        run(backend, name, x, norm_channels=20, **arguments, **norm), run(backend, name, x, **arguments, **norm)
+    )
+
+
+@each({"call": WEIGHED, "norm": NORMS})
+def test_what_is_in_other_channels_stays_there(
+    call: tuple[str, Arguments], norm: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    """Neither a NaN nor an infinity nor a large value in a channel without a part in the norm changes another one."""
+    (name, arguments), x = call, tokens(*size, 21, dtype=dtype, device=device)
+    expected = run(backend, name, x, norm_channels=13, **arguments, **norm)
+    x[0, 0, 0, 13], x[1, 1, 1, 14], x[2, 2, 2, 20] = math.nan, math.inf, 60000
+    found = run(backend, name, x, norm_channels=13, **arguments, **norm)
+    if name == "token_norm":
+        assert_same_bits(found, expected)
+    else:
+        for kept in (slice(0, 13), slice(15, 20)):
+            assert_same_bits(found[..., kept], expected[..., kept])
+        assert found[..., 13].isnan().any()
+        assert found[..., 14].isinf().any()
+        assert not found[..., 14].isnan().any()
+
+
+def test_norms_of_some_channels_of_tokens_that_no_block_holds(backend: str, device: torch.device) -> None:
+    """Four levels of Qwen3-VL-8B: 4 · 4096 channels, which the general kernels pool; 4096 alone are fused."""
+    x = tokens(8, 2, 2, 4 * 4096, dtype=torch.bfloat16, device=device)
+    arguments: Arguments = {"frame_strides": (1, 2), "temperature": 4.0}
+    found = run(backend, "grid_pool", x, norm_channels=4096, **arguments)
+    if rounds_as_alone(4096, x.shape[-1], backend, device):
+        assert_same_bits(found[..., :4096], run(backend, "grid_pool", x[..., :4096], **arguments))
+    assert_accurate(found, "grid_pool", x, norm_channels=4096, **arguments)
 
 
 # ---- 16-bit tokens ----

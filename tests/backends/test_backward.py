@@ -51,6 +51,9 @@ CALLS: dict[str, tuple[str, Arguments]] = {
         "norm_pool",
         {"kernel_size": (3, 2), "stride": 1, "padding": 1, "count_include_pad": False, "norm_type": 1.0},
     ),
+    "grid_pool-norm_channels": ("grid_pool", {"frame_strides": (1, 2), "ceil_mode": True, "norm_channels": 3}),
+    "norm_pool-norm_channels": ("norm_pool", {"output_size": 2, "norm_type": math.inf, "norm_channels": 4}),
+    "token_norm-norm_channels": ("token_norm", {"norm_channels": 3}),
     "token_norm-published": ("token_norm", {}),
 }
 EVERY_CALL = {"op, arguments": CALLS}
@@ -89,6 +92,38 @@ def test_gradient(
         assert_gradient_accurate(gradient(backend, op, x, grad, **arguments), op, x, grad, **arguments)
 
 
+NORMS: dict[str, Arguments] = {
+    "l2": {},
+    "l1": {"norm_type": 1.0},
+    "max": {"norm_type": math.inf},
+    "p3": {"norm_type": 3.0},
+}
+WINDOWS: dict[str, Arguments] = {"fused": {"ceil_mode": True}, "general": {"output_size": 2}}
+
+
+@each({"windows": WINDOWS, "norm": NORMS, "norm_channels": [13, 16, 1]})
+def test_norm_gives_other_channels_no_gradient(
+    windows: Arguments,
+    norm: Arguments,
+    norm_channels: int,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
+    size: Size,
+) -> None:
+    """Other channels get the gradient that weights without a gradient leave, even if the norm's part is NaN."""
+    x = tokens(*size, 70, dtype=dtype, device=device)
+    x[..., 30] = math.nan  # in the products of tokens and upstream gradients, but not in the norms
+    arguments = {**windows, **norm, "norm_channels": norm_channels}
+    grad = like_result("norm_pool", x, **arguments)
+    found = gradient(backend, "norm_pool", x, grad, **arguments)
+    assert found[..., :norm_channels].isnan().any()
+    assert found[..., norm_channels:].isfinite().all()
+    finite = x.nan_to_num(0)
+    expected = gradient(backend, "norm_pool", finite, grad, **arguments)
+    assert_same_bits(found[..., norm_channels:], expected[..., norm_channels:])
+
+
 @only(*KERNEL_DTYPES)
 @FEWER
 @given(data=st.data())
@@ -96,7 +131,7 @@ def test_random_gradient_of_grid_pool(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
     x = data.draw(inputs(dtype, device, size))
-    arguments = data.draw(gridding_arguments()) | data.draw(packings(x)) | data.draw(norm_arguments())
+    arguments = data.draw(gridding_arguments()) | data.draw(packings(x)) | data.draw(norm_arguments(x.shape[-1]))
     arguments |= data.draw(window_arguments(*x.shape[-3:-1])) | {"temperature": data.draw(temperatures)}
     grad = laid_out(like_result("grid_pool", x, **arguments), data.draw(st.sampled_from(LAYOUTS)))
     assert_gradient_accurate(gradient(backend, "grid_pool", x, grad, **arguments), "grid_pool", x, grad, **arguments)
@@ -111,7 +146,9 @@ def test_random_gradient_at_the_published_windows(
     """What the fused kernels take: 2 × 2 windows and grids, any strides, any norm."""
     x = data.draw(inputs(dtype, device, size))
     H, W = x.shape[-3:-1]
-    arguments = data.draw(packings(x)) | data.draw(norm_arguments()) | {"temperature": data.draw(temperatures)}
+    arguments = (
+        data.draw(packings(x)) | data.draw(norm_arguments(x.shape[-1])) | {"temperature": data.draw(temperatures)}
+    )
     arguments |= {"sampling": data.draw(st.sampled_from(["last", "first"])), "ceil_mode": min(H, W) < 2}
     arguments["ceil_mode"] |= data.draw(st.booleans())
     arguments["frame_strides"] = data.draw(st.lists(st.sampled_from([1, 2, 4, 3]), max_size=3))

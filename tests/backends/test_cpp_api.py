@@ -43,10 +43,19 @@ CALLS: dict[str, tuple[list[int], int, int, int, torch.dtype, dict[str, Any]]] =
     ),
     "adaptive": ([24], 7, 6, 40, torch.float16, {"output_size": (3, 5), "norm_type": math.inf}),
     "bilinear": ([64], 6, 5, 24, torch.float32, {"resize": "bilinear", "sampling": "first", "temperature": 0.5}),
+    "norm_channels": ([33], 5, 8, 70, torch.bfloat16, {"norm_channels": 37}),
+    "norm_channels-general": (
+        [20],
+        6,
+        5,
+        40,
+        torch.float32,
+        {"kernel_size": 3, "padding": 1, "norm_channels": 5, "norm_type": 0.5, "temperature": 2.0},
+    ),
     "one token": ([8], 1, 1, 1, torch.float32, {"ceil_mode": True, "norm_type": 1.0}),
 }
 pytestmark = pytest.mark.needs("compiler")
-WEIGHTS = ("temperature", "norm_type", "normalize_norm")
+WEIGHTS = ("temperature", "norm_type", "normalize_norm", "norm_channels")
 
 
 def environment() -> dict[str, str]:
@@ -122,14 +131,14 @@ def test_saved_plan(
     pooled = stgridpool_kernels.grid_pool(x.to("meta"), frame_counts=counts, **arguments)
     grad = tokens(*pooled.shape, dtype=dtype, seed=1)
     (tmp_path / "x.grad").write_bytes(bits_of(grad))
-    temperature, norm_type, normalize = (
-        arguments.get(name, default) for name, default in zip(WEIGHTS, (1.0, 2.0, True), strict=True)
+    temperature, norm_type, normalize, norm_channels = (
+        arguments.get(name, default) for name, default in zip(WEIGHTS, (1.0, 2.0, True, 0), strict=True)
     )
     name = str(dtype).removeprefix("torch.")
     done = run(
         program,
         *(tmp_path / "tables", tmp_path / "x", tmp_path / "out", name, 1, C, 5),
-        *(temperature, norm_type, int(normalize)),
+        *(temperature, norm_type, int(normalize), norm_channels),
     )
     assert done.returncode == 0, done.stderr
 
@@ -171,7 +180,7 @@ def test_batch(program: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bits_of(x))
     grad = tokens(3, 16, 2, 3, 24, dtype=torch.bfloat16, seed=1)
     (tmp_path / "x.grad").write_bytes(bits_of(grad))
-    done = run(program, tmp_path / "tables", tmp_path / "x", tmp_path / "out", "bfloat16", 3, 24, 2, 1, 2, 1)
+    done = run(program, tmp_path / "tables", tmp_path / "x", tmp_path / "out", "bfloat16", 3, 24, 2, 1, 2, 1, 0)
     assert done.returncode == 0, done.stderr
     results = {
         "grid_pool": stgridpool_kernels.grid_pool(x, backend="cpu"),
@@ -186,12 +195,12 @@ def test_file_that_holds_no_tables(program: Path, tmp_path: Path) -> None:
     tables = tmp_path / "tables"
     for content, reason in ((b"", "these are no tables of a plan"), (b"STGP" * 100, "another version")):
         tables.write_bytes(content)
-        done = run(program, tables, "-", tmp_path / "out", "float32", 1, 8, 1, 1, 2, 1)
+        done = run(program, tables, "-", tmp_path / "out", "float32", 1, 8, 1, 1, 2, 1, 0)
         assert done.returncode == 1
         assert reason in done.stderr
     save_tables(grid_plan([16], 5, 7), tables)
     tables.write_bytes(tables.read_bytes()[:-4])
-    done = run(program, tables, "-", tmp_path / "out", "float32", 1, 8, 1, 1, 2, 1)
+    done = run(program, tables, "-", tmp_path / "out", "float32", 1, 8, 1, 1, 2, 1, 0)
     assert done.returncode == 1
     assert "another length" in done.stderr
 

@@ -247,7 +247,7 @@ def test_frames_per_step_change_no_bit(
             for count in (1, 2):
                 threads(count)
                 out = x.new_full((40, *plan_.pooled_size, x.shape[-1]), math.nan)
-                torch.ops.stgp._grid_pool_by_tables(x, words, None, 1.0, 2.0, True, out)
+                torch.ops.stgp._grid_pool_by_tables(x, words, None, 1.0, 2.0, True, x.shape[-1], out)
                 expected = out if expected is None else expected
                 assert_same_bits(out, expected)
         assert not expected.isnan().any()
@@ -354,7 +354,7 @@ def test_scratch_beyond_64_bits(op: str, shape: tuple[int, int, int, int], argum
 
 
 def grid_pool_by_tables(x: Tensor, words: Tensor, out: Tensor) -> None:
-    torch.ops.stgp._grid_pool_by_tables(x, words, None, 1.0, 2.0, True, out)
+    torch.ops.stgp._grid_pool_by_tables(x, words, None, 1.0, 2.0, True, x.shape[-1], out)
 
 
 def temporal_grid_by_tables(x: Tensor, words: Tensor, out: Tensor) -> None:
@@ -401,9 +401,9 @@ def test_private_ops_refuse(x: Tensor, words: Tensor, out: Tensor, reason: str) 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 8), (2, 3, 0, 8), (0, 3, 3, 8), (0, 2, 3, 3, 8)], ids=str)
 def test_norms_of_no_tokens(shape: tuple[int, ...]) -> None:
     out = torch.empty(shape[:-1])
-    torch.ops.stgp._token_norm_compiled(torch.empty(shape), 2.0, True, out)
+    torch.ops.stgp._token_norm_compiled(torch.empty(shape), 2.0, True, 8, out)
     with pytest.raises(RuntimeError, match="out must"):
-        torch.ops.stgp._token_norm_compiled(torch.empty(shape), 2.0, True, out.new_empty((*shape[:-2], 4)))
+        torch.ops.stgp._token_norm_compiled(torch.empty(shape), 2.0, True, 8, out.new_empty((*shape[:-2], 4)))
 
 
 REASONS = re.findall(r'"(.+)";', (CSRC / "tables.cpp").read_text())
@@ -437,7 +437,7 @@ def test_corrupted_tables(value: int) -> None:
 
 
 def grid_pool_backward_by_tables(grad: Tensor, x: Tensor, words: Tensor, out: Tensor) -> None:
-    torch.ops.stgp._grid_pool_backward_by_tables(grad, x, words, None, 1.0, 2.0, True, out)
+    torch.ops.stgp._grid_pool_backward_by_tables(grad, x, words, None, 1.0, 2.0, True, x.shape[-1], out)
 
 
 def temporal_grid_backward_by_tables(grad: Tensor, x: Tensor, words: Tensor, out: Tensor) -> None:
@@ -562,7 +562,9 @@ def test_tables_without_gradients() -> None:
 
 def test_library_of_other_tables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "VERSION", tables.VERSION + 1)
-    with pytest.raises(ImportError, match=r"of version \S+ and takes other tables\. Build it again .* or remove it: /"):
+    with pytest.raises(
+        ImportError, match=r"of version \S+ and its ops take other arguments\. Build it again .* or remove it: /"
+    ):
         compiled._load()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stgridpool_kernels import grid_plan
+from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan.tables import plan_tables
 from tests.support import cuda_emulation
 from tests.support.pairwise import pairwise
@@ -28,7 +29,7 @@ def tokens(*shape, dtype):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(2).to(dtype)
 
 
-def pooled(x, general=False, norm_type=2.0, normalize_norm=True, cells=0, **arguments):
+def pooled(x, general=False, norm_type=2.0, normalize_norm=True, norm_channels=None, cells=0, **arguments):
     """grid_pool of one video, by the fused form where there is one, or by the general form."""
     T, H, W, C = x.shape
     plan = grid_plan(arguments.pop("frame_counts", [T]), H, W, **arguments)
@@ -38,7 +39,9 @@ def pooled(x, general=False, norm_type=2.0, normalize_norm=True, cells=0, **argu
         tables = tables[:]
         tables[NUM_STEPS] = 0
     out = torch.full((T, *plan.pooled_size, C), math.nan, dtype=x.dtype)
-    cuda_emulation.run("grid_pool", x, tables, (1.0, norm_type, normalize_norm), out, cells=cells)
+    cuda_emulation.run(
+        "grid_pool", x, tables, Weighting(1.0, norm_type, normalize_norm, norm_channels or C), out, cells=cells
+    )
     return out
 
 
@@ -112,6 +115,29 @@ def test_numbers_of_channels(C, dtype):
     assert_accurate(pooled(x, **arguments), "grid_pool", x, **arguments)
 
 
+@dtypes
+@pytest.mark.parametrize(("C", "norm_channels"), [(1104, 520), (4096, 512), (1160, 1153), (8200, 5000)])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf, 0.5])
+def test_norms_of_some_channels_are_summed_as_those_of_a_slice(norm_type, C, norm_channels, dtype):
+    """In blocks of other numbers of warps, with an access of 16 bytes and of one value, fused and not."""
+    x = tokens(4, 3, 2, C, dtype=dtype)
+    arguments = {"frame_strides": (1,), "ceil_mode": True, "norm_type": norm_type}
+    found = pooled(x, norm_channels=norm_channels, **arguments)
+    assert_same_bits(found[..., :norm_channels], pooled(x[..., :norm_channels], **arguments))
+
+
+@dtypes
+@pytest.mark.parametrize("C", [13, 16])
+def test_norms_of_some_channels_of_tokens_with_gaps(C, dtype):
+    """Vectors of 16 bytes fit the norm and the strides of x, and the tokens of summaries only if C has whole ones."""
+    x = tokens(9, 5, 4, 16, dtype=dtype)[..., :C]
+    arguments = {"frame_strides": (1, 2), "kernel_size": 2, "norm_channels": 8}
+    for norm_type in (2.0, 3.0):
+        expected = pooled(x.contiguous(), norm_type=norm_type, **arguments)
+        assert_same_bits(pooled(x, norm_type=norm_type, **arguments), expected)
+        assert_same_bits(pooled(x, norm_type=norm_type, general=norm_type == 2.0, **arguments), expected)
+
+
 @pytest.mark.parametrize("op", ["grid_pool", "temporal_grid", "grid_pool_backward", "temporal_grid_backward"])
 @pytest.mark.parametrize("arguments", [{}, {"grid_shape": (1, 2)}], ids=["fused", "general"])
 def test_scratch_beyond_64_bits(arguments, op):
@@ -145,9 +171,9 @@ def test_long_walks(dtype):
 # ---- gradients ----
 
 
-def gradient(x, grad, general=False, norm_type=2.0, **arguments):
+def gradient(x, grad, general=False, norm_type=2.0, norm_channels=None, **arguments):
     """Of grid_pool of one video, by the fused form where there is one, or by the general form."""
-    T, H, W, _ = x.shape
+    T, H, W, C = x.shape
     plan = grid_plan(arguments.pop("frame_counts", [T]), H, W, **arguments)
     tables = plan_tables(plan, gradient=True)
     if general:
@@ -155,7 +181,9 @@ def gradient(x, grad, general=False, norm_type=2.0, **arguments):
         tables = tables[:]
         tables[NUM_STEPS] = 0
     out = torch.full(x.shape, math.nan, dtype=x.dtype)
-    cuda_emulation.run("grid_pool_backward", x, tables, (1.0, norm_type, True), out, grad=grad)
+    cuda_emulation.run(
+        "grid_pool_backward", x, tables, Weighting(1.0, norm_type, True, norm_channels or C), out, grad=grad
+    )
     return out
 
 

@@ -20,6 +20,7 @@ import stgridpool_kernels
 from stgridpool_kernels import backends, grid_plan
 from stgridpool_kernels.backends import device_tables
 from stgridpool_kernels.backends import triton as triton_backend
+from stgridpool_kernels.backends.weighting import Weighting
 from tests.backends.test_backward import CALLS as GRADIENT_CALLS
 from tests.backends.test_backward import gradient, like_result
 from tests.support.cases import CALLS, Arguments, tokens
@@ -89,8 +90,10 @@ def prepared(
     plan = grid_plan(arguments.pop("frame_counts", shape[:1]), *shape[1:3], **arguments)
     out = torch.empty(shape[0], *plan.pooled_size, shape[3], dtype=dtype, device="meta")
     if gradient:
-        return triton_kernels.prepare_backward(op, out, x, plan, (1.0, 2.0, True), torch.empty_like(x))
-    return triton_kernels.prepare(op, x, plan, (1.0, 2.0, True), out)
+        return triton_kernels.prepare_backward(
+            op, out, x, plan, Weighting(1.0, 2.0, True, x.shape[-1]), torch.empty_like(x)
+        )
+    return triton_kernels.prepare(op, x, plan, Weighting(1.0, 2.0, True, x.shape[-1]), out)
 
 
 # ---- results where the common suite does not look ----
@@ -165,13 +168,13 @@ def test_registers_are_limited_where_that_fits_more_warps() -> None:
 
     def limits(op: str, x: Tensor, **arguments: Any) -> set[int | None]:
         grad_x = torch.empty_like(x) if arguments.pop("gradient", False) else None
-        settings = (1.0, arguments.pop("norm_type", 2.0), True)
+        weighting = Weighting(1.0, arguments.pop("norm_type", 2.0), True, x.shape[-1])
         plan = grid_plan([16], *x.shape[1:3], **({"frame_strides": ()} if op == "norm_pool" else {}))
         out = torch.empty(16, *plan.pooled_size, x.shape[3], dtype=x.dtype, device="meta")
         if grad_x is None:
-            call = triton_kernels.prepare(op, x, plan, settings, out, (9, 0))
+            call = triton_kernels.prepare(op, x, plan, weighting, out, (9, 0))
         else:
-            call = triton_kernels.prepare_backward(op, out, x, plan, settings, grad_x, (9, 0))
+            call = triton_kernels.prepare_backward(op, out, x, plan, weighting, grad_x, (9, 0))
         return {one.options.get("maxnreg") for one in call.launches if one.kernel is fused.grid_pool_kernel}
 
     def video(*shape: int) -> Tensor:
@@ -254,7 +257,7 @@ def test_scratch_beyond_32_bits(kernel_size: int) -> None:
     launch._calls.clear()
     found = torch.empty_like(expected)
     plan = grid_plan([16], 5, 5, kernel_size=kernel_size)
-    call = triton_kernels.prepare("grid_pool", x, plan, (1.0, 2.0, True), found)
+    call = triton_kernels.prepare("grid_pool", x, plan, Weighting(1.0, 2.0, True, x.shape[-1]), found)
     tables, size = call.tables.tensor, (3 * 3 if kernel_size == 2 else 5 * 5) * 3
     far = (1 << 31) // size + 1
     call.scratch += far * size
@@ -320,10 +323,10 @@ def near_gradient(op: str) -> tuple[dict[str, Tensor], Callable[..., None]]:
     name, arguments = GRADIENT_CALLS[op]
     x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
     plan = grid_plan([9], 4, 4, **(arguments | ({"kernel_size": 1} if "temporal" in name else {})))
-    settings = () if name == "temporal_grid" else (1.0, 2.0, True)
+    weighting = () if name == "temporal_grid" else (Weighting(1.0, 2.0, True, 3),)
 
     def write(x: Tensor, grad: Tensor, grad_x: Tensor) -> None:
-        triton_backend.backward(name, grad, x, plan, *settings, grad_x)
+        triton_backend.backward(name, grad, x, plan, *weighting, grad_x)
 
     tensors = {"x": x, "grad": like_result(name, x, **arguments), "grad_x": torch.empty_like(x)}
     write(**tensors)
@@ -355,7 +358,9 @@ def test_gradients_of_summaries_beyond_32_bits() -> None:
     expected = gradient("triton", "grid_pool", x, grad)
     launch._calls.clear()
     found = torch.empty_like(x)
-    call = triton_kernels.prepare_backward("grid_pool", grad, x, grid_plan([16], 4, 5), (1.0, 2.0, True), found)
+    call = triton_kernels.prepare_backward(
+        "grid_pool", grad, x, grid_plan([16], 4, 5), Weighting(1.0, 2.0, True, x.shape[-1]), found
+    )
     far = (1 << 31) // (4 * 5 * 3) + 1
     call.gradients += far * 4 * 5 * 3
     tables = call.tables.tensor
@@ -479,6 +484,7 @@ def test_launches_depend_on_nothing_that_packing_changes() -> None:
         "windows",
         "of_windows",
         "T",
+        "norm_channels",
     }
 
     def recipe(call: launch.PreparedCall) -> list[Any]:

@@ -2,7 +2,7 @@
 //
 //   grid_pool_test
 //       checks what needs no file: hand-made tables, tables that must be refused, capabilities
-//   grid_pool_test TABLES X OUT DTYPE B C THREADS TEMPERATURE NORM_TYPE NORMALIZE
+//   grid_pool_test TABLES X OUT DTYPE B C THREADS TEMPERATURE NORM_TYPE NORMALIZE NORM_CHANNELS
 //       runs every op on B videos, by every set of vector instructions that this CPU has, with one thread and with
 //       THREADS. Results have to be equal bit by bit and are written to OUT.grid_pool, OUT.temporal_grid and
 //       OUT.token_norm, followed by the instructions (".avx2"). TABLES is a file of save_tables, X a file of tokens
@@ -118,6 +118,7 @@ struct Problem {
   float temperature;
   double norm_type;
   bool normalize;
+  int64_t norm_channels;
 
   int64_t element_size() const { return dtype == DType::float32 ? 4 : 2; }
 };
@@ -173,6 +174,7 @@ std::vector<char> run(const Problem& p, const std::vector<char>& x, Op op, const
   call.temperature = p.temperature;
   call.norm_type = p.norm_type;
   call.normalize_norm = p.normalize;
+  call.norm_channels = p.norm_channels;
   if (op == Op::grid_pool_backward || op == Op::temporal_grid_backward) {
     const bool of_pooled = op == Op::grid_pool_backward;
     call.grad = grad.data();
@@ -223,6 +225,7 @@ int run_file(char** arguments) {
   p.temperature = std::strtof(arguments[7], nullptr);
   p.norm_type = std::strtod(arguments[8], nullptr);
   p.normalize = std::atoi(arguments[9]) != 0;
+  p.norm_channels = std::atoll(arguments[10]);
 
   const std::vector<char> x = tokens_of(x_path, p, count_tokens(p, false));
   struct Run {
@@ -544,8 +547,8 @@ void test_capabilities() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 11) return run_file(argv + 1);
-  if (argc != 1) give_up("takes no arguments or 10, see the beginning of grid_pool_test.cpp");
+  if (argc == 12) return run_file(argv + 1);
+  if (argc != 1) give_up("takes no arguments or 11, see the beginning of grid_pool_test.cpp");
   test_capabilities();
   test_results_by_hand();
   test_a_summary_by_hand();

@@ -314,7 +314,7 @@ def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], form: 
     written = (tmp_path / "plan.stgp").read_bytes()
     words = [int.from_bytes(written[i : i + 4], "little", signed=True) for i in range(0, len(written), 4)]
     assert words == list(plan_tables(saved, **form))
-    assert written.startswith(b"STGP\2\0\0\0")
+    assert written.startswith(b"STGP\3\0\0\0")
     assert os.listdir(tmp_path) == ["plan.stgp"]
 
 

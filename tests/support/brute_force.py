@@ -28,27 +28,29 @@ silent = np.errstate(all="ignore")  # NaN, infinities and overflow are valid res
 # ---------------------------------------------------------------------------------------------- token norm
 
 
-def norm_of(token: Array, norm_type: float, normalize_norm: bool) -> float:
-    """Return the norm of one token, a vector over the channels."""
-    magnitudes = np.abs(token)
+def norm_of(token: Array, norm_type: float, normalize_norm: bool, norm_channels: int | None) -> float:
+    """Return the norm of one token, a vector over the channels, by the first `norm_channels` of them."""
+    magnitudes = np.abs(token[:norm_channels])
     if norm_type == math.inf:
         return magnitudes.max()
     powers = magnitudes**norm_type
     total = powers.sum()
     if normalize_norm:
-        total = total / len(token)
+        total = total / len(magnitudes)
     return total ** (Exact(1) / norm_type)
 
 
 @silent
-def token_norm(x: Array, norm_type: float = 2.0, normalize_norm: bool = True) -> Array:
+def token_norm(
+    x: Array, norm_type: float = 2.0, normalize_norm: bool = True, norm_channels: int | None = None
+) -> Array:
     """Return the norm of every token, of shape `x.shape[:-1]`."""
     if not norm_type > 0:
         raise ValueError(f"norm_type must be positive, not {norm_type}")
     x = np.asarray(x, dtype=Exact)
     norms = np.empty(x.shape[:-1], Exact)
     for position in np.ndindex(*norms.shape):
-        norms[position] = norm_of(x[position], norm_type, normalize_norm)
+        norms[position] = norm_of(x[position], norm_type, normalize_norm, norm_channels)
     return norms
 
 
@@ -252,6 +254,7 @@ def pool_window(
     temperature: float,
     norm_type: float,
     normalize_norm: bool,
+    norm_channels: int | None,
 ) -> Array:
     """Return the softmax-weighted sum of one window's tokens."""
     H, W, C = frame.shape
@@ -261,7 +264,7 @@ def pool_window(
         for c in columns:
             if 0 <= r < H and 0 <= c < W:
                 tokens.append(frame[r, c])
-                norms.append(norm_of(frame[r, c], norm_type, normalize_norm))
+                norms.append(norm_of(frame[r, c], norm_type, normalize_norm, norm_channels))
             elif count_include_pad:
                 tokens.append(np.zeros(C, Exact))
                 norms.append(0.0)
@@ -287,6 +290,7 @@ def norm_pool(
     temperature: float = 1.0,
     norm_type: float = 2.0,
     normalize_norm: bool = True,
+    norm_channels: int | None = None,
 ) -> Array:
     """Norm-based spatial pooling."""
     x = np.asarray(x, dtype=Exact)
@@ -320,7 +324,7 @@ def norm_pool(
         for i, rows in enumerate(row_windows):
             for j, columns in enumerate(column_windows):
                 out[(*index, i, j)] = pool_window(
-                    x[index], rows, columns, count_include_pad, temperature, norm_type, normalize_norm
+                    x[index], rows, columns, count_include_pad, temperature, norm_type, normalize_norm, norm_channels
                 )
     return out
 
@@ -343,6 +347,7 @@ def grid_pool(
     temperature: float = 1.0,
     norm_type: float = 2.0,
     normalize_norm: bool = True,
+    norm_channels: int | None = None,
     frame_counts: Sequence[int] | None = None,
     round_to: Round | None = None,
 ) -> Array:
@@ -359,4 +364,5 @@ def grid_pool(
         temperature,
         norm_type,
         normalize_norm,
+        norm_channels,
     )

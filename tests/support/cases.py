@@ -87,6 +87,7 @@ CALLS: dict[str, tuple[str, Arguments]] = {
         },
     ),
     "grid_pool-adaptive": ("grid_pool", {"frame_strides": (1, 2), "output_size": (2, 3), "norm_type": math.inf}),
+    "grid_pool-norm_channels": ("grid_pool", {"frame_strides": (1, 2), "ceil_mode": True, "norm_channels": 3}),
     "temporal_grid-published": ("temporal_grid", {}),
     "temporal_grid-mixed": ("temporal_grid", {"frame_strides": (2, 1, 3), "grid_shape": (2, 1, 3, 2, 1, 1)}),
     "temporal_grid-bilinear": ("temporal_grid", {"resize": "bilinear", "frame_strides": (1, 2)}),
@@ -94,8 +95,10 @@ CALLS: dict[str, tuple[str, Arguments]] = {
     "norm_pool-published": ("norm_pool", {}),
     "norm_pool-identity": ("norm_pool", {"kernel_size": 1}),
     "norm_pool-padding": ("norm_pool", {"kernel_size": 2, "padding": 1, "norm_type": 3.0, "temperature": 4.0}),
+    "norm_pool-norm_channels": ("norm_pool", {"kernel_size": 3, "norm_type": math.inf, "norm_channels": 2}),
     "token_norm-published": ("token_norm", {}),
     "token_norm-p1": ("token_norm", {"norm_type": 1.0, "normalize_norm": False}),
+    "token_norm-norm_channels": ("token_norm", {"norm_channels": 3}),
 }
 
 GRIDDING_CALLS = {name: call for name, call in CALLS.items() if call[0] in ("grid_pool", "temporal_grid")}

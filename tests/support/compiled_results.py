@@ -31,6 +31,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "gridding": ("temporal_grid", {"grid_shape": [2, 3]}),
     "pooling": ("norm_pool", {"temperature": -1.0, "norm_type": 3.0}),
     "norms": ("token_norm", {"norm_type": 1.0}),
+    "norms of some channels": ("grid_pool", {"norm_channels": 3}),
 }
 
 
@@ -53,6 +54,7 @@ def check_golden_values() -> int:
         gridding = {"frame_strides": meta["freqs"], "grid_shape": shape or [2, 2]}
         pooling = {"kernel_size": meta["kernel"], "padding": meta["padding"]}
         weights = {"temperature": meta["temperature"], "norm_type": float(meta["p"])}
+        weights["norm_channels"] = meta.get("norm_channels")
         assert_golden(stgridpool_kernels.temporal_grid(x, **gridding, backend="cpu"), grid)
         assert_golden(stgridpool_kernels.grid_pool(x, **gridding, **pooling, **weights, backend="cpu"), out)
     return len(paths)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from stgridpool_kernels.backends import Backend, compiled, with_kernels
+from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.plan.dataflow import Dataflow
 from stgridpool_kernels.plan.tables import Chunk, plan_tables
@@ -68,6 +69,7 @@ class Call(ctypes.Structure):
         ("temperature", ctypes.c_float),
         ("norm_type", ctypes.c_double),
         ("normalize_norm", ctypes.c_bool),
+        ("norm_channels", ctypes.c_int64),
         ("thumbnails", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
         ("grad_strides", Strides),
@@ -154,7 +156,7 @@ def run(
     op: str,
     x: Tensor,
     tables: Sequence[int] | None,
-    settings: tuple[float, float, bool],
+    weighting: Weighting | None,
     out: Tensor,
     library: Path | None = None,
     thumbnails: Tensor | None = None,
@@ -163,7 +165,7 @@ def run(
 ) -> None:
     """Write `op` of x into out by tables.
 
-    settings: (temperature, norm_type, normalize_norm). thumbnails: those of the streams, for tables of a chunk.
+    weighting: None for temporal_grid. thumbnails: those of the streams, for tables of a chunk.
     grad: gradient of the result, for backward operations. cells: cells per thread block; 0 takes the kernel's default.
     """
     functions = load(library)
@@ -175,7 +177,7 @@ def run(
         *(x.data_ptr(), _five(x.stride(), x.dim())),
         *(out.data_ptr(), _five(strides, x.dim())),
         None,
-        *settings,
+        *(weighting or (1.0, 2.0, True, 0)),
         None if thumbnails is None else thumbnails.data_ptr(),
     )
     call.cells = cells
@@ -194,41 +196,34 @@ def run(
         raise RuntimeError(f"{op} failed with CUDA error {error}")
 
 
-def grid_pool(
-    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
-) -> None:
-    run("grid_pool", x, plan_tables(plan), (temperature, norm_type, normalize_norm), out)
+def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
+    run("grid_pool", x, plan_tables(plan), weighting, out)
 
 
-def pool_chunk(
-    x: Tensor, chunk: Chunk, temperature: float, norm_type: float, normalize_norm: bool, slots: Tensor, out: Tensor
-) -> None:
-    run("grid_pool", x, chunk.words, (temperature, norm_type, normalize_norm), out, thumbnails=slots)
+def pool_chunk(x: Tensor, chunk: Chunk, weighting: Weighting, slots: Tensor, out: Tensor) -> None:
+    run("grid_pool", x, chunk.words, weighting, out, thumbnails=slots)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    run("temporal_grid", x, plan_tables(plan), (1.0, 2.0, True), out)
+    run("temporal_grid", x, plan_tables(plan), None, out)
 
 
-def norm_pool(
-    x: Tensor, plan: GridPlan, temperature: float, norm_type: float, normalize_norm: bool, out: Tensor
-) -> None:
-    run("grid_pool", x, plan_tables(plan, Dataflow.none), (temperature, norm_type, normalize_norm), out)
+def norm_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
+    run("grid_pool", x, plan_tables(plan, Dataflow.none), weighting, out)
 
 
-def token_norm(x: Tensor, norm_type: float, normalize_norm: bool, out: Tensor) -> None:
-    run("token_norm", x, None, (1.0, norm_type, normalize_norm), out)
+def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
+    run("token_norm", x, None, weighting, out)
 
 
-def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *settings_and_out: Any) -> None:
+def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *weighting_and_out: Any) -> None:
     """Write the gradient of grid_pool, norm_pool or temporal_grid into the last argument."""
-    *settings, out = settings_and_out
+    *weighting, out = weighting_and_out
     tables = plan_tables(plan, Dataflow.none if op == "norm_pool" else Dataflow.of, gradient=True)
     if op == "temporal_grid":
-        run("temporal_grid_backward", grad, tables, (1.0, 2.0, True), out, grad=grad)
+        run("temporal_grid_backward", grad, tables, None, out, grad=grad)
     else:
-        temperature, norm_type, normalize_norm = settings
-        run("grid_pool_backward", x, tables, (temperature, norm_type, normalize_norm), out, grad=grad)
+        run("grid_pool_backward", x, tables, weighting[0], out, grad=grad)
 
 
 def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:

@@ -61,8 +61,11 @@ def temporal_grid(
     return frames.permute(0, 2, 3, 1).contiguous()
 
 
-def token_norm(tokens: Tensor, norm_type: float = 2.0, normalize_norm: bool = True) -> Tensor:
+def token_norm(
+    tokens: Tensor, norm_type: float = 2.0, normalize_norm: bool = True, norm_channels: int | None = None
+) -> Tensor:
     """Return the norm of every token: (…, C) → (…)."""
+    tokens = tokens[..., :norm_channels]
     if norm_type == math.inf:
         return tokens.abs().amax(-1)
     powers = tokens.abs().pow(norm_type)
@@ -85,10 +88,11 @@ def norm_pool(
     temperature: float = 1.0,
     norm_type: float = 2.0,
     normalize_norm: bool = True,
+    norm_channels: int | None = None,
 ) -> Tensor:
     def pooled(tokens: Tensor, taken: Tensor | None = None) -> Tensor:
         """Pool windows of tokens: (…, window, C) → (…, C). taken: mask of the tokens that are in the window."""
-        logits = temperature * token_norm(tokens, norm_type, normalize_norm)
+        logits = temperature * token_norm(tokens, norm_type, normalize_norm, norm_channels)
         if taken is not None:
             logits = logits.masked_fill(~taken, -math.inf)
         return (logits.softmax(-1)[..., None] * tokens).sum(-2)

@@ -353,6 +353,7 @@ def calls_that_differ_in_one_argument() -> None:
         {"temperature": 2.0},
         {"norm_type": 3.0},
         {"normalize_norm": False},
+        {"norm_channels": 3},
         {"sampling": "first"},
         {"resize": "bilinear"},
         {"frame_strides": [2]},
@@ -362,7 +363,7 @@ def calls_that_differ_in_one_argument() -> None:
     ]
     for arguments in [{}, *changes, {}, *reversed(changes)]:
         compare("grid_pool", x, on, (0,), **arguments)
-    of_op = {"norm_pool": changes[:9], "temporal_grid": changes[9:], "token_norm": changes[7:9]}
+    of_op = {"norm_pool": changes[:10], "temporal_grid": changes[10:], "token_norm": changes[7:10]}
     for name, its_changes in of_op.items():
         for arguments in [{}, *its_changes, {}]:
             compare(name, x, on, (0,), **arguments)
@@ -413,6 +414,7 @@ def bad_input_is_refused_before_anything_is_sent() -> None:
     with no_communication():
         raises(ValueError, "padding must be at most half", lambda: stgp.grid_pool(x, padding=2))
         raises(ValueError, "frame_counts must sum to T = 64", lambda: stgp.grid_pool(x, frame_counts=[3]))
+        raises(ValueError, "norm_channels must be from 1 to C = 8, got 9", lambda: stgp.token_norm(x, norm_channels=9))
         raises(ValueError, "sampling must be one of", lambda: stgp.grid_pool(x, sampling="middle"))
         raises(ValueError, "x must have shape", lambda: stgp.norm_pool(of_rank_3))
 

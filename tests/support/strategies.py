@@ -47,10 +47,11 @@ def window_arguments(draw: st.DrawFn, height: int, width: int) -> Arguments:
 
 
 @st.composite
-def norm_arguments(draw: st.DrawFn) -> Arguments:
+def norm_arguments(draw: st.DrawFn, C: int) -> Arguments:
     return {
         "norm_type": draw(st.sampled_from([2.0, 1.0, 0.5, 3.0, math.inf])),
         "normalize_norm": draw(st.booleans()),
+        "norm_channels": draw(st.none() | st.integers(1, C)),
     }
 
 

@@ -1,4 +1,6 @@
-"""Prints how many kernels calls compile at first, and then for other numbers of frames, counts and batches, as JSON.
+"""Prints how many kernels calls compile at first, and then for other numbers of frames, counts, batches and channels.
+
+The output is JSON.
 
 `python -m tests.tools.compile_other_frames` runs it in a process where kernels are compiled and not interpreted.
 """
@@ -16,6 +18,8 @@ from tools.compile_report import Case, compile_call
 GENERAL = {"kernel_size": 3, "stride": 2, "padding": 1}
 FORWARD = (Case("grid_pool", {}), Case("norm_pool", {}), Case("grid_pool", GENERAL))
 CASES = (*FORWARD, *(case.of_gradient for case in FORWARD), Case("token_norm", {}))
+NORM_CHANNELS = (128, 1, 100, 16, 199)
+"""Numbers of channels of a norm: Triton compiles for 1 and for multiples of 16 apart where it is not told otherwise."""
 
 
 def video(*frames: int, channels: int) -> Tensor:
@@ -47,6 +51,11 @@ def main() -> None:
     }
     # the first half of every video of a batch: there is a gap between videos
     found["grid_pool with gaps"] = [added(CASES[0], video(2, 2 * T, channels=64)[:, :T]) for T in (40, 33, 1000)]
+    for case in CASES:
+        of_norms = [
+            Case(case.op, {**case.arguments, "norm_channels": n}, gradient=case.gradient) for n in NORM_CHANNELS
+        ]
+        found[f"{case.name} by norm_channels"] = [added(of_norm, video(40, channels=200)) for of_norm in of_norms]
     print(json.dumps(found))
 
 

@@ -32,6 +32,7 @@ from benchmarks.devices import Call, Gpu, Sampler
 from benchmarks.provider import Provider
 from benchmarks.workloads import WORKLOADS
 from stgridpool_kernels.backends import BACKENDS, compiled
+from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan.tables import plan_tables
 from tests.support import cuda_emulation
 from tests.support.interpreter import hasten_interpreter, repair_interpreter
@@ -89,8 +90,8 @@ def describe(device: str, threads: int | None = None) -> dict[str, Any]:
 
 
 def run_emulated(op: Any, tensors: Sequence[Tensor], plan: Any, schedule: Any, *rest: Any) -> None:
-    *settings, out, cells = rest
-    cuda_emulation.run("grid_pool", tensors[0], plan_tables(plan), tuple(settings), out, cells=cells)
+    *weighting, out, cells = rest
+    cuda_emulation.run("grid_pool", tensors[0], plan_tables(plan), Weighting(*weighting), out, cells=cells)
 
 
 repair_interpreter()

@@ -240,7 +240,7 @@ def changed(folder: Path, name: str, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("fused.cu", "A == Access::vector ? 80 : 128", "A == Access::vector ? 48 : 128"), "of local memory"),
+        (("fused.cu", "!PART ? 80 : 128", "!PART ? 48 : 128"), "of local memory"),
         (
             (
                 "tokens.cuh",
@@ -258,9 +258,9 @@ def test_what_is_wrong_in_cuda_is_seen(tmp_path: Path, change: tuple[str, str, s
 
 
 CODE = Code({"32": 5, "128": 20}, {}, {"128": 4}, atomics=0, spills=0, barriers=1, divisions=4, instructions=99)
-WALK = "grid_pool_kernel<__half, (Access)0, true, false, true>"
-EVEN = "grid_pool_kernel<__half, (Access)0, true, false, false>"
-BACKWARD = "grid_pool_backward_kernel<__half, (Access)0, true, true, true>"
+WALK = "grid_pool_kernel<__half, (Access)0, true, false, true, false>"
+EVEN = "grid_pool_kernel<__half, (Access)0, true, false, false, false>"
+BACKWARD = "grid_pool_backward_kernel<__half, (Access)0, true, true, true, false>"
 
 
 def few(*warps: int) -> list[str]:

@@ -14,6 +14,7 @@ from stgridpool_kernels import grid_plan
 pytest.importorskip("triton", reason="no Triton")
 from stgridpool_kernels.backends import triton_kernels
 from stgridpool_kernels.backends.triton_kernels import config, launch
+from stgridpool_kernels.backends.weighting import Weighting
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ def test_scratch(path: str, kernel_size: int) -> None:
     plan = grid_plan([64], 27, 27, kernel_size=kernel_size)
     x = torch.empty(64, 27, 27, 896, dtype=torch.bfloat16, device="meta")
     out = torch.empty(64, *plan.pooled_size, 896, dtype=x.dtype, device="meta")
-    scratch = triton_kernels.prepare("grid_pool", x, plan, (1.0, 2.0, True), out).scratch * 2
+    scratch = triton_kernels.prepare("grid_pool", x, plan, Weighting(1.0, 2.0, True, 896), out).scratch * 2
     formula, megabytes = re.findall(rf"^\| {path} \| ([\d ()+×]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)[0]
     assert eval(formula.replace("×", "*")) == scratch
     assert f"{scratch / 1e6:.1f}" == megabytes

@@ -31,11 +31,13 @@ from .pool import load_window
 from .summaries import launch_summaries
 from .tiles import (
     finish_norms,
+    in_norm,
     join_norms,
     load_tokens,
     logits_of,
     no_norms,
     partial_norms,
+    reciprocal,
     softmax,
     softmax_of_tile,
     token_places,
@@ -43,9 +45,14 @@ from .tiles import (
 
 
 @triton.jit
-def norm_slopes(tile, norms, largest, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
-    """∂‖t‖/∂t_c of tokens with these norms: 0 where ‖t‖ or t_c is. `largest`: how many elements are, for "max"."""
-    M: tl.constexpr = C if MEAN else 1
+def norm_slopes(
+    tile, norms, largest, norm_channels, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr
+):
+    """∂‖t‖/∂t_c, of channels that the norm runs over, of tokens with these norms: 0 where ‖t‖ or t_c is.
+
+    largest: how many elements are as large as the norm, for "max".
+    """
+    M: tl.constexpr = C if MEAN and norm_channels is None else 1
     if NORM == "l2":
         slopes = tile * (1 / tl.where(norms > 0, norms * M, float("inf")))[:, None]
     else:
@@ -58,13 +65,16 @@ def norm_slopes(tile, norms, largest, C: tl.constexpr, MEAN: tl.constexpr, NORM:
             logarithms = tl.log2(tl.abs(tile).to(tl.float64)) - tl.log2(norms.to(tl.float64))[:, None]
             powers = tl.exp2((P - 1) * logarithms).to(tl.float32)
             slopes = tl.where((tile != 0) & (norms > 0)[:, None], signs * powers * (1.0 / M), 0.0)
+    if norm_channels is not None and MEAN and NORM != "max":
+        slopes *= reciprocal(norm_channels)
     return slopes
 
 
 @triton.jit
-def count_largest(tile, norms, channels, C: tl.constexpr):
-    """How many of these elements are as large as the norm, the maximum."""
-    return tl.sum(((tl.abs(tile) == norms[:, None]) & (channels < C)[None, :]).to(tl.int32), 1)
+def count_largest(tile, norms, channels, norm_channels, C: tl.constexpr):
+    """How many of these elements that the norm runs over are as large as the norm, the maximum."""
+    taken = channels < C if norm_channels is None else channels < norm_channels
+    return tl.sum(((tl.abs(tile) == norms[:, None]) & taken[None, :]).to(tl.int32), 1)
 
 
 # ---- the published settings ----
@@ -75,7 +85,7 @@ and their number, the four slots that a mosaic is tiled from, and the offset of 
 gradient of other cells' tokens through summaries is 0. A consumer is a summary and a tile of its mosaic."""
 
 
-@triton.jit(do_not_specialize=["entries", "T"])  # arguments that vary with the videos
+@triton.jit(do_not_specialize=["entries", "T", "norm_channels"])  # compiled once for all values of these
 def pair_gradient_kernel(
     x,  # (…, T, H, W, C)
     out,  # gradient in x: (…, T, H, W, C)
@@ -107,6 +117,7 @@ def pair_gradient_kernel(
     grad_col,
     grad_channel,
     temperature,
+    norm_channels,  # channels of the norm, None for all
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     ODD_H: tl.constexpr,
@@ -148,13 +159,14 @@ def pair_gradient_kernel(
         place = token_places(target, i, j, T, (grad_video, grad_frame, grad_row, grad_col))
         places = place + channels.to(tl.int64) * grad_channel
         upstream = tl.load(grad + places, mask=channels < C, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P, False)
+        total = partial_norms(tile, channels, norm_channels, NORM, P)
+        norms = finish_norms(total, C, norm_channels, MEAN, NORM, P, False)
         dots = tl.sum(tile * upstream[None, :], 1)[:, None]
         weights = softmax_of_tile(logits_of(norms, temperature), inside)
         factors = temperature * weights * (dots - tl.sum(weights * dots, 0)[None, :])
-        largest = count_largest(tile, norms, channels, C) if NORM == "max" else 0
-        slopes = norm_slopes(tile, norms, largest, C, MEAN, NORM, P)
-        found = weights * upstream[None, :] + factors * slopes
+        largest = count_largest(tile, norms, channels, norm_channels, C) if NORM == "max" else 0
+        slopes = norm_slopes(tile, norms, largest, norm_channels, C, MEAN, NORM, P)
+        found = weights * upstream[None, :] + in_norm(factors * slopes, channels, norm_channels)
 
     if not PLAIN:
         consumer, live = tables + tl.load(entry + 2), tables + tl.load(entry + 8)
@@ -224,7 +236,9 @@ def prepare_pairs(request: CallSpec) -> PreparedCall:
 # ---- any settings ----
 
 
-@triton.jit(do_not_specialize=["row_starts", "of_windows", "T"])  # arguments that vary with the videos
+@triton.jit(
+    do_not_specialize=["row_starts", "of_windows", "T", "norm_channels"]
+)  # compiled once for all values of these
 def window_weights_kernel(
     x,  # (…, T, H, W, C)
     out,  # unused
@@ -251,6 +265,7 @@ def window_weights_kernel(
     grad_col,
     grad_channel,
     temperature,
+    norm_channels,  # channels of the norm, None for all
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -288,9 +303,9 @@ def window_weights_kernel(
             channels = chunk * BLOCK + tl.arange(0, BLOCK)
             part = load_window(image, window, step * TOKENS + position, channels, C, SUMMARIES)
             g = tl.load(upstream + channels.to(tl.int64) * grad_channel, mask=channels < C, other=0.0).to(tl.float32)
-            total = join_norms(total, partial_norms(part, NORM, P), NORM)
+            total = join_norms(total, partial_norms(part, channels, norm_channels, NORM, P), NORM)
             product += tl.sum(part * g[None, :], 1)
-        found = finish_norms(total, C, MEAN, NORM, P, False)
+        found = finish_norms(total, C, norm_channels, MEAN, NORM, P, False)
         norms = tl.where((step_of == step)[:, None], found[None, :], norms)
         dots = tl.where((step_of == step)[:, None], product[None, :], dots)
     number = step_of[:, None] * TOKENS + position[None, :]
@@ -303,8 +318,8 @@ def window_weights_kernel(
     tl.store(place + 1, temperature * weights * (dots - mean), mask=taken)
 
 
-# arguments that vary with the videos
-@triton.jit(do_not_specialize=["first", "nodes", "row_starts", "of_windows", "windows", "T"])
+# compiled once for all values of these
+@triton.jit(do_not_specialize=["first", "nodes", "row_starts", "of_windows", "windows", "T", "norm_channels"])
 def token_gradient_kernel(
     x,  # (…, T, H, W, C)
     out,  # gradient in x: (…, T, H, W, C)
@@ -343,6 +358,7 @@ def token_gradient_kernel(
     grad_col,
     grad_channel,
     temperature,
+    norm_channels,  # channels of the norm, None for all
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -386,8 +402,8 @@ def token_gradient_kernel(
             tile = load_tokens(
                 x, scratch, node + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
             ).to(tl.float32)
-            total = join_norms(total, partial_norms(tile, NORM, P), NORM)
-        norms = finish_norms(total, C, MEAN, NORM, P, False)
+            total = join_norms(total, partial_norms(tile, channels, norm_channels, NORM, P), NORM)
+        norms = finish_norms(total, C, norm_channels, MEAN, NORM, P, False)
         largest = tl.zeros((TOKENS,), tl.int32)
         if NORM == "max":
             for chunk in range(CHUNKS):
@@ -395,7 +411,7 @@ def token_gradient_kernel(
                 tile = load_tokens(
                     x, scratch, node + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
                 ).to(tl.float32)
-                largest += count_largest(tile, norms, channels, C)
+                largest += count_largest(tile, norms, channels, norm_channels, C)
         factors = tl.zeros((TOKENS,), tl.float32)
         for n in range(highest * widest):
             down, right = n // widest, n % widest
@@ -423,7 +439,8 @@ def token_gradient_kernel(
             tile = load_tokens(
                 x, scratch, node + 0 * number, rows, cols, pooled, channels, T, H, W, x_strides, C, MOSAIC
             ).to(tl.float32)
-            found += factors[:, None] * norm_slopes(tile, norms, largest, C, MEAN, NORM, P)
+            share = factors[:, None] * norm_slopes(tile, norms, largest, norm_channels, C, MEAN, NORM, P)
+            found += in_norm(share, channels, norm_channels)
         else:
             found = load_upstream(grad, target, rows, cols, ends, channels, T, grad_strides, grad_channel, C)
 

@@ -26,14 +26,14 @@ from ...plan.tables import Chunk
 from ..device_tables import tables_on
 from .config import FusedConfig, fused_block, fused_config
 from .launch import Arguments, CallSpec, Launch, PreparedCall
-from .tiles import frame_places, norm_kind, pool_tile, store_token
+from .tiles import frame_places, pool_tile, store_token
 
 ENTRY: tl.constexpr = tl.constexpr(8)
 """Number of int32 in an entry of the tables: the frame to read, the frame to pool into or −1, the slot of its thumbnail
 or −1, the offset of its row counts of live cells, and the four slots that a mosaic is tiled from."""
 
 
-@triton.jit(do_not_specialize=["entries", "walked", "T"])  # arguments that vary with the videos
+@triton.jit(do_not_specialize=["entries", "walked", "T", "norm_channels"])  # compiled once for all values of these
 def grid_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)
@@ -59,6 +59,7 @@ def grid_pool_kernel(
     out_col,
     out_channel,
     temperature,
+    norm_channels,  # channels of the norm, None for all
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     CELLS: tl.constexpr,
@@ -118,7 +119,7 @@ def grid_pool_kernel(
             window = places_in(rows, cols, entry, h, w, x_strides, C, MOSAIC)
             tile = load_tile(image, window, taken, channels, x_strides, C, MOSAIC)
             if (ODD_H or ODD_W) and pooled:  # first: a halo leaves no registers for the sums below as well
-                result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
+                result = pool_tile(tile, taken, channels, temperature, norm_channels, C, MEAN, NORM, P)
                 in_out = channels < tl.where(j < OW, C, 0)
                 store_token(out, target, i, j, T, out_strides, channels, in_out, result)
 
@@ -146,7 +147,7 @@ def grid_pool_kernel(
                 eviction_policy="evict_last",
             )
             if not (ODD_H or ODD_W) and pooled:  # last: the sums above are done with
-                result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
+                result = pool_tile(tile, taken, channels, temperature, norm_channels, C, MEAN, NORM, P)
                 in_out = channels < tl.where(j < OW, C, 0)
                 store_token(out, target, i, j, T, out_strides, channels, in_out, result)
     elif WINDOWS:
@@ -160,7 +161,7 @@ def grid_pool_kernel(
         image = frame_of(x, target, T, x_strides)
         window = places_in(rows, cols, tables, h, w, x_strides, C, False)
         tile = load_tile(image, window, taken, channels, x_strides, C, False)
-        result = pool_tile(tile, taken, temperature, C, MEAN, NORM, P)
+        result = pool_tile(tile, taken, channels, temperature, norm_channels, C, MEAN, NORM, P)
         store_token(out, target, i, j, T, out_strides, channels, channels < C, result)
 
 
@@ -241,14 +242,17 @@ def _most_registers(request: CallSpec, plain: bool, config: FusedConfig) -> int 
     """Maximum number of registers per thread, None for no limit.
 
     Powers take about 240 registers and would spill with a limit. So would some of the kernels that cannot read tokens
-    16 bytes at a time; others need fewer than 80, but with a limit the compiler uses up to the limit.
+    16 bytes at a time or whose norm runs over some of the channels; others need fewer than 80, but with a limit the
+    compiler uses up to the limit.
     """
     *strides, step = request.x.stride()
-    if norm_kind(request.norm_type) == "power":
+    weights = request.weights()
+    if weights["NORM"] == "power":
         return None
     if request.x.shape[-2] % 2 and not plain:
         return config.odd_registers
-    if request.grad is not None or step != 1 or any(stride % 16 for stride in strides):
+    some_channels = weights["norm_channels"] is not None
+    if request.grad is not None or some_channels or step != 1 or any(stride % 16 for stride in strides):
         return None
     return config.plain_registers if plain else config.even_registers
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...plan import GridPlan
 from ...plan.dataflow import Dataflow
 from ..device_tables import Tables
+from ..weighting import Weighting
 from .tiles import norm_kind
 
 MAX_CALLS = 256
@@ -43,9 +44,7 @@ class CallSpec:
     out: Tensor
     plan: GridPlan
     graph: Dataflow
-    temperature: float
-    norm_type: float
-    normalize_norm: bool
+    weighting: Weighting | None
     capability: tuple[int, int]
     grad: Tensor | None = None
     """Gradient of the op's result if `out` is the gradient with respect to x, else None."""
@@ -77,13 +76,16 @@ class CallSpec:
         return sizes
 
     def weights(self) -> Arguments:
-        """Arguments from which kernels compute the weights of tokens."""
-        kind = norm_kind(self.norm_type)
+        """Arguments from which kernels compute the weights of tokens. norm_channels is None if it is C."""
+        C = self.x.shape[-1]
+        temperature, norm_type, normalize_norm, norm_channels = self.weighting or Weighting(1.0, 2.0, True, C)
+        kind = norm_kind(norm_type)
         return {
-            "temperature": self.temperature,
-            "MEAN": self.normalize_norm,
+            "temperature": temperature,
+            "norm_channels": norm_channels if norm_channels < C else None,
+            "MEAN": normalize_norm,
             "NORM": kind,
-            "P": self.norm_type if kind == "power" else 0.0,
+            "P": norm_type if kind == "power" else 0.0,
         }
 
 

@@ -22,7 +22,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["row_starts", "T"])  # arguments that vary with the videos
+@triton.jit(do_not_specialize=["row_starts", "T", "norm_channels"])  # compiled once for all values of these
 def norm_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)
@@ -45,6 +45,7 @@ def norm_pool_kernel(
     out_col,
     out_channel,
     temperature,
+    norm_channels,  # channels of the norm, None for all
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -76,7 +77,7 @@ def norm_pool_kernel(
 
     if STEPS == 1 and CHUNKS == 1:
         tile = load_window(image, window, position, channels, C, SUMMARIES)
-        result = pool_tile(tile, position < height * width, temperature, C, MEAN, NORM, P)
+        result = pool_tile(tile, position < height * width, channels, temperature, norm_channels, C, MEAN, NORM, P)
         store_token(out, frame, i, j, T, out_strides, channels, channels < C, result)
     else:
         step_of = tl.arange(0, STEPS)
@@ -86,8 +87,8 @@ def norm_pool_kernel(
             total = no_norms(TOKENS, NORM)
             for chunk in range(CHUNKS):
                 part = load_window(image, window, step * TOKENS + position, chunk * BLOCK + channels, C, SUMMARIES)
-                total = join_norms(total, partial_norms(part, NORM, P), NORM)
-            found = finish_norms(total, C, MEAN, NORM, P, False)
+                total = join_norms(total, partial_norms(part, chunk * BLOCK + channels, norm_channels, NORM, P), NORM)
+            found = finish_norms(total, C, norm_channels, MEAN, NORM, P, False)
             norms = tl.where((step_of == step)[:, None], found[None, :], norms)
         number = step_of[:, None] * TOKENS + position[None, :]
         weights = softmax(logits_of(norms, temperature), number < height * width)

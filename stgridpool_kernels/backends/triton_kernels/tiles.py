@@ -66,8 +66,17 @@ def load_tokens(
 
 
 @triton.jit
-def partial_norms(tile, NORM: tl.constexpr, P: tl.constexpr):
+def in_norm(values, channels, norm_channels):
+    """Values of a block, 0 in channels that the norm does not run over; None stands for a norm of all channels."""
+    if norm_channels is not None:
+        values = tl.where((channels < norm_channels)[None, :], values, 0.0)
+    return values
+
+
+@triton.jit
+def partial_norms(tile, channels, norm_channels, NORM: tl.constexpr, P: tl.constexpr):
     """Σ_c |t_c|^p of every token, or the bits of max_c |t_c|: to be joined over channels, then finished."""
+    tile = in_norm(tile, channels, norm_channels)
     if NORM == "l2":
         partial = tl.sum(tile * tile, 1)
     elif NORM == "l1":
@@ -95,9 +104,12 @@ def join_norms(left, right, NORM: tl.constexpr):
 
 
 @triton.jit
-def finish_norms(total, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr, EXACT: tl.constexpr):
+def finish_norms(
+    total, C: tl.constexpr, norm_channels, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr, EXACT: tl.constexpr
+):
     """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean, from `partial_norms` of all channels.
 
+    norm_channels: the number of channels of the norm; None stands for all.
     EXACT: division and root round correctly. They call functions then, for which a kernel that holds a window of tokens
     has no registers left; for weights, an error in the last place or two does as well.
     """
@@ -107,9 +119,11 @@ def finish_norms(total, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr,
         if not MEAN:
             norms = total
         elif EXACT:
-            norms = tl.div_rn(total, tl.full(total.shape, C, tl.float32))
-        else:
+            norms = tl.div_rn(total, tl.full(total.shape, C if norm_channels is None else norm_channels, tl.float32))
+        elif norm_channels is None:
             norms = total * (1.0 / C)
+        else:
+            norms = total * reciprocal(norm_channels)
         if NORM == "l2":
             norms = tl.sqrt_rn(norms) if EXACT else tl.sqrt(norms)
         elif NORM == "power":
@@ -155,9 +169,20 @@ def reciprocal(n):
 
 
 @triton.jit
-def pool_tile(tile, taken, temperature, C: tl.constexpr, MEAN: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr):
+def pool_tile(
+    tile,
+    taken,
+    channels,
+    temperature,
+    norm_channels,
+    C: tl.constexpr,
+    MEAN: tl.constexpr,
+    NORM: tl.constexpr,
+    P: tl.constexpr,
+):
     """Σ α·t over the tokens taken, α = softmax(temperature · ‖t‖): (BLOCK,)"""
-    norms = finish_norms(partial_norms(tile, NORM, P), C, MEAN, NORM, P, False)
+    total = partial_norms(tile, channels, norm_channels, NORM, P)
+    norms = finish_norms(total, C, norm_channels, MEAN, NORM, P, False)
     return tl.sum(softmax_of_tile(logits_of(norms, temperature), taken) * tile, 0)
 
 

@@ -10,7 +10,7 @@ from .launch import CallSpec, Launch, PreparedCall
 from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, token_places
 
 
-@triton.jit(do_not_specialize=["n", "T"])  # arguments that vary with the videos
+@triton.jit(do_not_specialize=["n", "T", "norm_channels"])  # compiled once for all values of these
 def token_norm_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, H, W)
@@ -29,6 +29,7 @@ def token_norm_kernel(
     out_frame,
     out_row,
     out_col,
+    norm_channels,  # channels of the norm, None for all
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -45,9 +46,9 @@ def token_norm_kernel(
     for chunk in range(CHUNKS):
         channels = chunk * BLOCK + tl.arange(0, BLOCK)
         tile = load_tokens(x, x, frames, rows, cols, number < n, channels, T, H, W, x_strides, C, False).to(tl.float32)
-        total = join_norms(total, partial_norms(tile, NORM, P), NORM)
+        total = join_norms(total, partial_norms(tile, channels, norm_channels, NORM, P), NORM)
     places = token_places(frames, rows, cols, T, (out_video, out_frame, out_row, out_col))
-    tl.store(out + places, finish_norms(total, C, MEAN, NORM, P, True), mask=number < n)
+    tl.store(out + places, finish_norms(total, C, norm_channels, MEAN, NORM, P, True), mask=number < n)
 
 
 def prepare(request: CallSpec) -> PreparedCall:
