@@ -98,3 +98,19 @@ def test_plan(benchmark: BenchmarkFixture, kept: bool) -> None:
         assert benchmark(grid_plan, (4096,), 27, 27) is plan
     else:
         assert benchmark(dataclasses.replace, plan) == plan
+
+
+@pytest.mark.parametrize("norm_channels", [None, 2048, 512, 100])
+@pytest.mark.parametrize("op", ["grid_pool", "norm_pool"])
+def test_norm_channels(benchmark: BenchmarkFixture, device: Device, op: str, norm_channels: int | None) -> None:
+    """Time an op by norms of some channels: 4 levels of Qwen3-VL-2B, 2048 channels each, into given memory."""
+    x = torch.randn(16, 24, 24, 4 * 2048, device=device.torch_device).bfloat16()
+    pool = getattr(stgridpool_kernels, op)
+    out = pool(x, norm_channels=norm_channels)
+
+    def call() -> None:
+        pool(x, norm_channels=norm_channels, out=out)
+        device.finish()
+
+    benchmark.group = f"{op} by norms of some channels"
+    benchmark.pedantic(call, rounds=30, warmup_rounds=2)  # type: ignore[no-untyped-call]
