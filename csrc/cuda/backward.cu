@@ -501,6 +501,7 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
       }
     }
     if constexpr (PART) {
+#pragma unroll
       for (int q = 0; q < 4; ++q) {
         if (!taken(q)) continue;
         const T* token = image.token(2 * i + q / 2, 2 * j + q % 2);

@@ -147,6 +147,7 @@ __global__ void __maxnreg__((REGISTERS<T, A, PART>)) grid_pool_kernel(const __gr
     if (pools) {
       float norms[4] = {};
       if constexpr (PART) {
+#pragma unroll
         for (int q = 0; q < 4; ++q) {
           if (!taken(j, q)) continue;
           const T* token = image.token(2 * i + q / 2, 2 * j + q % 2);
