@@ -71,7 +71,7 @@ Sums norm_and_dot(const T* token, const T* grad, const T* next, const Call& call
   if (C < call.C) others = reduce_both(token + C, grad + C, next + C, call.C - C, [](Floats v) { return v; }).dot;
   if (p == HUGE_VAL) {
     sums = reduce_both(token, grad, next, C, [](Floats v) { return v; });
-    return {largest_magnitude(token, C), sums.dot + others};
+    return {largest_magnitude(token, C, call.C), sums.dot + others};
   }
   if (p == 2) {
     sums = reduce_both(token, grad, next, C, [](Floats v) { return v * v; });

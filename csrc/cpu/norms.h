@@ -23,10 +23,10 @@ inline void prefetch(const T* block) {
   }
 }
 
-// Sum over the channels of f(|t_c|). Two independent blocks of sums hide the latency of additions. The order of the
-// additions is fixed. `next` is the token to prefetch.
+// Sum over the first C channels of f(|t_c|). The token has `stored` channels. Two independent blocks of sums hide the
+// latency of additions. The order of the additions is fixed. `next` is the token to prefetch.
 template <typename T, typename F>
-inline float reduce(const T* token, const T* next, int64_t C, F f) {
+inline float reduce(const T* token, const T* next, int64_t C, int64_t stored, F f) {
   Block even{}, odd{};
   int64_t c = 0;
   for (; c + 2 * BLOCK <= C; c += 2 * BLOCK) {
@@ -40,19 +40,19 @@ inline float reduce(const T* token, const T* next, int64_t C, F f) {
     c += BLOCK;
   }
   if (c < C) {
-    const Block v = load_some(token + c, C - c);
+    const Block v = load_first(token + c, C - c, stored - c);
     odd.a += f(v.a), odd.b += f(v.b);
   }
   return sum_lanes((even.a + odd.a) + (even.b + odd.b));
 }
 
-// max_c |t_c|, or NaN if a channel is NaN. Magnitudes are compared as integers, in which NaN is above infinity: a
-// maximum of floats could lose it.
+// max_c |t_c| of the first C channels, or NaN if one of them is NaN. The token has `stored` channels. Magnitudes are
+// compared as integers, in which NaN is above infinity: a maximum of floats could lose it.
 template <typename T>
-inline float largest_magnitude(const T* token, int64_t C) {
+inline float largest_magnitude(const T* token, int64_t C, int64_t stored) {
   Ints largest{};
   for (int64_t c = 0; c < C; c += BLOCK) {
-    const Block v = C - c < BLOCK ? load_some(token + c, C - c) : load(token + c);
+    const Block v = C - c < BLOCK ? load_first(token + c, C - c, stored - c) : load(token + c);
     const Ints a = bit_cast<Ints>(absolute(v.a)), b = bit_cast<Ints>(absolute(v.b));
     largest = a > largest ? a : largest;
     largest = b > largest ? b : largest;
@@ -70,14 +70,15 @@ template <typename T>
 float token_norm(const T* token, const T* next, const Call& call) {
   const int64_t C = channels_of_norm(call);
   const double p = call.norm_type;
-  if (p == HUGE_VAL) return largest_magnitude(token, C);
+  if (p == HUGE_VAL) return largest_magnitude(token, C, call.C);
   float total;
   if (p == 2) {
-    total = reduce(token, next, C, [](Floats v) { return v * v; });
+    total = reduce(token, next, C, call.C, [](Floats v) { return v * v; });
   } else if (p == 1) {
-    total = reduce(token, next, C, [](Floats v) { return absolute(v); });
+    total = reduce(token, next, C, call.C, [](Floats v) { return absolute(v); });
   } else {
-    total = reduce(token, next, C, [p](Floats v) __attribute__((always_inline)) { return power(absolute(v), p); });
+    total =
+        reduce(token, next, C, call.C, [p](Floats v) __attribute__((always_inline)) { return power(absolute(v), p); });
   }
   if (call.normalize_norm) total /= static_cast<float>(C);
   if (p == 1) return total;

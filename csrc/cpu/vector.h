@@ -252,14 +252,30 @@ inline Block load_some(const T* token, int64_t channels) {
   return load(padded);
 }
 
+// BLOCK channels that are not 0, then BLOCK channels that are.
+template <typename T>
+struct Steps {
+  T channels[2 * BLOCK] = {};
+
+  constexpr Steps() {
+    for (int i = 0; i < BLOCK; ++i) channels[i] = T{0x3c00};
+  }
+};
+
 // A block with the values of v in the first `channels` channels of tokens of type T, and 0 in the others.
 template <typename T>
 inline Block keep_some(Block v, int64_t channels) {
-  T ones[BLOCK];
-  store(ones, Block{splat(1), splat(1)}, false);
-  const Block kept = load_some(ones, channels);
+  static constexpr Steps<T> STEPS;
+  const Block kept = load(STEPS.channels + BLOCK - channels);
   const Floats zero{};
   return {kept.a != zero ? v.a : zero, kept.b != zero ? v.b : zero};
+}
+
+// The first `channels` channels of a block, of which the token has `stored`. The other lanes are 0. A copy, as
+// load_some makes one, takes longer than a mask.
+template <typename T>
+inline Block load_first(const T* token, int64_t channels, int64_t stored) {
+  return stored < BLOCK ? load_some(token, channels) : keep_some<T>(load(token), channels);
 }
 
 template <typename T>

@@ -39,9 +39,10 @@ refuse_second(hasattr(torch.ops.stgp, "_grid_pool_by_tables"))
 _library = torch.library.Library("stgp", "FRAGMENT")
 _PLAN = "Tensor tables, Tensor? device_tables"
 _NORM = "float norm_type, bool normalize_norm, int norm_channels"
+# `cells` is the number of cells per thread block of the fused CUDA kernel, 0 for its default.
 _library.define(
     f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, {_NORM}, Tensor(a!) out, int cells=0) -> ()"
-)  # cells: per thread block of the fused CUDA kernel; 0 takes its default
+)
 _library.define(
     f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, {_NORM}, Tensor(a!) thumbnails, Tensor(b!) out) -> ()"
 )

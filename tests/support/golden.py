@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     | {"norm_channels": 4},
     "norm_channels_p1": {"T": 12, "H": 9, "W": 8, "C": 8, "freqs": [1, 2], "padding": 1, "p": 1, "norm_channels": 3},
 }
-"""What the entries of `meta` are in each case, where they differ from the published settings."""
+"""Entries of `meta` of each case that are not those of `PUBLISHED`."""
 
 PUBLISHED = {"freqs": [2, 4, 8], "kernel": 2, "padding": 0, "temperature": 1.0, "p": 2, "dtype": "float32"}
 
