@@ -79,7 +79,7 @@ def check_tokens(x: Tensor) -> None:
 
 
 def check_norm_channels(norm_channels: int | None, x: Tensor) -> None:
-    """Raise ValueError unless the number of channels of the norm, None for all, is one for the tokens x."""
+    """Raise ValueError unless norm_channels is None, or from 1 to the number of channels of the tokens x."""
     if norm_channels is not None:
         for right in (norm_channels >= 1, norm_channels <= x.shape[-1]):
             torch._check_value(right, lambda: f"norm_channels must be from 1 to C = {x.shape[-1]}, got {norm_channels}")

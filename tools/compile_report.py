@@ -125,7 +125,7 @@ NORMS = _with_gradients(
 )
 """Kernels are specialised for the norm too, and for whether it runs over all channels, whatever the shape and windows.
 
-Their number is an argument of a kernel: another number compiles nothing.
+The number of channels of the norm is an argument of a kernel: another number compiles nothing.
 """
 
 SETTINGS: dict[str, Any] = {"temperature": 1.0, "norm_type": 2.0, "normalize_norm": True, "norm_channels": None}

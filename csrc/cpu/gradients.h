@@ -105,14 +105,14 @@ float count_largest(const T* token, float largest, int64_t C) {
   return sum_lanes(count);
 }
 
-// gamma * d norm / d token, as `factor` times a function of a channel, which is 0 for channels of 0. Kind NONE is 0; a
-// token of norm 0 has it.
+// gamma * d norm / d token: in the first `channels` channels, `factor` times a function of a channel's value, which is 0
+// for the value 0; in the others 0. Kind NONE is 0 everywhere; a token of norm 0 has it.
 struct Slope {
   enum Kind { NONE, L1, L2, MAX, POWER } kind = NONE;
   float factor = 0;
   float norm = 1;
   double exponent = 1;
-  int64_t channels = 0;  // the first ones, that the norm runs over
+  int64_t channels = 0;  // number of channels that the norm runs over
 
   template <typename T>
   static Slope of(float gamma, const T* token, float norm, const Call& call) {

@@ -252,7 +252,7 @@ inline Block load_some(const T* token, int64_t channels) {
   return load(padded);
 }
 
-// BLOCK channels that are not 0, then BLOCK channels that are.
+// An array of BLOCK channels that are not 0 and, after them, BLOCK channels that are 0.
 template <typename T>
 struct Steps {
   T channels[2 * BLOCK] = {};

@@ -74,7 +74,7 @@ cudaError_t find(int32_t frames, int32_t H, int32_t W, const Call& call, const i
   p.inv_count = inv_count_of_norm(call);
   p.p = call.norm_type;
 
-  // summaries in scratch have C channels a token
+  // Tokens of summaries are C channels apart in scratch: an access of 16 bytes needs whole vecs of C channels too.
   const bool is_vector = p.channels % PER_VEC<T> == 0 &&
                          is_vectorized(call.x, call.x_strides, frames / call.T, call.T, H, W, call.C, sizeof(T));
   const auto kernel = p.norm == Norm::power ? token_norm_kernel<T, Access::scalar, true>

@@ -96,7 +96,7 @@ def test_golden_values_are_all_there() -> None:
 
 @pytest.mark.parametrize("name", golden.CASES)
 def test_golden_values_of_the_reference_are_made_by_a_command(name: str) -> None:
-    """Their weights are not those of all channels."""
+    """The files hold what the command makes, and norms that differ from those of all channels."""
     meta, arrays = golden.make(name)
     with np.load(golden.DATA / f"{name}.npz") as data:
         assert json.loads(str(data["meta"])) == meta
@@ -222,7 +222,7 @@ def test_norm_of_all_channels_by_their_number(
 def test_what_is_in_other_channels_stays_there(
     call: tuple[str, Arguments], norm: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    """Neither a NaN nor an infinity nor a large value in a channel without a part in the norm changes another one."""
+    """A NaN, an infinity or a large value in a channel that the norm does not run over changes no other channel."""
     (name, arguments), x = call, tokens(*size, 21, dtype=dtype, device=device)
     expected = run(backend, name, x, norm_channels=13, **arguments, **norm)
     x[0, 0, 0, 13], x[1, 1, 1, 14], x[2, 2, 2, 20] = math.nan, math.inf, 60000
@@ -238,7 +238,7 @@ def test_what_is_in_other_channels_stays_there(
 
 
 def test_norms_of_some_channels_of_tokens_that_no_block_holds(backend: str, device: torch.device) -> None:
-    """Four levels of Qwen3-VL-8B: 4 · 4096 channels, which the general kernels pool; 4096 alone are fused."""
+    """The general kernels pool four levels of Qwen3-VL-8B, 4 · 4096 channels; tokens of 4096 alone are fused."""
     x = tokens(8, 2, 2, 4 * 4096, dtype=torch.bfloat16, device=device)
     arguments: Arguments = {"frame_strides": (1, 2), "temperature": 4.0}
     found = run(backend, "grid_pool", x, norm_channels=4096, **arguments)

@@ -111,7 +111,7 @@ def test_norm_gives_other_channels_no_gradient(
     device: torch.device,
     size: Size,
 ) -> None:
-    """Other channels get the gradient that weights without a gradient leave, even if the norm's part is NaN."""
+    """Channels that the norm does not run over get α g alone, even if the norm's part of the gradient is NaN."""
     x = tokens(*size, 70, dtype=dtype, device=device)
     x[..., 30] = math.nan  # in the products of tokens and upstream gradients, but not in the norms
     arguments = {**windows, **norm, "norm_channels": norm_channels}

@@ -119,7 +119,7 @@ def test_numbers_of_channels(C, dtype):
 @pytest.mark.parametrize(("C", "norm_channels"), [(1104, 520), (4096, 512), (1160, 1153), (8200, 5000)])
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf, 0.5])
 def test_norms_of_some_channels_are_summed_as_those_of_a_slice(norm_type, C, norm_channels, dtype):
-    """In blocks of other numbers of warps, with an access of 16 bytes and of one value, fused and not."""
+    """This holds for blocks of other numbers of warps, either access to memory, and fused and general kernels."""
     x = tokens(4, 3, 2, C, dtype=dtype)
     arguments = {"frame_strides": (1,), "ceil_mode": True, "norm_type": norm_type}
     found = pooled(x, norm_channels=norm_channels, **arguments)

@@ -1,4 +1,4 @@
-"""Writes the golden values of calls that the published implementation does not have: `python -m tests.support.golden`.
+"""Writes golden values of arguments that the published implementation lacks: `python -m tests.support.golden`.
 
 They come from the reference, in float64. A change of the reference that moves them is seen by a test.
 """

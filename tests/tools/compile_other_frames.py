@@ -19,7 +19,7 @@ GENERAL = {"kernel_size": 3, "stride": 2, "padding": 1}
 FORWARD = (Case("grid_pool", {}), Case("norm_pool", {}), Case("grid_pool", GENERAL))
 CASES = (*FORWARD, *(case.of_gradient for case in FORWARD), Case("token_norm", {}))
 NORM_CHANNELS = (128, 1, 100, 16, 199)
-"""Numbers of channels of a norm: Triton compiles for 1 and for multiples of 16 apart where it is not told otherwise."""
+"""Numbers of channels of a norm. Unless told otherwise, Triton compiles apart for 1 and for multiples of 16."""
 
 
 def video(*frames: int, channels: int) -> Tensor:

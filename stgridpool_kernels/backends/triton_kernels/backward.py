@@ -72,7 +72,7 @@ def norm_slopes(
 
 @triton.jit
 def count_largest(tile, norms, channels, norm_channels, C: tl.constexpr):
-    """How many of these elements that the norm runs over are as large as the norm, the maximum."""
+    """The number of elements, among those that the norm runs over, that are as large as the norm, the maximum."""
     taken = channels < C if norm_channels is None else channels < norm_channels
     return tl.sum(((tl.abs(tile) == norms[:, None]) & taken[None, :]).to(tl.int32), 1)
 
@@ -85,7 +85,7 @@ and their number, the four slots that a mosaic is tiled from, and the offset of 
 gradient of other cells' tokens through summaries is 0. A consumer is a summary and a tile of its mosaic."""
 
 
-@triton.jit(do_not_specialize=["entries", "T", "norm_channels"])  # compiled once for all values of these
+@triton.jit(do_not_specialize=["entries", "T", "norm_channels"])  # one compilation serves all values of these
 def pair_gradient_kernel(
     x,  # (…, T, H, W, C)
     out,  # gradient in x: (…, T, H, W, C)
@@ -238,7 +238,7 @@ def prepare_pairs(request: CallSpec) -> PreparedCall:
 
 @triton.jit(
     do_not_specialize=["row_starts", "of_windows", "T", "norm_channels"]
-)  # compiled once for all values of these
+)  # one compilation serves all values of these
 def window_weights_kernel(
     x,  # (…, T, H, W, C)
     out,  # unused
@@ -318,7 +318,7 @@ def window_weights_kernel(
     tl.store(place + 1, temperature * weights * (dots - mean), mask=taken)
 
 
-# compiled once for all values of these
+# one compilation serves all values of these
 @triton.jit(do_not_specialize=["first", "nodes", "row_starts", "of_windows", "windows", "T", "norm_channels"])
 def token_gradient_kernel(
     x,  # (…, T, H, W, C)

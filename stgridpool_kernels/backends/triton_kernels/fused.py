@@ -33,7 +33,7 @@ ENTRY: tl.constexpr = tl.constexpr(8)
 or −1, the offset of its row counts of live cells, and the four slots that a mosaic is tiled from."""
 
 
-@triton.jit(do_not_specialize=["entries", "walked", "T", "norm_channels"])  # compiled once for all values of these
+@triton.jit(do_not_specialize=["entries", "walked", "T", "norm_channels"])  # one compilation serves all values of these
 def grid_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)

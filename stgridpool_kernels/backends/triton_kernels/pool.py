@@ -22,7 +22,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["row_starts", "T", "norm_channels"])  # compiled once for all values of these
+@triton.jit(do_not_specialize=["row_starts", "T", "norm_channels"])  # one compilation serves all values of these
 def norm_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)

@@ -67,7 +67,7 @@ def load_tokens(
 
 @triton.jit
 def in_norm(values, channels, norm_channels):
-    """Values of a block, 0 in channels that the norm does not run over; None stands for a norm of all channels."""
+    """Values of a block, with 0 in channels that the norm does not run over; a norm_channels of None stands for all."""
     if norm_channels is not None:
         values = tl.where((channels < norm_channels)[None, :], values, 0.0)
     return values

@@ -10,7 +10,7 @@ from .launch import CallSpec, Launch, PreparedCall
 from .tiles import finish_norms, join_norms, load_tokens, no_norms, partial_norms, token_places
 
 
-@triton.jit(do_not_specialize=["n", "T", "norm_channels"])  # compiled once for all values of these
+@triton.jit(do_not_specialize=["n", "T", "norm_channels"])  # one compilation serves all values of these
 def token_norm_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, H, W)
