@@ -20,7 +20,7 @@ COMMANDS = re.findall(r"^stgp ([^#\n]+)", README, re.MULTILINE)
 def test_python_runs_and_shapes_are_as_commented():
     *blocks, engine = sorted(re.findall(r"```python\n(.*?)```", README, re.DOTALL), key=lambda block: "patch(" in block)
     assert len(blocks) == 2
-    page = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "integrations" / "transformers.md").read_text(encoding="utf-8")
     assert all(line.split("  #")[0].split("(")[0] in page for line in engine.splitlines())
     names: dict[str, object] = {}
     for line in "".join(blocks).splitlines():

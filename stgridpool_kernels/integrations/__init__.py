@@ -1,1 +1,1 @@
-"""Opt-in integrations of ST-GridPool into engines, with one module per engine. See docs/integrations.md."""
+"""Opt-in integrations of ST-GridPool into engines, with one module per engine. See docs/integrations."""

@@ -30,7 +30,7 @@ from stgridpool_kernels.integrations.base import (
     video_token_count,
 )
 from tests.support import toy_engine
-from tests.support.pages import INTEGRATIONS
+from tests.support.pages import ENGINES, FOLDER, INTEGRATIONS, OTHER_ENGINES
 from tests.support.tolerance import assert_same_bits
 
 CALLS = {
@@ -121,14 +121,24 @@ def test_it_compiles_without_a_graph_break(grid: tuple[int, int] | None, dynamic
 
 def test_the_snippet_of_the_page_runs() -> None:
     names: dict[str, object] = {}
-    INTEGRATIONS.run("flat", names)
+    OTHER_ENGINES.run("flat", names)
     assert names["y"].shape == (20, 196, 896)
 
 
-def test_every_snippet_of_the_page_is_run() -> None:
-    """tests/with_vllm runs the snippet of vLLM."""
-    assert INTEGRATIONS.snippets.keys() == {"flat", "patch", "budget", "register", "llava", "vllm"}
-    assert INTEGRATIONS.text.count("```python") == len(INTEGRATIONS.snippets)
+def test_every_snippet_of_the_pages_is_run() -> None:
+    """The tests of each integration run those of its page; that of vLLM runs in tests/with_vllm."""
+    pages = (INTEGRATIONS, *ENGINES)
+    assert {page.name for page in pages} == {f"integrations/{file.name}" for file in FOLDER.glob("integrations/*.md")}
+    assert {name for page in pages for name in page.snippets} == {
+        "flat",
+        "patch",
+        "budget",
+        "register",
+        "llava",
+        "vllm",
+    }
+    for page in pages:
+        assert page.text.count("```python") == len(page.snippets)
 
 
 # ---- counts ----

@@ -15,7 +15,7 @@ from stgridpool_kernels.integrations import llava_next
 from stgridpool_kernels.integrations.base import pool_flat, video_token_count
 from tests.support import llava_stand_in
 from tests.support.llava_stand_in import LlavaMetaForCausalLM, LlavaQwenForCausalLM
-from tests.support.pages import INTEGRATIONS
+from tests.support.pages import LLAVA_NEXT
 from tests.support.tolerance import assert_same_bits
 
 MODES = ["average", "max", "bilinear"]
@@ -154,7 +154,7 @@ def test_a_model_is_pickled_as_if_it_were_not_patched() -> None:
 def test_the_snippet_of_the_page_runs(stock: object) -> None:
     seen: list[object] = []
     ask = ("...  # load", "seen.append(LlavaMetaForCausalLM.get_2dPool)  # load")
-    INTEGRATIONS.run("llava", {"seen": seen, "LlavaMetaForCausalLM": LlavaMetaForCausalLM}, ask)
+    LLAVA_NEXT.run("llava", {"seen": seen, "LlavaMetaForCausalLM": LlavaMetaForCausalLM}, ask)
     assert seen[0] is not stock
     assert LlavaMetaForCausalLM.get_2dPool is stock
 

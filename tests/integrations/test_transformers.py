@@ -26,7 +26,7 @@ from stgridpool_kernels.integrations import base
 from stgridpool_kernels.integrations import transformers as integration
 from stgridpool_kernels.integrations.base import PoolOptions, pool_flat, video_token_count
 from tests.support import tiny_models
-from tests.support.pages import INTEGRATIONS
+from tests.support.pages import TRANSFORMERS
 from tests.support.tiny_models import pixels, prompt
 from tests.support.tolerance import assert_same_bits
 
@@ -481,12 +481,12 @@ def test_the_snippets_of_the_page_for_a_loaded_model_run(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     ids = prompt([8 * 196 + 1])
     names: dict[str, Any] = {"inputs": {"input_ids": ids, "pixel_values_videos": videos, "pad_token_id": 0}}
-    INTEGRATIONS.run("patch", names, (CHECKPOINT, str(tmp_path)))
+    TRANSFORMERS.run("patch", names, (CHECKPOINT, str(tmp_path)))
     given = embed(model, ids, videos, temperature=2.0)
     expected = model.generate(inputs_embeds=given, max_new_tokens=20, pad_token_id=0, do_sample=False)
     assert names["answer"][:, ids.shape[1] :].tolist() == expected.tolist()
 
-    INTEGRATIONS.run("budget", names)
+    TRANSFORMERS.run("budget", names)
     assert names["placeholders"] == 801
     ids = prompt([801])
     found = answers(names["model"], input_ids=ids, pixel_values_videos=videos)[0]
@@ -497,7 +497,7 @@ def test_the_snippets_of_the_page_for_a_loaded_model_run(tmp_path: Path) -> None
 def test_the_page_quotes_the_refusal() -> None:
     with pytest.raises(ValueError, match="expects 196") as refused:
         integration.patch(tiny_models.onevision(), ceil_mode=False)
-    assert str(refused.value) in INTEGRATIONS.text.replace("\n", " ")
+    assert str(refused.value) in TRANSFORMERS.text.replace("\n", " ")
 
 
 # ---- models loaded while registered ----
@@ -532,7 +532,7 @@ def test_a_model_loaded_while_registered_is_patched(kind: str, model: Any, check
 def test_the_snippet_of_the_page_for_later_models_runs(tmp_path: Path) -> None:
     tiny_models.onevision().save_pretrained(tmp_path)
     names: dict[str, Any] = {}
-    INTEGRATIONS.run("register", names, (CHECKPOINT, str(tmp_path)))
+    TRANSFORMERS.run("register", names, (CHECKPOINT, str(tmp_path)))
     assert names["model"].model.stgp_options == PoolOptions(ceil_mode=True)
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from stgridpool_kernels.integrations import base, lmms_eval, ray, sglang, transformers, vllm
 from stgridpool_kernels.integrations.base import require, signature_fault
+from tests.support import pages
 
 ROOT = Path(__file__).parents[2]
 INTEGRATIONS = {
@@ -233,7 +234,7 @@ def test_what_a_module_of_the_engine_lacks_itself_is_not_hidden(monkeypatch: pyt
 
 
 def test_the_page_names_the_tested_versions_and_quotes_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs/integrations.md").read_text()
+    page = pages.INTEGRATIONS.text
     for name, tested in {
         "transformers": transformers.TESTED,
         "vLLM": vllm.TESTED,

@@ -25,4 +25,9 @@ class Page:
         exec(compile(source, f"docs/{self.name}: {snippet}", "exec"), names)
 
 
-INTEGRATIONS, SCALING, STREAMING = map(Page, ("integrations.md", "scaling.md", "streaming.md"))
+INTEGRATIONS = Page("integrations/README.md")
+ENGINES = TRANSFORMERS, LLAVA_NEXT, VLLM, SGLANG, LMMS_EVAL, OTHER_ENGINES = tuple(
+    Page(f"integrations/{name}.md")
+    for name in ("transformers", "llava_next", "vllm", "sglang", "lmms_eval", "other_engines")
+)
+SCALING, STREAMING = Page("scaling.md"), Page("streaming.md")

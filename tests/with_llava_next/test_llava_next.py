@@ -24,7 +24,7 @@ import stgridpool_kernels as stgp
 from stgridpool_kernels.integrations import llava_next
 from stgridpool_kernels.integrations.base import video_token_count
 from tests.support.llava_stand_in import LlavaQwenForCausalLM as StandIn
-from tests.support.pages import INTEGRATIONS
+from tests.support.pages import LLAVA_NEXT
 
 MODES = ["average", "max", "bilinear"]
 # "no_token" fails in llavaction itself, patched or not: it appends nothing to a list
@@ -173,7 +173,7 @@ def test_the_snippet_of_the_page_runs(tower: Path, stock: object) -> None:
     videos = pixels(9, 16)
     _, plain = answer(build(tower), PROMPT, videos)
     names: dict[str, Any] = {"ask": lambda: answer(build(tower), PROMPT, videos)[1]}
-    INTEGRATIONS.run("llava", names, ("...  # load", "scores = ask()  # load"))
+    LLAVA_NEXT.run("llava", names, ("...  # load", "scores = ask()  # load"))
     assert unlike(names["scores"], plain)
     assert real.llava_arch.LlavaMetaForCausalLM.get_2dPool is stock
 

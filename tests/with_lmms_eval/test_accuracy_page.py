@@ -135,7 +135,7 @@ def test_one_command_in_full(pretrained: str, tasks: Path, tmp_path: Path, monke
 
 
 def test_the_command_of_the_other_page(pretrained: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (HERE.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    page = (HERE.parents[1] / "docs" / "integrations" / "lmms_eval.md").read_text(encoding="utf-8")
     [command] = re.findall(r"```\n(python -m lmms_eval .*?)```", page, re.DOTALL)
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "lmms_eval"]

@@ -253,7 +253,7 @@ def test_the_engine_refuses_a_size_that_its_placeholders_do_not_fit(hooked: Any)
 # ---- the switch ----
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+PAGE = (HERE.parents[1] / "docs" / "integrations" / "sglang.md").read_text(encoding="utf-8")
 SWITCHES = re.findall(r"^export STGP_SGLANG=.*$", PAGE, re.MULTILINE)
 
 

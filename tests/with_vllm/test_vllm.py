@@ -190,8 +190,8 @@ def test_options_as_an_argument_of_the_engine(run: Any, onevision: Path) -> None
 
 
 def test_the_snippet_of_the_page(run: Any, onevision: Path) -> None:
-    """docs/integrations.md gives arguments to `LLM`, which an engine for a model of few weights takes with its own."""
-    page = (HERE.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    """The page gives arguments to `LLM`, which an engine for a model of few weights takes with its own."""
+    page = (HERE.parents[1] / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
     [snippet] = re.findall(r"<!-- run: vllm -->\n```python\n(.*?)```", page, re.DOTALL)
     given: dict[str, Any] = {}
     source = snippet.replace("from vllm import LLM\n", "")
@@ -221,7 +221,7 @@ def from_jpegs(seed: int, frames: int) -> np.ndarray:
 @pytest.fixture
 def server(onevision: Path, tmp_path: Path, settings: dict[str, str]) -> Iterator[tuple[str, Path]]:
     """Yield the address of the server that the page's command starts, and the file that it logs to."""
-    page = (HERE.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    page = (HERE.parents[1] / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
     [command] = re.findall(r"```\n(vllm serve .*?)\n```", page, re.DOTALL)
     checkpoint = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
     assert command.count(checkpoint) == 1
