@@ -134,6 +134,11 @@ def test_every_snippet_of_the_pages_is_run() -> None:
         "patch",
         "budget",
         "register",
+        "qwen",
+        "qwen_grid",
+        "qwen_register",
+        "compress",
+        "internvl",
         "llava",
         "vllm",
     }
