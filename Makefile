@@ -9,6 +9,10 @@ INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/support/cuda_headers/*)
 
+# The published torchvision is a build for CUDA, whose library does not load beside a torch for the CPU.
+cpu_torchvision = site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+    cp tools/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
+
 .PHONY: help demo quick test test-all test-vllm test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
 .DELETE_ON_ERROR:
 
@@ -78,10 +82,6 @@ engines: ## the integrations on LLaVA-NeXT, SGLang, lmms-eval and vLLM, in envir
 build/with_%/installed: tests/with_%/requirements.txt requirements.txt $(wildcard tools/requirements/*.txt) tools/environment.py
 	$(PYTHON) -m tools.environment build/with_$* $<
 	touch $@
-
-# The published torchvision is a build for CUDA, whose library does not load beside a torch for the CPU.
-cpu_torchvision = site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-    cp tests/with_vllm/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 
 # Metadata that `make wheel` leaves in the checkout would hide the installed entry points, so it is removed.
 editable = rm -rf *.egg-info && STGP_NO_EXT=1 $(1)/bin/pip install --quiet --disable-pip-version-check \
@@ -172,9 +172,10 @@ gpu-rehearsal: gpu-library ## gpu-check from end to end on a CPU
 	cp stgridpool_kernels/_C.cpython-312-*.so $(REHEARSAL)/tree/stgridpool_kernels/
 	PATH="$(CURDIR)/$(REHEARSAL)/venv/bin:$$PATH" STGP_COMMIT=$$(git rev-parse HEAD) $(MAKE) -C $(REHEARSAL)/tree gpu-check PYTHON=python ARGS="--stand-ins tests.tools.gpu_stand_ins --limit 1800 $(ARGS)"
 
-$(INSTALLED): requirements.txt tools/environment.py
+$(INSTALLED): requirements.txt tools/environment.py tools/cpu_torchvision.py
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("stgridpool_kernels needs Python 3.10 or newer, found " + sys.version)'
 	$(PYTHON) -m tools.environment $(VENV) requirements.txt --torch "$(TORCH)"
+	$(call cpu_torchvision,$(VENV))
 	rm -f $(VENV)/installed-* $(VENV)/built-*
 	touch $@
 

@@ -11,6 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import groupby, product
 from typing import Any
 
@@ -33,6 +34,7 @@ INTERPRETER_DTYPE = torch.bfloat16
 """Dtype of the interpreter's tests that are not slow. Conversions and products round in it."""
 
 NO_GPU, NO_EXTENSION, NO_COMPILER, NO_TRITON = "no GPU", "STGP_NO_EXT=1", "no compiler", "no Triton"
+NO_TORCHVISION, NO_ENCODER_OUTPUTS = "no torchvision", "transformers before 5.23"
 ALLOWED_REASONS = (NO_GPU, NO_EXTENSION, NO_COMPILER, NO_TRITON)
 """Prefixes of the allowed reasons for skipping a test; a test that is skipped for another reason fails."""
 
@@ -73,6 +75,10 @@ def absent() -> dict[str, str]:
         found["triton"] = found["interpreter"] = NO_TRITON
     elif "gpu" not in found:
         found["interpreter"] = "kernels run on the GPU"
+    if importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("transformers") is None:
+        found["torchvision"] = NO_TORCHVISION
+    elif tuple(map(int, metadata.version("transformers").split(".")[:2])) < (5, 23):
+        found["encoder outputs"] = NO_ENCODER_OUTPUTS
     return found
 
 
