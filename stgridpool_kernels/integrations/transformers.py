@@ -11,20 +11,19 @@ import functools
 import importlib
 import inspect
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from . import loading
 from .base import PoolOptions, ceil_options, pool_flat, require, require_size
-from .pooled_class import is_pooled, patch_class, pooled_class, unpatch_class
+from .pooled_class import is_pooled, patch_class, unpatch_class
 
 _MODELS = "transformers.models"
 _ONEVISION = f"{_MODELS}.llava_onevision.modeling_llava_onevision"
 _NEXT_VIDEO = f"{_MODELS}.llava_next_video.modeling_llava_next_video"
-_PATCHING = "transformers.monkey_patching"
 
 TESTED: dict[str, Any] = {
     "package": "transformers",
@@ -39,17 +38,8 @@ TESTED: dict[str, Any] = {
 }
 """Arguments of `require` for this integration."""
 
-TESTED_MAPPING = {
-    **TESTED,
-    "signatures": {
-        **TESTED["signatures"],
-        f"{_PATCHING}:register_patch_mapping": "mapping, ...",
-        f"{_PATCHING}:unregister_patch_mapping": "keys, ...",
-        f"{_PATCHING}:get_patch_mapping": "...",
-        f"{_PATCHING}:apply_patches": "...",
-    },
-}
-"""Arguments of `require` for the functions that use the library's patch mapping."""
+TESTED_LOADING = {**TESTED, "signatures": {**TESTED["signatures"], **loading.SIGNATURES}}
+"""Arguments of `require` for `register`, which relies on the library's functions that load models too."""
 
 
 @dataclass(frozen=True)
@@ -118,49 +108,31 @@ def unpatch(model: nn.Module) -> None:
 
 
 def register(*, tokens_per_frame: int | None = None, **options: Any) -> None:
-    """Make the library load LLaVA-OneVision and LLaVA-NeXT-Video, with a language model head, as if patched by `patch`.
+    """Make the library load LLaVA-OneVision and LLaVA-NeXT-Video models as if patched by `patch`.
 
-    It uses the library's patch mapping, and affects `from_pretrained` and `from_config` until `unregister`; loaded
+    It affects `from_pretrained` and `from_config`, also of the library's Auto classes, until `unregister`; loaded
     models are unchanged. Arguments are those of `patch`. Loading a model raises ValueError if its size does not fit the
     placeholders.
 
-    Raises RuntimeError if it is in force already (`unregister` first), transformers has a version that `require`
-    refuses, or its patch mapping does not work here: transformers 5.17 imports every image processor for it, which
-    needs torchvision. Raises ValueError if one of the classes is registered by other code; for options as `grid_pool`.
+    Raises RuntimeError if it is in force already (`unregister` first) or transformers has a version that `require`
+    refuses; ValueError if other code has replaced how one of the classes is loaded; for options as `grid_pool`.
     """
-    require(**TESTED_MAPPING)
-    patching: Any = importlib.import_module(_PATCHING)
-    if _registered(patching):
-        raise RuntimeError("registered already: unregister first")
+    require(**TESTED_LOADING)
     chosen = ceil_options(**options)
-    classes = {of.name: pooled_class(_stock_class(of), _members, chosen, tokens_per_frame) for of in _ARCHITECTURES}
-    taken = sorted(classes.keys() & patching.get_patch_mapping().keys())
-    if taken:
-        raise ValueError(f"{', '.join(taken)} must not be registered for patching by others")
-    patching.register_patch_mapping(classes)
-    try:
-        with patching.apply_patches():  # the first step of loading any model
-            pass
-    except Exception as error:
-        unregister()
-        raise RuntimeError(f"the patch mapping of transformers does not work here: {error}") from error
+
+    def change(loaded: nn.Module) -> None:
+        inner = _inner_model(loaded)
+        if not is_pooled(inner):
+            _check_size(type(inner), inner.config, chosen, tokens_per_frame)
+            patch_class(inner, _members, chosen, tokens_per_frame)
+
+    loading.change_loaded(_classes(), change)
 
 
 def unregister() -> None:
     """End `register`: models that are loaded later have their own pooling. Raises RuntimeError if not registered."""
-    require(**TESTED_MAPPING)
-    patching: Any = importlib.import_module(_PATCHING)
-    names = _registered(patching)
-    if not names:
-        raise RuntimeError("not registered")
-    patching.unregister_patch_mapping(names)
-    # the library leaves registered classes in its modules if loading raises
-    for name, module in list(sys.modules.items()):
-        if name.startswith("transformers"):
-            for of in _ARCHITECTURES:
-                found = getattr(module, "__dict__", {}).get(of.name)
-                if isinstance(found, type) and is_pooled(found):
-                    setattr(module, of.name, found.__base__)
+    require(**TESTED)
+    loading.stop_changing(_classes())
 
 
 def _members(base: Any, options: PoolOptions, tokens_per_frame: int | None) -> dict[str, Any]:
@@ -168,10 +140,6 @@ def _members(base: Any, options: PoolOptions, tokens_per_frame: int | None) -> d
     of = _architecture(base)
     assert of is not None
     pooling = of.pooling
-
-    def __init__(self: Any, config: Any, *arguments: Any, **keywords: Any) -> None:
-        _check_size(base, config, options, tokens_per_frame)
-        base.__init__(self, config, *arguments, **keywords)
 
     signature = inspect.signature(base.get_video_features)
     first = list(signature.parameters)[1]  # pixel_values, or pixel_values_videos in later versions
@@ -188,7 +156,7 @@ def _members(base: Any, options: PoolOptions, tokens_per_frame: int | None) -> d
     def extra_repr(self: Any) -> str:
         return f"videos: {options}"
 
-    return {"__init__": __init__, "get_video_features": get_video_features, "extra_repr": extra_repr}
+    return {"get_video_features": get_video_features, "extra_repr": extra_repr}
 
 
 class _Pooling:
@@ -219,15 +187,13 @@ def _architecture(inner: type) -> _Architecture | None:
     return next((of for of in _ARCHITECTURES if (of.module, of.name) in names), None)
 
 
-def _stock_class(of: _Architecture) -> Any:
-    """Return the library's own class of an inner model, even if the library left a registered one in its place."""
-    found = getattr(importlib.import_module(of.module), of.name)
-    return found.__base__ if is_pooled(found) else found
-
-
-def _registered(patching: Any) -> list[str]:
-    """Return the names that `register` added to the library's patch mapping."""
-    return [name for name, replacement in patching.get_patch_mapping().items() if is_pooled(replacement)]
+def _classes() -> list[Any]:
+    """Return the classes of the library that are loaded: models without and with a language model head."""
+    return [
+        getattr(importlib.import_module(of.module), of.name.removesuffix("Model") + end)
+        for of in _ARCHITECTURES
+        for end in ("Model", "ForConditionalGeneration")
+    ]
 
 
 def _side(config: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,17 +61,10 @@ def _no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For tests that register: nothing is registered afterwards.
-
-    The library's patch mapping looks into all its modules. Into some old names of image processors it can look with
-    torchvision only.
-    """
-    for name, module in list(sys.modules.items()):
-        if name.startswith("transformers.models.") and name.endswith("_fast") and module.__file__ is None:
-            monkeypatch.delitem(sys.modules, name)
+def registered() -> Iterator[None]:
+    """For tests that register: nothing is registered afterwards."""
     yield
-    if integration._registered(importlib.import_module("transformers.monkey_patching")):
+    with contextlib.suppress(RuntimeError):
         integration.unregister()
 
 
@@ -226,7 +220,7 @@ def test_images_are_left_alone(kind: str, model: Any) -> None:
     stock = type(model.model)
     integration.patch(model)
     changed = {name for name, value in vars(type(model.model)).items() if vars(stock).get(name) is not value}
-    replaced = {"__init__", "get_video_features", "extra_repr", "__reduce_ex__", "stgp_options"}
+    replaced = {"get_video_features", "extra_repr", "__reduce_ex__", "stgp_options"}
     assert changed - {"__module__", "__doc__"} == replaced
     assert isinstance(model.model, stock)
 
@@ -536,23 +530,6 @@ def test_the_snippet_of_the_page_for_later_models_runs(tmp_path: Path) -> None:
     assert names["model"].model.stgp_options == PoolOptions(ceil_mode=True)
 
 
-class Unreadable(ModuleType):
-    """A module that cannot be looked into."""
-
-    def __dir__(self) -> list[str]:
-        raise ImportError("No module named 'torchvision'")
-
-
-@pytest.mark.usefixtures("registered")
-def test_a_patch_mapping_that_does_not_work_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock_class = getattr(importlib.import_module(MODULES[kind]), NAMES[kind])
-    monkeypatch.setitem(sys.modules, "transformers.unreadable", Unreadable("transformers.unreadable"))
-    with pytest.raises(RuntimeError, match="does not work here: No module named 'torchvision'"):
-        integration.register()
-    assert not importlib.import_module("transformers.monkey_patching").get_patch_mapping()
-    assert getattr(sys.modules[MODULES[kind]], NAMES[kind]) is stock_class
-
-
 @pytest.mark.usefixtures("registered")
 def test_registering_twice_is_refused() -> None:
     integration.register()
@@ -563,26 +540,39 @@ def test_registering_twice_is_refused() -> None:
         integration.unregister()
 
 
-def test_what_others_registered_stays(kind: str) -> None:
-    patching = importlib.import_module("transformers.monkey_patching")
-    others = {NAMES[kind]: type("Other", (nn.Module,), {})}
-    patching.register_patch_mapping(others)
+def test_loaders_that_others_replaced_stay(kind: str) -> None:
+    found = getattr(importlib.import_module(MODULES[kind]), NAMES[kind])
+    found._from_config = classmethod(found._from_config.__func__)
     try:
-        with pytest.raises(ValueError, match=f"{NAMES[kind]} must not be registered for patching by others"):
+        with pytest.raises(ValueError, match=f"{NAMES[kind]}._from_config must not be replaced by others"):
             integration.register()
         with pytest.raises(RuntimeError, match="not registered"):
             integration.unregister()
-        assert patching.get_patch_mapping() == others
+        assert "_from_config" in vars(found)
+        assert "from_pretrained" not in vars(found)
     finally:
-        patching.unregister_patch_mapping([NAMES[kind]])
+        del found._from_config
 
 
 @pytest.mark.usefixtures("registered")
 def test_a_size_that_does_not_fit_is_refused_at_loading(kind: str, model: Any, checkpoint: Path) -> None:
-    stock_class = type(model.model)
     integration.register(output_size=(3, 3))
-    with pytest.raises(ValueError, match=r"expects \d+ tokens .* give 9 \(3 × 3\)"):
-        type(model).from_pretrained(checkpoint)
+    for load in (lambda: type(model).from_pretrained(checkpoint), lambda: type(model)._from_config(model.config)):
+        with pytest.raises(ValueError, match=r"expects \d+ tokens .* give 9 \(3 × 3\)"):
+            load()
     integration.unregister()
-    assert getattr(sys.modules[MODULES[kind]], NAMES[kind]) is stock_class
-    assert type(type(model).from_pretrained(checkpoint).model) is stock_class
+    assert not hasattr(type(model).from_pretrained(checkpoint).model, "stgp_options")
+
+
+@pytest.mark.usefixtures("registered")
+def test_all_ways_to_load_give_patched_models(model: Any, checkpoint: Path) -> None:
+    from transformers import AutoModel, AutoModelForImageTextToText
+
+    integration.register()
+    loaded, _ = type(model).from_pretrained(checkpoint, output_loading_info=True)
+    made = AutoModelForImageTextToText.from_config(model.config)
+    inner = AutoModel.from_pretrained(checkpoint)
+    integration.unregister()
+    for one in (loaded.model, made.model, inner):
+        assert one.stgp_options == PoolOptions(ceil_mode=True)
+    assert not hasattr(model.model, "stgp_options")
