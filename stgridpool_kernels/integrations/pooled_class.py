@@ -1,7 +1,8 @@
-"""Replacing the class of a loaded model by a subclass that pools with ST-GridPool, and putting it back.
+"""Replacing the class of a loaded model or processor by a subclass that pools with ST-GridPool, and putting it back.
 
 A subclass per set of options separates models with different options, and leaves parameters and their names unchanged.
-Patched models can be copied, pickled and saved whole: they are patched again where they are loaded.
+Options are a `PoolOptions` or another hashable object, and the attribute `stgp_options` of a patched model. Patched
+models can be copied, pickled and saved whole: they are patched again where they are loaded.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from .base import PoolOptions
-
 Members = Callable[..., dict[str, Any]]
 """A function members(base, options, *more) that returns what a subclass of `base` replaces, by name. Patched models are
 pickled with its name, so it must be found in its module."""
@@ -19,7 +18,7 @@ pickled with its name, so it must be found in its module."""
 _POOLED: set[type] = set()
 
 
-def patch_class(model: Any, members: Members, options: PoolOptions, *more: Hashable) -> None:
+def patch_class(model: Any, members: Members, options: Hashable, *more: Hashable) -> None:
     """Replace the class of a model by `pooled_class(its class, members, options, *more)`.
 
     Raises RuntimeError if the model is patched already.
@@ -53,7 +52,7 @@ def is_pooled(model: object) -> bool:
 
 
 @functools.cache
-def pooled_class(base: Any, members: Members, options: PoolOptions, *more: Hashable) -> Any:
+def pooled_class(base: Any, members: Members, options: Hashable, *more: Hashable) -> Any:
     """Return the subclass of `base` that replaces members(base, options, *more). Equal arguments give the same class.
 
     It has the name of `base`, by which libraries find what belongs to a model, and the attribute `stgp_options`.
