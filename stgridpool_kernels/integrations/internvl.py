@@ -1,0 +1,289 @@
+"""Integration into InternVL of transformers (InternVL3 and 3.5 in the library's own format), from transformers 5.23 on.
+
+InternVL takes frames of videos and tiles of images in one tensor `pixel_values`, in the order of the prompt, and
+nothing says which rows are frames, nor of which video. So the processor is changed in both modes: it returns one more
+input, `visual_segments`, and the model takes it. Norms are those of the tokens that the projector hands to the language
+model.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import loading
+from .base import require
+from .modes import ModeOptions, mode_options
+from .pooled_class import is_pooled, patch_class, unpatch_class
+
+_MODELING = "transformers.models.internvl.modeling_internvl"
+_PROCESSING = "transformers.models.internvl.processing_internvl"
+_INNER, _HEAD, _PROCESSOR = "InternVLModel", "InternVLForConditionalGeneration", "InternVLProcessor"
+
+IMAGE, VIDEO = 1, 2
+"""The first entry of a row of `visual_segments`, which says what its rows of `pixel_values` are."""
+
+TESTED: dict[str, Any] = {
+    "package": "transformers",
+    "at_least": "5.23",
+    "below": "5.25",
+    "signatures": {
+        f"{_MODELING}:{_INNER}.get_image_features": "self, pixel_values, vision_feature_layer, ...",
+        f"{_MODELING}:{_INNER}.forward": "self, input_ids, pixel_values, ..., mm_encoder_outputs",
+        f"{_MODELING}:{_HEAD}.forward": "self, input_ids, pixel_values, ..., mm_encoder_outputs",
+        f"{_PROCESSING}:{_PROCESSOR}.replace_video_token": "self, video_inputs, video_idx, ...",
+        f"{_PROCESSING}:{_PROCESSOR}.get_text_with_replacements": "self, text, ...",
+    },
+}
+"""Arguments of `require` for this integration. Models of transformers before 5.23 take no `mm_encoder_outputs`."""
+
+
+def patch(model: nn.Module, processor: Any = None, *, mode: str = "pool", **options: Any) -> None:
+    """Shrink, or grid, the tokens of every video between projector and language model of a loaded model, in place.
+
+    model: an InternVL model of transformers with its language model head, or a module that contains one.
+    processor: the processor that makes its prompts, which is changed in place too, in both modes. Of a frame of 16 × 16
+        tokens, mode "pool" leaves 8 × 8, for which a prompt gets 64 placeholders.
+    mode: "pool" applies `grid_pool`; "grid" applies `temporal_grid` alone, which leaves prompts as they are.
+    options: keyword arguments of `grid_pool` except `frame_counts` and `out`, in mode "grid" those of `temporal_grid`;
+        `ceil_mode` is True by default.
+
+    The processor then returns `visual_segments` as well, which model and `generate` take: for every image and video, in
+    the order of the prompts, [1, number of tiles] or [2, number of frames]. Every video is treated on its own; images
+    are not changed. Raises TypeError if there is no such model in `model`, or the processor is missing or another;
+    RuntimeError if model or processor is patched already (`unpatch` it first) or transformers has a version that
+    `require` refuses; ValueError for options as `mode_options` and `grid_pool`.
+    """
+    inner, head = _find(model)
+    require(**TESTED)
+    chosen = mode_options(mode, **options)
+    _check(inner, chosen)
+    _check_processor(processor, chosen)
+    patch_class(inner, inner_members, chosen)
+    if head is not None:
+        patch_class(head, head_members, chosen)
+    if not is_pooled(processor):
+        patch_class(processor, processor_members, chosen)
+
+
+def unpatch(model: nn.Module, processor: Any = None) -> None:
+    """Restore a model, and a processor if one is given, that were patched or loaded while `register` was in force.
+
+    Raises RuntimeError if neither is patched, or the model was wrapped after it was, by what replaces its class
+    (`fully_shard`, a parametrization); TypeError as `patch`. Both are unchanged then.
+    """
+    patched = [one for one in (*_find(model), processor) if is_pooled(one)]
+    if not patched:
+        raise RuntimeError(f"model is not patched, its class is {_INNER}")
+    for one in patched:
+        unpatch_class(one)
+
+
+def register(*, mode: str = "pool", **options: Any) -> None:
+    """Make transformers load InternVL models and their processors as if patched by `patch`, in both modes.
+
+    It affects `from_pretrained` and `from_config`, also of the library's Auto classes, until `unregister`; what is
+    loaded already does not change. Arguments are those of `patch`.
+
+    Raises RuntimeError if it is in force already (`unregister` first) or transformers has a version that `require`
+    refuses; ValueError if other code has replaced how one of the classes is loaded; for options as `patch`.
+    """
+    require(**{**TESTED, "signatures": {**TESTED["signatures"], **loading.SIGNATURES}})
+    chosen = mode_options(mode, **options)
+
+    def change(loaded: Any) -> None:
+        if not isinstance(loaded, nn.Module):
+            members = [(loaded, processor_members)]
+        else:
+            inner, head = _find(loaded)
+            _check(inner, chosen)
+            members = [(inner, inner_members), (head, head_members)]
+        for one, replaced in members:
+            if one is not None and not is_pooled(one):
+                patch_class(one, replaced, chosen)
+
+    loading.change_loaded(_classes(), change)
+
+
+def unregister() -> None:
+    """End `register`: what is loaded later is not patched. Raises RuntimeError if it is not in force."""
+    require(**TESTED)
+    loading.stop_changing(_classes())
+
+
+def inner_members(base: Any, options: ModeOptions) -> dict[str, Any]:
+    """Return what a subclass of the inner model's class replaces to shrink the tokens of frames."""
+    can_return_tuple: Any = importlib.import_module("transformers.utils").can_return_tuple
+    taken = inspect.signature(base.forward)
+
+    def get_image_features(
+        self: Any, pixel_values: Tensor, *arguments: Any, visual_segments: Any = None, **keywords: Any
+    ) -> Any:
+        segments = _read_segments(visual_segments, len(pixel_values))
+        outputs = base.get_image_features(self, pixel_values, *arguments, return_dict=True, **keywords)
+        outputs.pooler_output = shrink_tokens(outputs.pooler_output, segments, options)
+        return outputs
+
+    def forward(self: Any, *arguments: Any, visual_segments: Any = None, **keywords: Any) -> Any:
+        given = taken.bind(self, *arguments, **keywords)
+        pixels, encoded = (given.arguments.get(name) for name in ("pixel_values", "mm_encoder_outputs"))
+        if pixels is not None and encoded is None:
+            features = self.get_image_features(
+                pixel_values=pixels,
+                vision_feature_layer=given.arguments.get("vision_feature_layer"),
+                vision_feature_select_strategy=given.arguments.get("vision_feature_select_strategy"),
+                visual_segments=visual_segments,
+                return_dict=True,
+            )
+            given.arguments |= {"pixel_values": None, "mm_encoder_outputs": {"image": features}}
+        return base.forward(*given.args, **given.kwargs)
+
+    def extra_repr(self: Any) -> str:
+        return f"videos: {options}"
+
+    return {
+        "get_image_features": _declare_segments(base.get_image_features, can_return_tuple(get_image_features)),
+        "forward": _declare_segments(base.forward, forward),
+        "extra_repr": extra_repr,
+    }
+
+
+def head_members(base: Any, options: ModeOptions) -> dict[str, Any]:
+    """Return what a subclass of the class with a head replaces, since `generate` asks its `forward` what it takes."""
+
+    def forward(self: Any, *arguments: Any, visual_segments: Any = None, **keywords: Any) -> Any:
+        return base.forward(self, *arguments, visual_segments=visual_segments, **keywords)
+
+    return {"forward": _declare_segments(base.forward, forward)}
+
+
+def processor_members(base: Any, options: ModeOptions) -> dict[str, Any]:
+    """Return what a subclass of the processor's class replaces to count frames, and to write placeholders for them."""
+
+    def replace_video_token(self: Any, video_inputs: Any, video_idx: int, **keywords: Any) -> str:
+        text: str = base.replace_video_token(self, video_inputs, video_idx, **keywords)
+        left = frame_tokens(self.image_seq_length, options)
+        return text.replace(self.image_token * self.image_seq_length, self.image_token * left)
+
+    def get_text_with_replacements(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        text, offsets = base.get_text_with_replacements(self, *arguments, **keywords)
+        kinds = {
+            "image": (IMAGE, self.image_seq_length),
+            "video": (VIDEO, frame_tokens(self.image_seq_length, options)),
+        }
+        for replaced in (one for row in offsets for one in row):
+            kind, tokens = kinds[replaced["type"]]
+            self.stgp_segments.append([kind, replaced["replacement"].count(self.image_token) // tokens])
+        return text, offsets
+
+    def __call__(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        call = copy.copy(self)  # segments are noted in a copy, so that calls from several threads do not mix them
+        call.stgp_segments = []
+        inputs = base.__call__(call, *arguments, **keywords)
+        if call.stgp_segments:
+            inputs["visual_segments"] = torch.tensor(call.stgp_segments)
+        return inputs
+
+    return {
+        "replace_video_token": replace_video_token,
+        "get_text_with_replacements": get_text_with_replacements,
+        "__call__": functools.wraps(base.__call__)(__call__),
+        "model_input_names": property(lambda self: [*base.model_input_names.fget(self), "visual_segments"]),
+    }
+
+
+def shrink_tokens(tokens: Tensor, segments: Sequence[Sequence[int]], options: ModeOptions) -> Tensor:
+    """Return the tokens (rows, S, C) of images and frames with every video shrunk by the options.
+
+    segments: rows of `visual_segments`. Where a frame is left with fewer tokens than a tile of an image has, the result
+    is cut into (rows, n, C), n being the greatest number of tokens that divides both, so that rows end where images and
+    videos do: `generate` copies whole rows for beams.
+    """
+    parts = list(tokens.split([length for _, length in segments]))
+    videos = [index for index, (kind, _) in enumerate(segments) if kind == VIDEO]
+    if not videos:
+        return tokens
+    side = math.isqrt(tokens.shape[1])
+    frames = torch.cat([parts[index] for index in videos]).unflatten(1, (side, side))
+    counts = [segments[index][1] for index in videos]
+    shrunk = options.apply(frames, frame_counts=counts).flatten(1, 2)
+    for index, part in zip(videos, shrunk.split(counts), strict=True):
+        parts[index] = part
+    common = math.gcd(*(part.shape[1] for part in parts))
+    return torch.cat([part.reshape(-1, common, part.shape[2]) for part in parts])
+
+
+def frame_tokens(tokens: int, options: ModeOptions) -> int:
+    """Return the number of tokens that are left of a frame of `tokens` tokens, which are a square."""
+    return math.prod(options.frame_size((math.isqrt(tokens),) * 2))
+
+
+def _read_segments(segments: Any, rows: int) -> list[list[int]]:
+    """Return `visual_segments` as lists. Raises ValueError unless it says what every row of `pixel_values` is."""
+    if segments is None:
+        raise ValueError(
+            "visual_segments must be given with pixel_values, got None: make inputs with the processor that was patched"
+        )
+    read: list[list[int]] = torch.as_tensor(segments).reshape(-1, 2).tolist()
+    fits = all(kind in (IMAGE, VIDEO) and length >= 0 for kind, length in read)
+    if not fits or sum(length for _, length in read) != rows:
+        raise ValueError(
+            f"visual_segments must be rows [{IMAGE}, tiles of an image] or [{VIDEO}, frames of a video] for the {rows} "
+            f"rows of pixel_values, got {read}"
+        )
+    return read
+
+
+def _declare_segments(stock: Any, replaced: Any) -> Any:
+    """Give a method the signature of the stock one and `visual_segments`: the library asks for names of parameters."""
+    signature = inspect.signature(stock)
+    *parameters, keywords = signature.parameters.values()
+    segments = inspect.Parameter("visual_segments", inspect.Parameter.KEYWORD_ONLY, default=None)
+    functools.update_wrapper(replaced, stock)
+    replaced.__signature__ = signature.replace(parameters=[*parameters, segments, keywords])
+    return replaced
+
+
+def _find(model: nn.Module) -> tuple[Any, Any]:
+    """Return the inner model in `model`, and the model with a head around it, None if it has none."""
+    inner, heads = (
+        [module for module in model.modules() if (_MODELING, name) in _names(type(module))] for name in (_INNER, _HEAD)
+    )
+    if len(inner) != 1:
+        raise TypeError(f"model must hold one {_INNER} of transformers, got {type(model).__name__} with {len(inner)}")
+    return inner[0], heads[0] if heads else None
+
+
+def _names(cls: type) -> set[tuple[str, str]]:
+    return {(base.__module__, base.__name__) for base in cls.__mro__}
+
+
+def _classes() -> list[Any]:
+    modeling, processing = importlib.import_module(_MODELING), importlib.import_module(_PROCESSING)
+    return [getattr(modeling, _INNER), getattr(modeling, _HEAD), getattr(processing, _PROCESSOR)]
+
+
+def _check(inner: Any, options: ModeOptions) -> None:
+    options.check_channels(int(inner.config.get_text_config().hidden_size))
+
+
+def _check_processor(processor: Any, options: ModeOptions) -> None:
+    if processor is None:
+        raise TypeError(
+            "processor must be given, in mode 'grid' too, since the model is not told which rows of pixel_values are "
+            "frames of videos, as patch(model, processor)"
+        )
+    expected = getattr(importlib.import_module(_PROCESSING), _PROCESSOR)
+    if not isinstance(processor, expected):
+        raise TypeError(f"processor must be a {_PROCESSOR} of transformers, got {type(processor).__name__}")
+    found = getattr(processor, "stgp_options", None)
+    if found is not None and found != options:
+        raise RuntimeError(f"processor is patched already, with {found}: unpatch it first")
