@@ -1,0 +1,183 @@
+"""`compress` gives models that are not patched what a patched model and processor give them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stgridpool_kernels.integrations import base, glm_v, qwen_vl
+from stgridpool_kernels.integrations.compress import compress
+from tests.support.pages import TRANSFORMERS
+from tests.support.tiny_grid_models import GLM_KINDS, HIDDEN, QWEN_KINDS, ask, build, pictures, placeholder
+from tests.support.tolerance import assert_same_bits
+
+pytestmark = [
+    pytest.mark.needs("torchvision", "encoder outputs"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
+]
+
+KINDS = (*QWEN_KINDS, *GLM_KINDS)
+GREEDY = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def both(kind: str, **options: Any) -> tuple[Any, Any, Any, Any]:
+    """Return a model and its processor, and the same two patched."""
+    plain, plain_processor = build(kind)
+    model, processor = copy.deepcopy(plain), copy.deepcopy(plain_processor)
+    (glm_v if kind in GLM_KINDS else qwen_vl).patch(model, processor, **options)
+    return plain, plain_processor, model, processor
+
+
+def prompts(kind: str, processor: Any, which: str) -> Any:
+    video, image = placeholder(kind, "video"), placeholder(kind, "image")
+    videos = [pictures(34, 5, 7, seed=1), pictures(20, 5, 5, seed=2)]
+    if which == "two":
+        return ask(processor, [f"a {video} long tail of text", f"b {video}"], videos)
+    if kind in GLM_KINDS:
+        return ask(processor, f"hi {video} and {video} what?", videos)
+    return ask(processor, f"hi {video} see {image} and {video} what?", videos, [pictures(1, 4, 4, seed=3)[0]])
+
+
+@pytest.mark.parametrize("mode", ["grid", "pool"])
+@pytest.mark.parametrize("which", ["one", "two"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_what_a_patched_model_gets(kind: str, which: str, mode: str) -> None:
+    plain, plain_processor, model, processor = both(kind, mode=mode)
+    patched, stock = prompts(kind, processor, which), prompts(kind, plain_processor, which)
+    before = {name: value.clone() if torch.is_tensor(value) else copy.copy(value) for name, value in stock.items()}
+    given = compress(plain, stock, mode=mode)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        assert torch.equal(given[name], patched[name])
+    assert stock.keys() == before.keys()
+    assert all(torch.equal(stock[name], value) for name, value in before.items() if torch.is_tensor(value))
+    assert "pixel_values_videos" not in given
+    assert "pixel_values" not in given
+    real = patched["attention_mask"].bool()
+    assert_same_bits(plain(**compress(plain, stock, mode=mode)).logits[real], model(**patched).logits[real])
+    answer = plain.generate(**given, max_new_tokens=5, **GREEDY)
+    assert torch.equal(answer, model.generate(**patched, max_new_tokens=5, **GREEDY))
+
+
+@pytest.mark.parametrize("kind", QWEN_KINDS)
+def test_beams(kind: str) -> None:
+    plain, plain_processor, model, processor = both(kind, output_size=(2, 3))
+    given = compress(plain, prompts(kind, plain_processor, "two"), output_size=(2, 3))
+    found = plain.generate(**given, max_new_tokens=4, num_beams=3, **GREEDY)
+    patched = prompts(kind, processor, "two")
+    assert torch.equal(found, model.generate(**patched, max_new_tokens=4, num_beams=3, **GREEDY))
+
+
+def test_padding_stays_on_its_side_and_labels_follow() -> None:
+    plain, plain_processor, _model, _ = both("qwen3_vl")
+    video = placeholder("qwen3_vl", "video")
+    videos = [pictures(34, 5, 7, seed=1), pictures(8, 3, 3, seed=2)]
+    left = ask(plain_processor, [f"a {video} long tail", f"b {video}"], videos)
+    shift = int((left["attention_mask"][1] == 0).sum())
+    right = dict(left)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        right[name] = torch.stack([left[name][0], left[name][1].roll(-shift)])
+    right["labels"] = right["input_ids"].masked_fill(right["attention_mask"] == 0, -100)
+    from_left, from_right = compress(plain, left), compress(plain, right)
+    assert from_right["attention_mask"][:, 0].all()
+    assert not from_right["attention_mask"][1, -1]
+    assert from_left["attention_mask"][:, -1].all()
+    assert not from_left["attention_mask"][1, 0]
+    for name in ("input_ids", "mm_token_type_ids"):
+        kept = [one[name][one["attention_mask"].bool()] for one in (from_left, from_right)]
+        assert torch.equal(*kept)
+    padded = from_right["attention_mask"] == 0
+    assert torch.equal(from_right["labels"], from_right["input_ids"].masked_fill(padded, -100))
+    assert torch.isfinite(plain(**from_right).loss)
+
+
+def test_inputs_without_videos_come_back() -> None:
+    plain, processor = build("qwen3_vl")
+    inputs = ask(processor, f"see {placeholder('qwen3_vl', 'image')}", [], [pictures(1, 4, 4)[0]])
+    given = compress(plain, inputs)
+    assert given == dict(inputs)
+    assert given is not inputs
+
+
+def test_a_gradient_is_not_kept() -> None:
+    plain, processor = build("qwen3_vl")
+    with torch.enable_grad():
+        given = compress(plain, prompts("qwen3_vl", processor, "one"))
+    assert not given["mm_encoder_outputs"]["video"].pooler_output[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_token_type_ids": None}, "inputs must have mm_token_type_ids, as the processor returns it with videos"),
+        ({"video_grid_thw": None}, "inputs must have video_grid_thw"),
+        ({"input_ids": None}, "inputs must have input_ids"),
+        ({"position_ids": torch.zeros(3, 1, 9)}, "inputs must not have position_ids"),
+        ({"mm_encoder_outputs": {}}, "inputs must not have mm_encoder_outputs"),
+        ({"video_grid_thw": torch.tensor([[17, 10, 14], [10, 10, 8]])}, "inputs must have 795 placeholders .* got 845"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
+    plain, processor = build("qwen3_vl")
+    inputs = {**prompts("qwen3_vl", processor, "one"), **changes}
+    with pytest.raises(ValueError, match=message):
+        compress(plain, inputs)
+
+
+def test_an_input_with_unknown_padding_is_refused() -> None:
+    plain, processor = build("qwen3_vl")
+    inputs = prompts("qwen3_vl", processor, "one")
+    inputs["weights"] = torch.ones_like(inputs["input_ids"])
+    with pytest.raises(ValueError, match="inputs must not have weights, of which it is not known"):
+        compress(plain, inputs)
+
+
+def test_inputs_of_a_patched_processor_are_refused() -> None:
+    plain, _, model, processor = both("qwen3_vl")
+    with pytest.raises(ValueError, match=r"inputs must have 845 placeholders .* got 294"):
+        compress(plain, prompts("qwen3_vl", processor, "one"))
+    with pytest.raises(RuntimeError, match=r"model is patched, with ModeOptions\(mode='pool', ceil_mode=True\)"):
+        compress(model, prompts("qwen3_vl", processor, "one"))
+
+
+def test_other_models_and_wrong_options_are_refused() -> None:
+    plain, processor = build("qwen3_vl")
+    inputs = prompts("qwen3_vl", processor, "one")
+    with pytest.raises(TypeError, match=r"model must hold one Qwen2VLModel or .* or Glm46VModel .* got Linear with 0"):
+        compress(nn.Linear(1, 1), inputs)
+    with pytest.raises(TypeError, match=r"an InternVL model.* which rows .* are frames .*internvl\.patch"):
+        compress(build("internvl")[0], {})
+    with pytest.raises(ValueError, match="temperature must not be given in mode 'grid'"):
+        compress(plain, inputs, mode="grid", temperature=2.0)
+    with pytest.raises(ValueError, match="norm_channels must be at most"):
+        compress(plain, inputs, norm_channels=HIDDEN + 1)
+
+
+def test_an_older_version_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, processor = build("qwen3_vl")
+    absent = base.metadata.PackageNotFoundError
+    older = SimpleNamespace(version=lambda name: "5.22.0", PackageNotFoundError=absent)
+    monkeypatch.setattr(base, "metadata", older)
+    with pytest.raises(RuntimeError, match=r"needs mm_encoder_outputs.*: transformers 5\.22\.0 is .* from 5\.23"):
+        compress(plain, prompts("qwen3_vl", processor, "one"))
+
+
+def test_the_snippet_of_the_page_runs() -> None:
+    plain, plain_processor, model, processor = both("qwen3_vl")
+    text, video = f"hi {placeholder('qwen3_vl', 'video')} what?", pictures(34, 5, 7)
+    names: dict[str, Any] = {"model": plain, "processor": plain_processor, "text": text, "video": video}
+    TRANSFORMERS.run("compress", names)
+    patched = model.generate(**processor(text=[text], videos=[video], return_tensors="pt"), max_new_tokens=20)
+    assert torch.equal(names["answer"], patched)
