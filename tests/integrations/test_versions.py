@@ -18,14 +18,16 @@ from typing import Any
 
 import pytest
 
-from stgridpool_kernels.integrations import base, lmms_eval, ray, sglang, transformers, vllm
+from stgridpool_kernels.integrations import base, glm_v, internvl, lmms_eval, qwen_vl, ray, sglang, transformers, vllm
 from stgridpool_kernels.integrations.base import require, signature_fault
 from tests.support import pages
 
 ROOT = Path(__file__).parents[2]
 INTEGRATIONS = {
     "transformers": transformers.TESTED,
-    "transformers, later models": transformers.TESTED_MAPPING,
+    "transformers, later models": transformers.TESTED_LOADING,
+    **{f"transformers, {of.folder}": of.tested for of in (*qwen_vl.FAMILY.models, *glm_v.FAMILY.models)},
+    "transformers, internvl": internvl.TESTED,
     "vllm": vllm.TESTED,
     "sglang": sglang.TESTED,
     "ray": ray.TESTED,
