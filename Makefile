@@ -13,7 +13,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*
 cpu_torchvision = site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
     cp tools/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 
-.PHONY: help demo quick test test-all test-vllm test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
+.PHONY: help demo quick test test-all test-transformers test-vllm test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -90,6 +90,16 @@ editable = rm -rf *.egg-info && STGP_NO_EXT=1 $(1)/bin/pip install --quiet --dis
 test-lmms-eval: build/with_lmms_eval/installed ## the models for lmms-eval, in an environment of their own
 	$(call editable,build/with_lmms_eval)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 build/with_lmms_eval/bin/python -m pytest tests/with_lmms_eval $(ARGS)
+
+TRANSFORMERS ?= 5.17.0 5.23.0 5.24.0
+OF_TRANSFORMERS := $(addprefix tests/integrations/,test_transformers.py test_grid_models.py test_internvl.py test_compress.py)
+
+test-transformers: $(BUILT) ## the integrations with every tested version of transformers
+	set -e; for version in $(TRANSFORMERS); do \
+	    echo "transformers $$version"; \
+	    $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/transformers-$$version transformers==$$version; \
+	    PYTHONPATH=build/transformers-$$version $(PYTEST) -q --slow $(OF_TRANSFORMERS) $(ARGS); \
+	done
 
 # No package has LLaVA-NeXT's classes under their own name.
 test-llava-next: build/with_llava_next/installed ## the patch for LLaVA-NeXT on its own classes

@@ -43,6 +43,7 @@ LONGEST = (
     "test_gpu_check.py",
     "test_compile_report.py",
     "test_demo.py",
+    "test_grid_models.py",
     "test_transformers.py",
     "test_missing.py",
 )

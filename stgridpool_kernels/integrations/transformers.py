@@ -1,4 +1,4 @@
-"""Integration into transformers: ST-GridPool replaces the video pooling of LLaVA-OneVision and LLaVA-NeXT-Video.
+"""Integration into LLaVA-OneVision and LLaVA-NeXT-Video of transformers: ST-GridPool replaces their video pooling.
 
 `patch(model)` changes one loaded model, `register()` all models that the library loads afterwards. Both replace the
 class of the inner model, `LlavaOnevisionModel` or `LlavaNextVideoModel`, by a subclass that overrides
@@ -178,7 +178,10 @@ def _inner_model(model: nn.Module) -> Any:
     found = [module for module in model.modules() if _architecture(type(module)) is not None]
     if len(found) != 1:
         names = " or ".join(of.name for of in _ARCHITECTURES)
-        raise TypeError(f"model must hold one {names} of transformers, got {type(model).__name__} with {len(found)}")
+        raise TypeError(
+            f"model must hold one {names} of transformers, got {type(model).__name__} with {len(found)}; integrations."
+            f"qwen_vl, glm_v and internvl patch other models"
+        )
     return found[0]
 
 

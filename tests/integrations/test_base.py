@@ -138,6 +138,7 @@ def test_every_snippet_of_the_pages_is_run() -> None:
         "qwen_grid",
         "qwen_register",
         "compress",
+        "inspect",
         "internvl",
         "llava",
         "vllm",

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from stgridpool_kernels import grid_pool, temporal_grid
+from stgridpool_kernels.cli.main import main
 from stgridpool_kernels.integrations import glm_v, qwen_vl
 from stgridpool_kernels.integrations.base import pooled_grid
 from stgridpool_kernels.integrations.modes import mode_options
 from tests.support.pages import TRANSFORMERS
 from tests.support.tiny_grid_models import GLM_KINDS, HIDDEN, QWEN_KINDS, ask, build, pictures, placeholder
 from tests.support.tolerance import assert_same_bits
+from tests.support.triples import ABSENT
 
 pytestmark = [
     pytest.mark.needs("torchvision"),
@@ -215,7 +217,7 @@ def test_answers_are_those_by_hand(kind: str, mode: str) -> None:
     assert without_cache[:, inputs["input_ids"].shape[1] :].tolist() == answer.tolist()
 
 
-@pytest.mark.parametrize("kind", QWEN_KINDS)
+@pytest.mark.parametrize("kind", KINDS if "encoder outputs" in ABSENT else QWEN_KINDS)
 def test_beams_have_the_probabilities_by_hand(kind: str, mode: str) -> None:
     """A search that mixed up the videos of two prompts would give other probabilities."""
     model, processor, plain, _ = patched(kind, mode=mode)
@@ -231,6 +233,17 @@ def test_beams_have_the_probabilities_by_hand(kind: str, mode: str) -> None:
         logits = continued(plain, inputs, answer, mode)
         chosen = logits.log_softmax(-1).gather(-1, answer[..., None]).sum()
         assert float(score) == pytest.approx(float(chosen) / 4, abs=2e-4)
+
+
+@pytest.mark.needs("encoder outputs")
+@pytest.mark.parametrize("kind", GLM_KINDS)
+def test_glm_takes_no_videos_under_beams_in_the_library_itself(kind: str, mode: str) -> None:
+    """The page says so; where the library can do it, the test above is for these models too."""
+    model, processor, plain, plain_processor = patched(kind, mode=mode)
+    for one, its_processor in ((model, processor), (plain, plain_processor)):
+        inputs = ask(its_processor, f"hi {placeholder(kind, 'video')}", [pictures(*SHORT)])
+        with pytest.raises(ValueError, match="expected a non-empty list of Tensors"):
+            one.generate(**inputs, max_new_tokens=2, num_beams=2, **GREEDY)
 
 
 def test_a_padded_batch_answers_as_one_by_one(kind: str, mode: str) -> None:
@@ -656,3 +669,21 @@ def test_the_snippets_of_the_page_run(tmp_path: Path) -> None:
     assert type(names["processor"]) is type(plain_processor)
     TRANSFORMERS.run("qwen_register", names, (CHECKPOINT, str(tmp_path)))
     assert names["model"].model.stgp_options == names["processor"].stgp_options == mode_options("pool")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_can_be_inspected_as_the_page_says(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, processor = build(kind)
+    inputs = ask(processor, f"hi {placeholder(kind, 'video')}", [pictures(*SHORT)])
+    TRANSFORMERS.run("inspect", {"model": model, "inputs": inputs})
+    command = next(
+        line for line in TRANSFORMERS.text.splitlines() if line.startswith("stgp inspect tokens.safetensors")
+    )
+    assert main(command.split()[1:]) == 0
+    shown = capsys.readouterr().out
+    assert f"(17, 5, 7, {HIDDEN}) float32 → (17, 3, 4, {HIDDEN})" in shown
+    assert "At temperature 1 the largest weight of a window is" in shown
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stgridpool_kernels import grid_pool, temporal_grid
+from stgridpool_kernels.cli.main import main
 from stgridpool_kernels.integrations import base, internvl
 from stgridpool_kernels.integrations.modes import mode_options
 from tests.support.pages import TRANSFORMERS
@@ -345,3 +347,14 @@ def test_the_snippet_of_the_page_runs(tmp_path: Path) -> None:
     hand = embeddings_by_hand(plain, names["inputs"], "pool")
     expected = plain.generate(inputs_embeds=hand, max_new_tokens=20)
     assert names["answer"][:, names["inputs"]["input_ids"].shape[1] :].tolist() == expected.tolist()
+
+
+def test_tokens_can_be_inspected_as_the_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = build("internvl")
+    pixels = ask(processor, ["hi <video>"], 1, 0)["pixel_values"]
+    save_file(
+        {"tokens": model.get_image_features(pixels, return_dict=True).pooler_output}, tmp_path / "tokens.safetensors"
+    )
+    grid = f"{INTERNVL_SIDE}x{INTERNVL_SIDE}"
+    assert main(["inspect", str(tmp_path / "tokens.safetensors"), "-o", str(tmp_path / "i.png"), "--grid", grid]) == 0
+    assert f"(17, {INTERNVL_SIDE}, {INTERNVL_SIDE}, {HIDDEN})" in capsys.readouterr().out

@@ -108,6 +108,7 @@ def find_triples() -> tuple[list[Triple], list[str]]:
     left_out = [f"{backend}: {reason}" for backend, reason in reasons.items()]
     if not gpu:
         left_out.append(f"GPU tests: {NO_GPU}")
+    left_out += [f"{what}: {ABSENT[what]}" for what in ("torchvision", "encoder outputs") if what in ABSENT]
     triples = [Triple(*pair, dtype) for pair, dtype in product(pairs, KERNEL_DTYPES)]
     devices = ["cpu", "cuda"] if gpu else ["cpu"]
     triples += [Triple("reference", *rest) for rest in product(devices, (*KERNEL_DTYPES, torch.float64))]
