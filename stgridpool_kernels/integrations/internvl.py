@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from . import loading
 from .base import require
 from .modes import ModeOptions, mode_options
-from .pooled_class import is_pooled, patch_class, unpatch_class
+from .pooled_class import (
+    check_processor,
+    find_class,
+    find_module,
+    is_pooled,
+    patch_class,
+    patch_classes,
+    unpatch_classes,
+)
 
 _MODELING = "transformers.models.internvl.modeling_internvl"
 _PROCESSING = "transformers.models.internvl.processing_internvl"
@@ -66,10 +74,14 @@ def patch(model: nn.Module, processor: Any = None, *, mode: str = "pool", **opti
     require(**TESTED)
     chosen = mode_options(mode, **options)
     _check(inner, chosen)
-    _check_processor(processor, chosen)
-    patch_class(inner, inner_members, chosen)
-    if head is not None:
-        patch_class(head, head_members, chosen)
+    if processor is None:
+        raise TypeError(
+            "processor must be given, in mode 'grid' too, since the model is not told which rows of pixel_values are "
+            "frames of videos, as patch(model, processor)"
+        )
+    check_processor(processor, _classes()[-1], chosen)
+    heads = [] if head is None else [(head, head_members)]
+    patch_classes([(inner, inner_members), *heads], chosen)
     if not is_pooled(processor):
         patch_class(processor, processor_members, chosen)
 
@@ -80,11 +92,7 @@ def unpatch(model: nn.Module, processor: Any = None) -> None:
     Raises RuntimeError if neither is patched, or the model was wrapped after it was, by what replaces its class
     (`fully_shard`, a parametrization); TypeError as `patch`. Both are unchanged then.
     """
-    patched = [one for one in (*_find(model), processor) if is_pooled(one)]
-    if not patched:
-        raise RuntimeError(f"model is not patched, its class is {_INNER}")
-    for one in patched:
-        unpatch_class(one)
+    unpatch_classes([*_find(model), processor])
 
 
 def register(*, mode: str = "pool", **options: Any) -> None:
@@ -254,16 +262,9 @@ def _declare_segments(stock: Any, replaced: Any) -> Any:
 
 def _find(model: nn.Module) -> tuple[Any, Any]:
     """Return the inner model in `model`, and the model with a head around it, None if it has none."""
-    inner, heads = (
-        [module for module in model.modules() if (_MODELING, name) in _names(type(module))] for name in (_INNER, _HEAD)
-    )
-    if len(inner) != 1:
-        raise TypeError(f"model must hold one {_INNER} of transformers, got {type(model).__name__} with {len(inner)}")
-    return inner[0], heads[0] if heads else None
-
-
-def _names(cls: type) -> set[tuple[str, str]]:
-    return {(base.__module__, base.__name__) for base in cls.__mro__}
+    inner, _ = find_module(model, {(_MODELING, _INNER): True})
+    heads = [module for module in model.modules() if find_class(type(module), {(_MODELING, _HEAD): True})]
+    return inner, heads[0] if heads else None
 
 
 def _classes() -> list[Any]:
@@ -273,17 +274,3 @@ def _classes() -> list[Any]:
 
 def _check(inner: Any, options: ModeOptions) -> None:
     options.check_channels(int(inner.config.get_text_config().hidden_size))
-
-
-def _check_processor(processor: Any, options: ModeOptions) -> None:
-    if processor is None:
-        raise TypeError(
-            "processor must be given, in mode 'grid' too, since the model is not told which rows of pixel_values are "
-            "frames of videos, as patch(model, processor)"
-        )
-    expected = getattr(importlib.import_module(_PROCESSING), _PROCESSOR)
-    if not isinstance(processor, expected):
-        raise TypeError(f"processor must be a {_PROCESSOR} of transformers, got {type(processor).__name__}")
-    found = getattr(processor, "stgp_options", None)
-    if found is not None and found != options:
-        raise RuntimeError(f"processor is patched already, with {found}: unpatch it first")

@@ -8,8 +8,12 @@ models can be copied, pickled and saved whole: they are patched again where they
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+Known = TypeVar("Known")
 
 Members = Callable[..., dict[str, Any]]
 """A function members(base, options, *more) that returns what a subclass of `base` replaces, by name. Patched models are
@@ -18,15 +22,49 @@ pickled with its name, so it must be found in its module."""
 _POOLED: set[type] = set()
 
 
+def find_module(model: nn.Module, known: Mapping[tuple[str, str], Known]) -> tuple[Any, Known]:
+    """Return the one module in `model` that is of a known class, or one derived from it, and what is known of it.
+
+    known: by module and name of a class. Raises TypeError if there is no such module, or more than one.
+    """
+    found = [(module, of) for module in model.modules() if (of := find_class(type(module), known)) is not None]
+    if len(found) != 1:
+        names = " or ".join(name for _, name in known)
+        raise TypeError(f"model must hold one {names} of transformers, got {type(model).__name__} with {len(found)}")
+    return found[0]
+
+
+def find_class(cls: type, known: Mapping[tuple[str, str], Known]) -> Known | None:
+    """Return what is known of a class or one that it is derived from, None if nothing is."""
+    names = [(base.__module__, base.__name__) for base in cls.__mro__]
+    return next((known[name] for name in names if name in known), None)
+
+
+def check_processor(processor: Any, expected: type, options: Hashable) -> None:
+    """Raise TypeError unless a processor is of the expected class; RuntimeError if it is patched with other options."""
+    if not isinstance(processor, expected):
+        raise TypeError(f"processor must be of class {expected.__name__}, got {type(processor).__name__}")
+    found = getattr(processor, "stgp_options", None)
+    if found is not None and found != options:
+        raise RuntimeError(f"processor is patched already, with {found}: unpatch it first")
+
+
 def patch_class(model: Any, members: Members, options: Hashable, *more: Hashable) -> None:
     """Replace the class of a model by `pooled_class(its class, members, options, *more)`.
 
     Raises RuntimeError if the model is patched already.
     """
-    if is_pooled(model):
-        raise RuntimeError(f"model is patched already, with {model.stgp_options}: unpatch it first")
-    base: Any = type(model)
-    model.__class__ = pooled_class(base, members, options, *more)
+    patch_classes([(model, members)], options, *more)
+
+
+def patch_classes(replaced: Sequence[tuple[Any, Members]], options: Hashable, *more: Hashable) -> None:
+    """Replace the class of every model by that of its members, as `patch_class`. Raises before anything is changed."""
+    for model, _ in replaced:
+        if is_pooled(model):
+            raise RuntimeError(f"model is patched already, with {model.stgp_options}: unpatch it first")
+    for model, members in replaced:
+        base: Any = type(model)
+        model.__class__ = pooled_class(base, members, options, *more)
 
 
 def unpatch_class(model: Any) -> None:
@@ -35,15 +73,22 @@ def unpatch_class(model: Any) -> None:
     Raises RuntimeError if the model is not patched, or if its class was replaced again since, as `fully_shard` and
     parametrizations do. The model is unchanged then.
     """
-    found = type(model)
-    if not is_pooled(model):
-        raise RuntimeError(f"model is not patched, its class is {found.__name__}")
-    if found not in _POOLED:
-        raise RuntimeError(
-            f"model was wrapped after it was patched, its class is now {found.__name__}: unwrap it first, or unpatch "
-            f"a model before it is wrapped"
-        )
-    model.__class__ = found.__base__
+    unpatch_classes([model])
+
+
+def unpatch_classes(models: Sequence[Any]) -> None:
+    """Restore the classes of those models that are patched, as `unpatch_class`. Raises before anything is changed."""
+    patched = [model for model in models if is_pooled(model)]
+    if not patched:
+        raise RuntimeError(f"model is not patched, its class is {type(models[0]).__name__}")
+    for model in patched:
+        if type(model) not in _POOLED:
+            raise RuntimeError(
+                f"model was wrapped after it was patched, its class is now {type(model).__name__}: unwrap it first, or "
+                f"unpatch a model before it is wrapped"
+            )
+    for model in patched:
+        model.__class__ = type(model).__base__
 
 
 def is_pooled(model: object) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import loading
 from .base import PoolOptions, ceil_options, pool_flat, require, require_size
-from .pooled_class import is_pooled, patch_class, unpatch_class
+from .pooled_class import find_class, find_module, is_pooled, patch_class, unpatch_class
 
 _MODELS = "transformers.models"
 _ONEVISION = f"{_MODELS}.llava_onevision.modeling_llava_onevision"
@@ -71,6 +71,9 @@ _ARCHITECTURES = (
         lambda side: side * side // 4,
     ),
 )
+
+
+_KNOWN = {(of.module, of.name): of for of in _ARCHITECTURES}
 
 
 def patch(model: nn.Module, *, tokens_per_frame: int | None = None, **options: Any) -> None:
@@ -137,7 +140,7 @@ def unregister() -> None:
 
 def _members(base: Any, options: PoolOptions, tokens_per_frame: int | None) -> dict[str, Any]:
     """Return what a subclass of an inner model's class replaces to pool with ST-GridPool."""
-    of = _architecture(base)
+    of = find_class(base, _KNOWN)
     assert of is not None
     pooling = of.pooling
 
@@ -175,19 +178,10 @@ class _Pooling:
 
 
 def _inner_model(model: nn.Module) -> Any:
-    found = [module for module in model.modules() if _architecture(type(module)) is not None]
-    if len(found) != 1:
-        names = " or ".join(of.name for of in _ARCHITECTURES)
-        raise TypeError(
-            f"model must hold one {names} of transformers, got {type(model).__name__} with {len(found)}; integrations."
-            f"qwen_vl, glm_v and internvl patch other models"
-        )
-    return found[0]
-
-
-def _architecture(inner: type) -> _Architecture | None:
-    names = [(base.__module__, base.__name__) for base in inner.__mro__]
-    return next((of for of in _ARCHITECTURES if (of.module, of.name) in names), None)
+    try:
+        return find_module(model, _KNOWN)[0]
+    except TypeError as error:
+        raise TypeError(f"{error}; integrations.qwen_vl, glm_v and internvl patch other models") from None
 
 
 def _classes() -> list[Any]:
@@ -204,7 +198,7 @@ def _side(config: Any) -> int:
 
 
 def _check_size(inner: type, config: Any, options: PoolOptions, tokens_per_frame: int | None) -> None:
-    of, side = _architecture(inner), _side(config)
+    of, side = find_class(inner, _KNOWN), _side(config)
     assert of is not None
     if getattr(config, "spatial_pool_mode", None) == "conv":
         raise ValueError("spatial_pool_mode must be 'average' or 'max': what 'conv' learned cannot be replaced")

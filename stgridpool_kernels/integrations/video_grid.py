@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import loading
 from .base import require
 from .modes import ModeOptions, mode_options
-from .pooled_class import is_pooled, patch_class, unpatch_class
+from .pooled_class import check_processor, find_module, is_pooled, patch_class, unpatch_classes
 
 VIDEO = 2
 """The entry of `mm_token_type_ids` at placeholders of videos."""
@@ -94,18 +94,19 @@ class Family:
         require(**of.tested)
         chosen = mode_options(mode, **options)
         chosen.check_channels(token_channels(inner))
-        _check_processor(processor, of.processor_class(), chosen)
+        if processor is not None:
+            check_processor(processor, of.processor_class(), chosen)
+        elif chosen.mode == "pool":
+            raise TypeError(
+                "processor must be given in mode 'pool', since it writes a placeholder for every token into prompts, "
+                "as patch(model, processor); mode='grid' needs none"
+            )
         patch_class(inner, model_members, chosen)
         if chosen.mode == "pool" and not is_pooled(processor):
             patch_class(processor, processor_members, chosen)
 
     def unpatch(self, model: nn.Module, processor: Any) -> None:
-        inner, _ = self.find(model)
-        patched = [one for one in (inner, processor) if is_pooled(one)]
-        if not patched:
-            raise RuntimeError(f"model is not patched, its class is {type(inner).__name__}")
-        for one in patched:
-            unpatch_class(one)
+        unpatch_classes([self.find(model)[0], processor])
 
     def register(self, mode: str, options: Mapping[str, Any]) -> None:
         for of in self.models:
@@ -129,18 +130,7 @@ class Family:
 
     def find(self, model: nn.Module) -> tuple[Any, GridModel]:
         """Return the inner model in `model` and what is known of it. Raises TypeError unless there is one."""
-        found = [(module, of) for module in model.modules() if (of := self.model_of(type(module))) is not None]
-        if len(found) != 1:
-            names = " or ".join(of.inner for of in self.models)
-            raise TypeError(
-                f"model must hold one {names} of transformers, got {type(model).__name__} with {len(found)}"
-            )
-        return found[0]
-
-    def model_of(self, inner: type) -> GridModel | None:
-        """Return which model of this family a class is the inner model of, None if it is of none."""
-        names = {(base.__module__, base.__name__) for base in inner.__mro__}
-        return next((of for of in self.models if (of.module, of.inner) in names), None)
+        return find_module(model, {(of.module, of.inner): of for of in self.models})
 
     def _classes(self) -> list[Any]:
         return list(dict.fromkeys(cls for of in self.models for cls in of.classes()))  # some have a processor in common
@@ -241,21 +231,6 @@ def _check_placeholders(types: Any, grids: Sequence[Sequence[int]], options: Mod
             f"prompts must have {expected} placeholders of videos, the tokens that {options} leaves, got {found}: make "
             f"them with the processor that was patched"
         )
-
-
-def _check_processor(processor: Any, expected: Any, options: ModeOptions) -> None:
-    if processor is None:
-        if options.mode == "grid":
-            return
-        raise TypeError(
-            "processor must be given in mode 'pool', since it writes a placeholder for every token into the prompt, as "
-            "patch(model, processor); mode='grid' needs none"
-        )
-    if not isinstance(processor, expected):
-        raise TypeError(f"processor must be a {expected.__name__} of transformers, got {type(processor).__name__}")
-    found = getattr(processor, "stgp_options", None)
-    if found is not None and found != options:
-        raise RuntimeError(f"processor is patched already, with {found}: unpatch it first")
 
 
 def _patch_once(loaded: Any, members: Any, options: ModeOptions) -> None:

@@ -398,9 +398,9 @@ def test_in_mode_pool_a_processor_is_needed(kind: str) -> None:
         TypeError, match=r"processor must be given in mode 'pool'.* patch\(model, processor\); mode='grid'"
     ):
         module.patch(model)
-    with pytest.raises(TypeError, match=r"processor must be a \w+Processor of transformers, got Linear"):
+    with pytest.raises(TypeError, match=r"processor must be of class \w+Processor, got Linear"):
         module.patch(model, nn.Linear(1, 1))
-    with pytest.raises(TypeError, match=r"processor must be a \w+Processor of transformers, got Linear"):
+    with pytest.raises(TypeError, match=r"processor must be of class \w+Processor, got Linear"):
         module.patch(model, nn.Linear(1, 1), mode="grid")
     assert not hasattr(model.model, "stgp_options")
     module.patch(model, mode="grid")

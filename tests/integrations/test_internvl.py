@@ -253,7 +253,7 @@ def test_a_processor_is_needed_in_both_modes(mode: str) -> None:
     model, processor = build("internvl")
     with pytest.raises(TypeError, match=r"processor must be given, in mode 'grid' too.* patch\(model, processor\)"):
         internvl.patch(model, mode=mode)
-    with pytest.raises(TypeError, match="processor must be a InternVLProcessor of transformers, got Linear"):
+    with pytest.raises(TypeError, match="processor must be of class InternVLProcessor, got Linear"):
         internvl.patch(model, nn.Linear(1, 1), mode=mode)
     with pytest.raises(TypeError, match="model must hold one InternVLModel of transformers, got Linear with 0"):
         internvl.patch(nn.Linear(1, 1), processor, mode=mode)
@@ -286,6 +286,21 @@ def test_unpatch_restores_all(mode: str) -> None:
     assert_same_bits(model(**stock_inputs).logits, plain(**stock_inputs).logits)
     with pytest.raises(RuntimeError, match="model is not patched"):
         internvl.unpatch(model, processor)
+
+
+@pytest.mark.parametrize("which", ["head", "inner"])
+def test_a_wrapped_model_is_not_unpatched_in_part(which: str) -> None:
+    model, processor, _, _ = patched()
+    wrapped = model if which == "head" else model.model
+    wrapped.scale = nn.Parameter(torch.ones(1))
+    nn.utils.parametrize.register_parametrization(wrapped, "scale", nn.Identity())
+    before = [type(one) for one in (model, model.model, processor)]
+    with pytest.raises(RuntimeError, match="wrapped after it was patched, its class is now Parametrized"):
+        internvl.unpatch(model, processor)
+    assert [type(one) for one in (model, model.model, processor)] == before
+    with pytest.raises(RuntimeError, match="patched already"):
+        internvl.patch(model, processor)
+    assert [type(one) for one in (model, model.model, processor)] == before
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"])
