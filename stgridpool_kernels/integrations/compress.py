@@ -7,6 +7,7 @@ and prompts with as many placeholders. It works from transformers 5.23 on, for t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +22,11 @@ from .video_grid import VIDEO, Family, merge_size, shrink_grids, shrink_outputs,
 
 _FAMILY = Family((*qwen_vl.FAMILY.models, *glm_v.FAMILY.models))
 
-_PADDING = {"attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
-"""What stands at places of padding, for the inputs that have one entry per token besides `input_ids`."""
+_PADDING = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
+"""What stands at places of padding, for the inputs that have one entry per token besides ids and mask."""
+
+_UNFIT = ("position_ids", "cache_position", "cache", "past_key_values", "inputs_embeds", "mm_encoder_outputs")
+"""Inputs that do not fit prompts which get shorter."""
 
 
 @torch.no_grad()
@@ -36,8 +40,8 @@ def compress(model: nn.Module, inputs: Mapping[str, Any], *, mode: str = "pool",
     The result goes to `model.generate(**result)` or `model(**result)`. It has `mm_encoder_outputs` in place of
     `pixel_values` and `pixel_values_videos`, `video_grid_thw` of the pooled size, and prompts without the placeholders
     that no token is left for; these are padded anew, on the side where they were padded, or else on the left. Inputs
-    without videos come back as they are. A search with beams changes `mm_encoder_outputs`, so inputs are compressed
-    anew for the next one.
+    without videos come back as they are. A search with beams changes `mm_encoder_outputs`, and a second one raises
+    RuntimeError: inputs are compressed anew for it.
 
     Raises TypeError if there is no such model in `model`; RuntimeError if it is patched or transformers is older;
     ValueError for inputs that lack something or do not fit together, and for options as `mode_options` and `grid_pool`.
@@ -45,21 +49,51 @@ def compress(model: nn.Module, inputs: Mapping[str, Any], *, mode: str = "pool",
     inner = _checked(model)
     chosen = mode_options(mode, **options)
     chosen.check_channels(token_channels(inner))
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping, as a processor returns it, got {type(inputs).__name__}")
     if inputs.get("pixel_values_videos") is None:
         return dict(inputs)
     _check_inputs(inputs)
     grids = inputs["video_grid_thw"]
     kept = _kept_tokens(inner, inputs, chosen)
     small = {name: value for name, value in inputs.items() if name not in ("pixel_values_videos", "pixel_values")}
-    small |= _without(inputs, kept, _padding_id(model))
+    small |= _without(inputs, kept, inner.config)
     small["video_grid_thw"] = shrink_grids(grids, merge_size(inner), chosen)
-    encoded = inner.get_video_features(inputs["pixel_values_videos"], grids, return_dict=True)
-    shrink_outputs(encoded, token_grids(inner, grids), chosen)
-    small["mm_encoder_outputs"] = {"video": encoded}
+    video = inner.get_video_features(inputs["pixel_values_videos"], grids, return_dict=True)
+    shrink_outputs(video, token_grids(inner, grids), chosen)
+    encoded = {"video": video}
     if inputs.get("pixel_values") is not None:  # the library takes no pixels beside outputs of the encoder
-        image = inner.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-        small["mm_encoder_outputs"]["image"] = image
-    return small
+        encoded["image"] = inner.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+    for outputs in encoded.values():
+        stock: Any = type(outputs)
+        outputs.__class__ = _used_once(stock)
+    return {**small, "mm_encoder_outputs": encoded}
+
+
+@functools.cache
+def _used_once(base: Any) -> Any:
+    """Return a class of outputs of an encoder that raises at a second search with beams.
+
+    The library repeats the tokens of every prompt in place for its beams. It would repeat them again, and where prompts
+    have equally many tokens, it would give some prompt the video of another without an error.
+    """
+
+    class Outputs(base):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "pooler_output":
+                if self.__dict__.get("_stgp_repeated"):
+                    raise RuntimeError(
+                        "mm_encoder_outputs were changed by a search with beams: compress the inputs anew"
+                    )
+                self.__dict__["_stgp_repeated"] = True
+            super().__setattr__(name, value)
+
+        def __reduce__(self) -> Any:
+            _, *rest = super().__reduce__()
+            return base, *rest
+
+    Outputs.__name__, Outputs.__qualname__, Outputs.__module__ = base.__name__, base.__qualname__, base.__module__
+    return Outputs
 
 
 def _checked(model: nn.Module) -> Any:
@@ -69,8 +103,10 @@ def _checked(model: nn.Module) -> Any:
             "videos: integrations.internvl.patch(model, processor) does it"
         )
     inner, of = _FAMILY.find(model)
+    forward = f"{of.module}:{of.inner}.forward"
+    signatures = {**of.tested["signatures"], forward: "self, input_ids, ..., mm_encoder_outputs"}
     try:
-        require(**{**of.tested, "at_least": "5.23"})
+        require(**{**of.tested, "at_least": "5.23", "signatures": signatures})
     except RuntimeError as error:
         raise RuntimeError(f"compress needs mm_encoder_outputs, which models take from 5.23 on: {error}") from None
     if is_pooled(inner):
@@ -79,14 +115,28 @@ def _checked(model: nn.Module) -> Any:
 
 
 def _check_inputs(inputs: Mapping[str, Any]) -> None:
-    for name in ("input_ids", "mm_token_type_ids", "video_grid_thw"):
+    """Raise ValueError unless inputs have what is needed for videos, as tensors, and nothing that does not fit."""
+    needed = ["input_ids", "mm_token_type_ids", "video_grid_thw"]
+    needed += ["image_grid_thw"] * (inputs.get("pixel_values") is not None)
+    for name in needed:
         if inputs.get(name) is None:
-            raise ValueError(
-                f"inputs must have {name}, as the processor returns it with videos, got {', '.join(inputs)}"
-            )
-    for name in ("position_ids", "inputs_embeds", "mm_encoder_outputs"):
+            given = ", ".join(other for other, value in inputs.items() if value is not None)
+            raise ValueError(f"inputs must have {name}, as the processor returns it, got {given}")
+    for name in _UNFIT:
         if inputs.get(name) is not None:
             raise ValueError(f"inputs must not have {name}, which does not fit shorter prompts")
+    for name in ("pixel_values_videos", "video_grid_thw"):
+        if not isinstance(inputs[name], Tensor):
+            raise ValueError(f"{name} must be a tensor, as with return_tensors='pt', got {type(inputs[name]).__name__}")
+    ids = inputs["input_ids"]
+    for name in ("input_ids", "attention_mask", *_PADDING):
+        value = inputs.get(name)
+        if value is not None and not (isinstance(value, Tensor) and value.dim() == 2 and value.shape == ids.shape):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be a tensor (prompts, tokens) of the shape of input_ids, got {got}")
+    mask = inputs.get("attention_mask")
+    if mask is not None and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"attention_mask must have entries 0 and 1 alone, got {int(mask.max())} as the largest")
 
 
 def _kept_tokens(inner: Any, inputs: Mapping[str, Any], options: ModeOptions) -> Tensor:
@@ -106,27 +156,27 @@ def _kept_tokens(inner: Any, inputs: Mapping[str, Any], options: ModeOptions) ->
     return kept
 
 
-def _without(inputs: Mapping[str, Any], kept: Tensor, padding_id: int) -> dict[str, Tensor]:
+def _without(inputs: Mapping[str, Any], kept: Tensor, config: Any) -> dict[str, Tensor]:
     """Return the inputs that have an entry per token, without the tokens that are not kept, padded anew."""
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
-    kept = kept & (torch.ones_like(ids) if mask is None else mask).bool()
-    right = mask is not None and bool((mask[:, 0] != 0).all()) and bool((mask[:, -1] == 0).any())
-    shorter = {"attention_mask": _pad(torch.ones_like(ids), kept, 0, right)}
+    mask = torch.ones_like(ids) if mask is None else mask
+    kept = kept & mask.bool()
+    padded = (mask == 0).any(0)
+    right = bool(padded[-1]) and not bool(padded[0])
+    padding_ids = [getattr(one, "pad_token_id", None) for one in (config, config.get_text_config())]
+    padding = {**_PADDING, "input_ids": next((one for one in padding_ids if one is not None), 0)}
+    shorter = {"attention_mask": _pad(torch.ones_like(mask), kept, 0, right)}
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == ids.shape and name != "attention_mask":
-            if name != "input_ids" and name not in _PADDING:
+            if name not in padding:
                 raise ValueError(f"inputs must not have {name}, of which it is not known what stands for padding")
-            shorter[name] = _pad(value, kept, _PADDING.get(name, padding_id), right)
+            shorter[name] = _pad(value, kept, padding[name], right)
     return shorter
 
 
 def _pad(value: Tensor, kept: Tensor, padding: int, right: bool) -> Tensor:
+    """Return the kept entries of every row, padded to equal length on the right, or else on the left."""
     rows = [row[which] for row, which in zip(value, kept, strict=True)]
     side = "right" if right else "left"
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding, padding_side=side)
-
-
-def _padding_id(model: Any) -> int:
-    found = [getattr(config, "pad_token_id", None) for config in (model.config, model.config.get_text_config())]
-    return next((one for one in found if one is not None), 0)

@@ -8,27 +8,30 @@ model.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..plan.values import plain, shown
 from . import loading
 from .base import require
 from .modes import ModeOptions, mode_options
 from .pooled_class import (
+    check_free,
     check_processor,
     find_class,
     find_module,
     is_pooled,
     patch_class,
     patch_classes,
+    patch_processor,
     unpatch_classes,
 )
 
@@ -39,6 +42,9 @@ _INNER, _HEAD, _PROCESSOR = "InternVLModel", "InternVLForConditionalGeneration",
 IMAGE, VIDEO = 1, 2
 """The first entry of a row of `visual_segments`, which says what its rows of `pixel_values` are."""
 
+_GIVEN: ContextVar[Any] = ContextVar("visual_segments of the call of a model in progress", default=None)
+_NOTED: ContextVar[list[list[int]]] = ContextVar("visual_segments of the call of a processor in progress")
+
 TESTED: dict[str, Any] = {
     "package": "transformers",
     "at_least": "5.23",
@@ -46,7 +52,7 @@ TESTED: dict[str, Any] = {
     "signatures": {
         f"{_MODELING}:{_INNER}.get_image_features": "self, pixel_values, vision_feature_layer, ...",
         f"{_MODELING}:{_INNER}.forward": "self, input_ids, pixel_values, ..., mm_encoder_outputs",
-        f"{_MODELING}:{_HEAD}.forward": "self, input_ids, pixel_values, ..., mm_encoder_outputs",
+        f"{_MODELING}:{_HEAD}._validate_model_kwargs": "self, model_kwargs",
         f"{_PROCESSING}:{_PROCESSOR}.replace_video_token": "self, video_inputs, video_idx, ...",
         f"{_PROCESSING}:{_PROCESSOR}.get_text_with_replacements": "self, text, ...",
     },
@@ -79,11 +85,11 @@ def patch(model: nn.Module, processor: Any = None, *, mode: str = "pool", **opti
             "processor must be given, in mode 'grid' too, since the model is not told which rows of pixel_values are "
             "frames of videos, as patch(model, processor)"
         )
-    check_processor(processor, _classes()[-1], chosen)
+    check_processor(processor, _classes()[-1:])
+    check_free(processor, chosen)
     heads = [] if head is None else [(head, head_members)]
     patch_classes([(inner, inner_members), *heads], chosen)
-    if not is_pooled(processor):
-        patch_class(processor, processor_members, chosen)
+    patch_processor(processor, processor_members, chosen)
 
 
 def unpatch(model: nn.Module, processor: Any = None) -> None:
@@ -92,7 +98,10 @@ def unpatch(model: nn.Module, processor: Any = None) -> None:
     Raises RuntimeError if neither is patched, or the model was wrapped after it was, by what replaces its class
     (`fully_shard`, a parametrization); TypeError as `patch`. Both are unchanged then.
     """
-    unpatch_classes([*_find(model), processor])
+    found = _find(model)
+    if processor is not None:
+        check_processor(processor, _classes()[-1:])
+    unpatch_classes([*found, processor])
 
 
 def register(*, mode: str = "pool", **options: Any) -> None:
@@ -109,14 +118,13 @@ def register(*, mode: str = "pool", **options: Any) -> None:
 
     def change(loaded: Any) -> None:
         if not isinstance(loaded, nn.Module):
-            members = [(loaded, processor_members)]
-        else:
-            inner, head = _find(loaded)
-            _check(inner, chosen)
-            members = [(inner, inner_members), (head, head_members)]
-        for one, replaced in members:
+            patch_processor(loaded, processor_members, chosen)
+            return
+        inner, head = _find(loaded)
+        _check(inner, chosen)
+        for one, members in ((inner, inner_members), (head, head_members)):
             if one is not None and not is_pooled(one):
-                patch_class(one, replaced, chosen)
+                patch_class(one, members, chosen)
 
     loading.change_loaded(_classes(), change)
 
@@ -128,49 +136,48 @@ def unregister() -> None:
 
 
 def inner_members(base: Any, options: ModeOptions) -> dict[str, Any]:
-    """Return what a subclass of the inner model's class replaces to shrink the tokens of frames."""
+    """Return what a subclass of the inner model's class replaces to shrink the tokens of frames.
+
+    `generate` calls `get_image_features` with `visual_segments`. A call of the model calls it in its `forward`, which
+    hooks may have replaced on the object, so `__call__` takes the segments and leaves them in a context variable.
+    """
     can_return_tuple: Any = importlib.import_module("transformers.utils").can_return_tuple
-    taken = inspect.signature(base.forward)
 
     def get_image_features(
         self: Any, pixel_values: Tensor, *arguments: Any, visual_segments: Any = None, **keywords: Any
     ) -> Any:
-        segments = _read_segments(visual_segments, len(pixel_values))
+        given = _GIVEN.get() if visual_segments is None else visual_segments
+        segments = _read_segments(given, len(pixel_values))
         outputs = base.get_image_features(self, pixel_values, *arguments, return_dict=True, **keywords)
         outputs.pooler_output = shrink_tokens(outputs.pooler_output, segments, options)
         return outputs
 
-    def forward(self: Any, *arguments: Any, visual_segments: Any = None, **keywords: Any) -> Any:
-        given = taken.bind(self, *arguments, **keywords)
-        pixels, encoded = (given.arguments.get(name) for name in ("pixel_values", "mm_encoder_outputs"))
-        if pixels is not None and encoded is None:
-            features = self.get_image_features(
-                pixel_values=pixels,
-                vision_feature_layer=given.arguments.get("vision_feature_layer"),
-                vision_feature_select_strategy=given.arguments.get("vision_feature_select_strategy"),
-                visual_segments=visual_segments,
-                return_dict=True,
-            )
-            given.arguments |= {"pixel_values": None, "mm_encoder_outputs": {"image": features}}
-        return base.forward(*given.args, **given.kwargs)
+    def __call__(self: Any, *arguments: Any, visual_segments: Any = None, **keywords: Any) -> Any:
+        before = _GIVEN.set(visual_segments)
+        try:
+            return base.__call__(self, *arguments, **keywords)
+        finally:
+            _GIVEN.reset(before)
 
     def extra_repr(self: Any) -> str:
         return f"videos: {options}"
 
-    return {
-        "get_image_features": _declare_segments(base.get_image_features, can_return_tuple(get_image_features)),
-        "forward": _declare_segments(base.forward, forward),
-        "extra_repr": extra_repr,
-    }
+    signature = inspect.signature(base.get_image_features)  # `generate` passes on what it names
+    *parameters, rest = signature.parameters.values()
+    segments = inspect.Parameter("visual_segments", inspect.Parameter.KEYWORD_ONLY, default=None)
+    features: Any = functools.update_wrapper(can_return_tuple(get_image_features), base.get_image_features)
+    features.__signature__ = signature.replace(parameters=[*parameters, segments, rest])
+    return {"get_image_features": features, "__call__": __call__, "extra_repr": extra_repr}
 
 
 def head_members(base: Any, options: ModeOptions) -> dict[str, Any]:
-    """Return what a subclass of the class with a head replaces, since `generate` asks its `forward` what it takes."""
+    """Return what a subclass of the class with a head replaces: `generate` refuses inputs that its `forward` lacks."""
 
-    def forward(self: Any, *arguments: Any, visual_segments: Any = None, **keywords: Any) -> Any:
-        return base.forward(self, *arguments, visual_segments=visual_segments, **keywords)
+    def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
+        known = {name: value for name, value in model_kwargs.items() if name != "visual_segments"}
+        base._validate_model_kwargs(self, known)
 
-    return {"forward": _declare_segments(base.forward, forward)}
+    return {"_validate_model_kwargs": _validate_model_kwargs}
 
 
 def processor_members(base: Any, options: ModeOptions) -> dict[str, Any]:
@@ -189,21 +196,25 @@ def processor_members(base: Any, options: ModeOptions) -> dict[str, Any]:
         }
         for replaced in (one for row in offsets for one in row):
             kind, tokens = kinds[replaced["type"]]
-            self.stgp_segments.append([kind, replaced["replacement"].count(self.image_token) // tokens])
+            _NOTED.get([]).append([kind, replaced["replacement"].count(self.image_token) // tokens])
         return text, offsets
 
+    @functools.wraps(base.__call__)
     def __call__(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        call = copy.copy(self)  # segments are noted in a copy, so that calls from several threads do not mix them
-        call.stgp_segments = []
-        inputs = base.__call__(call, *arguments, **keywords)
-        if call.stgp_segments:
-            inputs["visual_segments"] = torch.tensor(call.stgp_segments)
+        noted: list[list[int]] = []
+        before = _NOTED.set(noted)
+        try:
+            inputs = base.__call__(self, *arguments, **keywords)
+        finally:
+            _NOTED.reset(before)
+        if noted:
+            inputs["visual_segments"] = torch.tensor(noted)
         return inputs
 
     return {
         "replace_video_token": replace_video_token,
         "get_text_with_replacements": get_text_with_replacements,
-        "__call__": functools.wraps(base.__call__)(__call__),
+        "__call__": __call__,
         "model_input_names": property(lambda self: [*base.model_input_names.fget(self), "visual_segments"]),
     }
 
@@ -240,24 +251,15 @@ def _read_segments(segments: Any, rows: int) -> list[list[int]]:
         raise ValueError(
             "visual_segments must be given with pixel_values, got None: make inputs with the processor that was patched"
         )
-    read: list[list[int]] = torch.as_tensor(segments).reshape(-1, 2).tolist()
-    fits = all(kind in (IMAGE, VIDEO) and length >= 0 for kind, length in read)
+    read = plain(segments)
+    pairs = isinstance(read, list) and all(isinstance(one, list) and [*map(type, one)] == [int, int] for one in read)
+    fits = pairs and all(kind in (IMAGE, VIDEO) and length >= 0 for kind, length in read)
     if not fits or sum(length for _, length in read) != rows:
         raise ValueError(
             f"visual_segments must be rows [{IMAGE}, tiles of an image] or [{VIDEO}, frames of a video] for the {rows} "
-            f"rows of pixel_values, got {read}"
+            f"rows of pixel_values, got {shown(read)}"
         )
-    return read
-
-
-def _declare_segments(stock: Any, replaced: Any) -> Any:
-    """Give a method the signature of the stock one and `visual_segments`: the library asks for names of parameters."""
-    signature = inspect.signature(stock)
-    *parameters, keywords = signature.parameters.values()
-    segments = inspect.Parameter("visual_segments", inspect.Parameter.KEYWORD_ONLY, default=None)
-    functools.update_wrapper(replaced, stock)
-    replaced.__signature__ = signature.replace(parameters=[*parameters, segments, keywords])
-    return replaced
+    return cast(list[list[int]], read)
 
 
 def _find(model: nn.Module) -> tuple[Any, Any]:
@@ -273,4 +275,6 @@ def _classes() -> list[Any]:
 
 
 def _check(inner: Any, options: ModeOptions) -> None:
+    """Raise ValueError unless the options are right for the channels and the size of a frame of a model."""
     options.check_channels(int(inner.config.get_text_config().hidden_size))
+    frame_tokens(int(inner.config.image_seq_length), options)

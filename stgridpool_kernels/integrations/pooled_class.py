@@ -27,7 +27,8 @@ def find_module(model: nn.Module, known: Mapping[tuple[str, str], Known]) -> tup
 
     known: by module and name of a class. Raises TypeError if there is no such module, or more than one.
     """
-    found = [(module, of) for module in model.modules() if (of := find_class(type(module), known)) is not None]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [(module, of) for module in modules if (of := find_class(type(module), known)) is not None]
     if len(found) != 1:
         names = " or ".join(name for _, name in known)
         raise TypeError(f"model must hold one {names} of transformers, got {type(model).__name__} with {len(found)}")
@@ -40,13 +41,23 @@ def find_class(cls: type, known: Mapping[tuple[str, str], Known]) -> Known | Non
     return next((known[name] for name in names if name in known), None)
 
 
-def check_processor(processor: Any, expected: type, options: Hashable) -> None:
-    """Raise TypeError unless a processor is of the expected class; RuntimeError if it is patched with other options."""
-    if not isinstance(processor, expected):
-        raise TypeError(f"processor must be of class {expected.__name__}, got {type(processor).__name__}")
-    found = getattr(processor, "stgp_options", None)
-    if found is not None and found != options:
-        raise RuntimeError(f"processor is patched already, with {found}: unpatch it first")
+def check_processor(processor: Any, expected: Sequence[type]) -> None:
+    """Raise TypeError unless a processor is of one of the expected classes, or derived from one."""
+    if not isinstance(processor, tuple(expected)):
+        names = " or ".join(cls.__name__ for cls in expected)
+        raise TypeError(f"processor must be an instance of {names}, got {type(processor).__name__}")
+
+
+def patch_processor(processor: Any, members: Members, options: Hashable) -> None:
+    """Patch a processor as `patch_class`, unless it is patched with equal options, as one that serves two models is."""
+    if not is_pooled(processor):
+        patch_class(processor, members, options)
+
+
+def check_free(processor: Any, options: Hashable) -> None:
+    """Raise RuntimeError if a processor is patched with other options than these."""
+    if is_pooled(processor) and processor.stgp_options != options:
+        raise RuntimeError(f"processor is patched already, with {processor.stgp_options}: unpatch it first")
 
 
 def patch_class(model: Any, members: Members, options: Hashable, *more: Hashable) -> None:

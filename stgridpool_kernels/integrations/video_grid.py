@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from . import loading
 from .base import require
 from .modes import ModeOptions, mode_options
-from .pooled_class import check_processor, find_module, is_pooled, patch_class, unpatch_classes
+from .pooled_class import (
+    check_free,
+    check_processor,
+    find_module,
+    is_pooled,
+    patch_class,
+    patch_processor,
+    unpatch_classes,
+)
 
 VIDEO = 2
 """The entry of `mm_token_type_ids` at placeholders of videos."""
@@ -67,11 +75,10 @@ class GridModel:
             },
         }
 
-    def classes(self) -> list[Any]:
-        """Return the classes of the library that are loaded: models without and with a head, and the processor."""
+    def model_classes(self) -> list[Any]:
+        """Return the library's classes of the model, without and with a language model head."""
         module = importlib.import_module(self.module)
-        models = [getattr(module, f"{self.prefix}{end}") for end in ("Model", "ForConditionalGeneration")]
-        return [*models, self.processor_class()]
+        return [getattr(module, f"{self.prefix}{end}") for end in ("Model", "ForConditionalGeneration")]
 
     def processor_class(self) -> Any:
         """Return the library's class of the processor."""
@@ -95,18 +102,22 @@ class Family:
         chosen = mode_options(mode, **options)
         chosen.check_channels(token_channels(inner))
         if processor is not None:
-            check_processor(processor, of.processor_class(), chosen)
+            check_processor(processor, self._processors())
+            check_free(processor, chosen)
         elif chosen.mode == "pool":
             raise TypeError(
                 "processor must be given in mode 'pool', since it writes a placeholder for every token into prompts, "
                 "as patch(model, processor); mode='grid' needs none"
             )
         patch_class(inner, model_members, chosen)
-        if chosen.mode == "pool" and not is_pooled(processor):
-            patch_class(processor, processor_members, chosen)
+        if chosen.mode == "pool":
+            patch_processor(processor, processor_members, chosen)
 
     def unpatch(self, model: nn.Module, processor: Any) -> None:
-        unpatch_classes([self.find(model)[0], processor])
+        inner, _ = self.find(model)
+        if processor is not None:
+            check_processor(processor, self._processors())
+        unpatch_classes([inner, processor])
 
     def register(self, mode: str, options: Mapping[str, Any]) -> None:
         for of in self.models:
@@ -117,9 +128,10 @@ class Family:
             if isinstance(loaded, nn.Module):
                 inner, _ = self.find(loaded)
                 chosen.check_channels(token_channels(inner))
-                _patch_once(inner, model_members, chosen)
+                if not is_pooled(inner):
+                    patch_class(inner, model_members, chosen)
             elif chosen.mode == "pool":
-                _patch_once(loaded, processor_members, chosen)
+                patch_processor(loaded, processor_members, chosen)
 
         loading.change_loaded(self._classes(), change)
 
@@ -133,7 +145,12 @@ class Family:
         return find_module(model, {(of.module, of.inner): of for of in self.models})
 
     def _classes(self) -> list[Any]:
-        return list(dict.fromkeys(cls for of in self.models for cls in of.classes()))  # some have a processor in common
+        """Return the classes of the library that `register` is for."""
+        return [*(cls for of in self.models for cls in of.model_classes()), *self._processors()]
+
+    def _processors(self) -> list[Any]:
+        """Return the classes of processors. A checkpoint may come with that of another model of its family."""
+        return list(dict.fromkeys(of.processor_class() for of in self.models))
 
 
 def model_members(base: Any, options: ModeOptions) -> dict[str, Any]:
@@ -170,7 +187,12 @@ def processor_members(base: Any, options: ModeOptions) -> dict[str, Any]:
         grids = shrink_grids(video_inputs["video_grid_thw"], self.video_processor.merge_size, options)
         return base.replace_video_token(self, {**video_inputs, "video_grid_thw": grids}, video_idx, **keywords)
 
-    return {"replace_video_token": replace_video_token}
+    def _get_num_multimodal_tokens(self: Any, image_sizes: Any = None, video_sizes: Any = None, **keywords: Any) -> Any:
+        if video_sizes is not None:  # the library counts patches of a video, not rows and columns of its frames
+            raise NotImplementedError("a patched processor does not count the tokens of videos that it has not seen")
+        return base._get_num_multimodal_tokens(self, image_sizes, **keywords)
+
+    return {"replace_video_token": replace_video_token, "_get_num_multimodal_tokens": _get_num_multimodal_tokens}
 
 
 def shrink_outputs(outputs: Any, grids: Iterable[Sequence[int]], options: ModeOptions) -> None:
@@ -231,8 +253,3 @@ def _check_placeholders(types: Any, grids: Sequence[Sequence[int]], options: Mod
             f"prompts must have {expected} placeholders of videos, the tokens that {options} leaves, got {found}: make "
             f"them with the processor that was patched"
         )
-
-
-def _patch_once(loaded: Any, members: Any, options: ModeOptions) -> None:
-    if not is_pooled(loaded):
-        patch_class(loaded, members, options)

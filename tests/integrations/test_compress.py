@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +81,22 @@ def test_beams(kind: str) -> None:
     assert torch.equal(found, model.generate(**patched, max_new_tokens=4, num_beams=3, **GREEDY))
 
 
+@pytest.mark.parametrize("kind", QWEN_KINDS)
+def test_a_second_search_with_beams_is_refused(kind: str) -> None:
+    """Videos of one size are where the library would mix them up in silence."""
+    plain, processor = build(kind)
+    text = placeholder(kind, "video")
+    videos = [pictures(8, 3, 3, seed=seed) for seed in range(2)]
+    given = compress(plain, ask(processor, [f"a {text}", f"a {text}"], videos))
+    greedy = [plain.generate(**given, max_new_tokens=4, **GREEDY) for _ in range(2)]
+    assert torch.equal(*greedy)
+    sent = pickle.loads(pickle.dumps(given))
+    plain.generate(**given, max_new_tokens=2, num_beams=2, **GREEDY)
+    with pytest.raises(RuntimeError, match="changed by a search with beams: compress the inputs anew"):
+        plain.generate(**given, max_new_tokens=2, num_beams=2, **GREEDY)
+    assert torch.equal(plain.generate(**sent, max_new_tokens=4, **GREEDY), greedy[0])
+
+
 def test_padding_stays_on_its_side_and_labels_follow() -> None:
     plain, plain_processor, _model, _ = both("qwen3_vl")
     video = placeholder("qwen3_vl", "video")
@@ -103,6 +120,21 @@ def test_padding_stays_on_its_side_and_labels_follow() -> None:
     assert torch.isfinite(plain(**from_right).loss)
 
 
+def test_prompts_that_were_not_padded_are_padded_on_the_left() -> None:
+    plain, processor = build("qwen3_vl")
+    plain.config.text_config.pad_token_id = 3
+    video = placeholder("qwen3_vl", "video")
+    videos = [pictures(8, 3, 3, seed=1), pictures(8, 2, 2, seed=2)]  # 36 and 16 tokens, of which 16 and 4 are left
+    inputs = ask(processor, [f"a {video}", f"a {video} {'x' * 20}"], videos)
+    assert inputs["attention_mask"].all()
+    inputs["token_type_ids"] = torch.ones_like(inputs["input_ids"])
+    given = compress(plain, inputs)
+    assert given["attention_mask"][0].tolist() == [0] * 8 + [1] * (given["input_ids"].shape[1] - 8)
+    assert given["attention_mask"][1].all()
+    assert torch.equal(given["token_type_ids"], given["attention_mask"])
+    assert given["input_ids"][0, :8].tolist() == [3] * 8
+
+
 def test_inputs_without_videos_come_back() -> None:
     plain, processor = build("qwen3_vl")
     inputs = ask(processor, f"see {placeholder('qwen3_vl', 'image')}", [], [pictures(1, 4, 4)[0]])
@@ -121,11 +153,22 @@ def test_a_gradient_is_not_kept() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mm_token_type_ids": None}, "inputs must have mm_token_type_ids, as the processor returns it with videos"),
+        (
+            {"mm_token_type_ids": None},
+            "inputs must have mm_token_type_ids, as the processor returns it, got input_ids, att",
+        ),
         ({"video_grid_thw": None}, "inputs must have video_grid_thw"),
         ({"input_ids": None}, "inputs must have input_ids"),
         ({"position_ids": torch.zeros(3, 1, 9)}, "inputs must not have position_ids"),
         ({"mm_encoder_outputs": {}}, "inputs must not have mm_encoder_outputs"),
+        ({"inputs_embeds": torch.zeros(1, 9, HIDDEN)}, "inputs must not have inputs_embeds"),
+        ({"past_key_values": ()}, "inputs must not have past_key_values"),
+        ({"image_grid_thw": None}, "inputs must have image_grid_thw, as the processor"),
+        ({"input_ids": [[1, 2]]}, r"input_ids must be a tensor \(prompts, tokens\) .* got list"),
+        ({"mm_token_type_ids": [[0, 2]]}, "mm_token_type_ids must be a tensor .* got list"),
+        ({"labels": torch.zeros(1, 3)}, r"labels must be a tensor .* got \(1, 3\)"),
+        ({"attention_mask": torch.ones(1, 1, 2, 2)}, r"attention_mask must be a tensor .* got \(1, 1, 2, 2\)"),
+        ({"video_grid_thw": [[17, 10, 14]]}, "video_grid_thw must be a tensor, as with return_tensors='pt', got list"),
         ({"video_grid_thw": torch.tensor([[17, 10, 14], [10, 10, 8]])}, "inputs must have 795 placeholders .* got 845"),
     ],
 )
@@ -144,6 +187,18 @@ def test_an_input_with_unknown_padding_is_refused() -> None:
         compress(plain, inputs)
 
 
+def test_a_mask_that_marks_packed_prompts_is_refused() -> None:
+    plain, processor = build("qwen3_vl")
+    inputs = prompts("qwen3_vl", processor, "one")
+    inputs["attention_mask"] = 1 + inputs["attention_mask"]
+    with pytest.raises(ValueError, match="attention_mask must have entries 0 and 1 alone, got 2"):
+        compress(plain, inputs)
+    del inputs["attention_mask"]
+    without = compress(plain, inputs)
+    assert without["attention_mask"].all()
+    assert_same_bits(plain(**without).logits, plain(**compress(plain, prompts("qwen3_vl", processor, "one"))).logits)
+
+
 def test_inputs_of_a_patched_processor_are_refused() -> None:
     plain, _, model, processor = both("qwen3_vl")
     with pytest.raises(ValueError, match=r"inputs must have 845 placeholders .* got 294"):
@@ -159,6 +214,8 @@ def test_other_models_and_wrong_options_are_refused() -> None:
         compress(nn.Linear(1, 1), inputs)
     with pytest.raises(TypeError, match=r"an InternVL model.* which rows .* are frames .*internvl\.patch"):
         compress(build("internvl")[0], {})
+    with pytest.raises(TypeError, match="inputs must be a mapping, as a processor returns it, got NoneType"):
+        compress(plain, None)
     with pytest.raises(ValueError, match="temperature must not be given in mode 'grid'"):
         compress(plain, inputs, mode="grid", temperature=2.0)
     with pytest.raises(ValueError, match="norm_channels must be at most"):
@@ -181,3 +238,20 @@ def test_the_snippet_of_the_page_runs() -> None:
     TRANSFORMERS.run("compress", names)
     patched = model.generate(**processor(text=[text], videos=[video], return_tensors="pt"), max_new_tokens=20)
     assert torch.equal(names["answer"], patched)
+
+
+def test_a_model_inside_another_module_is_found() -> None:
+    plain, processor = build("qwen3_vl")
+    inputs = prompts("qwen3_vl", processor, "two")
+    found, expected = (compress(one, inputs) for one in (nn.ModuleList([plain]), plain))
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
+def test_a_model_that_takes_no_encoder_outputs_is_refused_in_any_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, processor = build("qwen3_vl")
+    monkeypatch.setenv("STGP_ALLOW_UNTESTED", "1")
+    monkeypatch.setattr(type(plain.model), "forward", lambda self, input_ids: None)
+    with pytest.raises(
+        RuntimeError, match=r"Qwen3VLModel.forward must take \(self, input_ids, ..., mm_encoder_outputs"
+    ):
+        compress(plain, prompts("qwen3_vl", processor, "one"))

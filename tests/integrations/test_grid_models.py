@@ -372,6 +372,22 @@ def test_a_compiled_model_gives_the_same_logits(kind: str, mode: str) -> None:
     assert relative(compiled(**inputs).logits, expected) <= 1e-6
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "glm46v"])
+def test_an_encoder_that_merges_other_blocks_of_patches(kind: str) -> None:
+    model, processor = build(kind, merge=1)
+    plain = copy.deepcopy(model)
+    family(kind).patch(model, processor)
+    inputs = ask(processor, f"hi {placeholder(kind, 'video')}", [pictures(20, 3, 4)])
+    assert inputs["video_grid_thw"].tolist() == [[10, 6, 8]]
+    assert int((inputs["mm_token_type_ids"] == 2).sum()) == 10 * 3 * 4
+    raw = plain.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
+    expected = grid_pool(raw.pooler_output[0].view(10, 6, 8, HIDDEN), ceil_mode=True, backend="reference")
+    if kind != "qwen3_vl":  # whose other levels are pooled along
+        assert not getattr(raw, "deepstack_features", None)
+    seen = seen_by_decoder(model, lambda: model(**inputs))
+    assert relative(seen["inputs_embeds"][inputs["mm_token_type_ids"] == 2], expected.flatten(0, 2)) <= 2e-6
+
+
 # ---- what is refused ----
 
 
@@ -398,9 +414,9 @@ def test_in_mode_pool_a_processor_is_needed(kind: str) -> None:
         TypeError, match=r"processor must be given in mode 'pool'.* patch\(model, processor\); mode='grid'"
     ):
         module.patch(model)
-    with pytest.raises(TypeError, match=r"processor must be of class \w+Processor, got Linear"):
+    with pytest.raises(TypeError, match=r"processor must be an instance of \w+Processor.*, got Linear"):
         module.patch(model, nn.Linear(1, 1))
-    with pytest.raises(TypeError, match=r"processor must be of class \w+Processor, got Linear"):
+    with pytest.raises(TypeError, match=r"processor must be an instance of \w+Processor.*, got Linear"):
         module.patch(model, nn.Linear(1, 1), mode="grid")
     assert not hasattr(model.model, "stgp_options")
     module.patch(model, mode="grid")
@@ -464,6 +480,61 @@ def test_unpatch_restores_both(kind: str, mode: str) -> None:
         family(kind).unpatch(model, processor)
 
 
+def test_mode_grid_leaves_the_processor_alone(kind: str) -> None:
+    _, processor, _, plain_processor = patched(kind, mode="grid")
+    assert type(processor) is type(plain_processor)
+
+
+def test_a_processor_of_another_model_of_the_family_is_taken() -> None:
+    """Checkpoints of GLM-4.6V exist with the model class of GLM-4.1V and their own processor."""
+    (model, _), (_, processor) = build("glm4v"), build("glm46v")
+    plain = copy.deepcopy(model)
+    glm_v.patch(model, processor)
+    inputs = ask(processor, f"hi {placeholder('glm46v', 'video')}", [pictures(*SHORT)])
+    seen = seen_by_decoder(model, lambda: model.generate(**inputs, max_new_tokens=2, **GREEDY))
+    assert relative(seen["inputs_embeds"][inputs["mm_token_type_ids"] == 2], by_hand(plain, inputs, "pool")[0]) <= 2e-6
+
+
+def test_subclasses_of_models_and_processors_are_taken() -> None:
+    model, processor = build("qwen3_vl")
+    inner, outer = (type("Mine", (type(one),), {}) for one in (model.model, processor))
+    model.model.__class__, processor.__class__ = inner, outer
+    qwen_vl.patch(model, processor)
+    assert int((one_prompt("qwen3_vl", processor)["mm_token_type_ids"] == 2).sum()) == 294
+    processor.__class__ = type("Later", (type(processor),), {})
+    with pytest.raises(RuntimeError, match="wrapped after it was patched, its class is now Later"):
+        qwen_vl.unpatch(model, processor)
+    assert hasattr(model.model, "stgp_options")  # nothing was restored in part
+    processor.__class__ = type(processor).__base__
+    qwen_vl.unpatch(model, processor)
+    assert (type(model.model), type(processor)) == (inner, outer)
+
+
+def test_unpatch_refuses_what_patch_does() -> None:
+    model, _, _, _ = patched("qwen3_vl")
+    _, other, _, _ = patched("glm46v")
+    for processor in ("nonsense", other):
+        with pytest.raises(
+            TypeError, match=r"processor must be an instance of Qwen2VLProcessor or .* got (str|Glm46VProc)"
+        ):
+            qwen_vl.unpatch(model, processor)
+    assert hasattr(model.model, "stgp_options")
+    assert hasattr(other, "stgp_options")
+    for wrong in (None, "a", model.config):
+        for call in (qwen_vl.patch, qwen_vl.unpatch, glm_v.patch):
+            with pytest.raises(TypeError, match="model must hold one"):
+                call(wrong)
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_a_patched_processor_does_not_give_wrong_counts(kind: str) -> None:
+    _, processor, _, plain_processor = patched(kind)
+    with pytest.raises(NotImplementedError, match="does not count the tokens of videos that it has not seen"):
+        processor._get_num_multimodal_tokens(video_sizes=[(34, 40, 56)])
+    images = {"image_sizes": [(32, 32)]}
+    assert processor._get_num_multimodal_tokens(**images) == plain_processor._get_num_multimodal_tokens(**images)
+
+
 def test_unpatch_restores_what_it_is_given() -> None:
     model, processor, plain, plain_processor = patched("qwen3_vl")
     qwen_vl.unpatch(model)
@@ -472,6 +543,10 @@ def test_unpatch_restores_what_it_is_given() -> None:
         qwen_vl.patch(model, processor, temperature=2.0)
     assert type(model.model) is type(plain.model)
     qwen_vl.patch(model, processor)  # with the same options, as for two models with one processor
+    other, _ = build("qwen3_vl")
+    qwen_vl.patch(other, processor)
+    with pytest.raises(RuntimeError, match="processor is patched already"):
+        qwen_vl.patch(build("qwen3_vl")[0], processor, mode="grid")
     qwen_vl.unpatch(model)
     qwen_vl.unpatch(model, processor)
     assert type(processor) is type(plain_processor)
@@ -597,11 +672,16 @@ def test_what_is_loaded_while_registered_is_patched(kind: str, mode: str, tmp_pa
     inner = transformers.AutoModel.from_pretrained(tmp_path)
     made = transformers.AutoModelForImageTextToText.from_config(plain.config)
     again, _ = type(plain).from_pretrained(tmp_path, output_loading_info=True)
+    mine = type("Mine", (type(plain),), {}).from_pretrained(tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    kept_for_longer = type(plain).from_pretrained
     family(kind).unregister()
+    assert not hasattr(kept_for_longer(tmp_path).model, "stgp_options")
     chosen = mode_options(mode)
-    for one in (model.model, inner, made.model, again.model, *[processor] * (mode == "pool")):
+    for one in (model.model, inner, made.model, again.model, mine.model, *[processor] * (mode == "pool")):
         assert one.stgp_options == chosen
+    assert type(mine).__name__ == "Mine"
+    assert hasattr(processor, "stgp_options") == (mode == "pool")
     inputs = one_prompt(kind, processor)
     expected, more = embeddings_by_hand(plain, inputs, mode)
     logits = decode(plain, expected, positions_by_hand(plain, inputs, mode), **more)

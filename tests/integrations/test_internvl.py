@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import pickle
 from collections.abc import Iterator, Sequence
@@ -222,6 +223,60 @@ def test_calls_from_several_threads_do_not_mix() -> None:
             assert torch.equal(found["input_ids"], expected["input_ids"]), prompt
 
 
+@pytest.mark.parametrize("which", ["head", "inner", "both"])
+def test_a_forward_that_was_replaced_on_the_object(which: str, mode: str) -> None:
+    """As hooks that move inputs between devices do, and torch.compile(model.forward)."""
+    model, processor = build("internvl")
+    plain = copy.deepcopy(model)
+    calls = []
+    for one in {"head": [model], "inner": [model.model], "both": [model, model.model]}[which]:
+
+        def hooked(*arguments: Any, stock: Any = one.forward, **keywords: Any) -> Any:
+            calls.append(1)
+            return stock(*arguments, **keywords)
+
+        one.forward = functools.update_wrapper(hooked, one.forward)
+    internvl.patch(model, processor, mode=mode)
+    inputs = inputs_for(processor, "image and videos")
+    expected = plain(inputs_embeds=embeddings_by_hand(plain, inputs, mode)).logits
+    assert relative(model(**inputs).logits, expected) <= 5e-5
+    model.generate(**inputs, max_new_tokens=2, **GREEDY)
+    assert calls
+
+
+def test_the_inner_model_alone_is_patched(mode: str) -> None:
+    model, processor = build("internvl")
+    inner, plain = model.model, copy.deepcopy(model.model)
+    internvl.patch(inner, processor, mode=mode)
+    inputs = inputs_for(processor, "image and videos")
+    embeddings = plain.get_input_embeddings()(inputs["input_ids"])
+    holder = SimpleNamespace(model=plain)
+    embeddings[inputs["input_ids"] == plain.config.image_token_id] = by_hand(holder, inputs, mode)
+    expected = plain(inputs_embeds=embeddings).last_hidden_state
+    assert relative(inner(**inputs).last_hidden_state, expected) <= 5e-5
+    internvl.unpatch(inner, processor)
+    assert type(inner) is type(plain)
+
+
+def test_other_layers_of_the_encoder(mode: str) -> None:
+    model, processor, plain, _ = patched(mode=mode)
+    inputs = inputs_for(processor, "videos")
+    pixels, segments = inputs["pixel_values"], inputs["visual_segments"]
+    found = model.model.get_image_features(pixels, vision_feature_layer=1, visual_segments=segments).pooler_output
+    usual = model.model.get_image_features(pixels, visual_segments=segments).pooler_output
+    x = plain.model.get_image_features(pixels, vision_feature_layer=1).pooler_output.unflatten(
+        1, (INTERNVL_SIDE, INTERNVL_SIDE)
+    )
+    expected = mode_options(mode).apply(x, [17, 17]).flatten(1, 2)
+    assert relative(found.flatten(0, 1), expected.flatten(0, 1)) <= 2e-6
+    assert relative(found, usual) > 1e-3
+    embeddings = plain.get_input_embeddings()(inputs["input_ids"])
+    embeddings[inputs["input_ids"] == plain.config.image_token_id] = expected.flatten(0, 1)
+    logits = plain(inputs_embeds=embeddings).logits
+    assert relative(model(**inputs, vision_feature_layer=1).logits, logits) <= 5e-5
+    assert relative(model(**inputs).logits, logits) > 1e-3
+
+
 # ---- what is refused ----
 
 
@@ -234,6 +289,16 @@ def test_inputs_of_a_processor_that_is_not_patched_are_refused(prompt: str, mode
             ValueError, match="visual_segments must be given with pixel_values, got None: make inputs with"
         ):
             run()
+
+
+@pytest.mark.parametrize(
+    "segments", [torch.tensor([2, 37, 1]), torch.tensor([[2.0, 37.0]]), "abc", {}, 37, [2, 37], [[2, True]]]
+)
+def test_segments_of_another_form_are_refused(segments: Any) -> None:
+    model, processor, _, _ = patched()
+    pixels = inputs_for(processor, "image and videos")["pixel_values"]
+    with pytest.raises(ValueError, match=r"visual_segments must be rows \[1, tiles of an image\] .* the 37 rows"):
+        model.get_image_features(pixels, visual_segments=segments)
 
 
 @pytest.mark.parametrize("segments", [[[2, 17]], [[2, 37]], [[3, 37]], [[2, 17], [1, 20], [1, 0], [2, -1], [1, 1]]])
@@ -253,13 +318,33 @@ def test_a_processor_is_needed_in_both_modes(mode: str) -> None:
     model, processor = build("internvl")
     with pytest.raises(TypeError, match=r"processor must be given, in mode 'grid' too.* patch\(model, processor\)"):
         internvl.patch(model, mode=mode)
-    with pytest.raises(TypeError, match="processor must be of class InternVLProcessor, got Linear"):
+    with pytest.raises(TypeError, match="processor must be an instance of InternVLProcessor, got Linear"):
         internvl.patch(model, nn.Linear(1, 1), mode=mode)
     with pytest.raises(TypeError, match="model must hold one InternVLModel of transformers, got Linear with 0"):
         internvl.patch(nn.Linear(1, 1), processor, mode=mode)
     with pytest.raises(ValueError, match=f"norm_channels must be at most the {HIDDEN} channels"):
         internvl.patch(model, processor, norm_channels=HIDDEN + 1)
+    with pytest.raises(ValueError, match=r"output_size must not exceed the frame of 8 × 8 tokens, got \[9, 9\]"):
+        internvl.patch(model, processor, output_size=(9, 9))
     assert not any(hasattr(one, "stgp_options") for one in (model, model.model, processor))
+    for wrong in (None, "a", model.config):
+        with pytest.raises(TypeError, match="model must hold one InternVLModel"):
+            internvl.patch(wrong, processor)
+
+
+def test_one_processor_serves_two_models_with_equal_options() -> None:
+    model, processor, plain, _ = patched()
+    internvl.patch(plain, processor)
+    other, _ = build("internvl")
+    with pytest.raises(RuntimeError, match=r"processor is patched already, with .* unpatch it first"):
+        internvl.patch(other, processor, temperature=2.0)
+    assert not hasattr(other.model, "stgp_options")
+    for wrong in ("nonsense", build("qwen3_vl")[1]):
+        with pytest.raises(TypeError, match="processor must be an instance of InternVLProcessor"):
+            internvl.unpatch(model, wrong)
+    assert "visual_segments" in processor.model_input_names
+    text = ["a <video>"], [], ["Frame1: " + "<IMG_CONTEXT>" * 16]
+    assert processor.get_text_with_replacements(*text)[0] == ["a Frame1: " + "<IMG_CONTEXT>" * 16]
 
 
 def test_an_older_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,12 +113,13 @@ INTERNVL_SIDE = 8
 """Rows and columns of tokens of a frame, or tile, of the InternVL model."""
 
 
-def build(kind: str) -> tuple[Any, Any]:
+def build(kind: str, merge: int = 2) -> tuple[Any, Any]:
     """Return a model, always with the same weights, and its processor.
 
-    kind: one of `QWEN_KINDS` and `GLM_KINDS`, or "internvl".
+    kind: one of `QWEN_KINDS` and `GLM_KINDS`, or "internvl". merge: rows, and columns, of patches that an encoder with
+    grids merges into a token.
     """
-    return _internvl() if kind == "internvl" else _with_grids(kind)
+    return _internvl() if kind == "internvl" else _with_grids(kind, merge)
 
 
 def placeholder(kind: str, modality: str) -> str:
@@ -181,7 +182,7 @@ def _tokenizer(special: tuple[str, ...], named: tuple[tuple[str, str], ...]) -> 
     return make
 
 
-def _with_grids(kind: str) -> tuple[Any, Any]:
+def _with_grids(kind: str, merge: int) -> tuple[Any, Any]:
     transformers: Any = importlib.import_module("transformers")
     prefix, processing, settings = _KINDS[kind]
     named = {**_GLM, **_GLM_SPANS} if kind in GLM_KINDS else {**_QWEN, **_QWEN_SPANS}
@@ -189,7 +190,7 @@ def _with_grids(kind: str) -> tuple[Any, Any]:
     size = {"shortest_edge": 2 * 64, "longest_edge": 10**6}
     settings = {
         "text_config": {**_TEXT, "vocab_size": len(tokenizer), **settings["text"]},
-        "vision_config": {**_VISION, **settings["vision"]},
+        "vision_config": {**_VISION, "spatial_merge_size": merge, **settings["vision"]},
         **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()},
     }
     if kind == "qwen2_vl":  # its encoder names these otherwise
@@ -206,9 +207,9 @@ def _with_grids(kind: str) -> tuple[Any, Any]:
     video_class = f"{'Qwen3VL' if folder == 'qwen3_vl' else visual}VideoProcessor"
     videos = getattr(importlib.import_module(f"transformers.models.{folder}.video_processing_{folder}"), video_class)
     processor = getattr(transformers, f"{processing}Processor")(
-        image_processor=getattr(transformers, f"{visual}ImageProcessor")(patch_size=PATCH, size=size),
+        image_processor=getattr(transformers, f"{visual}ImageProcessor")(patch_size=PATCH, size=size, merge_size=merge),
         tokenizer=tokenizer,
-        video_processor=videos(patch_size=PATCH, size=size, do_sample_frames=False),
+        video_processor=videos(patch_size=PATCH, size=size, merge_size=merge, do_sample_frames=False),
     )
     return _noisy(model), processor
 
