@@ -292,6 +292,7 @@ def test_all_sizes_of_videos(kind: str, mode: str, sizes: Sequence[tuple[int, in
         assert relative(level if torch.is_tensor(level) else torch.cat(tuple(level)), tokens) <= 2e-6
     as_tuple = model.model.get_video_features(pixels, grids, return_dict=False)
     assert isinstance(as_tuple, tuple)
+    assert model.model.get_video_features(pixels, grids, output_hidden_states=True).hidden_states is not None
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
@@ -302,6 +303,7 @@ def test_all_sizes_of_videos(kind: str, mode: str, sizes: Sequence[tuple[int, in
         {"kernel_size": 3, "stride": 2, "padding": 1},
         {"frame_strides": (1, 2), "temperature": 4.0, "normalize_norm": False},
         {"norm_channels": 5, "resize": "bilinear"},
+        {"norm_channels": HIDDEN},
     ],
     ids=repr,
 )
