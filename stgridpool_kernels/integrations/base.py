@@ -213,9 +213,17 @@ def require(
         if fault := signature_fault(path, expected):
             raise RuntimeError(f"{found}, but {fault}; {tested}")
     if (older or newer) and package not in _WARNED:
-        warnings.warn(f"{found}; {tested}", UserWarning, stacklevel=3)
+        warnings.warn(f"{found}; {tested}", UserWarning, stacklevel=_level_of_user())
         _WARNED.add(package)
     return engine
+
+
+def _level_of_user() -> int:
+    """Return the stack level, as the caller of this function counts it, of the first code outside this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("stgridpool_kernels."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def signature_fault(path: str, expected: str) -> str | None:

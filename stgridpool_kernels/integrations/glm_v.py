@@ -1,7 +1,7 @@
 """Integration into the GLM-V models of transformers: GLM-4.1V, GLM-4.5V (MoE) and GLM-4.6V.
 
-The adapter is that of Qwen-VL, see `qwen_vl`, and so are T, which counts pairs of frames, and the place of norms, the
-tokens that the encoder's merger hands to the language model.
+The functions are those of `qwen_vl`, and so is the adapter. T counts pairs of frames. Norms are those of the tokens
+that the encoder's merger hands to the language model.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from .video_grid import Family, GridModel
+from .video_grid import GridArchitecture, GridFamily
 
 _GLM4V = ("glm4v", "Glm4vProcessor")
 
-FAMILY = Family(
-    (
-        GridModel("glm4v", "Glm4v", _GLM4V),
-        GridModel("glm4v_moe", "Glm4vMoe", _GLM4V),
-        GridModel("glm46v", "Glm46V", ("glm46v", "Glm46VProcessor")),
-    )
+FAMILY = GridFamily(
+    GridArchitecture("glm4v", "Glm4v", _GLM4V),
+    GridArchitecture("glm4v_moe", "Glm4vMoe", _GLM4V),
+    GridArchitecture("glm46v", "Glm46V", ("glm46v", "Glm46VProcessor")),
 )
 """The models that this module patches."""
 

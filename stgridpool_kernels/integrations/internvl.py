@@ -20,30 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.values import plain, shown
-from . import loading
-from .base import require
-from .modes import ModeOptions, mode_options
-from .pooled_class import (
-    check_free,
-    check_processor,
-    find_class,
-    find_module,
-    is_pooled,
-    patch_class,
-    patch_classes,
-    patch_processor,
-    unpatch_classes,
-)
+from .family import Family
+from .modes import MODES, ModeOptions
+from .pooled_class import Members, find_class, find_module
 
 _MODELING = "transformers.models.internvl.modeling_internvl"
 _PROCESSING = "transformers.models.internvl.processing_internvl"
 _INNER, _HEAD, _PROCESSOR = "InternVLModel", "InternVLForConditionalGeneration", "InternVLProcessor"
 
 IMAGE, VIDEO = 1, 2
-"""The first entry of a row of `visual_segments`, which says what its rows of `pixel_values` are."""
+"""The first entry of a row of `visual_segments`: whether the row describes an image or a video."""
 
-_GIVEN: ContextVar[Any] = ContextVar("visual_segments of the call of a model in progress", default=None)
-_NOTED: ContextVar[list[list[int]]] = ContextVar("visual_segments of the call of a processor in progress")
+_MODEL_SEGMENTS: ContextVar[Any] = ContextVar("visual_segments given to the model that is being called", default=None)
+_PROCESSOR_SEGMENTS: ContextVar[list[list[int]]] = ContextVar("visual_segments of the processor that is being called")
 
 TESTED: dict[str, Any] = {
     "package": "transformers",
@@ -63,80 +52,51 @@ TESTED: dict[str, Any] = {
 def patch(model: nn.Module, processor: Any = None, *, mode: str = "pool", **options: Any) -> None:
     """Shrink, or grid, the tokens of every video between projector and language model of a loaded model, in place.
 
-    model: an InternVL model of transformers with its language model head, or a module that contains one.
-    processor: the processor that makes its prompts, which is changed in place too, in both modes. Of a frame of 16 × 16
-        tokens, mode "pool" leaves 8 × 8, for which a prompt gets 64 placeholders.
-    mode: "pool" applies `grid_pool`; "grid" applies `temporal_grid` alone, which leaves prompts as they are.
+    model: an InternVL model of transformers, or a module that contains one. Without its language model head it can be
+        called, but there is no `generate`; it is patched as a whole where there is a head.
+    processor: the processor that makes its prompts, which is changed in place in both modes.
+    mode: "pool" applies `grid_pool`: (F, 256, C) tokens of the frames of a video, 16 × 16 each, become (F, 64, C) of
+        the same dtype and device, and its prompt has 64 placeholders a frame. "grid" applies `temporal_grid`: the
+        number of tokens and prompts stay.
     options: keyword arguments of `grid_pool` except `frame_counts` and `out`, in mode "grid" those of `temporal_grid`;
         `ceil_mode` is True by default.
 
-    The processor then returns `visual_segments` as well, which model and `generate` take: for every image and video, in
-    the order of the prompts, [1, number of tiles] or [2, number of frames]. Every video is treated on its own; images
-    are not changed. Raises TypeError if there is no such model in `model`, or the processor is missing or another;
-    RuntimeError if model or processor is patched already (`unpatch` it first) or transformers has a version that
-    `require` refuses; ValueError for options as `mode_options` and `grid_pool`.
+    The processor then returns `visual_segments` as well, which model and `generate` take: an integer tensor
+    (images and videos, 2) with a row [1, number of tiles] for every image and [2, number of frames] for every video, in
+    the order of the prompts. Every video is treated on its own; images are not changed. The method is ST-GridPool,
+    arXiv 2605.22078.
+
+    Raises TypeError if `model` holds no such model, or if the processor is missing or another; RuntimeError if model or
+    processor is patched already (`unpatch` it first), or for a version of transformers that `require` refuses;
+    ValueError for invalid options, see `mode_options` and `grid_pool`. Nothing is changed then.
     """
-    inner, head = _find(model)
-    require(**TESTED)
-    chosen = mode_options(mode, **options)
-    _check(inner, chosen)
-    if processor is None:
-        raise TypeError(
-            "processor must be given, in mode 'grid' too, since the model is not told which rows of pixel_values are "
-            "frames of videos, as patch(model, processor)"
-        )
-    check_processor(processor, _classes()[-1:])
-    check_free(processor, chosen)
-    heads = [] if head is None else [(head, head_members)]
-    patch_classes([(inner, inner_members), *heads], chosen)
-    patch_processor(processor, processor_members, chosen)
+    FAMILY.patch(model, processor, mode, options)
 
 
 def unpatch(model: nn.Module, processor: Any = None) -> None:
     """Restore a model, and a processor if one is given, that were patched or loaded while `register` was in force.
 
-    Raises RuntimeError if neither is patched, or the model was wrapped after it was, by what replaces its class
-    (`fully_shard`, a parametrization); TypeError as `patch`. Both are unchanged then.
+    Raises RuntimeError if neither is patched, or if the class of one was replaced after patching (by `fully_shard` or a
+    parametrization); TypeError as `patch`. Nothing is changed then.
     """
-    found = _find(model)
-    if processor is not None:
-        check_processor(processor, _classes()[-1:])
-    unpatch_classes([*found, processor])
+    FAMILY.unpatch(model, processor)
 
 
 def register(*, mode: str = "pool", **options: Any) -> None:
     """Make transformers load InternVL models and their processors as if patched by `patch`, in both modes.
 
-    It affects `from_pretrained` and `from_config`, also of the library's Auto classes, until `unregister`; what is
-    loaded already does not change. Arguments are those of `patch`.
-
-    Raises RuntimeError if it is in force already (`unregister` first) or transformers has a version that `require`
-    refuses; ValueError if other code has replaced how one of the classes is loaded; for options as `patch`.
+    Arguments and errors are those of `patch` and of `qwen_vl.register`.
     """
-    require(**{**TESTED, "signatures": {**TESTED["signatures"], **loading.SIGNATURES}})
-    chosen = mode_options(mode, **options)
-
-    def change(loaded: Any) -> None:
-        if not isinstance(loaded, nn.Module):
-            patch_processor(loaded, processor_members, chosen)
-            return
-        inner, head = _find(loaded)
-        _check(inner, chosen)
-        for one, members in ((inner, inner_members), (head, head_members)):
-            if one is not None and not is_pooled(one):
-                patch_class(one, members, chosen)
-
-    loading.change_loaded(_classes(), change)
+    FAMILY.register(mode, options)
 
 
 def unregister() -> None:
     """End `register`: what is loaded later is not patched. Raises RuntimeError if it is not in force."""
-    require(**TESTED)
-    loading.stop_changing(_classes())
+    FAMILY.unregister()
 
 
 def inner_members(base: Any, options: ModeOptions) -> dict[str, Any]:
-    """Return what a subclass of the inner model's class replaces to shrink the tokens of frames.
+    """Return the methods, by name, with which a subclass of the inner model's class shrinks the tokens of frames.
 
     `generate` calls `get_image_features` with `visual_segments`. A call of the model calls it in its `forward`, which
     hooks may have replaced on the object, so `__call__` takes the segments and leaves them in a context variable.
@@ -146,32 +106,29 @@ def inner_members(base: Any, options: ModeOptions) -> dict[str, Any]:
     def get_image_features(
         self: Any, pixel_values: Tensor, *arguments: Any, visual_segments: Any = None, **keywords: Any
     ) -> Any:
-        given = _GIVEN.get() if visual_segments is None else visual_segments
+        given = _MODEL_SEGMENTS.get() if visual_segments is None else visual_segments
         segments = _read_segments(given, len(pixel_values))
         outputs = base.get_image_features(self, pixel_values, *arguments, return_dict=True, **keywords)
         outputs.pooler_output = shrink_tokens(outputs.pooler_output, segments, options)
         return outputs
 
     def __call__(self: Any, *arguments: Any, visual_segments: Any = None, **keywords: Any) -> Any:
-        before = _GIVEN.set(visual_segments)
+        before = _MODEL_SEGMENTS.set(visual_segments)
         try:
             return base.__call__(self, *arguments, **keywords)
         finally:
-            _GIVEN.reset(before)
+            _MODEL_SEGMENTS.reset(before)
 
-    def extra_repr(self: Any) -> str:
-        return f"videos: {options}"
-
-    signature = inspect.signature(base.get_image_features)  # `generate` passes on what it names
+    signature = inspect.signature(base.get_image_features)  # generate passes only arguments that it names
     *parameters, rest = signature.parameters.values()
     segments = inspect.Parameter("visual_segments", inspect.Parameter.KEYWORD_ONLY, default=None)
     features: Any = functools.update_wrapper(can_return_tuple(get_image_features), base.get_image_features)
     features.__signature__ = signature.replace(parameters=[*parameters, segments, rest])
-    return {"get_image_features": features, "__call__": __call__, "extra_repr": extra_repr}
+    return {"get_image_features": features, "__call__": __call__}
 
 
 def head_members(base: Any, options: ModeOptions) -> dict[str, Any]:
-    """Return what a subclass of the class with a head replaces: `generate` refuses inputs that its `forward` lacks."""
+    """Return the method, by name, that lets `generate` take `visual_segments`, which `forward` does not name."""
 
     def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
         known = {name: value for name, value in model_kwargs.items() if name != "visual_segments"}
@@ -181,7 +138,7 @@ def head_members(base: Any, options: ModeOptions) -> dict[str, Any]:
 
 
 def processor_members(base: Any, options: ModeOptions) -> dict[str, Any]:
-    """Return what a subclass of the processor's class replaces to count frames, and to write placeholders for them."""
+    """Return the methods, by name, with which a subclass of the processor's class counts frames and their tokens."""
 
     def replace_video_token(self: Any, video_inputs: Any, video_idx: int, **keywords: Any) -> str:
         text: str = base.replace_video_token(self, video_inputs, video_idx, **keywords)
@@ -196,17 +153,17 @@ def processor_members(base: Any, options: ModeOptions) -> dict[str, Any]:
         }
         for replaced in (one for row in offsets for one in row):
             kind, tokens = kinds[replaced["type"]]
-            _NOTED.get([]).append([kind, replaced["replacement"].count(self.image_token) // tokens])
+            _PROCESSOR_SEGMENTS.get([]).append([kind, replaced["replacement"].count(self.image_token) // tokens])
         return text, offsets
 
     @functools.wraps(base.__call__)
     def __call__(self: Any, *arguments: Any, **keywords: Any) -> Any:
         noted: list[list[int]] = []
-        before = _NOTED.set(noted)
+        before = _PROCESSOR_SEGMENTS.set(noted)
         try:
             inputs = base.__call__(self, *arguments, **keywords)
         finally:
-            _NOTED.reset(before)
+            _PROCESSOR_SEGMENTS.reset(before)
         if noted:
             inputs["visual_segments"] = torch.tensor(noted)
         return inputs
@@ -262,19 +219,32 @@ def _read_segments(segments: Any, rows: int) -> list[list[int]]:
     return cast(list[list[int]], read)
 
 
-def _find(model: nn.Module) -> tuple[Any, Any]:
-    """Return the inner model in `model`, and the model with a head around it, None if it has none."""
-    inner, _ = find_module(model, {(_MODELING, _INNER): True})
-    heads = [module for module in model.modules() if find_class(type(module), {(_MODELING, _HEAD): True})]
-    return inner, heads[0] if heads else None
+class _InternVL(Family):
+    """The one model of this module."""
+
+    processor_members = staticmethod(processor_members)
+    processor_modes = MODES
+    processor_purpose = "the model is not told which rows of pixel_values are frames of videos"
+
+    def parts(self, model: nn.Module) -> list[tuple[Any, Members]]:
+        inner, _ = find_module(model, {(_MODELING, _INNER): _INNER})
+        heads = [module for module in model.modules() if find_class(type(module), {(_MODELING, _HEAD): _HEAD})]
+        return [(inner, inner_members), *((head, head_members) for head in heads)]
+
+    def tested(self, model: nn.Module | None) -> list[dict[str, Any]]:
+        return [TESTED]
+
+    def check(self, model: nn.Module, options: ModeOptions) -> None:
+        config = self.parts(model)[0][0].config
+        options.check_channels(int(config.get_text_config().hidden_size))
+        frame_tokens(int(config.image_seq_length), options)
+
+    def model_classes(self) -> list[Any]:
+        return [getattr(importlib.import_module(_MODELING), name) for name in (_INNER, _HEAD)]
+
+    def processor_classes(self) -> list[Any]:
+        return [getattr(importlib.import_module(_PROCESSING), _PROCESSOR)]
 
 
-def _classes() -> list[Any]:
-    modeling, processing = importlib.import_module(_MODELING), importlib.import_module(_PROCESSING)
-    return [getattr(modeling, _INNER), getattr(modeling, _HEAD), getattr(processing, _PROCESSOR)]
-
-
-def _check(inner: Any, options: ModeOptions) -> None:
-    """Raise ValueError unless the options are right for the channels and the size of a frame of a model."""
-    options.check_channels(int(inner.config.get_text_config().hidden_size))
-    frame_tokens(int(inner.config.image_seq_length), options)
+FAMILY = _InternVL()
+"""The model that this module patches."""

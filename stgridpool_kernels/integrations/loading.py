@@ -1,4 +1,4 @@
-"""Changing every model and processor that transformers loads from now on, until this is ended."""
+"""Changing every model and processor that transformers loads, from `change_loaded` until `stop_changing`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 LOADERS = ("from_pretrained", "_from_config")
-"""Names of the class methods by which transformers makes models and processors, where a class has them."""
-
-_CHANGED: dict[type, Callable[..., None]] = {}
-"""The classes whose loaders are replaced, and the function by which their objects are changed."""
+"""Names of the class methods by which transformers makes models and processors; a processor has only the first."""
 
 SIGNATURES = {
     "transformers:PreTrainedModel.from_pretrained": "pretrained_model_name_or_path, ...",
@@ -19,12 +16,15 @@ SIGNATURES = {
 }
 """The functions of the library that this file relies on, and their parameters, for `require`."""
 
+_CHANGED: dict[type, Callable[..., None]] = {}
+"""The classes whose loaders are wrapped, and the function that is called with what they load."""
+
 
 def change_loaded(classes: Sequence[Any], change: Callable[[Any], None]) -> None:
     """Make the loaders of these classes, and of classes derived from them, call change(loaded) before they return.
 
-    Raises RuntimeError if that is so already for one of them; ValueError if other code has replaced a loader. Nothing
-    is changed then.
+    Raises RuntimeError if `change_loaded` is in force for one of the classes; ValueError if other code has replaced a
+    loader. Nothing is changed then.
     """
     if any(cls in _CHANGED for cls in classes):
         raise RuntimeError("registered already: unregister first")
@@ -51,10 +51,12 @@ def stop_changing(classes: Sequence[Any]) -> None:
 
 
 def _changing(cls: Any, loader: str, change: Callable[[Any], None]) -> Any:
+    """Return a loader for a class that calls the one of its bases and then change(loaded)."""
+
     @functools.wraps(getattr(cls, loader).__func__)
-    def load(this: Any, *arguments: Any, **keywords: Any) -> Any:
-        loaded = getattr(super(cls, this), loader)(*arguments, **keywords)
-        if _CHANGED.get(cls) is change:  # other code may have kept this function for longer
+    def load(loaded_class: Any, *arguments: Any, **keywords: Any) -> Any:
+        loaded = getattr(super(cls, loaded_class), loader)(*arguments, **keywords)
+        if _CHANGED.get(cls) is change:  # other code may still hold this wrapper after stop_changing
             change(loaded[0] if isinstance(loaded, tuple) else loaded)  # with output_loading_info it is a pair
         return loaded
 

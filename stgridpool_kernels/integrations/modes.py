@@ -58,7 +58,7 @@ class ModeOptions:
         return pooled_grid(grid, **self.arguments) if self.mode == "pool" else (int(grid[0]), int(grid[1]))
 
     def check_channels(self, channels: int) -> None:
-        """Raise ValueError unless tokens of so many channels have the channels that the norm runs over."""
+        """Raise ValueError if `norm_channels` exceeds `channels`, the number of channels of a token."""
         wanted = self.pool_options.arguments["norm_channels"]
         if wanted is not None and wanted > channels:
             raise ValueError(f"norm_channels must be at most the {channels} channels of a token, got {wanted}")

@@ -16,19 +16,19 @@ from torch import nn
 Known = TypeVar("Known")
 
 Members = Callable[..., dict[str, Any]]
-"""A function members(base, options, *more) that returns what a subclass of `base` replaces, by name. Patched models are
-pickled with its name, so it must be found in its module."""
+"""A function members(base, options, *more) that returns what a subclass of `base` overrides, by name. Pickles of
+patched models refer to it by its name, so it must be a function of a module."""
 
 _POOLED: set[type] = set()
 
 
 def find_module(model: nn.Module, known: Mapping[tuple[str, str], Known]) -> tuple[Any, Known]:
-    """Return the one module in `model` that is of a known class, or one derived from it, and what is known of it.
+    """Return the one module in `model` whose class, or a class that it is derived from, is known, and its value.
 
-    known: by module and name of a class. Raises TypeError if there is no such module, or more than one.
+    known: values by (module, name) of a class. Raises TypeError if there is no such module, or more than one.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    found = [(module, of) for module in modules if (of := find_class(type(module), known)) is not None]
+    found = [(module, value) for module in modules if (value := find_class(type(module), known)) is not None]
     if len(found) != 1:
         names = " or ".join(name for _, name in known)
         raise TypeError(f"model must hold one {names} of transformers, got {type(model).__name__} with {len(found)}")
@@ -36,28 +36,9 @@ def find_module(model: nn.Module, known: Mapping[tuple[str, str], Known]) -> tup
 
 
 def find_class(cls: type, known: Mapping[tuple[str, str], Known]) -> Known | None:
-    """Return what is known of a class or one that it is derived from, None if nothing is."""
+    """Return the value of a class, or of the first class that it is derived from, None if none is known."""
     names = [(base.__module__, base.__name__) for base in cls.__mro__]
     return next((known[name] for name in names if name in known), None)
-
-
-def check_processor(processor: Any, expected: Sequence[type]) -> None:
-    """Raise TypeError unless a processor is of one of the expected classes, or derived from one."""
-    if not isinstance(processor, tuple(expected)):
-        names = " or ".join(cls.__name__ for cls in expected)
-        raise TypeError(f"processor must be an instance of {names}, got {type(processor).__name__}")
-
-
-def patch_processor(processor: Any, members: Members, options: Hashable) -> None:
-    """Patch a processor as `patch_class`, unless it is patched with equal options, as one that serves two models is."""
-    if not is_pooled(processor):
-        patch_class(processor, members, options)
-
-
-def check_free(processor: Any, options: Hashable) -> None:
-    """Raise RuntimeError if a processor is patched with other options than these."""
-    if is_pooled(processor) and processor.stgp_options != options:
-        raise RuntimeError(f"processor is patched already, with {processor.stgp_options}: unpatch it first")
 
 
 def patch_class(model: Any, members: Members, options: Hashable, *more: Hashable) -> None:
@@ -68,27 +49,22 @@ def patch_class(model: Any, members: Members, options: Hashable, *more: Hashable
     patch_classes([(model, members)], options, *more)
 
 
-def patch_classes(replaced: Sequence[tuple[Any, Members]], options: Hashable, *more: Hashable) -> None:
-    """Replace the class of every model by that of its members, as `patch_class`. Raises before anything is changed."""
-    for model, _ in replaced:
+def patch_classes(models: Sequence[tuple[Any, Members]], options: Hashable, *more: Hashable) -> None:
+    """Replace the classes of models as `patch_class` does, each by its members. Raises before anything is changed."""
+    for model, _ in models:
         if is_pooled(model):
             raise RuntimeError(f"model is patched already, with {model.stgp_options}: unpatch it first")
-    for model, members in replaced:
+    for model, members in models:
         base: Any = type(model)
         model.__class__ = pooled_class(base, members, options, *more)
 
 
-def unpatch_class(model: Any) -> None:
-    """Restore the class that a model had before `patch_class`.
-
-    Raises RuntimeError if the model is not patched, or if its class was replaced again since, as `fully_shard` and
-    parametrizations do. The model is unchanged then.
-    """
-    unpatch_classes([model])
-
-
 def unpatch_classes(models: Sequence[Any]) -> None:
-    """Restore the classes of those models that are patched, as `unpatch_class`. Raises before anything is changed."""
+    """Restore the classes that models had before `patch_class`, of those that are patched.
+
+    Raises RuntimeError if none is patched, or if a class was replaced again since, as `fully_shard` and
+    parametrizations do. Nothing is changed then.
+    """
     patched = [model for model in models if is_pooled(model)]
     if not patched:
         raise RuntimeError(f"model is not patched, its class is {type(models[0]).__name__}")
@@ -102,6 +78,11 @@ def unpatch_classes(models: Sequence[Any]) -> None:
         model.__class__ = type(model).__base__
 
 
+def unpatch_class(model: Any) -> None:
+    """Restore the class that a model had before `patch_class`. Raises as `unpatch_classes`."""
+    unpatch_classes([model])
+
+
 def is_pooled(model: object) -> bool:
     """Return whether a model or class is patched, possibly under a class that it was given later."""
     return hasattr(model, "stgp_options")
@@ -109,14 +90,15 @@ def is_pooled(model: object) -> bool:
 
 @functools.cache
 def pooled_class(base: Any, members: Members, options: Hashable, *more: Hashable) -> Any:
-    """Return the subclass of `base` that replaces members(base, options, *more). Equal arguments give the same class.
+    """Return the subclass of `base` that overrides members(base, options, *more). Equal arguments give the same class.
 
-    It has the name of `base`, by which libraries find what belongs to a model, and the attribute `stgp_options`.
+    It has the name of `base`, by which libraries find what belongs to a model, and the attribute `stgp_options`, which
+    a module shows in its `repr`.
     """
 
     def __reduce_ex__(self: Any, protocol: int) -> tuple[Any, ...]:
         make, arguments, *state = base.__reduce_ex__(self, max(protocol, 2))
-        if type(self) is not pooled:  # it was wrapped, and pickling it is up to its wrapper
+        if type(self) is not pooled:  # its class was replaced again, by code that pickles it in its own way
             return make, arguments, *state
         stock = tuple(base if argument is pooled else argument for argument in arguments)
         return _patched, (make, stock, (base, members, options, *more)), *state
@@ -128,6 +110,8 @@ def pooled_class(base: Any, members: Members, options: Hashable, *more: Hashable
         "__reduce_ex__": __reduce_ex__,
         "stgp_options": options,
     }
+    if issubclass(base, nn.Module):
+        own["extra_repr"] = lambda self: f"videos: {options}"
     pooled: Any = type(base.__name__, (base,), own | members(base, options, *more))
     _POOLED.add(pooled)
     return pooled

@@ -12,19 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from .video_grid import Family, GridModel
+from .video_grid import GridArchitecture, GridFamily
 
 _QWEN3_VL = ("qwen3_vl", "Qwen3VLProcessor")
 
-FAMILY = Family(
-    (
-        GridModel("qwen2_vl", "Qwen2VL", ("qwen2_vl", "Qwen2VLProcessor")),
-        GridModel("qwen2_5_vl", "Qwen2_5_VL", ("qwen2_5_vl", "Qwen2_5_VLProcessor")),
-        GridModel("qwen3_vl", "Qwen3VL", _QWEN3_VL),
-        GridModel("qwen3_vl_moe", "Qwen3VLMoe", _QWEN3_VL),
-        GridModel("qwen3_5", "Qwen3_5", _QWEN3_VL),
-        GridModel("qwen3_5_moe", "Qwen3_5Moe", _QWEN3_VL),
-    )
+FAMILY = GridFamily(
+    GridArchitecture("qwen2_vl", "Qwen2VL", ("qwen2_vl", "Qwen2VLProcessor")),
+    GridArchitecture("qwen2_5_vl", "Qwen2_5_VL", ("qwen2_5_vl", "Qwen2_5_VLProcessor")),
+    GridArchitecture("qwen3_vl", "Qwen3VL", _QWEN3_VL),
+    GridArchitecture("qwen3_vl_moe", "Qwen3VLMoe", _QWEN3_VL),
+    GridArchitecture("qwen3_5", "Qwen3_5", _QWEN3_VL),
+    GridArchitecture("qwen3_5_moe", "Qwen3_5Moe", _QWEN3_VL),
 )
 """The models that this module patches."""
 
@@ -34,18 +32,19 @@ def patch(model: nn.Module, processor: Any = None, *, mode: str = "pool", **opti
 
     model: a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model of transformers, with or without its language model head,
         or a module that contains one.
-    processor: the processor that makes its prompts, which is changed in place too. Needed in mode "pool", where a video
-        of T × H' × W' tokens (after the merger) becomes one of T × ⌈H'/2⌉ × ⌈W'/2⌉: its prompt gets as many
-        placeholders, and positions are those of a video of that size. Not changed in mode "grid".
-    mode: "pool" applies `grid_pool`; "grid" applies `temporal_grid` alone, which leaves prompts and positions as they
-        are.
+    processor: the processor that makes its prompts. Mode "pool" needs it and changes it in place; mode "grid" does not.
+    mode: "pool" applies `grid_pool`: (T·H'·W', C) tokens of a video, after the merger, become
+        (T·⌈H'/2⌉·⌈W'/2⌉, C) of the same dtype and device, its prompt has as many placeholders, and its positions are
+        those of a video of that size. "grid" applies `temporal_grid`: the number of tokens, prompts and positions stay.
     options: keyword arguments of `grid_pool` except `frame_counts` and `out`, in mode "grid" those of `temporal_grid`;
         `ceil_mode` is True by default.
 
     Every video is treated on its own; images are not changed. In models with deepstack features, weights come from the
-    norms of the main tokens, and pool all levels. Raises TypeError if there is no such model in `model`, or the
-    processor is missing or another; RuntimeError if model or processor is patched already (`unpatch` it first) or
-    transformers has a version that `require` refuses; ValueError for options as `mode_options` and `grid_pool`.
+    norms of the main tokens, and pool all levels. The method is ST-GridPool, arXiv 2605.22078.
+
+    Raises TypeError if `model` holds no such model, or if the processor is missing or of no class of this family;
+    RuntimeError if model or processor is patched already (`unpatch` it first), or for a version of transformers that
+    `require` refuses; ValueError for invalid options, see `mode_options` and `grid_pool`. Nothing is changed then.
     """
     FAMILY.patch(model, processor, mode, options)
 
@@ -53,8 +52,8 @@ def patch(model: nn.Module, processor: Any = None, *, mode: str = "pool", **opti
 def unpatch(model: nn.Module, processor: Any = None) -> None:
     """Restore a model, and a processor if one is given, that were patched or loaded while `register` was in force.
 
-    Raises RuntimeError if neither is patched, or the model was wrapped after it was, by what replaces its class
-    (`fully_shard`, a parametrization); TypeError as `patch`. Both are unchanged then.
+    Raises RuntimeError if neither is patched, or if the class of one was replaced after patching (by `fully_shard` or a
+    parametrization); TypeError as `patch`. Nothing is changed then.
     """
     FAMILY.unpatch(model, processor)
 
@@ -65,8 +64,8 @@ def register(*, mode: str = "pool", **options: Any) -> None:
     It affects `from_pretrained` and `from_config`, also of the library's Auto classes, until `unregister`; what is
     loaded already does not change. Arguments are those of `patch`.
 
-    Raises RuntimeError if it is in force already (`unregister` first) or transformers has a version that `require`
-    refuses; ValueError if other code has replaced how one of the classes is loaded; for options as `patch`.
+    Raises RuntimeError if it is in force already (`unregister` first), or for a version of transformers that `require`
+    refuses; ValueError if other code has replaced a loader of one of the classes, or for invalid options as `patch`.
     """
     FAMILY.register(mode, options)
 

@@ -156,10 +156,7 @@ def _members(base: Any, options: PoolOptions, tokens_per_frame: int | None) -> d
 
         return base.get_video_features(_Pooling(self, pooling, pool), *arguments, **keywords)
 
-    def extra_repr(self: Any) -> str:
-        return f"videos: {options}"
-
-    return {"get_video_features": get_video_features, "extra_repr": extra_repr}
+    return {"get_video_features": get_video_features}
 
 
 class _Pooling:

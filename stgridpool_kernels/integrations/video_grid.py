@@ -4,7 +4,7 @@ Their processors return `pixel_values_videos` and `video_grid_thw`: for every vi
 rows and columns of a frame in patches. An encoder with a merger leaves T·H'·W' tokens of it, where H' and W' are rows
 and columns divided by `spatial_merge_size`, in the order of a (T, H', W', C) tensor. `get_video_features` of the inner
 model returns them by video, `get_rope_index` makes positions of grids, and `replace_video_token` of the processor
-writes as many placeholders as there are tokens. These three methods are replaced, in mode "grid" the first alone.
+writes as many placeholders as there are tokens. A patch overrides these three; in mode "grid" it leaves the processor.
 """
 
 from __future__ import annotations
@@ -20,29 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import loading
-from .base import require
-from .modes import ModeOptions, mode_options
-from .pooled_class import (
-    check_free,
-    check_processor,
-    find_module,
-    is_pooled,
-    patch_class,
-    patch_processor,
-    unpatch_classes,
-)
+from .family import Family
+from .modes import ModeOptions
+from .pooled_class import Members, find_module
 
 VIDEO = 2
 """The entry of `mm_token_type_ids` at placeholders of videos."""
 
 
 @dataclass(frozen=True)
-class GridModel:
-    """A model of the library, by the names of its classes.
+class GridArchitecture:
+    """Names by which the classes of a model of transformers are found.
 
-    folder: of `transformers.models`. prefix: what names of its classes begin with. processor: folder and class of the
-    processor.
+    folder: name of its subpackage of `transformers.models`. prefix: beginning of the names of its classes. processor:
+    subpackage and name of the class of its processor.
     """
 
     folder: str
@@ -75,86 +66,13 @@ class GridModel:
             },
         }
 
-    def model_classes(self) -> list[Any]:
-        """Return the library's classes of the model, without and with a language model head."""
-        module = importlib.import_module(self.module)
-        return [getattr(module, f"{self.prefix}{end}") for end in ("Model", "ForConditionalGeneration")]
-
-    def processor_class(self) -> Any:
-        """Return the library's class of the processor."""
-        folder, name = self.processor
-        return getattr(importlib.import_module(_processing(folder)), name)
-
 
 def _processing(folder: str) -> str:
     return f"transformers.models.{folder}.processing_{folder}"
 
 
-@dataclass(frozen=True)
-class Family:
-    """Models with one adapter. The methods are what the module of a family offers, which documents them."""
-
-    models: tuple[GridModel, ...]
-
-    def patch(self, model: nn.Module, processor: Any, mode: str, options: Mapping[str, Any]) -> None:
-        inner, of = self.find(model)
-        require(**of.tested)
-        chosen = mode_options(mode, **options)
-        chosen.check_channels(token_channels(inner))
-        if processor is not None:
-            check_processor(processor, self._processors())
-            check_free(processor, chosen)
-        elif chosen.mode == "pool":
-            raise TypeError(
-                "processor must be given in mode 'pool', since it writes a placeholder for every token into prompts, "
-                "as patch(model, processor); mode='grid' needs none"
-            )
-        patch_class(inner, model_members, chosen)
-        if chosen.mode == "pool":
-            patch_processor(processor, processor_members, chosen)
-
-    def unpatch(self, model: nn.Module, processor: Any) -> None:
-        inner, _ = self.find(model)
-        if processor is not None:
-            check_processor(processor, self._processors())
-        unpatch_classes([inner, processor])
-
-    def register(self, mode: str, options: Mapping[str, Any]) -> None:
-        for of in self.models:
-            require(**{**of.tested, "signatures": {**of.tested["signatures"], **loading.SIGNATURES}})
-        chosen = mode_options(mode, **options)
-
-        def change(loaded: Any) -> None:
-            if isinstance(loaded, nn.Module):
-                inner, _ = self.find(loaded)
-                chosen.check_channels(token_channels(inner))
-                if not is_pooled(inner):
-                    patch_class(inner, model_members, chosen)
-            elif chosen.mode == "pool":
-                patch_processor(loaded, processor_members, chosen)
-
-        loading.change_loaded(self._classes(), change)
-
-    def unregister(self) -> None:
-        for of in self.models:
-            require(**of.tested)
-        loading.stop_changing(self._classes())
-
-    def find(self, model: nn.Module) -> tuple[Any, GridModel]:
-        """Return the inner model in `model` and what is known of it. Raises TypeError unless there is one."""
-        return find_module(model, {(of.module, of.inner): of for of in self.models})
-
-    def _classes(self) -> list[Any]:
-        """Return the classes of the library that `register` is for."""
-        return [*(cls for of in self.models for cls in of.model_classes()), *self._processors()]
-
-    def _processors(self) -> list[Any]:
-        """Return the classes of processors. A checkpoint may come with that of another model of its family."""
-        return list(dict.fromkeys(of.processor_class() for of in self.models))
-
-
 def model_members(base: Any, options: ModeOptions) -> dict[str, Any]:
-    """Return what a subclass of an inner model's class replaces to shrink the tokens of videos."""
+    """Return the methods, by name, with which a subclass of an inner model's class shrinks the tokens of videos."""
     can_return_tuple: Any = importlib.import_module("transformers.utils").can_return_tuple
     rope = inspect.signature(base.get_rope_index)
 
@@ -173,15 +91,11 @@ def model_members(base: Any, options: ModeOptions) -> dict[str, Any]:
             given.arguments["video_grid_thw"] = shrink_grids(grids, merge_size(self), options)
         return base.get_rope_index(*given.args, **given.kwargs)
 
-    def extra_repr(self: Any) -> str:
-        return f"videos: {options}"
-
-    members = {"get_video_features": can_return_tuple(get_video_features), "extra_repr": extra_repr}
-    return members if options.mode == "grid" else {**members, "get_rope_index": get_rope_index}
+    return {"get_video_features": can_return_tuple(get_video_features), "get_rope_index": get_rope_index}
 
 
 def processor_members(base: Any, options: ModeOptions) -> dict[str, Any]:
-    """Return what a subclass of a processor's class replaces to write as many placeholders as `grid_pool` leaves."""
+    """Return the methods, by name, with which a subclass of a processor's class makes prompts for pooled videos."""
 
     def replace_video_token(self: Any, video_inputs: Mapping[str, Any], video_idx: int, **keywords: Any) -> Any:
         grids = shrink_grids(video_inputs["video_grid_thw"], self.video_processor.merge_size, options)
@@ -195,12 +109,50 @@ def processor_members(base: Any, options: ModeOptions) -> dict[str, Any]:
     return {"replace_video_token": replace_video_token, "_get_num_multimodal_tokens": _get_num_multimodal_tokens}
 
 
+class GridFamily(Family):
+    """Models that encode videos with grids. architectures: names of their classes."""
+
+    processor_members = staticmethod(processor_members)
+    processor_modes = ("pool",)
+    processor_purpose = "it writes a placeholder for every token into prompts (mode='grid' needs none)"
+
+    def __init__(self, *architectures: GridArchitecture) -> None:
+        self.architectures = architectures
+
+    def find(self, model: nn.Module) -> tuple[Any, GridArchitecture]:
+        """Return the inner model in `model` and its architecture. Raises TypeError unless there is one."""
+        return find_module(model, {(one.module, one.inner): one for one in self.architectures})
+
+    def parts(self, model: nn.Module) -> list[tuple[Any, Members]]:
+        return [(self.find(model)[0], model_members)]
+
+    def tested(self, model: nn.Module | None) -> list[dict[str, Any]]:
+        architectures = self.architectures if model is None else [self.find(model)[1]]
+        return [architecture.tested for architecture in architectures]
+
+    def check(self, model: nn.Module, options: ModeOptions) -> None:
+        options.check_channels(token_channels(self.find(model)[0]))
+
+    def model_classes(self) -> list[Any]:
+        return [
+            getattr(importlib.import_module(one.module), f"{one.prefix}{end}")
+            for one in self.architectures
+            for end in ("Model", "ForConditionalGeneration")
+        ]
+
+    def processor_classes(self) -> list[Any]:
+        names = dict.fromkeys(one.processor for one in self.architectures)  # several models have the same
+        return [getattr(importlib.import_module(_processing(folder)), name) for folder, name in names]
+
+
 def shrink_outputs(outputs: Any, grids: Iterable[Sequence[int]], options: ModeOptions) -> None:
     """Replace the tokens of videos in what `get_video_features` returned by those that the options leave of them.
 
-    outputs: with `pooler_output`, the (T·H'·W', C) tokens of every video, and in models with deepstack with
-    `deepstack_features`, which has for every level such tokens, by video or, before transformers 5.23, of all videos in
-    one tensor. grids: (T, H', W') of every video. One weight, that of the main token, is for all levels of a token.
+    outputs: `pooler_output` holds a (T·H'·W', C) tensor per video. Models with deepstack also have
+    `deepstack_features`, which holds for every level such a tensor per video or, before transformers 5.23, one tensor
+    of all videos. grids: (T, H', W') of every video.
+
+    All levels of a token are pooled by the weight that follows from the norm of its main token.
     """
     main, deep = outputs.pooler_output, getattr(outputs, "deepstack_features", None) or []
     joined = bool(deep) and isinstance(deep[0], Tensor)
@@ -221,7 +173,7 @@ def _shrink_video(levels: Sequence[Tensor], grid: Sequence[int], options: ModeOp
 
 
 def shrink_grids(grids: Any, merge: int, options: ModeOptions) -> Tensor:
-    """Return a new `video_grid_thw`, in patches, of videos whose frames have what the options leave of their tokens."""
+    """Return `video_grid_thw`, in patches, of the videos that the options leave: a new tensor."""
     shrunk: Tensor = torch.as_tensor(grids).clone()
     sizes = [options.frame_size((rows // merge, cols // merge)) for _, rows, cols in shrunk.tolist()]
     shrunk[:, 1:] = merge * torch.tensor(sizes, dtype=shrunk.dtype).reshape(-1, 2)
@@ -235,7 +187,7 @@ def token_grids(inner: Any, grids: Any) -> list[tuple[int, int, int]]:
 
 
 def merge_size(inner: Any) -> int:
-    """Return how many rows, and columns, of patches an inner model merges into one of tokens."""
+    """Return the number of rows, and of columns, of patches that an inner model's encoder merges into one token."""
     return int(inner.config.vision_config.spatial_merge_size)
 
 
@@ -249,7 +201,8 @@ def _check_placeholders(types: Any, grids: Sequence[Sequence[int]], options: Mod
     expected = sum(frames * math.prod(options.frame_size((rows, cols))) for frames, rows, cols in grids)
     found = int((types == VIDEO).sum())
     if found != expected:
+        processor = "the processor that was patched" if options.mode == "pool" else "a processor that is not patched"
         raise ValueError(
             f"prompts must have {expected} placeholders of videos, the tokens that {options} leaves, got {found}: make "
-            f"them with the processor that was patched"
+            f"them with {processor}"
         )

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from stgridpool_kernels import grid_pool, temporal_grid
 from stgridpool_kernels.cli.main import main
-from stgridpool_kernels.integrations import glm_v, qwen_vl
+from stgridpool_kernels.integrations import base, glm_v, qwen_vl
 from stgridpool_kernels.integrations.base import pooled_grid
 from stgridpool_kernels.integrations.modes import mode_options
 from tests.support.pages import TRANSFORMERS
@@ -407,13 +407,16 @@ def test_a_patched_processor_is_of_no_use_to_another_model(kind: str) -> None:
     inputs = one_prompt(kind, processor)
     with pytest.raises((RuntimeError, ValueError)):
         plain(**inputs)
+    family(kind).patch(plain, mode="grid")
+    with pytest.raises(ValueError, match=r"must have 845 .* got 294: make them with a processor that is not patched"):
+        plain.generate(**inputs, max_new_tokens=1, **GREEDY)
 
 
 def test_in_mode_pool_a_processor_is_needed(kind: str) -> None:
     model, processor = build(kind)
     module = family(kind)
     with pytest.raises(
-        TypeError, match=r"processor must be given in mode 'pool'.* patch\(model, processor\); mode='grid'"
+        TypeError, match=r"processor must be given in mode 'pool', .*mode='grid' needs none\): call patch\(m"
     ):
         module.patch(model)
     with pytest.raises(TypeError, match=r"processor must be an instance of \w+Processor.*, got Linear"):
@@ -456,6 +459,15 @@ def test_a_frame_that_is_too_small_for_the_options_is_refused_where_the_prompt_i
     _, processor, _, _ = patched("qwen3_vl", output_size=(6, 6))
     with pytest.raises(ValueError, match=r"output_size must not exceed the frame of 5 × 7 tokens, got \[6, 6\]"):
         one_prompt("qwen3_vl", processor)
+
+
+def test_a_newer_version_is_warned_of_where_the_user_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_WARNED", set())
+    absent = base.metadata.PackageNotFoundError
+    monkeypatch.setattr(base, "metadata", SimpleNamespace(version=lambda name: "99", PackageNotFoundError=absent))
+    with pytest.warns(UserWarning, match="transformers 99 is installed; this integration was tested") as caught:
+        qwen_vl.patch(*build("qwen3_vl"))
+    assert [warning.filename for warning in caught if "99" in str(warning.message)] == [__file__]
 
 
 def test_other_models_are_refused(kind: str) -> None:

@@ -26,7 +26,10 @@ ROOT = Path(__file__).parents[2]
 INTEGRATIONS = {
     "transformers": transformers.TESTED,
     "transformers, later models": transformers.TESTED_LOADING,
-    **{f"transformers, {of.folder}": of.tested for of in (*qwen_vl.FAMILY.models, *glm_v.FAMILY.models)},
+    **{
+        f"transformers, {one.folder}": one.tested
+        for one in (*qwen_vl.FAMILY.architectures, *glm_v.FAMILY.architectures)
+    },
     "transformers, internvl": internvl.TESTED,
     "vllm": vllm.TESTED,
     "sglang": sglang.TESTED,
