@@ -15,7 +15,16 @@ from torch import nn
 from stgridpool_kernels.integrations import base, glm_v, qwen_vl
 from stgridpool_kernels.integrations.compress import compress
 from tests.support.pages import TRANSFORMERS
-from tests.support.tiny_grid_models import GLM_KINDS, HIDDEN, QWEN_KINDS, ask, build, pictures, placeholder
+from tests.support.tiny_grid_models import (
+    GLM_KINDS,
+    HIDDEN,
+    QWEN_KINDS,
+    ask,
+    build,
+    chat_template,
+    pictures,
+    placeholder,
+)
 from tests.support.tolerance import assert_same_bits
 
 pytestmark = [
@@ -233,11 +242,17 @@ def test_an_older_version_is_refused_with_the_reason(monkeypatch: pytest.MonkeyP
 
 def test_the_snippet_of_the_page_runs() -> None:
     plain, plain_processor, model, processor = both("qwen3_vl")
-    text, video = f"hi {placeholder('qwen3_vl', 'video')} what?", pictures(34, 5, 7)
-    names: dict[str, Any] = {"model": plain, "processor": plain_processor, "text": text, "video": video}
+    for one in (plain_processor, processor):
+        one.chat_template = chat_template("qwen3_vl")
+    question = [{"type": "video", "video": pictures(34, 5, 7)}, {"type": "text", "text": "What happens?"}]
+    messages = [{"role": "user", "content": question}]
+    ask_with = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    names: dict[str, Any] = {"model": plain, "processor": plain_processor, "messages": messages, "ask": ask_with}
     TRANSFORMERS.run("compress", names)
-    patched = model.generate(**processor(text=[text], videos=[video], return_tensors="pt"), max_new_tokens=20)
+    inputs = processor.apply_chat_template(messages, **ask_with)
+    patched = model.generate(**inputs, max_new_tokens=20)
     assert torch.equal(names["answer"], patched)
+    assert torch.equal(names["new_tokens"], patched[:, inputs["input_ids"].shape[1] :])
 
 
 def test_a_model_inside_another_module_is_found() -> None:

@@ -29,7 +29,16 @@ from stgridpool_kernels.integrations import base, glm_v, qwen_vl
 from stgridpool_kernels.integrations.base import pooled_grid
 from stgridpool_kernels.integrations.modes import mode_options
 from tests.support.pages import TRANSFORMERS
-from tests.support.tiny_grid_models import GLM_KINDS, HIDDEN, QWEN_KINDS, ask, build, pictures, placeholder
+from tests.support.tiny_grid_models import (
+    GLM_KINDS,
+    HIDDEN,
+    QWEN_KINDS,
+    ask,
+    build,
+    chat_template,
+    pictures,
+    placeholder,
+)
 from tests.support.tolerance import assert_same_bits
 from tests.support.triples import ABSENT
 
@@ -749,9 +758,11 @@ CHECKPOINT = "Qwen/Qwen3-VL-8B-Instruct"
 
 @pytest.mark.usefixtures("ended")
 def test_the_snippets_of_the_page_run(tmp_path: Path) -> None:
-    plain, plain_processor = checkpoint("qwen3_vl", tmp_path)
-    text, video = f"hi {placeholder('qwen3_vl', 'video')} what?", pictures(*SHORT)
-    names: dict[str, Any] = {"text": text, "video": video}
+    plain, plain_processor = build("qwen3_vl")
+    plain_processor.chat_template = chat_template("qwen3_vl")
+    for one in (plain, plain_processor):
+        one.save_pretrained(tmp_path)
+    names: dict[str, Any] = {"video": pictures(*SHORT)}
     for snippet, count in (("qwen", 17 * 3 * 4), ("qwen_grid", 17 * 5 * 7)):
         TRANSFORMERS.run(snippet, names, *[(CHECKPOINT, str(tmp_path))] * (snippet == "qwen"))
         inputs, answer = names["inputs"], names["answer"]
@@ -763,6 +774,16 @@ def test_the_snippets_of_the_page_run(tmp_path: Path) -> None:
     assert type(names["processor"]) is type(plain_processor)
     TRANSFORMERS.run("qwen_register", names, (CHECKPOINT, str(tmp_path)))
     assert names["model"].model.stgp_options == names["processor"].stgp_options == mode_options("pool")
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.compile, lambda model: nn.ModuleList([model])])
+def test_the_model_inside_a_wrapper_is_patched(wrapper: Any) -> None:
+    model, processor = build("qwen3_vl")
+    stock, wrapped = type(model.model), wrapper(model)
+    qwen_vl.patch(wrapped, processor)
+    assert model.model.stgp_options == mode_options("pool")
+    qwen_vl.unpatch(wrapped, processor)
+    assert type(model.model) is stock
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,7 +22,7 @@ from stgridpool_kernels.cli.main import main
 from stgridpool_kernels.integrations import base, internvl
 from stgridpool_kernels.integrations.modes import mode_options
 from tests.support.pages import TRANSFORMERS
-from tests.support.tiny_grid_models import HIDDEN, INTERNVL_SIDE, build, pictures
+from tests.support.tiny_grid_models import HIDDEN, INTERNVL_SIDE, build, chat_template, pictures
 from tests.support.tolerance import assert_same_bits
 
 pytestmark = [
@@ -439,9 +439,10 @@ def test_what_is_loaded_while_registered_is_patched(mode: str, tmp_path: Path) -
 
 def test_the_snippet_of_the_page_runs(tmp_path: Path) -> None:
     plain, plain_processor = build("internvl")
+    plain_processor.chat_template = chat_template("internvl")
     plain.save_pretrained(tmp_path)
     plain_processor.save_pretrained(tmp_path)
-    names: dict[str, Any] = {"text": "hi <video> what?", "video": pictures(17, 5, 7)}
+    names: dict[str, Any] = {"video": pictures(17, 5, 7)}
     TRANSFORMERS.run("internvl", names, ("OpenGVLab/InternVL3-1B-hf", str(tmp_path)))
     assert names["segments"] == [[2, 17]]
     hand = embeddings_by_hand(plain, names["inputs"], "pool")

@@ -134,6 +134,16 @@ def placeholder(kind: str, modality: str) -> str:
     return f"<|vision_start|><|{modality}_pad|><|vision_end|>"
 
 
+def chat_template(kind: str) -> str:
+    """Return a template that writes the contents of all messages one after the other."""
+    given = "".join(
+        f"{{% if part['type'] == '{modality}' %}}{placeholder(kind, modality)}{{% endif %}}"
+        for modality in ("image", "video")
+    )
+    part = f"{given}{{% if part['type'] == 'text' %}}{{{{ part['text'] }}}}{{% endif %}}"
+    return f"{{% for message in messages %}}{{% for part in message['content'] %}}{part}{{% endfor %}}{{% endfor %}}"
+
+
 def pictures(frames: int, rows: int, cols: int, seed: int = 0) -> Tensor:
     """Return random frames (frames, 3, height, width) of uint8 that have rows × cols tokens each."""
     generator = torch.Generator().manual_seed(1000 * seed + frames)
