@@ -74,11 +74,7 @@ def patch(model: nn.Module, processor: Any = None, *, mode: str = "pool", **opti
 
 
 def unpatch(model: nn.Module, processor: Any = None) -> None:
-    """Restore a model, and a processor if one is given, that were patched or loaded while `register` was in force.
-
-    Raises RuntimeError if neither is patched, or if the class of one was replaced after patching (by `fully_shard` or a
-    parametrization); TypeError as `patch`. Nothing is changed then.
-    """
+    """Restore an InternVL model, and a processor if one is given. Errors are those of `qwen_vl.unpatch`."""
     FAMILY.unpatch(model, processor)
 
 
