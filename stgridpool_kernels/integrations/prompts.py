@@ -49,8 +49,7 @@ def shorten_prompts(inputs: Mapping[str, Any], kept: Tensor, pad_token_id: int) 
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    padded = (mask == 0).any(0)
-    side = "right" if bool(padded[-1]) and not bool(padded[0]) else "left"
+    side = "right" if bool((mask[:, -1] == 0).any()) else "left"
     kept = kept & mask.bool()
 
     def shorten(value: Tensor, padding: int) -> Tensor:

@@ -731,6 +731,15 @@ def test_registering_twice_is_refused_and_families_do_not_meet() -> None:
 
 
 @pytest.mark.usefixtures("ended")
+def test_what_is_loaded_by_the_class_of_a_patched_object_keeps_its_options(tmp_path: Path) -> None:
+    checkpoint("qwen3_vl", tmp_path)
+    model, processor, _, _ = patched("qwen3_vl", temperature=2.0)
+    qwen_vl.register(temperature=2.0)
+    for one in (model.model, processor):
+        assert type(one).from_pretrained(tmp_path).stgp_options == mode_options("pool", temperature=2.0)
+
+
+@pytest.mark.usefixtures("ended")
 def test_options_that_do_not_fit_are_refused_when_a_model_is_loaded(tmp_path: Path) -> None:
     plain, _ = checkpoint("qwen3_vl", tmp_path)
     qwen_vl.register(norm_channels=HIDDEN + 1)

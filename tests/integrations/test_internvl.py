@@ -314,6 +314,17 @@ def test_segments_that_do_not_fit_are_refused(segments: list) -> None:
             model(**inputs)
 
 
+def test_segments_are_those_of_one_call_alone() -> None:
+    model, processor, _, _ = patched()
+    inputs = inputs_for(processor, "videos")
+    assert internvl._PROCESSOR_SEGMENTS.get(None) is None
+    model(**inputs)
+    with pytest.raises(ValueError, match="visual_segments must be given with pixel_values, got None"):
+        model.get_image_features(inputs["pixel_values"])
+    with pytest.raises(ValueError, match=r"not used by the model: \['visual_segment'\]"):
+        model.generate(**inputs, visual_segment=1, max_new_tokens=1)
+
+
 def test_a_processor_is_needed_in_both_modes(mode: str) -> None:
     model, processor = build("internvl")
     with pytest.raises(TypeError, match=rf"processor must be given in mode '{mode}', .* which rows .* call patch\(m"):
