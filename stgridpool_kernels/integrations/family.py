@@ -19,7 +19,7 @@ from .pooled_class import Members, is_pooled, patch_class, patch_classes, unpatc
 
 
 class Family(ABC):
-    """Models with one adapter.
+    """A family of models that share one adapter.
 
     processor_members: what a patched processor overrides. processor_modes: the modes in which a processor is patched.
     processor_purpose: why these modes need one, as the end of an error message.

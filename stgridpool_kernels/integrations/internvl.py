@@ -216,7 +216,7 @@ def _read_segments(segments: Any, rows: int) -> list[list[int]]:
 
 
 class _InternVL(Family):
-    """The one model of this module."""
+    """The family of the InternVL models."""
 
     processor_members = staticmethod(processor_members)
     processor_modes = MODES

@@ -21,7 +21,7 @@ from ..plan.values import shown
 from .base import PoolOptions, ceil_options, pooled_grid
 
 MODES = ("grid", "pool")
-"""The modes by name."""
+"""The names of the modes."""
 
 GRID_OPTIONS = tuple(name for name in inspect.signature(temporal_grid).parameters if name in OPTIONS)
 """Names of the options that mode "grid" takes, which are those of `temporal_grid`."""

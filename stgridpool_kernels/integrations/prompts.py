@@ -12,7 +12,7 @@ PADDING = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
 """Padding values of the inputs, besides `input_ids` and `attention_mask`, that have one entry per token."""
 
 UNFIT = ("position_ids", "cache_position", "cache", "past_key_values", "inputs_embeds", "mm_encoder_outputs")
-"""Inputs that cannot be combined with shortened prompts."""
+"""Names of inputs that cannot be combined with shortened prompts."""
 
 
 def check_prompts(inputs: Mapping[str, Any]) -> None:

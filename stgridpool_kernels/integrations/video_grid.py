@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..plan.values import shown
 from .family import Family
 from .modes import ModeOptions
 from .pooled_class import Members, find_module
@@ -102,15 +103,18 @@ def processor_members(base: Any, options: ModeOptions) -> dict[str, Any]:
         return base.replace_video_token(self, {**video_inputs, "video_grid_thw": grids}, video_idx, **keywords)
 
     def _get_num_multimodal_tokens(self: Any, image_sizes: Any = None, video_sizes: Any = None, **keywords: Any) -> Any:
-        if video_sizes is not None:  # the library counts patches of a video, not rows and columns of its frames
-            raise NotImplementedError("a patched processor does not count the tokens of videos that it has not seen")
+        if video_sizes is not None:  # the library tells the number of patches, but not rows and columns of a frame
+            raise ValueError(
+                f"video_sizes must be None: how many tokens of a video are left does not follow from the patches that "
+                f"the library counts, got {shown(video_sizes)}"
+            )
         return base._get_num_multimodal_tokens(self, image_sizes, **keywords)
 
     return {"replace_video_token": replace_video_token, "_get_num_multimodal_tokens": _get_num_multimodal_tokens}
 
 
 class GridFamily(Family):
-    """Models that encode videos with grids. architectures: names of their classes."""
+    """A family of models that encode videos with grids. architectures: the names of their classes."""
 
     processor_members = staticmethod(processor_members)
     processor_modes = ("pool",)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from stgridpool_kernels.integrations import base, glm_v, qwen_vl
+from stgridpool_kernels.integrations import glm_v, qwen_vl
 from stgridpool_kernels.integrations.compress import compress
 from tests.support.pages import TRANSFORMERS
 from tests.support.tiny_grid_models import (
     GLM_KINDS,
+    GREEDY,
     HIDDEN,
     QWEN_KINDS,
     ask,
@@ -28,19 +28,13 @@ from tests.support.tiny_grid_models import (
 from tests.support.tolerance import assert_same_bits
 
 pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
     pytest.mark.needs("torchvision", "encoder outputs"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
 ]
 
 KINDS = (*QWEN_KINDS, *GLM_KINDS)
-GREEDY = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def both(kind: str, **options: Any) -> tuple[Any, Any, Any, Any]:
@@ -231,11 +225,9 @@ def test_other_models_and_wrong_options_are_refused() -> None:
         compress(plain, inputs, norm_channels=HIDDEN + 1)
 
 
-def test_an_older_version_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_version_is_refused_with_the_reason(install: Callable[[str], None]) -> None:
     plain, processor = build("qwen3_vl")
-    absent = base.metadata.PackageNotFoundError
-    older = SimpleNamespace(version=lambda name: "5.22.0", PackageNotFoundError=absent)
-    monkeypatch.setattr(base, "metadata", older)
+    install("5.22.0")
     with pytest.raises(RuntimeError, match=r"needs mm_encoder_outputs.*: transformers 5\.22\.0 is .* from 5\.23"):
         compress(plain, prompts("qwen3_vl", processor, "one"))
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import importlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,30 +19,24 @@ from torch import Tensor, nn
 
 from stgridpool_kernels import grid_pool, temporal_grid
 from stgridpool_kernels.cli.main import main
-from stgridpool_kernels.integrations import base, internvl
+from stgridpool_kernels.integrations import internvl
 from stgridpool_kernels.integrations.modes import mode_options
 from tests.support.pages import TRANSFORMERS
-from tests.support.tiny_grid_models import HIDDEN, INTERNVL_SIDE, build, chat_template, pictures
-from tests.support.tolerance import assert_same_bits
+from tests.support.tiny_grid_models import GREEDY, HIDDEN, INTERNVL_SIDE, build, chat_template, pictures
+from tests.support.tolerance import assert_same_bits, relative
 
 pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
     pytest.mark.needs("torchvision", "encoder outputs"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
 ]
 
-GREEDY = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 PROMPTS = {
     "videos": ("hi <video> and <video> what?", 2, 0),
     "image and videos": ("hi <video> see <IMG_CONTEXT> and <video> what?", 2, 1),
     "image": ("see <IMG_CONTEXT> what?", 0, 1),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(params=["grid", "pool"])
@@ -99,10 +93,6 @@ def embeddings_by_hand(plain: Any, inputs: Any, mode: str, **options: Any) -> Te
     embeddings: Tensor = plain.get_input_embeddings()(inputs["input_ids"])
     embeddings[inputs["input_ids"] == plain.config.image_token_id] = by_hand(plain, inputs, mode, **options)
     return embeddings
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def test_tokens_logits_and_answers_are_those_by_hand(prompt: str, mode: str) -> None:
@@ -225,7 +215,7 @@ def test_calls_from_several_threads_do_not_mix() -> None:
 
 @pytest.mark.parametrize("which", ["head", "inner", "both"])
 def test_a_forward_that_was_replaced_on_the_object(which: str, mode: str) -> None:
-    """As hooks that move inputs between devices do, and torch.compile(model.forward)."""
+    """Hooks that move inputs between devices replace it, and so does `model.forward = torch.compile(model.forward)`."""
     model, processor = build("internvl")
     plain = copy.deepcopy(model)
     calls = []
@@ -358,11 +348,9 @@ def test_one_processor_serves_two_models_with_equal_options() -> None:
     assert processor.get_text_with_replacements(*text)[0] == ["a Frame1: " + "<IMG_CONTEXT>" * 16]
 
 
-def test_an_older_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_version_is_refused(install: Callable[[str], None]) -> None:
     model, processor = build("internvl")
-    absent = base.metadata.PackageNotFoundError
-    older = SimpleNamespace(version=lambda name: "5.17.0", PackageNotFoundError=absent)
-    monkeypatch.setattr(base, "metadata", older)
+    install("5.17.0")
     with pytest.raises(RuntimeError, match=r"transformers 5\.17\.0 is installed; .* from 5\.23 to before"):
         internvl.patch(model, processor)
 

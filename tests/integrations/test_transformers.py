@@ -12,10 +12,9 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from stgridpool_kernels.integrations import base
 from stgridpool_kernels.integrations import transformers as integration
 from stgridpool_kernels.integrations.base import PoolOptions, pool_flat, video_token_count
 from tests.support import tiny_models
@@ -32,6 +30,7 @@ from tests.support.tiny_models import pixels, prompt
 from tests.support.tolerance import assert_same_bits
 
 pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
@@ -52,12 +51,6 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def model(kind: str) -> Any:
     return MODELS[kind]()
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture
@@ -458,10 +451,8 @@ def test_other_modules_and_unknown_options_are_refused(model: Any) -> None:
         integration.patch(model, temp=1)
 
 
-def test_an_older_version_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = base.metadata.PackageNotFoundError
-    found = SimpleNamespace(version=lambda name: "5.16.1", PackageNotFoundError=absent)
-    monkeypatch.setattr(base, "metadata", found)
+def test_an_older_version_is_refused(model: Any, install: Callable[[str], None]) -> None:
+    install("5.16.1")
     for call in (lambda: integration.patch(model), integration.register, integration.unregister):
         with pytest.raises(RuntimeError, match=r"transformers 5\.16\.1 is installed; .* from 5\.17 to before"):
             call()

@@ -93,11 +93,6 @@ def function(expected: str) -> Callable[..., None]:
     return scope["made"]
 
 
-def install(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    metadata = SimpleNamespace(version=lambda name: version, PackageNotFoundError=base.metadata.PackageNotFoundError)
-    monkeypatch.setattr(base, "metadata", metadata)
-
-
 def adapter(tested: dict[str, Any]) -> ModuleType:
     """Call `require` as a function of an integration does, so that warnings point to the caller of this function."""
     return require(**tested)
@@ -110,8 +105,8 @@ def advice(tested: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("suffix", ["", ".post1", "+cpu", ".dev0", "rc1"])
-def test_a_tested_version_is_imported(tested: dict[str, Any], suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, tested["at_least"] + suffix)
+def test_a_tested_version_is_imported(tested: dict[str, Any], suffix: str, install: Callable[[str], None]) -> None:
+    install(tested["at_least"] + suffix)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert require(**tested) is sys.modules[tested["package"]]
@@ -121,9 +116,9 @@ def test_a_tested_version_is_imported(tested: dict[str, Any], suffix: str, monke
     "version", ["{below}", "{below}.1", "{below}rc1", "{below}.dev0+g1234", "99", "", "of a clone"]
 )
 def test_a_newer_or_unknown_version_that_fits_is_warned_of_once(
-    tested: dict[str, Any], version: str, monkeypatch: pytest.MonkeyPatch
+    tested: dict[str, Any], version: str, install: Callable[[str], None]
 ) -> None:
-    install(monkeypatch, version.format(**tested))
+    install(version.format(**tested))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -137,9 +132,9 @@ def test_a_newer_or_unknown_version_that_fits_is_warned_of_once(
 
 @pytest.mark.parametrize("version", ["0.0.1", "0", "0.0.1rc1+cu130"])
 def test_an_older_version_is_refused_unless_a_variable_allows_it(
-    tested: dict[str, Any], version: str, monkeypatch: pytest.MonkeyPatch
+    tested: dict[str, Any], version: str, monkeypatch: pytest.MonkeyPatch, install: Callable[[str], None]
 ) -> None:
-    install(monkeypatch, version)
+    install(version)
     for value in (None, "", "0"):
         if value is not None:
             monkeypatch.setenv("STGP_ALLOW_UNTESTED", value)
@@ -158,9 +153,9 @@ def test_an_older_version_is_refused_unless_a_variable_allows_it(
     [("{at_least}", "0"), ("{at_least}", "1"), ("{below}", "0"), ("99", "1"), ("of a clone", "0"), ("0.0.1", "1")],
 )
 def test_a_signature_that_differs_is_refused_in_every_version(
-    tested: dict[str, Any], version: str, allowed: str, monkeypatch: pytest.MonkeyPatch
+    tested: dict[str, Any], version: str, allowed: str, monkeypatch: pytest.MonkeyPatch, install: Callable[[str], None]
 ) -> None:
-    install(monkeypatch, version.format(**tested))
+    install(version.format(**tested))
     monkeypatch.setenv("STGP_ALLOW_UNTESTED", allowed)
     for path, expected in tested["signatures"].items():
         for changed in CHANGES.values():
@@ -175,8 +170,10 @@ def test_a_signature_that_differs_is_refused_in_every_version(
         set_function(monkeypatch, path, function(expected))
 
 
-def test_functions_and_modules_that_are_gone_are_named(tested: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "99")
+def test_functions_and_modules_that_are_gone_are_named(
+    tested: dict[str, Any], monkeypatch: pytest.MonkeyPatch, install: Callable[[str], None]
+) -> None:
+    install("99")
     for path, expected in tested["signatures"].items():
         module, _, name = path.partition(":")
         if name.endswith("__init__"):
@@ -238,7 +235,7 @@ def test_what_a_module_of_the_engine_lacks_itself_is_not_hidden(monkeypatch: pyt
 # ---- what is written about them ----
 
 
-def test_the_page_names_the_tested_versions_and_quotes_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_names_the_tested_versions_and_quotes_the_refusal(install: Callable[[str], None]) -> None:
     page = pages.INTEGRATIONS.text
     for name, tested in {
         "transformers": transformers.TESTED,
@@ -248,7 +245,7 @@ def test_the_page_names_the_tested_versions_and_quotes_the_refusal(monkeypatch: 
         "Ray": ray.TESTED,
     }.items():
         assert f"| {name} | from {tested['at_least']} to before {tested['below']} |" in page
-    install(monkeypatch, "5.16.1")
+    install("5.16.1")
     with pytest.raises(RuntimeError) as refused:
         require(**transformers.TESTED)
     assert str(refused.value) in " ".join(page.split())
@@ -279,8 +276,10 @@ def test_a_clone_without_metadata_has_the_version_of_its_module(monkeypatch: pyt
             require("toy_engine", at_least="1.2.0", below="2")
 
 
-def test_an_older_version_is_refused_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "0.9")
+def test_an_older_version_is_refused_before_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch, install: Callable[[str], None]
+) -> None:
+    install("0.9")
     monkeypatch.setitem(sys.modules, "engine_that_fails", None)  # importing it raises ImportError
     with pytest.raises(RuntimeError, match=r"engine_that_fails 0\.9 is installed"):
         require("engine_that_fails", at_least="1", below="2")
@@ -303,9 +302,9 @@ def test_a_missing_engine_is_named() -> None:
     ],
 )
 def test_each_way_in_asks_for_the_version(
-    package: str, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    package: str, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, install: Callable[[str], None]
 ) -> None:
-    install(monkeypatch, "0.0.1")
+    install("0.0.1")
     monkeypatch.setenv("STGP_SGLANG", "on")
     with pytest.raises((RuntimeError, SystemExit), match=rf"{package} 0\.0\.1 is installed.*pip install"):
         call()

@@ -109,6 +109,9 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 QWEN_KINDS = tuple(kind for kind in _KINDS if kind.startswith("qwen"))
 GLM_KINDS = tuple(kind for kind in _KINDS if kind.startswith("glm"))
+GREEDY = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+"""Arguments of `generate` for the likeliest answer, which no token ends."""
+
 INTERNVL_SIDE = 8
 """Rows and columns of tokens of a frame, or tile, of the InternVL model."""
 
@@ -203,7 +206,7 @@ def _with_grids(kind: str, merge: int) -> tuple[Any, Any]:
         "vision_config": {**_VISION, "spatial_merge_size": merge, **settings["vision"]},
         **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()},
     }
-    if kind == "qwen2_vl":  # its encoder names these otherwise
+    if kind == "qwen2_vl":  # its encoder has other names for these settings
         vision = settings["vision_config"]
         vision.update(embed_dim=32, mlp_ratio=1)
         del vision["out_hidden_size"], vision["intermediate_size"]

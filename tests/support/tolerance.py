@@ -35,6 +35,11 @@ def error(result: Tensor, exact: Tensor) -> float:
     return (result.double()[finite] - exact[finite]).abs().max().item() if finite.any() else 0.0
 
 
+def relative(result: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of the expected tensor."""
+    return float((result - expected).norm() / expected.norm())
+
+
 def oracle(op: str, x: Tensor, **arguments: Any) -> Tensor:
     """Return the result of `op` by brute force, rounded to float64."""
     result = getattr(brute_force, op)(x.double().cpu().numpy(), **arguments)
