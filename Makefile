@@ -13,7 +13,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*
 cpu_torchvision = site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
     cp tools/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 
-.PHONY: help demo quick test test-all test-transformers test-vllm test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
+.PHONY: help demo quick test test-all test-transformers test-vllm test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench bench-pruning performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -48,6 +48,11 @@ bench: $(BUILT) ## microbenchmarks under pytest-benchmark
 # On a GPU: `python -m benchmarks --shape prefill-7b`.
 prefill: $(BUILT) ## the time that pooling saves a language model
 	$(VENV)/bin/python -m benchmarks --shape prefill-0.5b $(ARGS)
+
+# The compiled kernels are those of the checkout, in an environment that has vLLM.
+bench-pruning: $(BUILT) build/with_vllm/installed ## vLLM's pruning of tokens next to grid_pool, in an environment of its own
+	$(call cpu_torchvision,build/with_vllm)
+	build/with_vllm/bin/python -m benchmarks --shape pruning pruning-20x36 --baseline grid_pool:cpu $(ARGS)
 
 performance: $(BUILT) ## docs/performance.md and its pictures from benchmarks/results
 	$(VENV)/bin/python -m benchmarks page $(ARGS)

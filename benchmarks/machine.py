@@ -73,14 +73,14 @@ def _versions() -> dict[str, Any]:
         "stgridpool_kernels": __version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _installed("triton"),
-        "transformers": _installed("transformers"),
+        "triton": installed("triton"),
+        "transformers": installed("transformers"),
         "python": platform.python_version(),
         "library": compiled.LIBRARY.build_info() if compiled.LIBRARY is not None else None,
     }
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.devices import Call, Device, Sampler, overhead_us
 from benchmarks.lower_bound import Traffic
-from benchmarks.provider import SEGMENT, Pool, Provider, mismatch
+from benchmarks.provider import SEGMENT, Pool, Provider, Refused, mismatch
 from benchmarks.results import BenchRow, add_rates
 from benchmarks.workloads import Workload
 
@@ -44,10 +44,6 @@ class SampleBudget:
 
 
 QUICK = SampleBudget(most=15, least=3, seconds=0.6)
-
-
-class Refused(Exception):
-    """Error with the check, "wrong: …" or "skipped: …", of a provider that is not timed."""
 
 
 def measure(

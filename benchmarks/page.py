@@ -55,8 +55,9 @@ the date and the commit that its figures belong to.
 
 Repeat it: `python -m benchmarks` (every workload that fits into memory), `python -m benchmarks --quick` (two minutes on
 a small machine), `python -m benchmarks compare A B` (the changes beyond the noise), `make bench` (microbenchmarks under
-pytest-benchmark), `make prefill`, `python -m benchmarks --shape stream llava-video-0.5b:gradients`, and on a machine
-with a GPU `make gpu-check`. `stgp bench` answers the first question in seconds, without a checkout.
+pytest-benchmark), `make prefill`, `make bench-pruning`, `python -m benchmarks --shape stream
+llava-video-0.5b:gradients`, and on a machine with a GPU `make gpu-check`. `stgp bench` answers the first question in
+seconds, without a checkout.
 
 ## How to read the tables
 
@@ -79,6 +80,12 @@ KINDS = {
     "stream": "`push:N` gives a stream N frames at a time, `push:1x4` one frame to each of four streams. Samples are "
     "whole periods of 32 frames, since a push that completes a segment takes longer. State: the most memory that is "
     "kept between two pushes.",
+    "pruning": "Methods by which vLLM drops tokens of a video, EVS and VidCom2 (`--video-pruning-method`), next to "
+    "`grid_pool` at the same number of tokens: the rate q is the one that keeps as many as `grid_pool` returns. A "
+    "call is vLLM's mask and the gathering of the tokens that it keeps, without the positions that vLLM then appends "
+    "and without the correction of the prompt's positions. Kept tokens must be tokens of x in their order; on the same "
+    "tokens in float32, they must be those that the methods' rankings keep in float64, since in bfloat16 most "
+    "similarities of random tokens are equal. What the methods do to answers is not measured here.",
 }
 NO_GPU = """\
 ## GPU

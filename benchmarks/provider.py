@@ -24,11 +24,11 @@ class Provider:
 
     op: the op whose lower bound is the traffic of a call, unless `moved` gives the traffic. ulps: tolerance, in units
     in the last place of the largest value. checked: function that is compared in place of `call`, if a call computes a
-    part only. period: number of successive calls that differ; samples are whole periods of them. memory: bytes that a
-    call needs besides x, as a multiple of the bytes of x. compiles: whether the first call takes long. captures:
-    whether a CUDA graph can capture a call. slow: whether a call takes seconds on large tokens. state_bytes: returns
-    the bytes that the provider keeps between calls. note: remark below the table. settings: settings that distinguish
-    the provider from others of its workload.
+    part only or several results are right. period: number of successive calls that differ; samples are whole periods of
+    them. memory: bytes that a call needs besides x, as a multiple of the bytes of x. compiles: whether the first call
+    takes long. captures: whether a CUDA graph can capture a call. slow: whether a call takes seconds on large tokens.
+    state_bytes: returns the bytes that the provider keeps between calls. note: remark below the table. settings:
+    settings that distinguish the provider from others of its workload.
     """
 
     name: str
@@ -47,6 +47,10 @@ class Provider:
     state_bytes: Callable[[], int] | None = None
     note: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Refused(Exception):
+    """Error with the check, "wrong: …" or "skipped: …", of a provider that is not timed."""
 
 
 def mismatch(result: Tensor, expected: Tensor, ulps: float) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
-from benchmarks import poolings, prefill, stream
+from benchmarks import poolings, prefill, pruning, stream
 from benchmarks.provider import Provider
 from benchmarks.workloads import Workload
 
@@ -19,6 +19,7 @@ PROVIDERS = {
     "gradients": poolings.gradients,
     "stream": stream.pushes,
     "prefill": prefill.prefills,
+    "pruning": pruning.prunings,
 }
 
 

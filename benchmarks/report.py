@@ -27,6 +27,8 @@ _TITLES = {
     "naive_norm_pool": "naive norm_pool",
     "naive_grid_pool": "naive grid_pool",
     "compiled_grid_pool": "torch.compile grid_pool",
+    "evs": "EVS",
+    "vidcom2": "VidCom2",
 }
 _VARIANTS = {"cpu": "", "out": "out="}
 """Words in titles for the variants of a provider. `cpu` has none, since a CPU has no other kernels of the package."""

@@ -213,7 +213,8 @@ def last_state(path: Path, part: str | None = None) -> Results | None:
     """Load the rows of all runs of the last state of the code that has any of the workload or group `part`.
 
     A state is the package with its compiled library; runs of the same package without a library belong to it too. Quick
-    runs do not count. If runs have the same row, the latest counts. Returns None if there is no such run.
+    runs do not count. If runs have the same row, the latest counts. The result names the latest run that has `part`,
+    whose environment may be another than that of the other runs. Returns None if there is no such run.
     """
     states: dict[Any, list[Results]] = {}
     for results in load(path):
@@ -226,7 +227,8 @@ def last_state(path: Path, part: str | None = None) -> Results | None:
     libraries = (None, runs[-1].run.source.get("library_sha256"))
     same = [each for each in runs if each.run.source.get("library_sha256") in libraries]
     rows = {(row.workload, row.provider): row for each in same for row in each.rows}
-    return Results(same[-1].run, list(rows.values()))
+    measured = [each.run for each in same if part is None or each.has(part)]
+    return Results((measured or [same[-1].run])[-1], list(rows.values()))
 
 
 def machine_files(folder: Path = FOLDER) -> list[Path]:

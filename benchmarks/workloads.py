@@ -1,4 +1,4 @@
-"""Workloads: tokens of models, long, packed and batched videos, sweeps, gradients, streams and prefills."""
+"""Workloads: tokens of models, long, packed and batched videos, sweeps, gradients, streams, prefills and pruning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.lower_bound import Traffic, lower_bound
 from stgridpool_kernels.plan import GridPlan, grid_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KINDS = ("pooling", "gradients", "stream", "prefill")
+KINDS = ("pooling", "gradients", "stream", "prefill", "pruning")
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Workload:
     """Shape and dtype of tokens, and the settings of their pooling.
 
     The shape is (sum(frame_counts), *grid, channels), or (batch, T, *grid, channels) if frame_counts is batch times T.
-    kind: calls that are timed: the ops and the poolings that they replace, the ops' gradients, pushes to a stream, or
-    the prefill of a language model after the pooling. groups: "main", or the sweeps that it is a point of, or its kind.
-    goal: whether goals are set for the shape. torch.compile is timed on such shapes only, since it takes long.
+    kind: calls that are timed: the ops and the poolings that they replace, the ops' gradients, pushes to a stream, the
+    prefill of a language model after the pooling, or vLLM's pruning of tokens. groups: "main", or the sweeps that it is
+    a point of, or its kind. goal: whether goals are set for the shape. torch.compile is timed on such shapes only,
+    since it takes long.
     """
 
     name: str
@@ -132,6 +133,7 @@ def _sweeps() -> list[Workload]:
 
 def _others() -> list[Workload]:
     stream = Workload("stream", (64,), channels=3584, kind="stream", groups=("stream",))
+    pruning = Workload("pruning", (32,), channels=3584, kind="pruning", groups=("pruning",))
     prefill = Workload("prefill-0.5b", (8,), kind="prefill", groups=("prefill",))
     gradients = Workload("llava-video-0.5b:gradients", (64,), kind="gradients", groups=("gradients",))
     return [
@@ -143,6 +145,8 @@ def _others() -> list[Workload]:
         replace(stream, name="stream-bilinear", resize="bilinear"),
         prefill,
         replace(prefill, name="prefill-7b", frame_counts=(64,), channels=3584),
+        pruning,
+        replace(pruning, name="pruning-20x36", grid=(20, 36)),  # 560 × 1008 pixels in Qwen2.5-VL
     ]
 
 
@@ -156,7 +160,7 @@ def parse_workload(text: str) -> Workload:
     """Return the workload that a text names.
 
     text: a key of WORKLOADS, or a shape like 64x27x27x3584 or 8x32x27x27x896 (a batch), each followed by any of :bf16,
-    :fp16, :fp32, :ceil, :gradients, :stream and :prefill. Raises ValueError for other texts.
+    :fp16, :fp32, :ceil, :gradients, :stream, :prefill and :pruning. Raises ValueError for other texts.
     """
     if text in WORKLOADS:
         return WORKLOADS[text]

@@ -38,6 +38,10 @@ ROWS = [
     make_row("llava_avg_pool", 40_000, workload=T16, groups=("T-3584",), check="wrong: off by 1"),
     make_row("norm_pool:cpu:out", 250, workload=ONE_FRAME, groups=("overhead",), overhead_us=26.0),
     make_row("push:1:cpu", 227, workload="stream", groups=("stream",), op="push", state_bytes=14_000_000),
+    make_row(
+        "evs", 9_000, workload="pruning", groups=("pruning",), op="pruning", note="vLLM 1.2: keeps 3 of 12 tokens"
+    ),
+    make_row("vidcom2", workload="pruning", groups=("pruning",), op="pruning", check="skipped: no vLLM"),
     prefill("prefill", "unpooled", 20_000, 27),
     prefill("pool", "grid_pool()", 1, 13),
     prefill("prefill", "grid_pool()", 3_999, 13),
@@ -52,13 +56,17 @@ def of_cpu(tmp_path: Path) -> Path:
 
 
 def test_page(of_cpu: Path) -> None:
-    """The page has goals, tables, streams and prefills, and says so where there are no results of a GPU."""
+    """The page has goals, tables, streams, pruning and prefills, and says so where there are no results of a GPU."""
     text = " ".join(page.page([of_cpu]).split())
     for said in (
         "| norm_pool, out=, 1.2 times as fast as avg_pool2d | met | 1 of 1, worst 1.3x at 16x27x27x3584 |",
         "after other work filled them): norm_pool, out= 26 (250).",
         f"| {T16} | 2.00 ms, ",
         "| **push, 1** | 227 |",
+        "## Pruning Methods by which vLLM drops tokens",
+        "`pruning` must read 306 MB and write 77.5 MB.",
+        "| EVS | 9.00 |",
+        "- EVS: vLLM 1.2: keeps 3 of 12 tokens - VidCom2: skipped: no vLLM",
         "| `grid_pool()` | 13 × 13 | 10,816 | 23.2 % | 1.00 ms | 4.00 s | 5.00 × | 0.025 % |",
         "No result of a GPU",
     ):

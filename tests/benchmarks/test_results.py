@@ -113,7 +113,10 @@ def test_results_that_are_kept_are_whole(path: Path) -> None:
 
 
 def test_the_last_state_that_has_a_part(path: Path) -> None:
-    """The later of two runs counts where both timed the same. Quick runs and those without rows do not count."""
+    """The later of two runs counts where both timed the same. Quick runs and those without rows do not count.
+
+    A part is of the run that timed it, since another may have run in another environment.
+    """
 
     def run(name: str, day: int, package: str, *rows: BenchRow, library: str | None = "l", quick: bool = False) -> None:
         source = {"package_sha256": package, "library_sha256": library}
@@ -124,14 +127,22 @@ def test_the_last_state_that_has_a_part(path: Path) -> None:
     run("before the library", 2, "b", make_row("copy", 2.0), library=None)
     run("another library", 3, "b", make_row("read", 2.5), library="k")
     run("new", 4, "b", make_row("grid_pool:cpu", 3.0), make_row("copy", 4.0))
-    run("quick", 5, "c", make_row("copy", 6.0), quick=True)
-    run("empty", 6, "c")
+    run("elsewhere", 5, "b", make_row("evs", 9.0, workload="pruning", groups=("pruning",)))
+    run("quick", 6, "c", make_row("copy", 6.0), quick=True)
+    run("empty", 7, "c")
     last = last_state(path)
     assert last is not None
-    assert {row.provider: row.p50_us for row in last.rows} == {"copy": 4.0, "grid_pool:cpu": 3.0}
-    found = {part: last_state(path, part) for part in ("prefill", "stream", "llava-video-7b", "main")}
+    assert last.run.run == "elsewhere"
+    assert {row.provider: row.p50_us for row in last.rows} == {"copy": 4.0, "grid_pool:cpu": 3.0, "evs": 9.0}
+    found = {part: last_state(path, part) for part in ("prefill", "stream", "llava-video-7b", "main", "pruning")}
     names = {part: each and each.run.run for part, each in found.items()}
-    assert names == {"prefill": None, "stream": "old", "llava-video-7b": "new", "main": "new"}
+    assert names == {
+        "prefill": None,
+        "stream": "old",
+        "llava-video-7b": "new",
+        "main": "new",
+        "pruning": "elsewhere",
+    }
 
 
 # ---- what follows from times ----
