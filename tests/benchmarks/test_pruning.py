@@ -5,6 +5,7 @@ Stand-ins take the place of vLLM's functions; tests/with_vllm/test_pruning_bench
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -125,7 +126,7 @@ def test_rates_keep_exactly_as_many() -> None:
             assert int(tokens * (1 - kept_rate(kept, tokens))) == kept
 
 
-@pytest.mark.parametrize("name", ["3x4x4x8:pruning", "2x8x4x4x8:pruning"])
+@pytest.mark.parametrize("name", ["3x4x4x8:pruning", "2x8x4x4x8:pruning", "1x8x4x4x8:pruning"])
 def test_other_videos_are_refused(name: str) -> None:
     """EVS keeps a whole frame at least, and vLLM prunes one video at a time."""
     with pytest.raises(ValueError, match=f"one video that is pooled to 16 tokens or more, got {name}"):
@@ -148,9 +149,17 @@ def without_one_of_the_first_frame(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask
 
 
-def the_others(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def others(mask: Tensor) -> Tensor:
     """Keep as many tokens, in reversed places but for the first frame, of which all are kept."""
     return torch.cat([mask[:63], mask[63:].flip(0)])
+
+
+def others_in_float32(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return others(mask) if dtype == torch.float32 else mask
+
+
+def others_in_bfloat16(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return others(mask) if dtype == torch.bfloat16 else mask
 
 
 @pytest.mark.parametrize(
@@ -159,8 +168,8 @@ def the_others(mask: Tensor, dtype: torch.dtype) -> Tensor:
         ("evs", {"spoil": without_one}, f"wrong: keeps {KEPT - 1} tokens in place of {KEPT}"),
         ("vidcom2", {"spoil": without_one}, f"wrong: keeps {KEPT - 1} tokens in place of {KEPT}"),
         ("evs", {"spoil": without_one_of_the_first_frame}, "wrong: tokens of the first frame are not kept"),
-        ("evs", {"spoil": the_others}, "wrong: off by "),
-        ("vidcom2", {"spoil": the_others}, "wrong: off by "),
+        ("evs", {"spoil": others_in_float32}, "wrong: off by "),
+        ("vidcom2", {"spoil": others_in_float32}, "wrong: off by "),
         ("evs", {"more": 1}, f"wrong: vLLM counts {KEPT + 1} tokens, grid_pool returns {KEPT}"),
     ],
 )
@@ -171,10 +180,21 @@ def test_wrong_tokens_are_refused(vllm: Callable[..., None], method: str, given:
     assert not row.is_timed
 
 
+def test_similarities_that_round_alike_may_be_ranked_in_any_order(vllm: Callable[..., None]) -> None:
+    vllm(spoil=others_in_bfloat16)
+    assert {row.check for row in rows_of(NAME).values()} == {"ok"}
+
+
+def changed_at_first(kept: Tensor) -> Tensor:
+    return torch.cat([2 * kept[:, :, :1], kept[:, :, 1:]], 2)
+
+
 @pytest.mark.parametrize(
-    "spoilt", [lambda kept: kept.flip(2), lambda kept: kept * 2, lambda kept: kept[:, :, [0, *range(KEPT - 1)]]]
+    "spoilt", [lambda kept: kept.flip(2), changed_at_first, lambda kept: kept[:, :, [0, *range(KEPT - 1)]]]
 )
-def test_what_are_no_tokens_in_their_order_is_refused(vllm: Callable[..., None], spoilt: Spoil) -> None:
+def test_what_are_no_tokens_in_their_order_is_refused(
+    vllm: Callable[..., None], spoilt: Callable[[Tensor], Tensor]
+) -> None:
     vllm()
     gathered = pruning.Pruning.prune
     with pytest.MonkeyPatch.context() as patch:
@@ -212,3 +232,15 @@ def test_vidcom2_keeps_what_stands_out_in_steady_channels() -> None:
     assert [token for frame, token in kept if frame == 3] == [4, 5, 6, 7]
     assert len(kept) == 8
     assert similarity.shape == (32,)
+
+
+def test_similarities_of_vidcom2_by_hand() -> None:
+    """Two frames have a token each, with directions (1, 0) and (0, 1) in the two channels that vary least.
+
+    The squared distance of each is 0.5 to the mean of both, and 0 to that of its frame.
+    """
+    x = torch.tensor([[3.0, 0, 50, -7], [0, 5, -50, 70]]).view(2, 1, 1, 4)
+    similarity, chosen = vidcom2(x, 2)
+    to_video = sum(math.exp(-0.5 / (2 * width)) for width in (1 / 8, 1 / 4, 1 / 2, 1, 2))
+    assert similarity.tolist() == pytest.approx([5 + to_video] * 2)
+    assert sorted(chosen.tolist()) == [0, 1]
