@@ -52,7 +52,7 @@ prefill: $(BUILT) ## the time that pooling saves a language model
 # The compiled kernels are those of the checkout, in an environment that has vLLM.
 bench-pruning: $(BUILT) build/with_vllm/installed ## vLLM's pruning of tokens next to grid_pool, in an environment of its own
 	$(call cpu_torchvision,build/with_vllm)
-	build/with_vllm/bin/python -m benchmarks --shape pruning pruning-20x36 --baseline grid_pool:cpu $(ARGS)
+	build/with_vllm/bin/python -m benchmarks --shape pruning pruning-20x36 --baseline evs $(ARGS)
 
 performance: $(BUILT) ## docs/performance.md and its pictures from benchmarks/results
 	$(VENV)/bin/python -m benchmarks page $(ARGS)

@@ -63,7 +63,7 @@ def test_page(of_cpu: Path) -> None:
         "after other work filled them): norm_pool, out= 26 (250).",
         f"| {T16} | 2.00 ms, ",
         "| **push, 1** | 227 |",
-        "## Pruning Methods by which vLLM drops tokens",
+        "## Pruning EVS and VidCom2 are the methods by which vLLM drops tokens",
         "`pruning` must read 306 MB and write 77.5 MB.",
         "| EVS | 9.00 |",
         "- EVS: vLLM 1.2: keeps 3 of 12 tokens - VidCom2: skipped: no vLLM",
