@@ -80,13 +80,13 @@ KINDS = {
     "stream": "`push:N` gives a stream N frames at a time, `push:1x4` one frame to each of four streams. Samples are "
     "whole periods of 32 frames, since a push that completes a segment takes longer. State: the most memory that is "
     "kept between two pushes.",
-    "pruning": "EVS and VidCom2 are the methods by which vLLM drops tokens of videos (`--video-pruning-method`). Both are "
-    "called at the rate q that keeps exactly as many tokens as `grid_pool` returns: a quarter, or less where its windows "
-    "of 2 × 2 leave out an odd row or column. A call computes vLLM's mask and gathers the tokens that it keeps; vLLM also "
-    "appends positions to them and corrects those of the prompt, which is not timed. Kept tokens must be tokens of x in "
-    "their order, and on the same tokens in float32 those that the definition of the method keeps in float64: in "
-    "bfloat16 most similarities of random tokens are equal. What a method does to answers is not measured. `make "
-    "bench-pruning` runs this in an environment that has vLLM; elsewhere the two are skipped.",
+    "pruning": "EVS and VidCom2 are the methods by which vLLM drops tokens of videos (`--video-pruning-method`). Both "
+    "are called at the rate q that keeps exactly as many tokens as `grid_pool` returns: a quarter, or less where its "
+    "windows of 2 × 2 leave out an odd row or column. A call computes vLLM's mask and gathers the tokens that it "
+    "keeps; vLLM also appends positions to them and corrects those of the prompt, which is not timed. Kept tokens "
+    "must be tokens of x in their order, and on the same tokens in float32 those that the definition of the method "
+    "keeps in float64: in bfloat16 most similarities of random tokens are equal. What a method does to answers is not "
+    "measured. `make bench-pruning` runs this in an environment that has vLLM; elsewhere the two are skipped.",
 }
 NO_GPU = """\
 ## GPU

@@ -57,7 +57,7 @@ def prunings(workload: Workload, device: str) -> list[Provider]:
                 checked=pruning.similarities,
                 moved=Traffic(w.input_bytes, kept * w.channels * w.dtype.itemsize),
                 captures=False,  # the number of tokens that a mask keeps is read back from the device
-                memory=6 * 8 / w.dtype.itemsize,  # of the definition, in float64
+                memory=3 * 8 / w.dtype.itemsize,  # of the definition, in float64
                 note=f"vLLM {version}, q = {pruning.rate:.4f}: keeps {kept:,} of {tokens:,} tokens" if version else "",
                 settings={"visual_tokens": kept, "q": pruning.rate, "vllm": version},
             )
@@ -104,8 +104,8 @@ class Pruning:
     def similarities(self, x: Tensor) -> Tensor:
         """Return the similarities of the tokens that are kept in float32, ascending, (1, 1, kept, 1).
 
-        In a narrower dtype most similarities of random tokens round to the same few values, so that any choice among
-        them is right. There the tokens are compared with those of x only.
+        In a narrower dtype most similarities of random tokens round to the same few values, among which any choice is
+        right; what is kept there is compared with the tokens of x only.
         """
         places = self.places(x)
         if x.dtype != torch.float32:
@@ -125,7 +125,7 @@ class Pruning:
         if len(places) != self.kept:
             raise Refused(f"wrong: keeps {len(places)} tokens in place of {self.kept}")
         if places[0] < 0 or any(before >= after for before, after in pairwise(places)):
-            raise Refused("wrong: what is kept are not tokens of x in their order")
+            raise Refused("wrong: the kept tokens are not tokens of x in their order")
         if places[:always] != list(range(always)):
             raise Refused("wrong: tokens of the first frame are not kept")
         return torch.tensor(places, device=x.device)

@@ -192,7 +192,7 @@ def changed_at_first(kept: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "spoilt", [lambda kept: kept.flip(2), changed_at_first, lambda kept: kept[:, :, [0, *range(KEPT - 1)]]]
 )
-def test_what_are_no_tokens_in_their_order_is_refused(
+def test_what_is_no_selection_in_order_is_refused(
     vllm: Callable[..., None], spoilt: Callable[[Tensor], Tensor]
 ) -> None:
     vllm()
@@ -200,7 +200,7 @@ def test_what_are_no_tokens_in_their_order_is_refused(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pruning.Pruning, "prune", lambda self, x: spoilt(gathered(self, x)))
         rows = rows_of(NAME)
-    assert {rows[method].check for method in METHODS} == {"wrong: what is kept are not tokens of x in their order"}
+    assert {rows[method].check for method in METHODS} == {"wrong: the kept tokens are not tokens of x in their order"}
 
 
 # ---- definitions ----
