@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,11 +29,12 @@ OPTIONS = (*_KINDS, "backend")
 """Names of the options that are read."""
 
 
-def read_options(given: str | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def read_options(given: str | Mapping[str, Any], prefix: str = "", words: Collection[str] = ()) -> dict[str, Any]:
     """Return options by name, with values of the types that `grid_pool` takes.
 
     given: NAME=VALUE entries separated by commas; or the text of a JSON object; or values by name.
     prefix: prefix of the names in `given`, which is removed.
+    words: names of options that `grid_pool` does not have, and whose values are words.
 
     Raises TypeError for an unknown name; ValueError for text of another form, for a name that is given twice and for a
     value of another type. `grid_pool` checks the ranges of values.
@@ -43,7 +44,7 @@ def read_options(given: str | Mapping[str, Any], prefix: str = "") -> dict[str, 
         name = shown.removeprefix(prefix)
         if name in options:
             raise ValueError(f"{shown} must be given once, got {shown}={options[name]!r} and {shown}={value!r}")
-        options[name] = read_option(name, value, shown)
+        options[name] = _word(shown, value) if name in words else read_option(name, value, shown)
     return options
 
 

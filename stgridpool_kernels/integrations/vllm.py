@@ -1,17 +1,18 @@
-"""Plugin for vLLM: LLaVA-OneVision and LLaVA-NeXT-Video with ST-GridPool in place of their pooling of video tokens.
+"""Plugin for vLLM: models with ST-GridPool between their vision encoder and their language model.
 
-Installing the package is enough: vLLM calls `register`, which adds two architectures and replaces none. The arguments
-of an engine select one of them, and its options:
+Installing the package is enough: vLLM calls `register`, which adds an architecture for each of `ARCHITECTURES` and
+replaces none. The arguments of an engine select one of them, and its options:
 
     LLM(model, hf_overrides={
-        "architectures": ["StgpLlavaOnevisionForConditionalGeneration"],
-        "stgp_options": {"temperature": 2.0},  # optional
+        "architectures": ["StgpQwen3VLForConditionalGeneration"],
+        "stgp_options": {"mode": "pool", "temperature": 2.0},  # optional
     })
 
-Options are the keyword arguments of `grid_pool` except `frame_counts` and `out`; `ceil_mode` is True by default.
-Without `stgp_options`, an engine takes them from the environment variable STGP_VLLM_OPTIONS: a JSON object, or text
-like `temperature=2,frame_strides=2:4:8`. They are fixed for the lifetime of the engine, because the keys of vLLM's
-caches of prompts and videos do not contain them.
+Options are `mode` ("pool", the default, or "grid") and the keyword arguments of `grid_pool` except `frame_counts` and
+`out`, in mode "grid" those of `temporal_grid`; `ceil_mode` is True by default. LLaVA models take mode "pool" alone,
+since ST-GridPool replaces their own pooling. Without `stgp_options`, an engine takes its options from the environment
+variable STGP_VLLM_OPTIONS: a JSON object, or text like `mode=pool,temperature=2,frame_strides=2:4:8`. They are fixed
+for the lifetime of the engine.
 """
 
 from __future__ import annotations
@@ -19,54 +20,117 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .base import PoolOptions, ceil_options, require
+from .base import require
+from .modes import MODES, ModeOptions, mode_options
 from .options import read_options
-
-ARCHITECTURES = (
-    "StgpLlavaOnevisionForConditionalGeneration",
-    "StgpLlavaNextVideoForConditionalGeneration",
-)
-"""Architectures that `hf_overrides` can select. Their classes are attributes of this module, imported on first use."""
 
 OPTIONS_VARIABLE = "STGP_VLLM_OPTIONS"
 """Environment variable that holds the options of engines without `stgp_options`."""
 
-_MODELS = "vllm.model_executor.models"
-
-TESTED: dict[str, Any] = {
-    "package": "vllm",
-    "at_least": "0.32",
-    "below": "0.33",
-    "signatures": {
-        f"{_MODELS}.{module}:{name}{function}": names
-        for module, name in (("llava_onevision", "LlavaOnevision"), ("llava_next_video", "LlavaNextVideo"))
-        for function, names in (
-            ("ForConditionalGeneration.__init__", "self, vllm_config, prefix"),
-            ("ForConditionalGeneration._process_video_pixels", "self, inputs"),
-            ("ProcessingInfo.get_num_video_tokens", "self, image_width, image_height, num_frames"),
-        )
-    }
-    | {
-        f"{_MODELS}.llava_onevision:LlavaOnevisionForConditionalGeneration._image_pixels_to_features": (
-            "self, vision_tower, pixel_values, ..."
-        )
-    },
+_PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
+_SHARED = {
+    f"{_PROCESSOR}._get_mm_hashes": "self, inputs",
+    f"{_PROCESSOR}._get_prompt_updates": "self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs",
+    f"{_PROCESSOR}.get_dummy_mm_inputs": "self, mm_counts, ...",
+    "vllm.multimodal.registry:MultiModalRegistry.register_processor": "self, processor, info, dummy_inputs",
 }
-"""Arguments of `require` for this integration."""
+"""Parameters of what the plugin replaces or calls for every architecture."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Architectures of vLLM that one module of this package adapts.
+
+    adapter: name of the module. methods: parameters of the methods of a model that it replaces or calls. classes:
+    module and name of vLLM's class of each architecture.
+    """
+
+    adapter: str
+    methods: Mapping[str, str]
+    classes: Mapping[str, tuple[str, str]]
+
+    def tested(self, base: str) -> dict[str, Any]:
+        """Return the arguments of `require` for an architecture of vLLM."""
+        module, name = self.classes[base]
+        path = f"vllm.model_executor.models.{module}:{name}"
+        methods = {f"{path}.{method}": parameters for method, parameters in self.methods.items()}
+        return {"package": "vllm", "at_least": "0.32", "below": "0.33", "signatures": methods | _SHARED}
+
+
+def _generation(**modules: str) -> dict[str, tuple[str, str]]:
+    return {
+        f"{prefix}ForConditionalGeneration": (module, f"{prefix}ForConditionalGeneration")
+        for prefix, module in modules.items()
+    }
+
+
+FAMILIES = (
+    Family(
+        "vllm_qwen_vl",
+        {
+            "__init__": "self, vllm_config, prefix",
+            "_process_video_input": "self, video_input",
+            "get_mrope_input_positions": "self, input_tokens, mm_features",
+            "get_encoder_cudagraph_config": "self",
+        },
+        _generation(
+            Qwen2VL="qwen2_vl",
+            Qwen2_5_VL="qwen2_5_vl",
+            Qwen3VL="qwen3_vl",
+            Qwen3VLMoe="qwen3_vl_moe",
+            Qwen3_5="qwen3_5",
+            Qwen3_5Moe="qwen3_5",
+        ),
+    ),
+    Family(
+        "vllm_internvl",
+        {
+            "__init__": "self, vllm_config, prefix",
+            "_process_vision_input": "self, image_input",
+            "embed_multimodal": "self, kwargs",
+        },
+        {
+            "InternVLChatModel": ("internvl", "InternVLChatModel"),
+            # transformers' InternVL is served by the class for Intern-S1
+            "InternVLForConditionalGeneration": ("interns1", "InternS1ForConditionalGeneration"),
+            **_generation(InternS1="interns1"),
+        },
+    ),
+    Family(
+        "vllm_llava",
+        {
+            "__init__": "self, vllm_config, prefix",
+            "_process_video_pixels": "self, inputs",
+        },
+        _generation(LlavaOnevision="llava_onevision", LlavaNextVideo="llava_next_video"),
+    ),
+)
+
+ARCHITECTURES = {f"Stgp{base}": (family, base) for family in FAMILIES for base in family.classes}
+"""Architectures that `hf_overrides` can select, each with its family and the architecture of vLLM it is made from.
+
+Their classes are attributes of this module, made on first use.
+"""
 
 logger = logging.getLogger("vllm.stgridpool_kernels")  # vLLM shows only loggers below its own
 
 
 def register() -> None:
-    """Add the names of the architectures to vLLM's registry. vLLM calls this in each of its processes.
+    """Add the names of the architectures to vLLM's registry, with the settings that vLLM has for their bases.
 
-    No model is imported. It never raises, since that would stop engines that use other models.
+    vLLM calls this in each of its processes, maybe several times. No model is imported. It never raises, since that
+    would stop engines that use other models.
     """
     try:
         registry: Any = importlib.import_module("vllm").ModelRegistry
-        for name in ARCHITECTURES:
+        settings: Any = importlib.import_module("vllm.model_executor.models.config").MODELS_CONFIG_MAP
+        for name, (_, base) in ARCHITECTURES.items():
+            if base in settings:  # vLLM finds them by the name of an architecture
+                settings[name] = settings[base]
             registry.register_model(name, f"{__name__}:{name}")
     except ImportError:
         logger.debug("vllm cannot be imported, nothing is registered", exc_info=True)
@@ -74,10 +138,10 @@ def register() -> None:
         logger.warning("the architectures of ST-GridPool could not be registered", exc_info=True)
 
 
-def pool_options(config: Any) -> PoolOptions:
+def engine_options(config: Any, modes: Sequence[str] = MODES) -> ModeOptions:
     """Return an engine's options: `stgp_options` of the model's configuration, else STGP_VLLM_OPTIONS, else defaults.
 
-    config: the model's configuration in vLLM, with `hf_overrides` applied.
+    config: the model's configuration in vLLM, with `hf_overrides` applied. modes: the modes that the model has.
 
     Raises ValueError, naming the source of the options, if they are invalid.
     """
@@ -87,14 +151,21 @@ def pool_options(config: Any) -> PoolOptions:
     if not isinstance(given, dict | str):
         raise ValueError(f"{source} must be options by name, got {given!r}")
     try:
-        return ceil_options(**read_options(given))
+        options = read_options(given, words=("mode",))
+        chosen = mode_options(options.pop("mode", "pool"), **options)
     except (TypeError, ValueError, RuntimeError) as error:  # torch raises RuntimeError for types it cannot convert
         raise ValueError(f"{source}: {error}") from error
+    if chosen.mode not in modes:
+        raise ValueError(
+            f"{source}: mode must be 'pool' for a model whose own pooling is replaced, got {chosen.mode!r}"
+        )
+    return chosen
 
 
 def __getattr__(name: str) -> Any:
     """Return the class of one of `ARCHITECTURES`. Raises RuntimeError if vLLM has a version that `require` refuses."""
     if name not in ARCHITECTURES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    require(**TESTED)
-    return getattr(importlib.import_module(f"{__package__}.vllm_llava"), name)
+    family, base = ARCHITECTURES[name]
+    require(**family.tested(base))
+    return importlib.import_module(f"{__package__}.{family.adapter}").pooled_class(base)

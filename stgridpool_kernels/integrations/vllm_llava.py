@@ -1,71 +1,69 @@
-"""The model classes of vllm.py, which imports this module if one is selected and `require` accepts vLLM.
+"""The LLaVA models of vLLM with ST-GridPool in place of their own pooling of video tokens.
 
-Both differ from their base class in three respects: ST-GridPool pools video tokens; a batch may contain videos of
-different lengths; and the process that makes the engine refuses options unless they leave as many tokens as prompts
-have placeholders. Weights, images and the processor are unchanged.
+A batch of theirs may contain videos of different lengths, and the process that makes the engine refuses options unless
+they leave as many tokens as prompts have placeholders.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models import llava_next_video, llava_onevision
-from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .base import PoolOptions, pool_flat, pooled_grid, require_size
-from .vllm import logger, pool_options
+from .base import require_size
+from .vllm_models import PooledInfo, PooledModel, PooledProcessor, make_class
 
 
-class StgpLlavaOnevisionProcessingInfo(llava_onevision.LlavaOnevisionProcessingInfo):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        _require_placeholders(self)
+class LlavaInfo(PooledInfo):
+    stgp_modes = ("pool",)
+
+    def check_options(self) -> None:
+        """Raise ValueError unless the options leave as many tokens per frame as prompts have placeholders."""
+        super().check_options()
+        config = self.ctx.model_config.hf_config
+        pixels = config.vision_config.image_size
+        # the difference excludes tokens that a video gets once, such as a newline
+        none, one = (self.get_num_video_tokens(image_width=pixels, image_height=pixels, num_frames=n) for n in (0, 1))  # type: ignore[attr-defined]
+        name = f"vLLM's prompt for {config.model_type}"
+        require_size(name, _grid(config), one - none, self.stgp_options.pool_options)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    llava_onevision.LlavaOnevisionMultiModalProcessor,
-    info=StgpLlavaOnevisionProcessingInfo,
-    dummy_inputs=llava_onevision.LlavaOnevisionDummyInputsBuilder,
-)
-class StgpLlavaOnevisionForConditionalGeneration(llava_onevision.LlavaOnevisionForConditionalGeneration):
-    """LLaVA-OneVision that pools after the projector: F frames of g × g tokens become F·⌈g/2⌉² tokens and a newline."""
+class _Llava(PooledModel):
+    stgp_modes = ("pool",)
+    config: Any
+    vision_tower: Any
+    multi_modal_projector: Any
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.stgp_options = _announced(self.config)
+    def stgp_grid(self) -> tuple[int, int]:
+        return _grid(self.config)
+
+    def _pool(self, features: Tensor, frames: Sequence[int]) -> Tensor:
+        tokens = features.unflatten(1, self.stgp_grid())
+        return self.stgp_options.apply(tokens, frame_counts=frames).flatten(1, 2)
+
+
+class LlavaOnevision(_Llava):
+    """LLaVA-OneVision pools after the projector: F frames of g × g tokens become F·⌈g/2⌉² tokens and a newline."""
+
+    image_newline: Tensor
 
     def _process_video_pixels(self, inputs: Any) -> list[Tensor]:
         pixels, frames = _packed(inputs["pixel_values_videos"])
-        features = self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, pixels))
-        videos = pool_flat(features, frames, _grid(self.config), **self.stgp_options.arguments).split(frames)
+        features = self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, pixels))  # type: ignore[attr-defined]
+        videos = self._pool(features, frames).split(frames)
         return [torch.cat((video.flatten(0, 1), self.image_newline[None])) for video in videos]
 
 
-class StgpLlavaNextVideoProcessingInfo(llava_next_video.LlavaNextVideoProcessingInfo):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        _require_placeholders(self)
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    llava_next_video.LlavaNextVideoMultiModalProcessor,
-    info=StgpLlavaNextVideoProcessingInfo,
-    dummy_inputs=llava_next_video.LlavaNextVideoDummyInputsBuilder,
-)
-class StgpLlavaNextVideoForConditionalGeneration(llava_next_video.LlavaNextVideoForConditionalGeneration):
-    """LLaVA-NeXT-Video that pools before the projector, as its base: F frames of g × g become F·⌈g/2⌉² tokens."""
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.stgp_options = _announced(self.config)
+class LlavaNextVideo(_Llava):
+    """LLaVA-NeXT-Video pools before the projector: F frames of g × g tokens become F·⌈g/2⌉² tokens."""
 
     def _process_video_pixels(self, inputs: Any) -> list[Tensor]:
         pixels, frames = _packed(inputs["pixel_values_videos"])
         features = self.vision_tower(pixels, feature_select_strategy=self.config.vision_feature_select_strategy)
-        pooled = pool_flat(features, frames, _grid(self.config), **self.stgp_options.arguments)
+        pooled = self._pool(features, frames)
         return [video.flatten(0, 1) for video in self.multi_modal_projector(pooled).split(frames)]
 
 
@@ -83,21 +81,13 @@ def _grid(config: Any) -> tuple[int, int]:
     return side, side
 
 
-def _announced(config: Any) -> PoolOptions:
-    options = pool_options(config)
-    (height, width), (rows, cols) = _grid(config), pooled_grid(_grid(config), **options.arguments)
-    logger.info("ST-GridPool: frames of videos from %d × %d to %d × %d tokens, %s", height, width, rows, cols, options)
-    return options
+_MODELS = {
+    "LlavaOnevisionForConditionalGeneration": LlavaOnevision,
+    "LlavaNextVideoForConditionalGeneration": LlavaNextVideo,
+}
 
 
-def _require_placeholders(info: Any) -> None:
-    """Raise RuntimeError unless the engine's options leave as many tokens per frame as prompts have placeholders."""
-    config = info.get_hf_config()
-    pixels = config.vision_config.image_size
-    # the difference excludes tokens that a video gets once, such as a newline
-    none, one = (info.get_num_video_tokens(image_width=pixels, image_height=pixels, num_frames=n) for n in (0, 1))
-    try:
-        require_size(f"vLLM's prompt for {config.model_type}", _grid(config), one - none, pool_options(config))
-    except ValueError as error:
-        # vLLM would interpret a ValueError as a missing processor, and continue with text only
-        raise RuntimeError(str(error)) from error
+@functools.cache
+def pooled_class(base: str) -> Any:
+    """Return the class of an architecture of vLLM with ST-GridPool."""
+    return make_class(base, _MODELS[base], PooledProcessor, LlavaInfo)

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 HIDDEN = 32
-"""Channels of a token of the language models."""
+"""Channels of a token of the language models, unless `build` is told of larger heads."""
 
 PATCH = 4
 """Rows and columns of pixels in a patch; the encoders merge 2 × 2 patches into a token."""
 
 _TEXT = {
-    "hidden_size": HIDDEN,
     "intermediate_size": 32,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
@@ -30,15 +29,15 @@ _TEXT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": HIDDEN, "patch_size": PATCH}
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": PATCH}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
 }
 _DEEP = {"depth": 3, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
 _MROPE = {**_ROPE, "mrope_section": [2, 3, 3]}
@@ -116,13 +115,13 @@ INTERNVL_SIDE = 8
 """Rows and columns of tokens of a frame, or tile, of the InternVL model."""
 
 
-def build(kind: str, merge: int = 2) -> tuple[Any, Any]:
+def build(kind: str, merge: int = 2, head: int = 16) -> tuple[Any, Any]:
     """Return a model, always with the same weights, and its processor.
 
     kind: one of `QWEN_KINDS` and `GLM_KINDS`, or "internvl". merge: rows, and columns, of patches that an encoder with
-    grids merges into a token.
+    grids merges into a token. head: channels of each of the two heads of the language model.
     """
-    return _internvl() if kind == "internvl" else _with_grids(kind, merge)
+    return _internvl(head) if kind == "internvl" else _with_grids(kind, merge, head)
 
 
 def placeholder(kind: str, modality: str) -> str:
@@ -155,14 +154,21 @@ def pictures(frames: int, rows: int, cols: int, seed: int = 0) -> Tensor:
     )
 
 
-def ask(processor: Any, texts: str | Sequence[str], videos: Sequence[Tensor], images: Sequence[Tensor] = ()) -> Any:
-    """Return what a processor makes of prompts with these videos, of 2 frames a second, and images."""
+def ask(
+    processor: Any,
+    texts: str | Sequence[str],
+    videos: Sequence[Tensor],
+    images: Sequence[Tensor] = (),
+    frames_per_second: float = 2.0,
+) -> Any:
+    """Return what a processor makes of prompts with these videos and images."""
     metadata = importlib.import_module("transformers.video_utils").VideoMetadata
     given: dict[str, Any] = {"text": [texts] if isinstance(texts, str) else list(texts), "return_tensors": "pt"}
     if videos:
         given["videos"] = list(videos)
         given["video_metadata"] = [
-            metadata(total_num_frames=len(video), fps=2.0, frames_indices=list(range(len(video)))) for video in videos
+            metadata(total_num_frames=len(video), fps=frames_per_second, frames_indices=list(range(len(video))))
+            for video in videos
         ]
     if images:
         given["images"] = list(images)
@@ -195,20 +201,36 @@ def _tokenizer(special: tuple[str, ...], named: tuple[tuple[str, str], ...]) -> 
     return make
 
 
-def _with_grids(kind: str, merge: int) -> tuple[Any, Any]:
+def _text(vocabulary: int, head: int, **settings: Any) -> dict[str, Any]:
+    """Return settings of a language model with two heads of `head` channels."""
+    given = {**_TEXT, **settings, "vocab_size": vocabulary, "hidden_size": 2 * head}
+    if "head_dim" in given:
+        given["head_dim"] = head
+    if "rope_parameters" in given:
+        section = [head * channels // 16 for channels in given["rope_parameters"]["mrope_section"]]
+        given["rope_parameters"] = {**given["rope_parameters"], "mrope_section": section}
+    return given
+
+
+def _with_grids(kind: str, merge: int, head: int) -> tuple[Any, Any]:
     transformers: Any = importlib.import_module("transformers")
     prefix, processing, settings = _KINDS[kind]
     named = {**_GLM, **_GLM_SPANS} if kind in GLM_KINDS else {**_QWEN, **_QWEN_SPANS}
     tokenizer = _tokenizer(tuple(named.values()), ())()
     size = {"shortest_edge": 2 * 64, "longest_edge": 10**6}
     settings = {
-        "text_config": {**_TEXT, "vocab_size": len(tokenizer), **settings["text"]},
-        "vision_config": {**_VISION, "spatial_merge_size": merge, **settings["vision"]},
+        "text_config": _text(len(tokenizer), head, **settings["text"]),
+        "vision_config": {
+            **_VISION,
+            "spatial_merge_size": merge,
+            "out_hidden_size": 2 * head,
+            **settings["vision"],
+        },
         **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()},
     }
     if kind == "qwen2_vl":  # its encoder has other names for these settings
         vision = settings["vision_config"]
-        vision.update(embed_dim=32, mlp_ratio=1)
+        vision.update(embed_dim=32, mlp_ratio=1, hidden_size=2 * head)
         del vision["out_hidden_size"], vision["intermediate_size"]
     config = getattr(transformers, f"{prefix}Config")(**settings)
     torch.manual_seed(0)
@@ -219,17 +241,21 @@ def _with_grids(kind: str, merge: int) -> tuple[Any, Any]:
     visual = "Qwen2VL" if processing.startswith("Qwen") else processing
     video_class = f"{'Qwen3VL' if folder == 'qwen3_vl' else visual}VideoProcessor"
     videos = getattr(importlib.import_module(f"transformers.models.{folder}.video_processing_{folder}"), video_class)
+    images = {"patch_size": PATCH, "size": size, "merge_size": merge}
+    if folder == "qwen3_vl":  # images of published checkpoints are normalized as videos are
+        images.update(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     processor = getattr(transformers, f"{processing}Processor")(
-        image_processor=getattr(transformers, f"{visual}ImageProcessor")(patch_size=PATCH, size=size, merge_size=merge),
+        image_processor=getattr(transformers, f"{visual}ImageProcessor")(**images),
         tokenizer=tokenizer,
         video_processor=videos(patch_size=PATCH, size=size, merge_size=merge, do_sample_frames=False),
     )
     return _noisy(model), processor
 
 
-def _internvl() -> tuple[Any, Any]:
+def _internvl(head: int) -> tuple[Any, Any]:
     transformers: Any = importlib.import_module("transformers")
-    tokenizer = _tokenizer(tuple(_INTERNVL.values()), tuple(_INTERNVL.items()))()
+    # in checkpoints of the older format, places of videos have the last token
+    tokenizer = _tokenizer((*_INTERNVL.values(), "<|video_pad|>"), tuple(_INTERNVL.items()))()
     side = 2 * PATCH * INTERNVL_SIDE
     size = {"height": side, "width": side}
     config = transformers.InternVLConfig(
@@ -241,7 +267,7 @@ def _internvl() -> tuple[Any, Any]:
             "image_size": [side, side],
             "patch_size": [PATCH, PATCH],
         },
-        text_config={**_TEXT, "model_type": "qwen3", "head_dim": 16, "vocab_size": len(tokenizer)},
+        text_config=_text(len(tokenizer), head, model_type="qwen3", head_dim=head),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=INTERNVL_SIDE**2,
         tie_word_embeddings=False,

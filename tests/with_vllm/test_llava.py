@@ -1,7 +1,6 @@
-"""vLLM with the integration, on a CPU, answers as transformers with the same weights: make test-vllm.
+"""The LLaVA models in vLLM answer, on a CPU, as transformers with the same weights: make test-vllm.
 
-Every engine runs in a process of its own, engine.py; models and prompts are those of tiny.py. The package is found on
-PYTHONPATH, as it is installed there, so that an engine can be run without it too.
+Models and prompts are those of tiny.py.
 """
 
 from __future__ import annotations
@@ -22,19 +21,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` installs it into an environment of its own")
-
 import numpy as np
+import pytest
 import tiny
 import torch
 import transformers as hf
 from PIL import Image
+from runner import CLOSE, Answers, Runner, assert_same_answers, difference, selected
 from torch import Tensor, nn
 
 from stgridpool_kernels.integrations import transformers as pooled_transformers
-from stgridpool_kernels.integrations.base import ceil_options
+from stgridpool_kernels.integrations.modes import mode_options
 
 HERE = Path(__file__).parent
 ONEVISION = "StgpLlavaOnevisionForConditionalGeneration"
@@ -42,10 +39,6 @@ NEXT_VIDEO = "StgpLlavaNextVideoForConditionalGeneration"
 OPTIONS = {"temperature": 4.0, "frame_strides": [1, 2], "sampling": "first", "normalize_norm": False}
 VIDEOS = ["6 frames", "9 frames", "two videos of one length", "17 frames"]
 MIXED = "two videos of different lengths"
-CLOSE = 1e-4
-"""Logarithms of probabilities of the libraries differ by less than this in float32; other options give 1e-2."""
-
-Answers = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -58,27 +51,8 @@ def next_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_next_video(tmp_path_factory.mktemp("next_video"))
 
 
-@pytest.fixture(scope="session")
-def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder where vLLM keeps what it found out about models, which is not the user's."""
-    return tmp_path_factory.mktemp("caches")
-
-
 @pytest.fixture
-def settings(caches: Path) -> dict[str, str]:
-    """Return the environment of an engine: no network, little memory, and one process unless a test asks for three."""
-    return {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": str(caches),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-
-
-@pytest.fixture
-def run(tmp_path: Path, settings: dict[str, str]) -> Any:
+def run(runner: Runner) -> Any:
     """Return a function that runs an engine, which must fail or not, and returns its answers and what it printed."""
 
     def run(
@@ -88,38 +62,32 @@ def run(tmp_path: Path, settings: dict[str, str]) -> Any:
         fails: bool = False,
         **environment: str | None,
     ) -> tuple[Answers, str]:
-        several = environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "1"
-        request = {
-            "arguments": {**({} if several else {"distributed_executor_backend": "uni"}), **(arguments or {})},
-            "batches": batches,
+        prompts = {name: tiny.PROMPTS[name] for names in batches for name in names}
+        media = {f"video {seed}": tiny.video(seed, frames) for one in prompts.values() for seed, frames in one.videos}
+        media |= {f"image {seed}": tiny.image(seed) for one in prompts.values() for seed in one.images}
+        engine = {
+            "arguments": {"model": str(folder), **(arguments or {})},
+            "batches": [[given(name) for name in names] for names in batches],
         }
-        env = {**settings, **environment}
-        command = [sys.executable, str(HERE / "engine.py"), str(folder), json.dumps(request), "answers.json"]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={name: value for name, value in env.items() if value is not None},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=900,
-        )
-        assert bool(done.returncode) == fails, done.stdout
-        answers = {} if fails else json.loads((tmp_path / "answers.json").read_text())
-        return answers, done.stdout
+        results = runner([engine], media, fails, **environment)
+        return (results[0]["answers"] if results else {}), runner.log
 
     return run
 
 
-def selected(architecture: str, **options: Any) -> dict:
-    """Return the engine's arguments that select an architecture, with options where there are any."""
-    return {"hf_overrides": {"architectures": [architecture], **({"stgp_options": options} if options else {})}}
+def given(name: str) -> dict[str, Any]:
+    """Return a prompt as engine.py takes it."""
+    prompt = tiny.PROMPTS[name]
+    return {
+        "name": name,
+        "ids": prompt.ids,
+        "videos": [f"video {seed}" for seed, _ in prompt.videos],
+        "images": [f"image {seed}" for seed in prompt.images],
+    }
 
 
-def expected(
-    folder: Path, names: list[str], tokens_per_frame: int | None = None, show: Any = tiny.video, **options: Any
-) -> Answers:
-    """Return what transformers answers with the same weights and options, prompt by prompt. show: makes the videos."""
+def expected(folder: Path, names: list[str], tokens_per_frame: int | None = None, **options: Any) -> Answers:
+    """Return what transformers answers with the same weights and options, prompt by prompt."""
     model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = hf.AutoProcessor.from_pretrained(folder)
     pooled_transformers.patch(model, tokens_per_frame=tokens_per_frame, **options)
@@ -128,7 +96,7 @@ def expected(
     answers = {}
     for name in names:
         prompt = tiny.PROMPTS[name]
-        videos = [show(*made) for made in prompt.videos]
+        videos = [tiny.video(*made) for made in prompt.videos]
         pixels = [processor.video_processor(videos=[one], return_tensors="pt")["pixel_values_videos"] for one in videos]
         places = iter([len(video) * 9 + newlines for video in videos])
         ids = torch.tensor([[t for i in prompt.ids for t in ([i] * next(places) if i == tiny.VIDEO else [i])]])
@@ -159,18 +127,6 @@ def inputs(model: Any, ids: Tensor, pixels: list[Tensor]) -> dict[str, Tensor]:
     return {"inputs_embeds": words.masked_scatter((ids == tiny.VIDEO)[..., None], features)}
 
 
-def assert_same_answers(answers: Answers, reference: Answers) -> None:
-    for name, answer in reference.items():
-        assert answers[name]["places"] == answer["places"], name
-        assert answers[name]["tokens"] == answer["tokens"], name
-        assert difference(answers[name], answer) < CLOSE, name
-
-
-def difference(answer: dict, other: dict) -> float:
-    """Return how much the first token's logarithm of probability differs, which depends on the prompt alone."""
-    return abs(answer["logprobs"][0] - other["logprobs"][0])
-
-
 # ---- answers ----
 
 
@@ -178,7 +134,7 @@ def test_the_same_answers_as_transformers_in_a_mixed_batch(run: Any, onevision: 
     names = [*VIDEOS, MIXED, "words"]
     answers, log = run(onevision, [names], selected(ONEVISION))
     assert_same_answers(answers, expected(onevision, names))
-    assert "ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens, PoolOptions(ceil_mode=True)" in log
+    assert "ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens, ModeOptions(mode='pool', ceil_mode=True)" in log
     unlike = expected(onevision, VIDEOS, **OPTIONS)
     assert all(difference(answers[name], unlike[name]) > 10 * CLOSE for name in VIDEOS), "the comparison sees nothing"
 
@@ -186,139 +142,14 @@ def test_the_same_answers_as_transformers_in_a_mixed_batch(run: Any, onevision: 
 def test_options_as_an_argument_of_the_engine(run: Any, onevision: Path) -> None:
     answers, log = run(onevision, [[*VIDEOS, MIXED]], selected(ONEVISION, **OPTIONS), STGP_VLLM_OPTIONS="not read")
     assert_same_answers(answers, expected(onevision, [*VIDEOS, MIXED], **OPTIONS))
-    assert f"ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens, {ceil_options(**OPTIONS)}" in log
-
-
-def test_the_snippet_of_the_page(run: Any, onevision: Path) -> None:
-    """The page gives arguments to `LLM`, which an engine for a model of few weights takes with its own."""
-    page = (HERE.parents[1] / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
-    [snippet] = re.findall(r"<!-- run: vllm -->\n```python\n(.*?)```", page, re.DOTALL)
-    given: dict[str, Any] = {}
-    source = snippet.replace("from vllm import LLM\n", "")
-    exec(source, {"LLM": lambda model, **arguments: given.update(arguments, model=model)})
-    assert given.pop("model").startswith("llava-hf/llava-onevision")
-    answers, log = run(onevision, [["6 frames"]], given)
-    assert_same_answers(answers, expected(onevision, ["6 frames"], temperature=2.0))
-    assert "PoolOptions(ceil_mode=True, temperature=2.0)" in log
-
-
-direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def jpegs(seed: int, frames: int) -> list[bytes]:
-    """Return the frames of a video as a request to a server may hold them."""
-    pictures = []
-    for frame in tiny.video(seed, frames):
-        Image.fromarray(frame).save(packed := BytesIO(), format="JPEG", quality=95)
-        pictures.append(packed.getvalue())
-    return pictures
-
-
-def from_jpegs(seed: int, frames: int) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(BytesIO(picture)).convert("RGB")) for picture in jpegs(seed, frames)])
-
-
-@pytest.fixture
-def server(onevision: Path, tmp_path: Path, settings: dict[str, str]) -> Iterator[tuple[str, Path]]:
-    """Yield the address of the server that the page's command starts, and the file that it logs to."""
-    page = (HERE.parents[1] / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
-    [command] = re.findall(r"```\n(vllm serve .*?)\n```", page, re.DOTALL)
-    checkpoint = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
-    assert command.count(checkpoint) == 1
-    # of a prompt, the template keeps words and videos; the tiny checkpoint has none of its own
-    template = tmp_path / "template.jinja"
-    template.write_text(
-        "{% for message in messages %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'video' %}<video> {% else %}{{ part['text'] }} {% endif %}"
-        "{% endfor %}{% endfor %}"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    few = (
-        f"--dtype float32 --enforce-eager --max-model-len 512 --host 127.0.0.1 --port {port} --chat-template {template}"
-    )
-    # the command asks for the version of a distribution called vllm, and the one built for CPUs is called vllm-cpu
-    about = tmp_path / "metadata/vllm-0.32.0+cpu.dist-info/METADATA"
-    about.parent.mkdir(parents=True)
-    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-    environment = {
-        **settings,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(about.parents[1])]),
-    }
-    log = tmp_path / "log"
-    with log.open("w") as written:
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {command.replace(checkpoint, str(onevision))} {few}"],
-            cwd=tmp_path,
-            env=environment,
-            stdout=written,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            if process.poll() is not None:
-                pytest.fail(log.read_text()[-5000:])
-            try:
-                direct.open(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        else:
-            pytest.fail(log.read_text()[-5000:])
-        yield address, log
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
-
-
-def test_the_server_of_the_page(server: tuple[str, Path], onevision: Path) -> None:
-    """`vllm serve` as the page has it is asked over HTTP for a video, and then for another."""
-    address, log = server
-    answers = {}
-    for name in ("6 frames", "9 frames"):
-        [made] = tiny.PROMPTS[name].videos
-        data = ",".join(base64.b64encode(picture).decode() for picture in jpegs(*made))
-        content = [
-            {"type": "text", "text": "w5"},
-            {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{data}"}},
-            {"type": "text", "text": "w9 w11"},
-        ]
-        assert tiny.PROMPTS[name].ids == (5, tiny.VIDEO, 9, 11)
-        asked = {
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": tiny.ANSWER,
-            "ignore_eos": True,
-            "logprobs": True,
-            "return_token_ids": True,
-        }
-        request = urllib.request.Request(
-            f"{address}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
-        )
-        with direct.open(request, timeout=120) as response:
-            found = json.load(response)
-        [best] = found["choices"]
-        answers[name] = {
-            "places": len(found["prompt_token_ids"]),
-            "tokens": best["token_ids"],
-            "logprobs": [step["logprob"] for step in best["logprobs"]["content"]],
-        }
-    assert_same_answers(answers, expected(onevision, list(answers), show=from_jpegs, temperature=2.0))
-    unlike = expected(onevision, list(answers), show=from_jpegs, temperature=-2.0)
-    assert all(difference(answers[name], unlike[name]) > 10 * CLOSE for name in answers)
-    assert "to 3 × 3 tokens, PoolOptions(ceil_mode=True, temperature=2.0)" in log.read_text()
+    assert f"ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens, {mode_options('pool', **OPTIONS)}" in log
 
 
 def test_options_in_the_environment_and_several_processes(run: Any, onevision: Path) -> None:
     environment = {"STGP_VLLM_OPTIONS": json.dumps(OPTIONS), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     answers, log = run(onevision, [[*VIDEOS, MIXED]], selected(ONEVISION), **environment)
     assert_same_answers(answers, expected(onevision, [*VIDEOS, MIXED], **OPTIONS))
-    assert f"ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens, {ceil_options(**OPTIONS)}" in log
+    assert f"ST-GridPool: frames of videos from 5 × 5 to 3 × 3 tokens, {mode_options('pool', **OPTIONS)}" in log
 
 
 def test_next_video(run: Any, next_video: Path) -> None:
@@ -448,7 +279,7 @@ def bare(name: str) -> Any:
     model.vision_tower = Tower()
     model.multi_modal_projector = nn.Linear(16, 16)
     model.image_newline = nn.Parameter(torch.full((16,), 7.0))
-    model.stgp_options = ceil_options()
+    model.stgp_options = mode_options("pool")
     return model.requires_grad_(False)
 
 

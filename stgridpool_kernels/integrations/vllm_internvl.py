@@ -1,0 +1,80 @@
+"""The InternVL models of vLLM with ST-GridPool after their projector: InternVLChatModel, InternVL and Intern-S1.
+
+A frame has a square of tokens, with which it stands in the prompt, whatever the resolution of the video.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+from torch import Tensor
+
+from .internvl import frame_tokens
+from .vllm_models import PooledInfo, PooledModel, PooledProcessor, encoder_batches, make_class
+
+
+class InternVLInfo(PooledInfo):
+    get_hf_processor: Any
+
+    def check_options(self) -> None:
+        super().check_options()
+        self.stgp_options.check_channels(self.ctx.model_config.hf_text_config.hidden_size)
+        frame_tokens(self.get_hf_processor().image_seq_length, self.stgp_options)
+
+
+class InternVLProcessor(PooledProcessor):
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
+        tokens = self.info.get_hf_processor(**hf_processor_mm_kwargs).image_seq_length
+        left = frame_tokens(tokens, self.info.stgp_options)
+        return [_shortened(update, tokens, left) if update.modality == "video" else update for update in updates]
+
+
+class InternVLModel(PooledModel):
+    """Mixin of a model whose projector leaves (F·S, C) tokens of a video of F frames, S of them a square."""
+
+    num_image_token: int
+    extract_feature: Any
+
+    def stgp_grid(self) -> tuple[int, int]:
+        return (math.isqrt(self.num_image_token),) * 2
+
+    def _process_vision_input(self, image_input: Any) -> Any:
+        if image_input["type"] != "pixel_values_videos":
+            return super()._process_vision_input(image_input)  # type: ignore[misc]
+        name = "pixel_values_flat" if hasattr(image_input, "pixel_values_flat") else "pixel_values"
+        frames = [int(count) for count in image_input["num_patches"]]
+        pooled: list[Tensor] = []
+        for videos in encoder_batches([count * self.num_image_token for count in frames], self.stgp_encoded):
+            start = sum(frames[: videos.start])
+            counts = frames[videos]
+            features = self.extract_feature(image_input[name][start : start + sum(counts)])
+            tokens = self.stgp_options.apply(features.unflatten(1, self.stgp_grid()), frame_counts=counts)
+            pooled += [video.flatten(0, 2) for video in tokens.split(counts)]
+        return tuple(pooled)
+
+
+def _shortened(update: Any, tokens: int, left: int) -> Any:
+    """Return a replacement of vLLM for the place of a video, with `left` of the `tokens` places of every frame."""
+
+    def replacement(item_idx: int) -> Any:
+        details = update.replacement(item_idx)
+        ids: list[int] = []
+        for is_place, run in itertools.groupby(
+            zip(details.is_embed(details.full).tolist(), details.full, strict=True), key=lambda pair: pair[0]
+        ):
+            same = [token for _, token in run]
+            ids += same[: len(same) // tokens * left] if is_place else same
+        return dataclasses.replace(details, full=ids)
+
+    return dataclasses.replace(update, replacement=replacement)
+
+
+@functools.cache
+def pooled_class(base: str) -> Any:
+    """Return the class of an architecture of vLLM with ST-GridPool."""
+    return make_class(base, InternVLModel, InternVLProcessor, InternVLInfo)

@@ -1,0 +1,229 @@
+"""What the plugin says to vLLM about its architectures: settings, budgets, hashes, graphs, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import questions
+import tiny
+import torch
+from runner import Runner, selected
+from torch import nn
+
+from stgridpool_kernels.integrations import vllm as plugin
+from stgridpool_kernels.integrations.modes import mode_options
+
+KINDS = {
+    **{architecture: kind for kind, architecture in questions.KINDS.items()},
+    "InternS1ForConditionalGeneration": "internvl",
+    "LlavaOnevisionForConditionalGeneration": "onevision",
+    "LlavaNextVideoForConditionalGeneration": "next_video",
+}
+"""The kind of checkpoint of every architecture that the plugin has one for."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    """Register classes of models, which spares a process for each of them."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # vLLM does this once in a process
+    for name, (_, base) in plugin.ARCHITECTURES.items():
+        ModelRegistry.register_model(base, ModelRegistry.models[base].load_model_cls())
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {kind: questions.save(kind, tmp_path_factory.mktemp(kind)) for kind in questions.KINDS}
+    made["onevision"] = tiny.make_onevision(tmp_path_factory.mktemp("onevision"))
+    made["next_video"] = tiny.make_next_video(tmp_path_factory.mktemp("next_video"))
+    return made
+
+
+@pytest.fixture
+def configured(folders: dict[str, Path]) -> Any:
+    """Return a function that returns vLLM's resolved configuration for an architecture of its own, or one of ours."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def configured(base: str, options: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        kind = KINDS[base]
+        chosen = {"architectures": [base if options is None else f"Stgp{base}"], "stgp_options": options}
+        return EngineArgs(
+            model=str(folders[kind]),
+            max_model_len=1024,
+            hf_overrides=chosen if options is not None else {"architectures": [base]},
+            trust_remote_code=kind == "internvl_chat",
+            **arguments,
+        ).create_engine_config()
+
+    return configured
+
+
+def test_every_architecture_is_tested() -> None:
+    assert {f"Stgp{base}" for base in KINDS} == set(plugin.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("base", KINDS)
+def test_the_resolved_configuration_is_that_of_the_base(configured: Any, base: str) -> None:
+    """Only the names of architectures, and what selects them, differ."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    stock, ours = (fields(configured(base, options)) for options in (None, {}))
+    differing = {name for name in stock if repr(stock[name]) != repr(ours[name])}
+    assert differing <= {"model_config.hf_overrides", "model_config.hf_config", "instance_id"}
+    settings = [settings_of(config["model_config.hf_config"]) for config in (stock, ours)]
+    assert settings[0].pop("architectures") == [base]
+    assert settings[1].pop("architectures") == [f"Stgp{base}"]
+    assert settings[1].pop("stgp_options") == {}
+    assert settings[0] == settings[1]
+    assert ModelRegistry.models[base].interfaces == ModelRegistry.models[f"Stgp{base}"].interfaces
+    assert MODELS_CONFIG_MAP.get(base) is MODELS_CONFIG_MAP.get(f"Stgp{base}")
+    assert (base in MODELS_CONFIG_MAP) == ("Qwen3_5" in base)
+
+
+def fields(config: Any) -> dict[str, Any]:
+    """Return the settings in a configuration of vLLM, with the name of the part that they are in."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name, None)
+        if dataclasses.is_dataclass(value):
+            found |= {
+                f"{field.name}.{part.name}": getattr(value, part.name, None) for part in dataclasses.fields(value)
+            }
+        else:
+            found[field.name] = value
+    return found
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+
+
+# ---- hashes ----
+
+
+@pytest.fixture
+def hashes(configured: Any) -> Any:
+    """Return a function that returns the hashes of two videos and an image, given options or None for vLLM's own."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.processing.inputs import ProcessorInputs
+
+    def hashes(base: str, options: dict[str, Any] | None, brought: bool = False) -> tuple[list[str], list[str]]:
+        processor = MULTIMODAL_REGISTRY.create_processor(configured(base, options).model_config)
+        kind = KINDS[base]
+        if kind in questions.KINDS:
+            media, names = questions.media(kind), ("odd", "small", "image")
+        else:
+            media, names = {"a": tiny.video(1, 6), "b": tiny.video(2, 9), "image": tiny.image(3)}, ("a", "b", "image")
+        *videos, image = (media[name] for name in names)
+        metadata = [questions.metadata(len(video)) for video in videos]
+        with_metadata = kind.startswith("qwen") and kind != "qwen2_vl"
+        shown = list(zip(videos, metadata, strict=True)) if with_metadata else videos
+        items = processor.info.parse_mm_data({"video": shown, "image": [image]}, validate=False)
+        given = {"video": ["first", "second"], "image": ["third"]} if brought else None
+        made = processor._get_mm_hashes(ProcessorInputs([], items, given))
+        return made["video"], made["image"]
+
+    return hashes
+
+
+@pytest.mark.parametrize("base", KINDS)
+@pytest.mark.parametrize("brought", [False, True], ids=["made", "brought along"])
+def test_hashes_of_videos_tell_options_and_modes_apart(hashes: Any, base: str, brought: bool) -> None:
+    """So they do where a request brings its own ("UUIDs"). Those of images are vLLM's."""
+    chosen = [None, {}, {"temperature": 2.0}, {"norm_type": 1.0}]
+    if "Llava" not in base:
+        chosen += [{"mode": "grid"}, {"mode": "grid", "frame_strides": [2]}]
+    found = [hashes(base, options, brought) for options in chosen]
+    videos = [video for made, _ in found for video in made]
+    assert len(set(videos)) == len(videos) == 2 * len(chosen)
+    assert {tuple(image) for _, image in found} == {tuple(found[0][1])}
+    assert (videos[:2] == ["first", "second"]) == brought
+    assert hashes(base, {"temperature": 2.0}, brought) == found[2]
+
+
+# ---- budgets ----
+
+
+@pytest.mark.parametrize("base", KINDS)
+def test_budgets_are_those_of_the_base(configured: Any, base: str) -> None:
+    """They hold for any video, since none has more tokens pooled than it had before."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.encoder_budget import MultiModalBudget
+
+    kept = [
+        {name: value for name, value in vars(budget).items() if isinstance(value, int | dict)}
+        for options in (None, {})
+        for budget in [MultiModalBudget(configured(base, options), MULTIMODAL_REGISTRY)]
+    ]
+    assert kept[0]["mm_max_toks_per_item"]["video"] > 0
+    assert kept[0] == kept[1]
+
+
+def test_videos_that_are_encoded_together_have_few_tokens_or_are_one() -> None:
+    from stgridpool_kernels.integrations.vllm_models import encoder_batches
+
+    tokens = [5, 3, 2, 11, 1, 9, 1, 4]
+    found = [tokens[videos] for videos in encoder_batches(tokens, 10)]
+    assert found == [[5, 3, 2], [11], [1, 9], [1, 4]]
+    assert list(encoder_batches([], 10)) == []
+    assert list(encoder_batches([11], 10)) == [slice(0, 1)]
+
+
+class Encoder(nn.Module):
+    """This encoder merges 2 × 2 patches, each frame from its patches alone, and notes how many it is given."""
+
+    spatial_merge_size = 2
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, patches: torch.Tensor, grid_thw: Any) -> torch.Tensor:
+        self.seen.append(len(patches))
+        return patches.unflatten(0, (-1, 4)).flatten(1)
+
+
+QWEN = [base for base in KINDS if "Qwen" in base]
+
+
+@pytest.mark.parametrize("kind", ["pixel_values_videos", "video_embeds"])
+@pytest.mark.parametrize("base", QWEN)
+def test_the_encoder_is_given_no_more_at_once_than_it_was_profiled_with(base: str, kind: str) -> None:
+    """A step may have videos of more tokens than that, since the engine counts the tokens that are left of them."""
+    model = bare(base)
+    grids = torch.tensor([[17, 6, 10], [3, 4, 6], [2, 6, 4], [20, 2, 4]])
+    patches = torch.randn(int(grids.prod(-1).sum()), 4)
+    if kind == "video_embeds":
+        patches = patches.unflatten(0, (-1, 4)).flatten(1)
+    results, seen = [], []
+    for limit in (10**6, 40):
+        model.stgp_encoded, model.visual.seen = limit, []
+        given = {"type": kind, kind: patches, "video_grid_thw": grids}
+        results.append(model._process_video_input(given))
+        seen.append(model.visual.seen)
+    assert [video.shape for video in results[0]] == [(17 * 6, 16), (3 * 2, 16), (2 * 2, 16), (20, 16)]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert seen == ([[], []] if kind == "video_embeds" else [[1300], [1020, 120, 160]])
+
+
+def bare(base: str, **options: Any) -> Any:
+    """Return a model of ours without what needs an engine."""
+    kind = getattr(plugin, f"Stgp{base}")
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    model.config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    model.visual, model.use_data_parallel = Encoder(), False
+    model.stgp_options, model.stgp_channels = mode_options("pool", **options), 16
+    return model
