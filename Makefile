@@ -112,9 +112,11 @@ test-llava-next: build/with_llava_next/installed ## the patch for LLaVA-NeXT on 
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. build/with_llava_next/bin/python -m pytest \
 	    --confcutdir=tests/with_llava_next tests/with_llava_next $(ARGS)
 
-test-sglang: build/with_sglang/installed ## the hooks for SGLang on its published sources
+test-sglang: build/with_sglang/installed ## the hooks for SGLang in its published modules
+	$(call cpu_torchvision,build/with_sglang)
 	$(call editable,build/with_sglang)
-	OMP_NUM_THREADS=1 build/with_sglang/bin/python -m pytest tests/with_sglang $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. build/with_sglang/bin/python -m pytest \
+	    --confcutdir=tests/with_sglang tests/with_sglang $(ARGS)
 
 # The package is installed beside vLLM's environment, so that an engine can also run without it.
 test-vllm: build/with_vllm/installed ## the plugin in a vLLM engine

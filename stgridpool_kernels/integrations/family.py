@@ -58,6 +58,10 @@ class Family(ABC):
         self.check(model, chosen)
         patch_classes([*parts, *self._processor_parts(processor, chosen)], chosen)
 
+    def patch_processor(self, processor: Any, options: ModeOptions) -> None:
+        """Patch a processor alone, where the mode needs it, for an engine with models of its own. Raises as `patch`."""
+        patch_classes(self._processor_parts(processor, options), options)
+
     def unpatch(self, model: nn.Module, processor: Any) -> None:
         """Restore a model and a processor, or raise before anything is changed."""
         modules = [module for module, _ in self.parts(model)]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import pytest
 
 from stgridpool_kernels.integrations import sglang
-from stgridpool_kernels.integrations.base import PoolOptions
+from stgridpool_kernels.integrations.modes import mode_options
 from stgridpool_kernels.integrations.sglang import switched_options
 
 
-def test_options_in_one_variable() -> None:
-    assert switched_options("on") == PoolOptions(ceil_mode=True)
+def test_mode_and_options_in_one_variable() -> None:
+    assert switched_options("on") == mode_options("pool")
     given = "temperature=2,frame_strides=2:4,norm_type=inf,normalize_norm=False"
     meant = {"temperature": 2.0, "frame_strides": (2, 4), "norm_type": float("inf"), "normalize_norm": False}
-    assert switched_options(given) == PoolOptions(ceil_mode=True, **meant)
-    assert switched_options("output_size=14") == PoolOptions(output_size=14)
-    assert switched_options("frame_strides=none") == PoolOptions(ceil_mode=True, frame_strides=())
+    assert switched_options(given) == switched_options(f"mode=pool,{given}") == mode_options("pool", **meant)
+    assert switched_options("output_size=14") == mode_options("pool", output_size=14)
+    assert switched_options("frame_strides=none") == mode_options("pool", frame_strides=())
+    for text in ("frame_strides=2:4,mode=grid", '{"mode": "grid", "frame_strides": [2, 4]}'):
+        assert switched_options(text) == mode_options("grid", frame_strides=(2, 4))
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,9 @@ def test_options_in_one_variable() -> None:
         ("temprature=2", "temprature='2'"),
         ("temperature=hot", "temperature must be a number, got 'hot'"),
         ("sampling=middle", "sampling"),
+        ("mode=pol", "mode must be 'grid' or 'pool', got 'pol'"),
+        ("mode=grid,temperature=2", "temperature must not be given in mode 'grid'"),
+        ("mode=grid,mode=pool", "mode must be given once"),
     ],
 )
 def test_wrong_options_end_the_process_and_are_named(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

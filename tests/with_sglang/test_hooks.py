@@ -1,7 +1,4 @@
-"""Hooks work in SGLang's own forward and pad_input_ids, as the installed release has them, and in its own registry.
-
-Tests are skipped where SGLang is not installed; `make test-sglang` installs it into an environment of its own.
-"""
+"""Hooks for LLaVA work in SGLang's own forward and pad_input_ids, as the installed release has them."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import re
 import subprocess
 import sys
 from array import array
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,37 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Switch
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
+from sglang.srt.models.llava import LlavaBaseForCausalLM
 from torch import Tensor, nn
 
 import stgridpool_kernels as stgp
-from stgridpool_kernels.integrations import sglang
-from stgridpool_kernels.integrations.sglang import Hooks, switched_options
-
-try:
-    metadata.version("sglang")
-except metadata.PackageNotFoundError:
-    pytest.skip("SGLang is not installed here: tests/with_sglang/requirements.txt", allow_module_level=True)
-
-import published
+from stgridpool_kernels.integrations import sglang_llava, sglang_qwen_vl
+from stgridpool_kernels.integrations.sglang import switched_options
+from stgridpool_kernels.integrations.sglang_llava import Hooks
 
 SIDE, CHANNELS, VOCABULARY, IMAGE, NEWLINE = 5, 8, 100, 99, 7
 POOLED = 3 * 3
+TEXT = "temperature=2,frame_strides=2:4"
 
 
 @pytest.fixture
-def llava(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return published.publish(monkeypatch)
-
-
-@pytest.fixture
-def hooked(llava: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return SGLang's module with the hooks in force, as the engine puts them there."""
-    monkeypatch.setenv("STGP_SGLANG", "temperature=2,frame_strides=2:4")
-    sglang.register()
-    registry = sys.modules["sglang.srt.plugins.hook_registry"].HookRegistry
-    registry.apply_hooks()
-    assert len(registry._patched) == len(sglang.HOOKED)
-    return llava
+def hooked(switch: Switch) -> None:
+    switch(TEXT)
 
 
 def expected(features: Tensor) -> Tensor:
@@ -57,11 +40,11 @@ def expected(features: Tensor) -> Tensor:
     return stgp.grid_pool(grid, temperature=2.0, frame_strides=(2, 4), ceil_mode=True).flatten(1, 2)
 
 
-def model(llava: Any, merge: str = "spatial_unpad") -> Any:
+def model(merge: str = "spatial_unpad") -> Any:
     """Return a model of a class that inherits, with a vision tower that hands its pixels on."""
     torch.manual_seed(0)
 
-    class LlavaQwenForCausalLM(llava.LlavaBaseForCausalLM):
+    class LlavaQwenForCausalLM(LlavaBaseForCausalLM):
         def __init__(self) -> None:
             super().__init__()
             pinpoints = [[2 * SIDE, 2 * SIDE]]
@@ -102,13 +85,13 @@ class Language:
 class Request:
     """A request is a prompt with items, as the scheduler has it. parts: numbers for text, arrays for items."""
 
-    def __init__(self, llava: Any, modality: str, *parts: Any) -> None:
-        self.modality = llava.Modality[modality]
+    def __init__(self, modality: str, *parts: Any) -> None:
+        self.modality = Modality[modality]
         self.pixels = [part for part in parts if isinstance(part, np.ndarray)]
         aspect = "pad" if modality == "VIDEO" else "anyres"
         about = {"image_sizes": [(2 * SIDE, 2 * SIDE)], "image_aspect_ratio": aspect}
         self.items = [
-            llava.MultimodalDataItem(modality=self.modality, feature=pixels, model_specific_data=dict(about))
+            MultimodalDataItem(modality=self.modality, feature=pixels, model_specific_data=dict(about))
             for pixels in self.pixels
         ]
         for item in self.items:
@@ -156,21 +139,20 @@ def features(of: Any, request: Request) -> Tensor:
 
 
 @torch.no_grad()
-def test_every_video_is_pooled_alone_and_nothing_else_changes(llava: Any, hooked: Any) -> None:
-    of = model(hooked)
-    with pytest.MonkeyPatch.context() as context:
-        plain = published.publish(context)
-        stock = model(plain)
-        text = [1, 2, 3]
-        parts = [
-            ("VIDEO", [*text, *video(32), *text]),
-            ("IMAGE", [*text, tile(5), *text]),
-            ("VIDEO", [*video(24, 1), *text, *video(17, 2), *text]),
-            ("VIDEO", [*text, *video(17, 3), *text]),
-        ]
-        before = [Request(plain, modality, *given).pad(stock) for modality, given in parts]
-        reference = run(stock, before)
-    after = [Request(hooked, modality, *given).pad(of) for modality, given in parts]
+def test_every_video_is_pooled_alone_and_nothing_else_changes(switch: Switch) -> None:
+    text = [1, 2, 3]
+    parts = [
+        ("VIDEO", [*text, *video(32), *text]),
+        ("IMAGE", [*text, tile(5), *text]),
+        ("VIDEO", [*text, *video(24, 1), *text, *video(17, 2), *text]),
+        ("VIDEO", [*text, *video(17, 3), *text]),
+    ]
+    stock = model()
+    before = [Request(modality, *given).pad(stock) for modality, given in parts]
+    reference = run(stock, before)
+    switch(TEXT)
+    of = model()
+    after = [Request(modality, *given).pad(of) for modality, given in parts]
     assert [len(request.padded) for request in after] == [len(request.padded) for request in before]
     found = run(of, after)
     assert all(item.modality is request.modality for request in after for item in request.items)
@@ -190,9 +172,9 @@ def test_every_video_is_pooled_alone_and_nothing_else_changes(llava: Any, hooked
 
 @torch.no_grad()
 @pytest.mark.parametrize("cut", [1, 40, 113, 200, 290])
-def test_a_prompt_in_two_chunks_gives_what_one_gives(hooked: Any, cut: int) -> None:
-    of = model(hooked)
-    request = Request(hooked, "VIDEO", 1, 2, *video(32), 3).pad(of)
+def test_a_prompt_in_two_chunks_gives_what_one_gives(hooked: None, cut: int) -> None:
+    of = model()
+    request = Request("VIDEO", 1, 2, *video(32), 3).pad(of)
     whole = run(of, [request])
     first, second = run(of, [request], ends=[cut]), run(of, [request], prefixes=[cut])
     # a newline token that the engine writes past a frame's placeholders is not written again by the chunk after
@@ -200,37 +182,37 @@ def test_a_prompt_in_two_chunks_gives_what_one_gives(hooked: Any, cut: int) -> N
     assert same.sum() >= len(whole) - 1
 
 
-def test_placeholders_tell_videos_apart_that_share_frames(hooked: Any) -> None:
-    of = model(hooked)
+def test_placeholders_tell_videos_apart_that_share_frames(hooked: None) -> None:
+    of = model()
     shared, other = video(33), video(20, 5)
 
     def values(*parts: Any) -> list[int]:
-        return [item.pad_value for item in Request(hooked, "VIDEO", *parts).pad(of).items]
+        return [item.pad_value for item in Request("VIDEO", *parts).pad(of).items]
 
     assert values(1, *shared) == values(2, 3, *shared)
     assert len(set(values(*shared))) == 33
     assert not set(values(*shared)) & set(values(*shared[:64]))
     assert values(*shared, 1, 2, *other) == values(*shared) + values(*other)
-    single = Request(hooked, "IMAGE", 1, tile(5), 2)
+    single = Request("IMAGE", 1, tile(5), 2)
     own = single.items[0].pad_value
     assert single.pad(of).items[0].pad_value == own
 
 
 @torch.no_grad()
-def test_what_the_engine_would_not_pool_stays(hooked: Any) -> None:
-    flat = model(hooked, merge="flat")
-    request = Request(hooked, "VIDEO", 1, *video(17)).pad(flat)
+def test_what_the_engine_would_not_pool_stays(hooked: None) -> None:
+    flat = model(merge="flat")
+    request = Request("VIDEO", 1, *video(17)).pad(flat)
     assert not any(hasattr(item, "stgp_frame") for item in request.items)
-    of = model(hooked)
-    missing = Request(hooked, "VIDEO", 1, *video(17))
+    of = model()
+    missing = Request("VIDEO", 1, *video(17))
     missing.ids = missing.ids[:20]  # fewer placeholders than frames
     assert not any(hasattr(item, "stgp_frame") for item in missing.pad(of).items)
 
 
 @torch.no_grad()
-def test_modalities_come_back_after_an_error(hooked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = model(hooked)
-    request = Request(hooked, "VIDEO", 1, *video(17)).pad(of)
+def test_modalities_come_back_after_an_error(hooked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    request = Request("VIDEO", 1, *video(17)).pad(of)
 
     def fail(pixels: Tensor, output_hidden_states: bool) -> Any:
         raise RuntimeError("out of memory")
@@ -242,11 +224,13 @@ def test_modalities_come_back_after_an_error(hooked: Any, monkeypatch: pytest.Mo
     assert all(item.is_video() for item in request.items)
 
 
-def test_the_engine_refuses_a_size_that_its_placeholders_do_not_fit(hooked: Any) -> None:
-    of = model(hooked)
+def test_the_engine_refuses_a_size_that_its_placeholders_do_not_fit(hooked: None) -> None:
+    of = model()
     hooks = Hooks(switched_options("ceil_mode=false"))
     with pytest.raises(ValueError, match=r"SGLang expects 9 tokens per frame .*4 \(2 × 2\)"):
         hooks.load_weights(lambda model, weights: None, of, [])
+    with pytest.raises(ValueError, match="mode must be 'pool' for LlavaQwenForCausalLM"):
+        Hooks(switched_options("mode=grid")).load_weights(lambda model, weights: None, of, [])
     assert Hooks(switched_options("output_size=3")).load_weights(lambda model, weights: "loaded", of, []) == "loaded"
 
 
@@ -260,13 +244,12 @@ SWITCHES = re.findall(r"^export STGP_SGLANG=.*$", PAGE, re.MULTILINE)
 def start(switch: str) -> subprocess.CompletedProcess[str]:
     """Run a line of shell, and then what a process of the engine does first."""
     environment = {name: value for name, value in os.environ.items() if name != "STGP_SGLANG"}
-    environment["PYTHONPATH"] = str(HERE)
     command = ["bash", "-c", f"{switch}\n{sys.executable} {HERE / 'start.py'}"]
     return subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_the_page_has_both_ways_to_switch_on() -> None:
-    assert [switch.partition("=")[2] for switch in SWITCHES] == ["on", "temperature=2,frame_strides=2:4:8"]
+def test_the_page_has_the_ways_to_switch_on() -> None:
+    assert [switch.partition("=")[2] for switch in SWITCHES] == ["on", "temperature=2,frame_strides=2:4:8", "mode=grid"]
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -274,14 +257,15 @@ def test_the_engine_finds_the_plugin_and_puts_its_hooks_in_force(switch: str) ->
     done = start(switch)
     assert done.returncode == 0, done.stderr
     hooked, options = done.stdout.splitlines()[-2:]
-    assert hooked == str(sorted(sglang.HOOKED))
-    assert options == f"[{switched_options(switch.partition('=')[2])}]"
+    targets = {**sglang_llava.SIGNATURES, **sglang_qwen_vl.SIGNATURES}
+    assert hooked == str(sorted(path.replace(":", ".") for path in targets))
+    assert options == repr(switched_options(switch.partition("=")[2]))
 
 
 def test_without_the_switch_the_engine_hooks_nothing() -> None:
     done = start("true")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
+    assert done.stdout.splitlines()[-2:] == ["[]", ""]
 
 
 def test_wrong_options_end_the_engine() -> None:
