@@ -205,6 +205,17 @@ def test_a_hash_that_comes_with_a_request_depends_on_the_options_too(
     assert len(values) == 1 + 3
 
 
+def test_a_hash_is_the_same_where_it_is_taken_before_features_leave_the_device(
+    switch: Switch, media: list[Any], tmp_path: Path
+) -> None:
+    switch(POOL)
+    engine = tiny.Engine("qwen2_5_vl", tmp_path)
+    late = hashes(engine, media)
+    engine.processor.precompute_hash_before_cpu_transfer = True
+    assert all(item.pad_value is not None for item in engine.prompt(*media).mm_items)
+    assert hashes(engine, media) == late
+
+
 def test_a_video_whose_prompt_another_process_made_keeps_its_tokens(
     switch: Switch, media: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
