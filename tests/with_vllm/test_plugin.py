@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import questions
 import tiny
 import torch
-from runner import Runner, selected
 from torch import nn
 
 from stgridpool_kernels.integrations import vllm as plugin
@@ -66,6 +65,30 @@ def configured(folders: dict[str, Path]) -> Any:
         ).create_engine_config()
 
     return configured
+
+
+def test_registering_imports_no_model_and_touches_no_device() -> None:
+    """A process as one of vLLM's has vLLM imported, before a device is chosen."""
+    done = subprocess.run([sys.executable, "-c", REGISTER], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+REGISTER = f"""
+import sys
+from vllm import ModelRegistry
+before = dict(ModelRegistry.models)
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+added = ModelRegistry.models.keys() - before.keys()
+assert added == {set(plugin.ARCHITECTURES)!r}, added
+assert all(ModelRegistry.models[name] is model for name, model in before.items())
+vllms = tuple(f"vllm.model_executor.models.{{name}}" for name in ("llava", "qwen", "intern"))
+assert not [name for name in sys.modules if name.startswith(("stgridpool_kernels.integrations.vllm_", *vllms))]
+import torch
+assert not torch.cuda.is_initialized()
+from stgridpool_kernels.integrations.vllm import register
+register()  # again: vLLM says that it may call a plugin several times
+"""
 
 
 def test_every_architecture_is_tested() -> None:
@@ -227,3 +250,78 @@ def bare(base: str, **options: Any) -> Any:
     model.visual, model.use_data_parallel = Encoder(), False
     model.stgp_options, model.stgp_channels = mode_options("pool", **options), 16
     return model
+
+
+# ---- refused ----
+
+QWEN3 = "Qwen3VLForConditionalGeneration"
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "arguments", "message"),
+    [
+        (
+            QWEN3,
+            {},
+            {"video_pruning_rate": 0.5},
+            "video_pruning_rate must be 0 or left out beside ST-GridPool, got 0.5",
+        ),
+        (
+            "InternVLChatModel",
+            {"mode": "grid"},
+            {"video_pruning_rate": 0.5},
+            "video_pruning_rate must be 0 or left out beside ST-GridPool, got 0.5",
+        ),
+        (QWEN3, {"mode": "both"}, {}, "stgp_options: mode must be 'grid' or 'pool', got 'both'"),
+        (QWEN3, {"mode": "grid", "output_size": 3}, {}, "stgp_options: output_size must not be given in mode 'grid'"),
+        (QWEN3, {"mode": 1}, {}, "stgp_options: mode must be a word, got 1"),
+        (QWEN3, {"strides": [2]}, {}, "stgp_options: there must be an option strides"),
+        (QWEN3, {"norm_channels": 65}, {}, "norm_channels must be at most the 64 channels of a token, got 65"),
+        ("InternVLForConditionalGeneration", {"norm_channels": 65}, {}, "at most the 64 channels of a token, got 65"),
+        (
+            "InternVLForConditionalGeneration",
+            {"kernel_size": 19, "ceil_mode": False},
+            {},
+            "leaves no window on a 8 × 8 frame",
+        ),
+        (
+            "LlavaOnevisionForConditionalGeneration",
+            {"mode": "grid"},
+            {},
+            "stgp_options: mode must be 'pool' for a model whose own pooling is replaced, got 'grid'",
+        ),
+    ],
+)
+def test_what_an_engine_cannot_have_is_refused_before_weights_are_loaded(
+    configured: Any, base: str, options: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        MULTIMODAL_REGISTRY.create_processor(configured(base, options, **arguments).model_config)
+
+
+def test_options_of_the_environment_have_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STGP_VLLM_OPTIONS", "mode=grid,frame_strides=2:4")
+    assert plugin.engine_options(SimpleNamespace()) == mode_options("grid", frame_strides=[2, 4])
+    given = SimpleNamespace(stgp_options={"temperature": 2.0})
+    assert plugin.engine_options(given) == mode_options("pool", temperature=2.0)
+    monkeypatch.setenv("STGP_VLLM_OPTIONS", "mode=both")
+    with pytest.raises(ValueError, match="STGP_VLLM_OPTIONS: mode must be 'grid' or 'pool', got 'both'"):
+        plugin.engine_options(SimpleNamespace())
+
+
+@pytest.mark.parametrize("mode", ["pool", "grid"])
+def test_lora_of_the_encoder_is_for_models_whose_prompts_are_vllms(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In mode "pool" vLLM would count the tokens of the encoder by the places in the prompt."""
+    kind = getattr(plugin, f"Stgp{QWEN3}")
+    stock = next(cls for cls in kind.__mro__ if cls.__module__ == "vllm.model_executor.models.qwen3_vl")
+    monkeypatch.setattr(stock, "__init__", lambda self, **_: nn.Module.__init__(self))
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(stgp_options={"mode": mode}), hf_text_config=SimpleNamespace(hidden_size=64)
+        ),
+        scheduler_config=SimpleNamespace(max_num_encoder_input_tokens=1),
+    )
+    assert stock.supports_tower_connector_lora
+    assert kind(vllm_config=config).supports_tower_connector_lora == (mode == "grid")

@@ -1,7 +1,7 @@
 """An engine that is given tokens of videos answers as vLLM's own does that is given what grid_pool leaves of them.
 
-Both compute in one arithmetic, so their answers are equal to the bit: also those of Qwen3.5, whose kernels for CPUs take
-bfloat16 alone.
+Both compute in one arithmetic, so their answers are equal to the bit: also those of Qwen3.5, whose kernels for CPUs
+take bfloat16 alone.
 """
 
 from __future__ import annotations
