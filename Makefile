@@ -93,6 +93,7 @@ editable = rm -rf *.egg-info && STGP_NO_EXT=1 $(1)/bin/pip install --quiet --dis
     --no-deps --no-build-isolation --editable .
 
 test-lmms-eval: build/with_lmms_eval/installed ## the models for lmms-eval, in an environment of their own
+	$(call cpu_torchvision,build/with_lmms_eval)
 	$(call editable,build/with_lmms_eval)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 build/with_lmms_eval/bin/python -m pytest tests/with_lmms_eval $(ARGS)
 

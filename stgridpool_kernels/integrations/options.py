@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ _SEPARATOR = r"\s*[,:xX×]\s*|\s+"
 OPTIONS = (*_KINDS, "backend")
 """Names of the options that are read."""
 
+ARGUMENT_PREFIX = "stgp_"
+"""The prefix of options among the arguments of a model of an evaluation."""
+
 
 def read_options(given: str | Mapping[str, Any], prefix: str = "", words: Collection[str] = ()) -> dict[str, Any]:
     """Return options by name, with values of the types that `grid_pool` takes.
@@ -46,6 +49,38 @@ def read_options(given: str | Mapping[str, Any], prefix: str = "", words: Collec
             raise ValueError(f"{shown} must be given once, got {shown}={options[name]!r} and {shown}={value!r}")
         options[name] = _word(shown, value) if name in words else read_option(name, value, shown)
     return options
+
+
+def split_arguments(
+    arguments: Mapping[str, Any], check: Callable[..., object], defaults: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Split the arguments of a model of an evaluation into the options that are among them and the others.
+
+    The name of an option is `stgp_` followed by an argument of `grid_pool`, except `frame_counts` and `out`;
+    `read_options` reads its value. `stgp=False` selects the model without ST-GridPool, with None for the options.
+
+    check: called with the options; the error that it raises is passed on with their names. defaults: values, by name,
+    of options that `grid_pool` does not have, such as a mode. They are always among the options, as they are given.
+
+    Raises ValueError or TypeError naming the argument, its value and what is allowed.
+    """
+    given = {name: value for name, value in arguments.items() if name.startswith(ARGUMENT_PREFIX)}
+    others = {name: value for name, value in arguments.items() if name not in given}
+    wanted = others.pop("stgp", True)
+    if not isinstance(wanted, bool):
+        raise TypeError(f"stgp must be True or False, got {wanted!r}")
+    names = ", ".join(given)
+    if not wanted:
+        if given:
+            raise ValueError(f"stgp must not be False where {names} is given")
+        return None, others
+    options = {name: given.pop(f"{ARGUMENT_PREFIX}{name}", value) for name, value in (defaults or {}).items()}
+    options |= read_options(given, ARGUMENT_PREFIX)
+    try:
+        check(**options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"model arguments {names}: {error}") from None
+    return options, others
 
 
 def read_option(name: str, value: Any, shown: str) -> Any:

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stgridpool_kernels import grid_pool, temporal_grid
+from stgridpool_kernels import grid_pool
 from stgridpool_kernels.cli.main import main
 from stgridpool_kernels.integrations import base, glm_v, qwen_vl
 from stgridpool_kernels.integrations.base import pooled_grid
@@ -36,6 +36,7 @@ from tests.support.tiny_grid_models import (
     QWEN_KINDS,
     ask,
     build,
+    by_hand,
     chat_template,
     pictures,
     placeholder,
@@ -86,23 +87,6 @@ def one_prompt(kind: str, processor: Any) -> Any:
     if kind in GLM_KINDS:
         return ask(processor, f"hi {video} and {video} what?", videos)
     return ask(processor, f"hi {video} see {image} and {video} what?", videos, [pictures(1, 4, 4, seed=3)[0]])
-
-
-def by_hand(plain: Any, inputs: Any, mode: str, **options: Any) -> list[Tensor]:
-    """Return the tokens of all videos, and of every level of deepstack, that the options leave."""
-    raw = plain.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
-    sizes = [len(tokens) for tokens in raw.pooler_output]
-    deep = getattr(raw, "deepstack_features", None) or []
-    levels = [raw.pooler_output, *(level.split(sizes) if torch.is_tensor(level) else level for level in deep)]
-    videos = []
-    for (frames, rows, cols), *tokens in zip(inputs["video_grid_thw"].tolist(), *levels, strict=True):
-        x = torch.cat(tokens, -1).view(frames, rows // 2, cols // 2, -1)
-        if mode == "grid":
-            left = temporal_grid(x, **options, backend="reference")
-        else:
-            left = grid_pool(x, **{"ceil_mode": True, "norm_channels": HIDDEN, **options}, backend="reference")
-        videos.append(left.flatten(0, 2))
-    return list(torch.cat(videos).split(HIDDEN, -1))
 
 
 def pooled_grids(grids: Tensor, mode: str, **options: Any) -> Tensor:

@@ -7,6 +7,7 @@ environment, call the same check on the real ones.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import subprocess
 import sys
@@ -34,7 +35,7 @@ INTEGRATIONS = {
     "vllm": vllm.TESTED,
     "sglang": sglang.TESTED,
     "ray": ray.TESTED,
-    **{name: lmms_eval.tested(name) for name in ("LlavaVidStgp", "LlavaOnevisionStgp")},
+    **{name: lmms_eval.tested(name) for name in lmms_eval.CLASSES},
 }
 CHANGES = {"another": "self, entirely, different", "fewer": "", "one more": "{}, one_more"}
 
@@ -294,8 +295,7 @@ def test_a_missing_engine_is_named() -> None:
     ("package", "call"),
     [
         ("sglang", sglang.register),
-        ("lmms_eval", lambda: lmms_eval.LlavaVidStgp),
-        ("lmms_eval", lambda: lmms_eval.LlavaOnevisionStgp),
+        *(("lmms_eval", functools.partial(getattr, lmms_eval, name)) for name in lmms_eval.CLASSES),
         ("vllm", lambda: vllm.StgpLlavaNextVideoForConditionalGeneration),
         ("transformers", transformers.register),
         ("transformers", lambda: transformers.patch(None)),

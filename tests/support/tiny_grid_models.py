@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stgridpool_kernels import grid_pool, temporal_grid
+
 HIDDEN = 32
 """Channels of a token of the language models, unless `build` is told of larger heads."""
 
@@ -173,6 +175,23 @@ def ask(
     if images:
         given["images"] = list(images)
     return processor(**given, padding=True, padding_side="left")
+
+
+def by_hand(plain: Any, inputs: Any, mode: str, **options: Any) -> list[Tensor]:
+    """Return the tokens of all videos, and of every level of deepstack, that the options leave of Qwen-VL and GLM-V."""
+    raw = plain.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
+    sizes = [len(tokens) for tokens in raw.pooler_output]
+    deep = getattr(raw, "deepstack_features", None) or []
+    levels = [raw.pooler_output, *(level.split(sizes) if torch.is_tensor(level) else level for level in deep)]
+    videos = []
+    for (frames, rows, cols), *tokens in zip(inputs["video_grid_thw"].tolist(), *levels, strict=True):
+        x = torch.cat(tokens, -1).view(frames, rows // 2, cols // 2, -1)
+        if mode == "grid":
+            left = temporal_grid(x, **options, backend="reference")
+        else:
+            left = grid_pool(x, **{"ceil_mode": True, "norm_channels": HIDDEN, **options}, backend="reference")
+        videos.append(left.flatten(0, 2))
+    return list(torch.cat(videos).split(HIDDEN, -1))
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def test_a_run_of_the_page(name: str, pretrained: str, tasks: Path, monkeypatch:
     assert {(each.model, each.batch_size, each.log_samples) for each in asked} == {("llava_onevision_stgp", "1", True)}
     frames = simple_parse_args_string(model_args)["max_frames_num"]
     options = MEANT[name]
-    model = tiny_task.evaluate(asked[0].model, of_few_weights(model_args, pretrained), tasks)
+    model = tiny_task.evaluate_llava(asked[0].model, of_few_weights(model_args, pretrained), tasks)
     for features, pooled in model.videos:
         assert features.shape[:2] == (frames, llava_stub.SIDE**2)
         own = model.get_2dPool(features)
@@ -141,7 +141,7 @@ def test_the_command_of_the_other_page(pretrained: str, tasks: Path, monkeypatch
     assert words[:3] == ["python", "-m", "lmms_eval"]
     asked = parsed(words[3:], monkeypatch)
     assert (asked.model, asked.tasks) == ("llava_vid_stgp", "videomme")
-    model = tiny_task.evaluate(asked.model, of_few_weights(asked.model_args, pretrained), tasks)
+    model = tiny_task.evaluate_llava(asked.model, of_few_weights(asked.model_args, pretrained), tasks)
     for features, pooled in model.videos:
         grid = features.unflatten(1, (llava_stub.SIDE,) * 2)
         assert torch.equal(pooled, stgp.grid_pool(grid, temperature=2.0, frame_strides=(2, 4, 8)).flatten(1, 2))

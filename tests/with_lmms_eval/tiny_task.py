@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import av
 import llava_stub
@@ -21,7 +22,7 @@ output_type: generate_until
 doc_to_visual: !function tiny_visual.visual
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{max_new_tokens: 4}}
+generation_kwargs: {{max_new_tokens: 4, temperature: 0}}
 metric_list:
   - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
@@ -46,20 +47,25 @@ def save(folder: Path) -> Path:
     return folder
 
 
-def evaluate(model: str, model_args: str, folder: Path) -> llava_stub.LlavaQwenForCausalLM:
-    """Evaluate a model through lmms-eval on the task that `save` saved, and return the model that this loaded."""
+def evaluate(model: str, model_args: str, folder: Path, **more: Any) -> list[str]:
+    """Evaluate a model through lmms-eval on the task that `save` saved, and return its answers."""
     results = simple_evaluate(
         model,
         model_args=model_args,
         tasks=["tiny_video"],
-        task_manager=TaskManager("ERROR", include_path=str(folder), model_name=model),
+        task_manager=TaskManager("ERROR", include_path=str(folder), include_defaults=False, model_name=model),
         device="cpu",
-        batch_size=1,
         bootstrap_iters=0,
         log_samples=True,
+        **{"batch_size": 1, **more},
     )
     samples = results["samples"]["tiny_video"]
     assert len(samples) == QUESTIONS
-    assert all(isinstance(sample["filtered_resps"][0], str) for sample in samples)
+    return [sample["filtered_resps"][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+
+
+def evaluate_llava(model: str, model_args: str, folder: Path) -> llava_stub.LlavaQwenForCausalLM:
+    """Evaluate a model of the stub, and return the one that this loaded."""
+    assert all(isinstance(answer, str) for answer in evaluate(model, model_args, folder))
     assert len(llava_stub.loaded[-1].videos) == QUESTIONS
     return llava_stub.loaded[-1]

@@ -17,7 +17,7 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed here: make t
 
 import llava_stub
 from lmms_eval import models
-from tiny_task import FRAMES, evaluate
+from tiny_task import FRAMES, evaluate_llava
 
 
 def arguments(model: str, pretrained: str, **more: object) -> str:
@@ -57,7 +57,7 @@ def test_lmms_eval_finds_the_models() -> None:
 def test_an_evaluation_pools_every_video_with_the_options(
     model: str, more: dict, options: dict, pretrained: str, tasks: Path
 ) -> None:
-    loaded = evaluate(model, arguments(model, pretrained, **more), tasks)
+    loaded = evaluate_llava(model, arguments(model, pretrained, **more), tasks)
     for features, pooled in loaded.videos:
         assert features.shape[:2] == (FRAMES, llava_stub.SIDE**2)
         expected = stgp.grid_pool(features.unflatten(1, (llava_stub.SIDE,) * 2), **options).flatten(1, 2)
@@ -68,9 +68,9 @@ def test_an_evaluation_pools_every_video_with_the_options(
 def test_other_models_of_the_process_keep_their_own_pooling(name: str, pretrained: str, tasks: Path) -> None:
     build = models.get_model(f"{name}_stgp").create_from_arg_string
     build(arguments(name, pretrained, stgp_temperature=2), {"device": "cpu", "batch_size": 1})
-    own = evaluate(name, arguments(name, pretrained), tasks)
-    off = evaluate(f"{name}_stgp", arguments(name, pretrained, stgp=False), tasks)
-    on = evaluate(f"{name}_stgp", arguments(name, pretrained), tasks)
+    own = evaluate_llava(name, arguments(name, pretrained), tasks)
+    off = evaluate_llava(f"{name}_stgp", arguments(name, pretrained, stgp=False), tasks)
+    on = evaluate_llava(f"{name}_stgp", arguments(name, pretrained), tasks)
     for (features, stock), (same, unpooled), (again, pooled) in zip(own.videos, off.videos, on.videos, strict=True):
         assert torch.equal(features, same)
         assert torch.equal(features, again)
@@ -114,4 +114,4 @@ def test_an_error_in_a_run_is_raised_and_leaves_nothing_behind(
 
     monkeypatch.setattr(llava_stub.LlavaQwenForCausalLM, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate("llava_vid_stgp", arguments("llava_vid", pretrained), tasks)
+        evaluate_llava("llava_vid_stgp", arguments("llava_vid", pretrained), tasks)

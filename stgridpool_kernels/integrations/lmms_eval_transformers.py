@@ -1,0 +1,68 @@
+"""lmms-eval's models that hold a model of transformers, with ST-GridPool between its encoder and its language model.
+
+lmms-eval keeps model and processor as attributes, and prompts get their placeholders from the processor, so both are
+patched as soon as they are loaded. Others in the process are not affected.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .base import require
+from .family import Family
+from .modes import mode_options
+from .options import split_arguments
+
+
+class _Failed(BaseException):
+    """Carries an error through code that catches every Exception."""
+
+
+def members(base: Any, family: Family) -> dict[str, Any]:
+    """Return the method, by name, with which a subclass of a model's class patches it by its `stgp_` arguments.
+
+    family: the family of the model that it loads.
+    """
+
+    def __init__(self: Any, *positional: Any, **arguments: Any) -> None:
+        self.stgp_options, others = split_arguments(arguments, mode_options, {"mode": "pool"})
+        if self.stgp_options is None:
+            base.__init__(self, *positional, **others)
+            return
+        for tested in family.tested(None):
+            require(**tested)
+        base.__init__(self, *positional, **others)
+        options = dict(self.stgp_options)
+        family.patch(self.model, self.processor, options.pop("mode"), options)
+        log = importlib.import_module("loguru").logger  # lmms-eval's logger, since it does not show Python's logging
+        log.info(f"ST-GridPool: videos of {type(self.model).__name__}, {mode_options(**self.stgp_options)}")
+
+    return {"__init__": __init__}
+
+
+def members_that_raise(base: Any, family: Family) -> dict[str, Any]:
+    """Return `members`, and a `generate_until` that raises the errors of `generate`, which lmms-eval's own scores.
+
+    It would take an empty string for the answer, and a fault of ours for a mistake of the model.
+    """
+
+    def generate_until(self: Any, requests: Any) -> Any:
+        generate = self.model.generate
+
+        def raising(*positional: Any, **arguments: Any) -> Any:
+            try:
+                return generate(*positional, **arguments)
+            except Exception as error:
+                raise _Failed(error) from error
+
+        self.model.generate = raising
+        try:
+            return base.generate_until(self, requests)
+        except _Failed as failed:
+            [error] = failed.args
+            raise error from error.__cause__
+        finally:
+            del self.model.generate
+
+    return members(base, family) | {"generate_until": generate_until}

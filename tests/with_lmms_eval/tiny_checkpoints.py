@@ -1,0 +1,133 @@
+"""Checkpoints of few random weights for lmms-eval's models of transformers, and notes of what they are asked.
+
+`save(name, folder)` writes one for `pretrained=`. While `recorded` is in force, what lmms-eval asks a model by
+`generate` is noted, with what the language model is given of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import video_processing_utils, video_utils
+
+from stgridpool_kernels import grid_pool, temporal_grid
+from stgridpool_kernels.integrations import internvl, qwen_vl
+from tests.support import tiny_grid_models
+
+KINDS = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "qwen3_5": "qwen3_5", "internvl_hf": "internvl"}
+"""Kinds of tests/support/tiny_grid_models.py, by lmms-eval's name of a model."""
+
+LEVELS = {"qwen3_vl": 3}
+"""Levels of tokens that the language model is given, where that is not one."""
+
+SIZES = "min_pixels=1024,max_pixels=4096"
+"""Model arguments that make lmms-eval leave the small videos of these tests small."""
+
+
+class Request(NamedTuple):
+    """A call of `generate`: its model, its arguments, what the language model is given first, and the new tokens."""
+
+    model: Any
+    inputs: dict[str, Any]
+    given: dict[str, Any]
+    answer: Tensor
+
+
+def save(name: str, folder: Path) -> str:
+    """Save model and processor, with a chat template, and return the folder as text."""
+    model, processor = tiny_grid_models.build(KINDS[name])
+    processor.chat_template = tiny_grid_models.chat_template(KINDS[name])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def load(name: str, folder: str) -> tuple[Any, Any]:
+    """Return model and processor as lmms-eval loads them."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return model, transformers.AutoProcessor.from_pretrained(folder)
+
+
+def adapter(name: str) -> Any:
+    """Return the integration for the models of transformers that one of lmms-eval holds."""
+    return internvl if name == "internvl_hf" else qwen_vl
+
+
+def arguments(name: str, folder: str, frames: int, **more: object) -> str:
+    """Return model arguments of a run on the CPU, as a command line has them."""
+    limit = f"num_frames={frames}" if name == "internvl_hf" else f"max_num_frames={frames},{SIZES}"
+    if name == "qwen3_5":
+        limit += ",enable_thinking=False"
+    return ",".join([f"pretrained={folder},device_map=cpu,{limit}", *(f"{key}={value}" for key, value in more.items())])
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Note every call of `generate` in the list that is returned, until the test ends."""
+    requests: list[Request] = []
+    own = transformers.GenerationMixin.generate
+
+    def generate(self: Any, **inputs: Any) -> Any:
+        given: list[dict[str, Any]] = []
+        handle = self.model.language_model.register_forward_pre_hook(
+            lambda module, positional, keywords: given.append(keywords), with_kwargs=True
+        )
+        try:
+            answer = own(self, **inputs)
+        finally:
+            handle.remove()
+        requests.append(Request(self, inputs, given[0], answer[:, inputs["input_ids"].shape[1] :]))
+        return answer
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
+    return requests
+
+
+def decode_by_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processors read videos without torchcodec, which needs libraries of FFmpeg that no package of Python has."""
+
+    def load_video(video: Any, backend: str, **keywords: Any) -> Any:
+        return video_utils.load_video(video, backend="pyav", **keywords)
+
+    monkeypatch.setattr(video_processing_utils, "is_torchcodec_usable", lambda **keywords: True)
+    monkeypatch.setattr(video_processing_utils, "load_video", load_video)
+
+
+def placeholders(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return where a prompt has placeholders of its video."""
+    config = model.config
+    token = config.image_token_id if "pixel_values" in inputs else config.video_token_id
+    return inputs["input_ids"] == token
+
+
+def pixels(request: Request) -> Tensor:
+    """Return the pixels of the video that a model was asked about."""
+    inputs = request.inputs
+    found: Tensor = inputs["pixel_values"] if "pixel_values" in inputs else inputs["pixel_values_videos"]
+    return found
+
+
+def words(request: Request) -> Tensor:
+    """Return the prompt without placeholders of the video."""
+    return request.inputs["input_ids"][~placeholders(request.model, request.inputs)]
+
+
+def seen(request: Request) -> list[Tensor]:
+    """Return the tokens of the video that the language model was given: the main ones, then those of deepstack."""
+    main = request.given["inputs_embeds"][placeholders(request.model, request.inputs)]
+    return [main, *(request.given.get("deepstack_visual_embeds") or [])]
+
+
+def by_hand(plain: Any, inputs: dict[str, Any], mode: str, **options: Any) -> list[Tensor]:
+    """Return these tokens as the reference leaves them of those of a model that is not patched."""
+    if "pixel_values" not in inputs:
+        return tiny_grid_models.by_hand(plain, inputs, mode, **options)
+    frames = plain.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    x = frames.unflatten(1, (tiny_grid_models.INTERNVL_SIDE,) * 2)
+    pool = {"ceil_mode": True, **options}
+    left = temporal_grid(x, **options) if mode == "grid" else grid_pool(x, **pool)
+    return [left.flatten(0, 2)]
