@@ -1,8 +1,9 @@
-"""Fixtures make the stub `llava`, a task, and a model of few random weights."""
+"""Fixtures make the stub `llava`, a task, and models of few random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 if find_spec("lmms_eval") is not None:  # else the tests are skipped
     import llava_stub
+    import tiny_checkpoints
     import tiny_task
 
 
@@ -32,3 +34,16 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretrained(tmp_path: Path) -> str:
     llava_stub.save(tmp_path / "llava-qwen")
     return str(tmp_path / "llava-qwen")
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Return a function that returns the folder of a checkpoint for one of lmms-eval's models of transformers."""
+    return functools.cache(lambda name: tiny_checkpoints.save(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tiny_checkpoints.Request]:
+    """Return a list of what models of transformers are asked during the test."""
+    tiny_checkpoints.decode_by_pyav(monkeypatch)
+    return tiny_checkpoints.recorded(monkeypatch)

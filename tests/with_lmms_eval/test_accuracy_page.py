@@ -1,17 +1,20 @@
 """The commands of docs/accuracy.md run, but for the weights and the data sets: `make test-lmms-eval`.
 
 A shell runs the page's blocks as they stand, with a `python` that notes what it is asked for. lmms-eval's own parser
-then reads every command, and each run is made: of the stub's model instead of the checkpoint, on a task made here.
+then reads every command, and each run is made: of a model of few random weights instead of the checkpoint, on a task
+made here.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import stgridpool_kernels as stgp
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed here: make test-lmms-eval")
 
 import llava_stub
+import tiny_checkpoints
 import tiny_task
 import torch
 from lmms_eval.__main__ import parse_eval_args
@@ -34,7 +38,7 @@ BLOCKS = [block for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) if "p
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes=1", "-m", "lmms_eval"]
 SIDES = {"average": {"ceil_mode": False}, "bilinear": {"ceil_mode": True}}
 
-# what every name on the page stands for; None is the model's own pooling
+# what the names of runs of LLaVA stand for; None is the model's own pooling
 MEANT: dict[str, dict[str, Any] | None] = {
     "onevision": None,
     "onevision-stgp": {},
@@ -48,6 +52,34 @@ MEANT: dict[str, dict[str, Any] | None] = {
     "budget-30": {"output_size": 7},
     "budget-50": {"output_size": 9},
 }
+
+Line = tuple[int, tuple[str, dict[str, Any]] | None]
+
+
+def lines(strides: tuple[int, ...], few: int) -> dict[str, Line]:
+    """Return the frames, and the mode and the options if there are any, of every line of a model of transformers."""
+    average: dict[str, Any] = {"temperature": 0.0, "frame_strides": ()}
+    ours = {"frame_strides": strides}
+    return {
+        "stock": (64, None),
+        "grid": (64, ("grid", ours)),
+        "average-2": (64, ("pool", average)),
+        "pool-2": (64, ("pool", ours)),
+        "frames-2": (16, None),
+        "average-3": (64, ("pool", {**average, "kernel_size": 3})),
+        "pool-3": (64, ("pool", {**ours, "kernel_size": 3})),
+        "frames-3": (few, None),
+    }
+
+
+OF_SIZES: dict[str, Line] = {"size-2": (64, None), "size-3": (64, None)}
+OF_TRANSFORMERS: dict[str, dict[str, Line]] = {
+    "qwen2_5_vl": lines((1, 2, 4), 8) | OF_SIZES,
+    "qwen3_vl": lines((1, 2, 4), 8) | OF_SIZES,
+    "qwen3_5": lines((1, 2, 4), 8),
+    "internvl_hf": lines((2, 4, 8), 9),
+}
+TODAY = [f"{model}-{line}" for model, given in OF_TRANSFORMERS.items() for line in given]
 
 
 def commands() -> dict[str, list[list[str]]]:
@@ -72,8 +104,10 @@ def parsed(given: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_page_has_every_run() -> None:
-    assert list(COMMANDS) == list(MEANT)
-    assert [len(runs) for runs in COMMANDS.values()] == [6] * 4 + [3] * 16
+    assert set(COMMANDS) == {*MEANT, *TODAY}
+    assert [len(COMMANDS[name]) for name in MEANT] == [6] * 4 + [3] * 16
+    assert {len(COMMANDS[name]) for name in TODAY} == {4}
+    assert f"each of the {len(COMMANDS)} runs" in PAGE
 
 
 def test_every_task_is_one_of_lmms_eval(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,14 +117,14 @@ def test_every_task_is_one_of_lmms_eval(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked <= set(known)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_run_of_the_page(name: str, pretrained: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", MEANT)
+def test_a_run_of_llava(name: str, pretrained: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [parsed(given, monkeypatch) for given in COMMANDS[name]]
     [model_args] = {each.model_args for each in asked}
     assert {(each.model, each.batch_size, each.log_samples) for each in asked} == {("llava_onevision_stgp", "1", True)}
     frames = simple_parse_args_string(model_args)["max_frames_num"]
     options = MEANT[name]
-    model = tiny_task.evaluate_llava(asked[0].model, of_few_weights(model_args, pretrained), tasks)
+    model = tiny_task.evaluate_llava(asked[0].model, of_few_weights(model_args, pretrained, device_map="auto"), tasks)
     for features, pooled in model.videos:
         assert features.shape[:2] == (frames, llava_stub.SIDE**2)
         own = model.get_2dPool(features)
@@ -103,24 +137,98 @@ def test_a_run_of_the_page(name: str, pretrained: str, tasks: Path, monkeypatch:
         assert pooled.shape != own.shape or not torch.equal(pooled, own)
 
 
-def of_few_weights(model_args: str, pretrained: str) -> str:
+@pytest.fixture(scope="session")
+def long_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a task with videos of the page's number of frames."""
+    return tiny_task.save(tmp_path_factory.mktemp("long"), frames=64)
+
+
+@pytest.mark.parametrize("name", TODAY)
+def test_a_run_of_a_model_of_transformers(
+    name: str,
+    folder_of: Callable[[str], str],
+    requests: list[tiny_checkpoints.Request],
+    long_videos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _, line = name.partition("-")
+    frames, ours = OF_TRANSFORMERS[model][line]
+    asked = [parsed(given, monkeypatch) for given in COMMANDS[name]]
+    [model_args] = {each.model_args for each in asked}
+    assert {(each.model, each.batch_size, each.log_samples) for each in asked} == {(f"{model}_stgp", "1", True)}
+    here = tiny_checkpoints.ON_THE_CPU[model] | ({"stgp_backend": "reference"} if ours else {})
+    tiny_task.evaluate(asked[0].model, of_few_weights(model_args, folder_of(model), **here), long_videos)
+    plain, _ = tiny_checkpoints.load(model, folder_of(model))
+    mode, options = ours or ("grid", {"frame_strides": ()})
+    assert len(requests) == tiny_task.QUESTIONS
+    for request in requests:
+        assert tiny_checkpoints.frames(request) == frames
+        expected = tiny_checkpoints.by_hand(plain, request.inputs, mode, **options)
+        assert all(map(torch.equal, tiny_checkpoints.seen(request), expected))
+
+
+@pytest.mark.parametrize(("model", "side"), [("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+def test_sizes_of_frames_are_those_of_the_budgets(model: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = []
+    for line in ("stock", "size-2", "size-3"):
+        given = simple_parse_args_string(parsed(COMMANDS[f"{model}-{line}"][0], monkeypatch).model_args)
+        assert given["min_pixels"] == given["max_pixels"]
+        tokens.append(given["max_pixels"] / side**2)
+    assert tokens == [384, 384 / 4, math.ceil(384 / 9)]
+
+
+def of_few_weights(model_args: str, pretrained: str, **more: object) -> str:
+    """Return model arguments with a checkpoint in the place of the page's, and further ones in the place of its own."""
     checkpoint = simple_parse_args_string(model_args)["pretrained"]
     assert model_args.count(checkpoint) == 1
-    return model_args.replace(checkpoint, pretrained) + ",device_map=auto"
+    return ",".join([model_args.replace(checkpoint, pretrained), *(f"{name}={value}" for name, value in more.items())])
 
 
-def test_one_command_in_full(pretrained: str, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launcher and command line run in a process of their own; checkpoint, task and device are others."""
-    [given, *_] = COMMANDS["ptg-only"]
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ptg-only", "ST-GridPool: 9 × 9 → 16 tokens a frame, 1024 for 64 frames, PoolOptions(temperature=0.0)"),
+        (
+            "qwen3_vl-pool-3",
+            "ST-GridPool: videos of Qwen3VLForConditionalGeneration, "
+            "ModeOptions(mode='pool', frame_strides=(1, 2, 4), kernel_size=(3, 3), ceil_mode=True)",
+        ),
+    ],
+)
+def test_one_command_in_full(
+    name: str,
+    said: str,
+    pretrained: str,
+    folder_of: Callable[[str], str],
+    long_videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Launcher and command line run in a process of their own; checkpoint, task, device and sizes are others."""
+    [given, *_] = COMMANDS[name]
     asked = parsed(given, monkeypatch)
-    swapped = {asked.model_args: of_few_weights(asked.model_args, pretrained), asked.tasks: "tiny_video"}
+    if name in MEANT:
+        model_args = of_few_weights(asked.model_args, pretrained, device_map="auto")
+    else:
+        model_args = of_few_weights(asked.model_args, folder_of("qwen3_vl"), **tiny_checkpoints.ON_THE_CPU["qwen3_vl"])
+    swapped = {asked.model_args: model_args, asked.tasks: "tiny_video"}
     given = [swapped.get(word, word) for word in given]
     package = tmp_path / "path/llava/__init__.py"  # what a clone of LLaVA-NeXT on the path would be
     package.parent.mkdir(parents=True)
     package.write_text("import llava_stub\n\nllava_stub.install()\n")
     path = [str(package.parents[1]), str(HERE), str(HERE.parents[1])]
     done = subprocess.run(
-        [sys.executable, *LAUNCH[:3], "--cpu", *LAUNCH[3:], *given, "--include_path", str(tasks), "--device", "cpu"],
+        [
+            sys.executable,
+            *LAUNCH[:3],
+            "--cpu",
+            *LAUNCH[3:],
+            *given,
+            "--include_path",
+            str(long_videos),
+            "--device",
+            "cpu",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HOME": str(tmp_path / "cache")},
         capture_output=True,
@@ -128,9 +236,8 @@ def test_one_command_in_full(pretrained: str, tasks: Path, tmp_path: Path, monke
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    [samples] = (tmp_path / "logs/ptg-only").rglob("*_samples_tiny_video.jsonl")
+    [samples] = (tmp_path / "logs" / name).rglob("*_samples_tiny_video.jsonl")
     assert len(samples.read_text().splitlines()) == tiny_task.QUESTIONS
-    said = "ST-GridPool: 9 × 9 → 16 tokens a frame, 1024 for 64 frames, PoolOptions(temperature=0.0)"
     assert said in done.stderr + done.stdout
 
 
@@ -141,7 +248,9 @@ def test_the_command_of_the_other_page(pretrained: str, tasks: Path, monkeypatch
     assert words[:3] == ["python", "-m", "lmms_eval"]
     asked = parsed(words[3:], monkeypatch)
     assert (asked.model, asked.tasks) == ("llava_vid_stgp", "videomme")
-    model = tiny_task.evaluate_llava(asked.model, of_few_weights(asked.model_args, pretrained), tasks)
+    model = tiny_task.evaluate_llava(
+        asked.model, of_few_weights(asked.model_args, pretrained, device_map="auto"), tasks
+    )
     for features, pooled in model.videos:
         grid = features.unflatten(1, (llava_stub.SIDE,) * 2)
         assert torch.equal(pooled, stgp.grid_pool(grid, temperature=2.0, frame_strides=(2, 4, 8)).flatten(1, 2))

@@ -52,18 +52,6 @@ class Run(NamedTuple):
 Evaluate = Callable[..., Run]
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Return a function that returns the folder of a checkpoint for a model of lmms-eval."""
-    return functools.cache(lambda name: tiny_checkpoints.save(name, tmp_path_factory.mktemp(name)))
-
-
-@pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> list[tiny_checkpoints.Request]:
-    tiny_checkpoints.decode_by_pyav(monkeypatch)
-    return tiny_checkpoints.recorded(monkeypatch)
-
-
 @pytest.fixture
 def evaluate(requests: list[tiny_checkpoints.Request], folder_of: Callable[[str], str], tasks: Path) -> Evaluate:
     """Return a function that evaluates a model by its name, one of lmms-eval's or of ours."""

@@ -25,8 +25,11 @@ KINDS = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "qwen3_5": "qwen3_5
 LEVELS = {"qwen3_vl": 3}
 """Levels of tokens that the language model is given, where that is not one."""
 
-SIZES = "min_pixels=1024,max_pixels=4096"
-"""Model arguments that make lmms-eval leave the small videos of these tests small."""
+ON_THE_CPU: dict[str, dict[str, Any]] = {
+    name: {"device_map": "cpu"} | ({} if name == "internvl_hf" else {"min_pixels": 1024, "max_pixels": 4096})
+    for name in KINDS
+}
+"""Model arguments of a run on the CPU, by lmms-eval's name of a model. Videos of 64 × 64 pixels stay small by them."""
 
 
 class Request(NamedTuple):
@@ -59,11 +62,11 @@ def adapter(name: str) -> Any:
 
 
 def arguments(name: str, folder: str, frames: int, **more: object) -> str:
-    """Return model arguments of a run on the CPU, as a command line has them."""
-    limit = f"num_frames={frames}" if name == "internvl_hf" else f"max_num_frames={frames},{SIZES}"
-    if name == "qwen3_5":
-        limit += ",enable_thinking=False"
-    return ",".join([f"pretrained={folder},device_map=cpu,{limit}", *(f"{key}={value}" for key, value in more.items())])
+    """Return model arguments of a run, as a command line has them."""
+    limit = {"num_frames" if name == "internvl_hf" else "max_num_frames": frames}
+    thinking = {"enable_thinking": False} if name == "qwen3_5" else {}
+    given = {"pretrained": folder, **limit, **thinking, **ON_THE_CPU[name], **more}
+    return ",".join(f"{key}={value}" for key, value in given.items())
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
@@ -111,6 +114,12 @@ def pixels(request: Request) -> Tensor:
     return found
 
 
+def frames(request: Request) -> int:
+    """Return the number of frames of the video that a model was asked about, of which Qwen encodes two as one."""
+    grid = request.inputs.get("video_grid_thw")
+    return len(pixels(request)) if grid is None else 2 * int(grid[0, 0])
+
+
 def words(request: Request) -> Tensor:
     """Return the prompt without placeholders of the video."""
     return request.inputs["input_ids"][~placeholders(request.model, request.inputs)]
@@ -122,12 +131,15 @@ def seen(request: Request) -> list[Tensor]:
     return [main, *(request.given.get("deepstack_visual_embeds") or [])]
 
 
+@torch.no_grad()
 def by_hand(plain: Any, inputs: dict[str, Any], mode: str, **options: Any) -> list[Tensor]:
     """Return these tokens as the reference leaves them of those of a model that is not patched."""
     if "pixel_values" not in inputs:
         return tiny_grid_models.by_hand(plain, inputs, mode, **options)
     frames = plain.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
     x = frames.unflatten(1, (tiny_grid_models.INTERNVL_SIDE,) * 2)
-    pool = {"ceil_mode": True, **options}
-    left = temporal_grid(x, **options) if mode == "grid" else grid_pool(x, **pool)
+    if mode == "grid":
+        left = temporal_grid(x, **options, backend="reference")
+    else:
+        left = grid_pool(x, **{"ceil_mode": True, **options}, backend="reference")
     return [left.flatten(0, 2)]

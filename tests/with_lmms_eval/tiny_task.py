@@ -28,12 +28,12 @@ metric_list:
 """
 
 
-def save(folder: Path) -> Path:
-    """Save the task, and return the folder, which `--include_path` takes."""
+def save(folder: Path, frames: int = FRAMES) -> Path:
+    """Save the task with videos of one frame a second, and return the folder, which `--include_path` takes."""
     rows = []
     for number in range(QUESTIONS):
         path = folder / f"{number}.mp4"
-        pixels = np.random.default_rng(number).integers(0, 256, (FRAMES, 64, 64, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(number).integers(0, 256, (frames, 64, 64, 3), dtype=np.uint8)
         with av.open(path, "w") as container:
             stream = container.add_stream("mpeg4", rate=1)
             stream.width = stream.height = 64
