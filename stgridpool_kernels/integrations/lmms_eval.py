@@ -45,7 +45,7 @@ MODELS = {
 """The models, by lmms-eval's name for each, which is also that of the module of its class."""
 
 CLASSES = {
-    f"{model.class_name}{'Chat' * (variant == 'chat')}Stgp": (name, variant)
+    f"{model.class_name}{'Chat' if variant == 'chat' else ''}Stgp": (name, variant)
     for name, model in MODELS.items()
     for variant in model.variants
 }

@@ -20,9 +20,9 @@ class _Failed(BaseException):
 
 
 def members(base: Any, family: Family) -> dict[str, Any]:
-    """Return the method, by name, with which a subclass of a model's class patches it by its `stgp_` arguments.
+    """Return the method, by name, with which a subclass of a model's class patches what it loads.
 
-    family: the family of the model that it loads.
+    family: the family of the models that it loads.
     """
 
     def __init__(self: Any, *positional: Any, **arguments: Any) -> None:
@@ -42,9 +42,9 @@ def members(base: Any, family: Family) -> dict[str, Any]:
 
 
 def members_that_raise(base: Any, family: Family) -> dict[str, Any]:
-    """Return `members`, and a `generate_until` that raises the errors of `generate`, which lmms-eval's own scores.
+    """Return `members`, and a `generate_until` that raises the errors of `generate`.
 
-    It would take an empty string for the answer, and a fault of ours for a mistake of the model.
+    lmms-eval's own method takes an empty string for the answer then, so that an error is scored as a mistake.
     """
 
     def generate_until(self: Any, requests: Any) -> Any:

@@ -34,6 +34,7 @@ from lmms_eval.utils import simple_parse_args_string
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parents[1] / "docs" / "accuracy.md").read_text(encoding="utf-8")
+OTHER_PAGE = (HERE.parents[1] / "docs" / "integrations" / "lmms_eval.md").read_text(encoding="utf-8")
 BLOCKS = [block for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) if "pip install" not in block]
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes=1", "-m", "lmms_eval"]
 SIDES = {"average": {"ceil_mode": False}, "bilinear": {"ceil_mode": True}}
@@ -189,9 +190,9 @@ def of_few_weights(model_args: str, pretrained: str, **more: object) -> str:
     [
         ("ptg-only", "ST-GridPool: 9 × 9 → 16 tokens a frame, 1024 for 64 frames, PoolOptions(temperature=0.0)"),
         (
-            "qwen3_vl-pool-3",
+            "qwen3_vl-pool-2",
             "ST-GridPool: videos of Qwen3VLForConditionalGeneration, "
-            "ModeOptions(mode='pool', frame_strides=(1, 2, 4), kernel_size=(3, 3), ceil_mode=True)",
+            "ModeOptions(mode='pool', frame_strides=(1, 2, 4), ceil_mode=True)",
         ),
     ],
 )
@@ -239,18 +240,37 @@ def test_one_command_in_full(
     [samples] = (tmp_path / "logs" / name).rglob("*_samples_tiny_video.jsonl")
     assert len(samples.read_text().splitlines()) == tiny_task.QUESTIONS
     assert said in done.stderr + done.stdout
+    assert said in OTHER_PAGE
 
 
-def test_the_command_of_the_other_page(pretrained: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (HERE.parents[1] / "docs" / "integrations" / "lmms_eval.md").read_text(encoding="utf-8")
-    [command] = re.findall(r"```\n(python -m lmms_eval .*?)```", page, re.DOTALL)
-    words = shlex.split(command.replace("\\\n", " "))
+def asked_on_the_other_page(model: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    commands = re.findall(r"```\n(python -m lmms_eval .*?)```", OTHER_PAGE, re.DOTALL)
+    [words] = [words for command in commands if model in (words := shlex.split(command.replace("\\\n", " ")))]
     assert words[:3] == ["python", "-m", "lmms_eval"]
     asked = parsed(words[3:], monkeypatch)
-    assert (asked.model, asked.tasks) == ("llava_vid_stgp", "videomme")
-    model = tiny_task.evaluate_llava(
-        asked.model, of_few_weights(asked.model_args, pretrained, device_map="auto"), tasks
-    )
+    assert (asked.model, asked.tasks) == (model, "videomme")
+    return asked
+
+
+def test_the_command_of_the_other_page_for_llava(pretrained: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asked_on_the_other_page("llava_vid_stgp", monkeypatch)
+    given = of_few_weights(asked.model_args, pretrained, device_map="auto")
+    model = tiny_task.evaluate_llava(asked.model, given, tasks)
     for features, pooled in model.videos:
         grid = features.unflatten(1, (llava_stub.SIDE,) * 2)
         assert torch.equal(pooled, stgp.grid_pool(grid, temperature=2.0, frame_strides=(2, 4, 8)).flatten(1, 2))
+
+
+def test_the_command_of_the_other_page_for_qwen(
+    folder_of: Callable[[str], str],
+    requests: list[tiny_checkpoints.Request],
+    long_videos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = asked_on_the_other_page("qwen3_vl_stgp", monkeypatch)
+    here = tiny_checkpoints.ON_THE_CPU["qwen3_vl"] | {"stgp_backend": "reference"}
+    tiny_task.evaluate(asked.model, of_few_weights(asked.model_args, folder_of("qwen3_vl"), **here), long_videos)
+    plain, _ = tiny_checkpoints.load("qwen3_vl", folder_of("qwen3_vl"))
+    for request in requests:
+        expected = tiny_checkpoints.by_hand(plain, request.inputs, "pool", temperature=2.0, frame_strides=(1, 2, 4))
+        assert all(map(torch.equal, tiny_checkpoints.seen(request), expected))
