@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +23,17 @@ import transformers
 from lmms_eval import models
 from loguru import logger
 
-from stgridpool_kernels.integrations import lmms_eval
 from stgridpool_kernels.integrations.pooled_class import is_pooled
 
 FRAMES = 16
 VARIANTS = [
-    (name, variant) for name, model in lmms_eval.MODELS.items() for variant in model.variants if "llava" not in name
+    (name, variant)
+    for name in tiny_checkpoints.KINDS
+    for variant in ("simple", "chat")
+    if getattr(models.get_model_manifest(name), f"{variant}_class_path")
 ]
-NAMES = list(dict.fromkeys(name for name, _ in VARIANTS))
+"""The models of lmms-eval, and which of its two variants there are of each."""
+
 SETTINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "grid": ({"stgp_mode": "grid", "stgp_frame_strides": "1:2"}, "grid", {"frame_strides": (1, 2)}),
     "pool": ({"stgp_temperature": 2}, "pool", {"temperature": 2.0}),
@@ -74,6 +78,7 @@ def test_lmms_eval_finds_the_models() -> None:
         pooled, own = (models.get_model(model, force_simple=variant == "simple") for model in (f"{name}_stgp", name))
         assert issubclass(pooled, own)
         assert own.__module__ == f"lmms_eval.models.{variant}.{name}"
+    assert models.get_model_manifest("internvl_hf_stgp").simple_class_path is None
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -150,6 +155,16 @@ def test_wrong_options_are_refused_before_anything_is_loaded(
     with pytest.raises((TypeError, ValueError)) as raised:
         build(tiny_checkpoints.arguments(name, "/no/checkpoint", FRAMES, **more), {"device": "cpu"})
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", dict(VARIANTS))
+def test_another_version_of_transformers_is_refused_before_anything_is_loaded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = models.get_model(f"{name}_stgp").create_from_arg_string
+    monkeypatch.setattr(metadata, "version", lambda package: "4.57.6")
+    with pytest.raises(RuntimeError, match=r"transformers 4\.57\.6 is installed"):
+        build(tiny_checkpoints.arguments(name, "/no/checkpoint", FRAMES), {"device": "cpu"})
 
 
 @pytest.mark.parametrize("name", dict(VARIANTS))
