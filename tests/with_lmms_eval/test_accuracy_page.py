@@ -31,6 +31,9 @@ import torch
 from lmms_eval.__main__ import parse_eval_args
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import simple_parse_args_string
+from qwen_vl_utils.vision_process import smart_resize
+
+from stgridpool_kernels.integrations.base import pooled_grid
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parents[1] / "docs" / "accuracy.md").read_text(encoding="utf-8")
@@ -168,14 +171,23 @@ def test_a_run_of_a_model_of_transformers(
         assert all(map(torch.equal, tiny_checkpoints.seen(request), expected))
 
 
-@pytest.mark.parametrize(("model", "side"), [("qwen2_5_vl", 28), ("qwen3_vl", 32)])
-def test_sizes_of_frames_are_those_of_the_budgets(model: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = []
-    for line in ("stock", "size-2", "size-3"):
+@pytest.mark.parametrize("video", [(720, 1280), (1080, 1920), (360, 640), (480, 640), (240, 320), (1280, 720)])
+@pytest.mark.parametrize(("model", "side", "resized"), [("qwen2_5_vl", 28, 2), ("qwen3_vl", 32, 1)])
+def test_smaller_frames_have_about_the_tokens_that_windows_leave(
+    model: str, side: int, resized: int, video: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames of Qwen2.5-VL are resized by its processor once more, to the same number of pixels."""
+
+    def tokens(line: str) -> tuple[int, int]:
         given = simple_parse_args_string(parsed(COMMANDS[f"{model}-{line}"][0], monkeypatch).model_args)
-        assert given["min_pixels"] == given["max_pixels"]
-        tokens.append(given["max_pixels"] / side**2)
-    assert tokens == [384, 384 / 4, math.ceil(384 / 9)]
+        pixels = video
+        for _ in range(resized):
+            pixels = smart_resize(*pixels, side, given["min_pixels"], given["max_pixels"])
+        return pixels[0] // side, pixels[1] // side
+
+    for window in (2, 3):
+        left = math.prod(pooled_grid(tokens("stock"), kernel_size=window, ceil_mode=True))
+        assert 0.75 <= math.prod(tokens(f"size-{window}")) / left <= 1.25
 
 
 def of_few_weights(model_args: str, pretrained: str, **more: object) -> str:
