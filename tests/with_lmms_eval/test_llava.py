@@ -1,4 +1,4 @@
-"""lmms-eval finds the models, and evaluates a random one on videos that are made here.
+"""lmms-eval finds the models of LLaVA, and evaluates a random one on videos that are made here.
 
 `make test-lmms-eval` makes an environment for it; `llava` is a stub, as it cannot be installed from an index.
 """
