@@ -60,7 +60,7 @@ def split_arguments(
     `read_options` reads its value. `stgp=False` selects the model without ST-GridPool, with None for the options.
 
     check: called with the options; the error that it raises is passed on with their names. defaults: values, by name,
-    of options that `grid_pool` does not have, such as a mode. They are always among the options, as they are given.
+    of options that `grid_pool` does not have, such as a mode. They are words, and always among the options.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -74,8 +74,7 @@ def split_arguments(
         if given:
             raise ValueError(f"stgp must not be False where {names} is given")
         return None, others
-    options = {name: given.pop(f"{ARGUMENT_PREFIX}{name}", value) for name, value in (defaults or {}).items()}
-    options |= read_options(given, ARGUMENT_PREFIX)
+    options = {**(defaults or {}), **read_options(given, ARGUMENT_PREFIX, words=tuple(defaults or ()))}
     try:
         check(**options)
     except (TypeError, ValueError) as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .modes import ModeOptions
 from .qwen_vl import FAMILY
-from .video_grid import shrink_grids, token_channels
+from .video_grid import shrink_grids, shrink_video, token_channels
 
 _MODELS = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
@@ -122,14 +122,11 @@ class Hooks:
             for item in items
             for frames, rows, cols in item.video_grid_thw.tolist()
         ]
-        levels = 1 + getattr(model, "num_deepstack_embeddings", 0)
-        main = features.shape[-1] // levels if levels > 1 else None
+        main = features.shape[-1] // (1 + getattr(model, "num_deepstack_embeddings", 0))
         videos = features.split([frames * rows * cols for _, (frames, rows, cols) in grids])
         return torch.cat(
             [
-                self.options.apply(tokens.unflatten(0, grid), norm_channels=main).flatten(0, 2)
-                if self._marked(item)
-                else tokens
+                shrink_video(tokens, grid, self.options, main) if self._marked(item) else tokens
                 for tokens, (item, grid) in zip(videos, grids, strict=True)
             ]
         )

@@ -161,19 +161,27 @@ def shrink_outputs(outputs: Any, grids: Iterable[Sequence[int]], options: ModeOp
     main, deep = outputs.pooler_output, getattr(outputs, "deepstack_features", None) or []
     joined = bool(deep) and isinstance(deep[0], Tensor)
     levels = [main, *([level.split([len(tokens) for tokens in main]) if joined else level for level in deep])]
-    shrunk = [_shrink_video(tokens, grid, options) for grid, *tokens in zip(grids, *levels, strict=True)]
+    shrunk = [_shrink_levels(tokens, grid, options) for grid, *tokens in zip(grids, *levels, strict=True)]
     outputs.pooler_output, *deeper = (tuple(level) for level in zip(*shrunk, strict=True))
     if deep:
         outputs.deepstack_features = [torch.cat(level) if joined else level for level in deeper]
 
 
-def _shrink_video(levels: Sequence[Tensor], grid: Sequence[int], options: ModeOptions) -> Sequence[Tensor]:
+def _shrink_levels(levels: Sequence[Tensor], grid: Sequence[int], options: ModeOptions) -> Sequence[Tensor]:
     """Return what is left of one video: for every level (T·OH·OW, C), views of one tensor if there are several."""
     if len(levels) == 1:
-        return [options.apply(levels[0].unflatten(0, tuple(grid))).flatten(0, 2)]
+        return [shrink_video(levels[0], grid, options)]
     channels = levels[0].shape[-1]
-    together = torch.cat(tuple(levels), -1).unflatten(0, tuple(grid))
-    return list(torch.split(options.apply(together, norm_channels=channels).flatten(0, 2), channels, -1))
+    return list(torch.split(shrink_video(torch.cat(tuple(levels), -1), grid, options, channels), channels, -1))
+
+
+def shrink_video(tokens: Tensor, grid: Sequence[int], options: ModeOptions, main: int | None = None) -> Tensor:
+    """Return what is left of the tokens of one video: (T·OH·OW, C) of (T·H'·W', C).
+
+    grid: (T, H', W'). main: number of channels of the main token, which come first, where C holds further levels.
+    """
+    norm_channels = main if main != tokens.shape[-1] else None
+    return options.apply(tokens.unflatten(0, tuple(grid)), norm_channels=norm_channels).flatten(0, 2)
 
 
 def shrink_grids(grids: Any, merge: int, options: ModeOptions) -> Tensor:

@@ -126,14 +126,17 @@ def register() -> None:
     would stop engines that use other models.
     """
     try:
-        registry: Any = importlib.import_module("vllm").ModelRegistry
+        engine: Any = importlib.import_module("vllm")
+    except ImportError:
+        logger.debug("vllm cannot be imported, nothing is registered", exc_info=True)
+        return
+    try:
+        registry = engine.ModelRegistry
         settings: Any = importlib.import_module("vllm.model_executor.models.config").MODELS_CONFIG_MAP
         for name, (_, base) in ARCHITECTURES.items():
             if base in settings:  # vLLM finds them by the name of an architecture
                 settings[name] = settings[base]
             registry.register_model(name, f"{__name__}:{name}")
-    except ImportError:
-        logger.debug("vllm cannot be imported, nothing is registered", exc_info=True)
     except Exception:
         logger.warning("the architectures of ST-GridPool could not be registered", exc_info=True)
 

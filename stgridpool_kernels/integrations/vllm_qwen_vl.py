@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .video_grid import shrink_grids
+from .video_grid import shrink_grids, shrink_video
 from .vllm_models import PooledInfo, PooledModel, PooledProcessor, encoder_batches, make_class
 
 
@@ -50,12 +50,11 @@ class QwenModel(PooledModel):
         pooled: list[Tensor] = []
         for videos in encoder_batches([math.prod(grid) for grid in grids], self.stgp_encoded):
             encoded = super()._process_video_input(_some_videos(video_input, videos, merge))  # type: ignore[misc]
-            pooled += map(self._pool, encoded, grids[videos])
+            pooled += [
+                shrink_video(tokens, grid, self.stgp_options, self.stgp_channels)
+                for tokens, grid in zip(encoded, grids[videos], strict=True)
+            ]
         return tuple(pooled)
-
-    def _pool(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        main = self.stgp_channels if tokens.shape[-1] > self.stgp_channels else None
-        return self.stgp_options.apply(tokens.unflatten(0, grid), norm_channels=main).flatten(0, 2)
 
     def get_mrope_input_positions(self, input_tokens: Any, mm_features: Any) -> Any:
         pooled = [

@@ -49,7 +49,7 @@ def test_what_is_wrong_is_named(arguments: dict, message: str) -> None:
     ("arguments", "message"),
     [
         ({"stgp_mode": "both"}, "model arguments stgp_mode: mode must be 'grid' or 'pool', got 'both'"),
-        ({"stgp_mode": True}, "model arguments stgp_mode: mode must be 'grid' or 'pool', got True"),
+        ({"stgp_mode": True}, "stgp_mode must be a word, got True"),
         (
             {"stgp_mode": "grid", "stgp_temperature": 2},
             "model arguments stgp_mode, stgp_temperature: temperature must not be given in mode 'grid'",

@@ -32,7 +32,7 @@ INTEGRATIONS = {
         for one in (*qwen_vl.FAMILY.architectures, *glm_v.FAMILY.architectures)
     },
     "transformers, internvl": internvl.TESTED,
-    "vllm": vllm.TESTED,
+    **{f"vllm, {base}": family.tested(base) for family, base in vllm.ARCHITECTURES.values()},
     "sglang": sglang.TESTED,
     "ray": ray.TESTED,
     **{name: lmms_eval.tested(name) for name in lmms_eval.CLASSES},
@@ -55,8 +55,9 @@ def no_warning_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, package: str, signatures: Mapping[str, str]) -> None:
-    """Make an engine of functions with these parameters, in place of one that is installed."""
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+    """Make an engine, and others that it needs, of functions with these parameters, in place of what is installed."""
+    packages = {package, *(path.partition(":")[0].split(".")[0] for path in signatures)}
+    for name in [name for name in sys.modules if name.split(".")[0] in packages]:
         monkeypatch.delitem(sys.modules, name)
     make_module(monkeypatch, package)
     for path, expected in signatures.items():
@@ -240,7 +241,7 @@ def test_the_page_names_the_tested_versions_and_quotes_the_refusal(install: Call
     page = pages.INTEGRATIONS.text
     for name, tested in {
         "transformers": transformers.TESTED,
-        "vLLM": vllm.TESTED,
+        "vLLM": vllm.FAMILIES[0].tested("Qwen2VLForConditionalGeneration"),
         "SGLang": sglang.TESTED,
         "lmms-eval": lmms_eval.tested("LlavaVidStgp"),
         "Ray": ray.TESTED,

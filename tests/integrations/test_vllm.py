@@ -15,9 +15,11 @@ import pytest
 
 from stgridpool_kernels.integrations import base
 from stgridpool_kernels.integrations import vllm as plugin
-from stgridpool_kernels.integrations.base import PoolOptions
+from stgridpool_kernels.integrations.modes import mode_options
 
 ROOT = Path(__file__).parents[2]
+SETTINGS = {"Qwen3_5ForConditionalGeneration": object(), "LlamaForCausalLM": object()}
+"""This is vLLM's table of settings of architectures."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +41,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, version: str, **attributes: Any) -
     def not_found(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    engine = ModuleType("vllm")
+    engine, config = ModuleType("vllm"), ModuleType("vllm.model_executor.models.config")
     vars(engine).update(__version__=version, **attributes)
-    monkeypatch.setitem(sys.modules, "vllm", engine)
+    vars(config).update(MODELS_CONFIG_MAP=SETTINGS.copy())
+    for module in (engine, config):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(base.metadata, "version", not_found)
 
 
@@ -70,18 +74,28 @@ def test_architectures_are_registered_by_name_and_as_often_as_one_likes(monkeypa
     plugin.register()
     assert registry.models == {name: f"{plugin.__name__}:{name}" for name in plugin.ARCHITECTURES}
     assert all(name.startswith("Stgp") for name in registry.models)
+    settings = sys.modules["vllm.model_executor.models.config"].MODELS_CONFIG_MAP
+    assert settings == {
+        **SETTINGS,
+        "StgpQwen3_5ForConditionalGeneration": SETTINGS["Qwen3_5ForConditionalGeneration"],
+    }
 
 
-@pytest.mark.parametrize("attributes", [{}, {"ModelRegistry": object()}], ids=["no registry", "another registry"])
+@pytest.mark.parametrize("case", ["no registry", "another registry", "no settings"])
 def test_a_registry_of_another_kind_is_survived(
-    attributes: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    case: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stand_in(monkeypatch, "9.0", **attributes)
+    registry = Registry()
+    registries = {"no registry": {}, "another registry": {"ModelRegistry": object()}}
+    stand_in(monkeypatch, "9.0", **registries.get(case, {"ModelRegistry": registry}))
+    if case == "no settings":
+        monkeypatch.setitem(sys.modules, "vllm.model_executor.models.config", None)
     with caplog.at_level(logging.WARNING, logger=plugin.logger.name):
         plugin.register()
     assert [record.getMessage() for record in caplog.records] == [
         "the architectures of ST-GridPool could not be registered"
     ]
+    assert not registry.models
 
 
 def test_an_older_version_registers_and_refuses_to_be_selected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,19 +121,19 @@ def test_selecting_needs_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_options_the_size_is_that_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plugin.pool_options(SimpleNamespace()) == PoolOptions(ceil_mode=True)
+    assert plugin.engine_options(SimpleNamespace()) == mode_options("pool", ceil_mode=True)
     monkeypatch.setenv(plugin.OPTIONS_VARIABLE, "")
-    assert plugin.pool_options(SimpleNamespace()) == PoolOptions(ceil_mode=True)
+    assert plugin.engine_options(SimpleNamespace()) == mode_options("pool", ceil_mode=True)
 
 
 def test_options_of_the_engine_come_before_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plugin.OPTIONS_VARIABLE, '{"temperature": 3, "frame_strides": [2, 4]}')
-    expected = PoolOptions(temperature=3, frame_strides=(2, 4), ceil_mode=True)
-    assert plugin.pool_options(SimpleNamespace()) == expected
-    assert plugin.pool_options(SimpleNamespace(stgp_options=None)) == expected
-    assert plugin.pool_options(SimpleNamespace(stgp_options={})) == PoolOptions(ceil_mode=True)
+    expected = mode_options("pool", temperature=3, frame_strides=(2, 4), ceil_mode=True)
+    assert plugin.engine_options(SimpleNamespace()) == expected
+    assert plugin.engine_options(SimpleNamespace(stgp_options=None)) == expected
+    assert plugin.engine_options(SimpleNamespace(stgp_options={})) == mode_options("pool", ceil_mode=True)
     given = SimpleNamespace(stgp_options={"output_size": [3, 3]})
-    assert plugin.pool_options(given) == PoolOptions(output_size=(3, 3))
+    assert plugin.engine_options(given) == mode_options("pool", output_size=(3, 3))
 
 
 @pytest.mark.parametrize(
@@ -139,13 +153,13 @@ def test_bad_options_are_named_with_where_they_come_from(
 ) -> None:
     monkeypatch.setenv(plugin.OPTIONS_VARIABLE, text)
     with pytest.raises(ValueError, match=message):
-        plugin.pool_options(SimpleNamespace())
+        plugin.engine_options(SimpleNamespace())
     monkeypatch.delenv(plugin.OPTIONS_VARIABLE)
     if text.startswith('{"'):
         with pytest.raises(ValueError, match=message.replace("STGP_VLLM_OPTIONS", "stgp_options")):
-            plugin.pool_options(SimpleNamespace(stgp_options=json.loads(text)))
+            plugin.engine_options(SimpleNamespace(stgp_options=json.loads(text)))
 
 
 def test_options_of_the_engine_are_by_name() -> None:
     with pytest.raises(ValueError, match=r"^stgp_options must be options by name, got \[2, 4\]$"):
-        plugin.pool_options(SimpleNamespace(stgp_options=[2, 4]))
+        plugin.engine_options(SimpleNamespace(stgp_options=[2, 4]))

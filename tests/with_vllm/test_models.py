@@ -68,10 +68,10 @@ def expected(kind: str, engine: str) -> Answers:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_same_answers_as_transformers(kind: str, engine: str, results: dict[str, Any]) -> None:
-    """vLLM's kernels for Qwen3.5 on CPUs take bfloat16 alone, and test_tokens.py compares its answers in one arithmetic.
+    """They do so token for token, except for Qwen3.5, whose kernels for CPUs in vLLM take bfloat16 alone.
 
-    Here the places in its prompts are compared, and the first token, whose logarithm of probability may differ by what
-    bfloat16 does to it.
+    Of that model the places in its prompts are compared, and the first token, whose logarithm of probability may differ
+    by what bfloat16 does to it; test_tokens.py compares its answers in one arithmetic.
     """
     answers, reference = results[engine]["answers"], expected(kind, engine)
     if not kind.startswith("qwen3_5"):
