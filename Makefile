@@ -13,7 +13,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*
 cpu_torchvision = site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
     cp tools/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 
-.PHONY: help demo quick test test-all test-transformers test-vllm test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench bench-pruning performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
+.PHONY: help demo quick test test-all test-transformers test-vllm test-vllm-next test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench bench-pruning performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -120,12 +120,27 @@ test-sglang: build/with_sglang/installed ## the hooks for SGLang in its publishe
 	    --confcutdir=tests/with_sglang tests/with_sglang $(ARGS)
 
 # The package is installed beside vLLM's environment, so that an engine can also run without it.
-test-vllm: build/with_vllm/installed ## the plugin in a vLLM engine
+define vllm_plugin
 	$(call cpu_torchvision,build/with_vllm)
 	rm -rf build/vllm-wheel build/vllm-plugin
 	build/with_vllm/bin/python -c "from pathlib import Path; from tests.support.wheels import build_wheel; build_wheel(Path('$(CURDIR)/build/with_vllm/bin/python'), Path('$(CURDIR)/build/vllm-wheel'))"
 	build/with_vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/vllm-plugin build/vllm-wheel/*.whl
-	PYTHONPATH=$(CURDIR)/build/vllm-plugin build/with_vllm/bin/pytest --confcutdir=tests/with_vllm -o pythonpath= tests/with_vllm $(ARGS)
+endef
+vllm_pytest = build/with_vllm/bin/pytest --confcutdir=tests/with_vllm -o pythonpath=
+
+test-vllm: build/with_vllm/installed ## the plugin in a vLLM engine
+	$(vllm_plugin)
+	PYTHONPATH=$(CURDIR)/build/vllm-plugin $(vllm_pytest) tests/with_vllm $(ARGS)
+
+# There is no build of this version for CPUs. Its platform is the one that the end of its version names.
+NEXT_VLLM ?= 0.33.0
+
+test-vllm-next: build/with_vllm/installed ## the plugin in the Python code of the next vLLM, without an engine
+	$(vllm_plugin)
+	rm -rf build/vllm-next
+	build/with_vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/vllm-next vllm==$(NEXT_VLLM)
+	sed -i 's/^Version: .*/&+cpu/' build/vllm-next/vllm-$(NEXT_VLLM).dist-info/METADATA
+	PYTHONPATH=$(CURDIR)/build/vllm-next:$(CURDIR)/build/vllm-plugin $(vllm_pytest) tests/with_vllm/test_plugin.py $(ARGS)
 
 # Both run on a copy of the committed tree, so that its library does not replace the one of the checkout. What is not
 # bounded is the newest that pip finds. transformers asks for more than the lowest safetensors, so its tests come after.

@@ -58,7 +58,7 @@ class Family:
         module, name = self.classes[base]
         path = f"vllm.model_executor.models.{module}:{name}"
         methods = {f"{path}.{method}": parameters for method, parameters in self.methods.items()}
-        return {"package": "vllm", "at_least": "0.32", "below": "0.33", "signatures": methods | _SHARED}
+        return {"package": "vllm", "at_least": "0.32", "below": "0.34", "signatures": methods | _SHARED}
 
 
 def _generation(**modules: str) -> dict[str, tuple[str, str]]:

@@ -206,7 +206,7 @@ def test_an_older_version_is_refused_where_it_is_selected(run: Any, onevision: P
     path = at_version("0.31.0", tmp_path)
     _, log = run(onevision, [["words"]], selected(ONEVISION), PYTHONPATH=path, fails=True)
     assert (
-        "RuntimeError: vllm 0.31.0+cpu is installed; this integration was tested with vllm from 0.32 to before 0.33"
+        "RuntimeError: vllm 0.31.0+cpu is installed; this integration was tested with vllm from 0.32 to before 0.34"
     ) in log
 
 
