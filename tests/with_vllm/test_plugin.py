@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -239,6 +240,40 @@ def test_the_encoder_is_given_no_more_at_once_than_it_was_profiled_with(base: st
     assert [video.shape for video in results[0]] == [(17 * 6, 16), (3 * 2, 16), (2 * 2, 16), (20, 16)]
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert seen == ([[], []] if kind == "video_embeds" else [[1300], [1020, 120, 160]])
+
+
+@pytest.mark.parametrize(
+    ("base", "module", "kind", "name"),
+    [
+        ("InternVLChatModel", "internvl", "InternVLVideoPixelInputs", "pixel_values_flat"),
+        ("InternVLForConditionalGeneration", "interns1", "InternS1VideoPixelInputs", "pixel_values"),
+    ],
+)
+def test_so_is_that_of_internvl(base: str, module: str, kind: str, name: str) -> None:
+    model, seen = bare(base), []
+    model.num_image_token = 25
+
+    def extract_feature(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return pixels.flatten(1).unflatten(1, (25, 12))
+
+    model.extract_feature = extract_feature
+    frames = [17, 1, 3, 9]
+    given = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), kind)(
+        type="pixel_values_videos",
+        **{name: torch.randn(sum(frames), 3, 10, 10)},
+        num_patches=torch.tensor(frames),
+        resolve_bindings={"h": 10, "w": 10},
+    )
+    results = []
+    for limit in (10**6, 125):
+        model.stgp_encoded = limit
+        results.append(model._process_vision_input(given))
+    assert seen == [30, 17, 4, 9]
+    assert [video.shape for video in results[0]] == [(9 * count, 12) for count in frames]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    alone = given[name][-9:].flatten(1).unflatten(1, (5, 5, 12))
+    assert torch.equal(results[0][-1], mode_options("pool").apply(alone).flatten(0, 2))
 
 
 def bare(base: str, **options: Any) -> Any:
