@@ -1,11 +1,11 @@
-"""Plugin for vLLM: models with ST-GridPool between their vision encoder and their language model.
+"""This plugin for vLLM adds models with ST-GridPool between their vision encoder and their language model.
 
 Installing the package is enough: vLLM calls `register`, which adds an architecture for each of `ARCHITECTURES` and
 replaces none. The arguments of an engine select one of them, and its options:
 
     LLM(model, hf_overrides={
         "architectures": ["StgpQwen3VLForConditionalGeneration"],
-        "stgp_options": {"mode": "pool", "temperature": 2.0},  # optional
+        "stgp_options": {"mode": "pool", "temperature": 2.0},  # may be left out
     })
 
 Options are `mode` ("pool", the default, or "grid") and the keyword arguments of `grid_pool` except `frame_counts` and
@@ -29,7 +29,7 @@ from .modes import MODES, ModeOptions, mode_options
 from .options import read_options
 
 OPTIONS_VARIABLE = "STGP_VLLM_OPTIONS"
-"""Environment variable that holds the options of engines without `stgp_options`."""
+"""This environment variable holds the options of engines without `stgp_options`."""
 
 _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
 _SHARED = {
@@ -38,12 +38,12 @@ _SHARED = {
     f"{_PROCESSOR}.get_dummy_mm_inputs": "self, mm_counts, ...",
     "vllm.multimodal.registry:MultiModalRegistry.register_processor": "self, processor, info, dummy_inputs",
 }
-"""Parameters of what the plugin replaces or calls for every architecture."""
+"""The plugin replaces or calls these functions for every architecture; the values are names of their parameters."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Architectures of vLLM that one module of this package adapts.
+    """A family is a set of vLLM's architectures that one module of this package adapts.
 
     adapter: name of the module. methods: parameters of the methods of a model that it replaces or calls. classes:
     module and name of vLLM's class of each architecture.
@@ -62,6 +62,7 @@ class Family:
 
 
 def _generation(**modules: str) -> dict[str, tuple[str, str]]:
+    """Return module and name of the class of each architecture PREFIXForConditionalGeneration, of modules by PREFIX."""
     return {
         f"{prefix}ForConditionalGeneration": (module, f"{prefix}ForConditionalGeneration")
         for prefix, module in modules.items()
@@ -95,7 +96,7 @@ FAMILIES = (
         },
         {
             "InternVLChatModel": ("internvl", "InternVLChatModel"),
-            # transformers' InternVL is served by the class for Intern-S1
+            # vLLM serves InternVL in the format of transformers by its class for Intern-S1
             "InternVLForConditionalGeneration": ("interns1", "InternS1ForConditionalGeneration"),
             **_generation(InternS1="interns1"),
         },
@@ -111,12 +112,12 @@ FAMILIES = (
 )
 
 ARCHITECTURES = {f"Stgp{base}": (family, base) for family in FAMILIES for base in family.classes}
-"""Architectures that `hf_overrides` can select, each with its family and the architecture of vLLM it is made from.
+"""`hf_overrides` can select these architectures, each with its family and the architecture of vLLM it is made from.
 
-Their classes are attributes of this module, made on first use.
+The classes are attributes of this module, made on first use.
 """
 
-logger = logging.getLogger("vllm.stgridpool_kernels")  # vLLM shows only loggers below its own
+logger = logging.getLogger("vllm.stgridpool_kernels")  # the name begins as vLLM's, since it shows no others
 
 
 def register() -> None:
@@ -134,7 +135,7 @@ def register() -> None:
         registry = engine.ModelRegistry
         settings: Any = importlib.import_module("vllm.model_executor.models.config").MODELS_CONFIG_MAP
         for name, (_, base) in ARCHITECTURES.items():
-            if base in settings:  # vLLM finds them by the name of an architecture
+            if base in settings:  # vLLM looks settings up by the name of an architecture
                 settings[name] = settings[base]
             registry.register_model(name, f"{__name__}:{name}")
     except Exception:

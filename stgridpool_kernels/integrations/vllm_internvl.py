@@ -1,6 +1,6 @@
-"""The InternVL models of vLLM with ST-GridPool after their projector: InternVLChatModel, InternVL and Intern-S1.
+"""This module adds ST-GridPool to InternVLChatModel, InternVL and Intern-S1 of vLLM, after their projector.
 
-A frame has a square of tokens, with which it stands in the prompt, whatever the resolution of the video.
+Every frame has a square of tokens, and as many places in the prompt, whatever the resolution of the video.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import itertools
 import math
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from .internvl import frame_tokens
-from .vllm_models import PooledInfo, PooledModel, PooledProcessor, encoder_batches, make_class
+from .vllm_models import PooledInfo, PooledModel, PooledProcessor, make_class
 
 
 class InternVLInfo(PooledInfo):
+    """This mixin checks options against the tokens of a frame and their channels."""
+
     get_hf_processor: Any
 
     def check_options(self) -> None:
@@ -27,6 +29,8 @@ class InternVLInfo(PooledInfo):
 
 
 class InternVLProcessor(PooledProcessor):
+    """This mixin writes as many placeholders of a frame into prompts as tokens are left of it."""
+
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
         tokens = self.info.get_hf_processor(**hf_processor_mm_kwargs).image_seq_length
@@ -35,7 +39,7 @@ class InternVLProcessor(PooledProcessor):
 
 
 class InternVLModel(PooledModel):
-    """Mixin of a model whose projector leaves (F·S, C) tokens of a video of F frames, S of them a square."""
+    """This mixin pools what the projector leaves of a video: (F, S, C) tokens of F frames, where S is a square."""
 
     num_image_token: int
     extract_feature: Any
@@ -48,18 +52,14 @@ class InternVLModel(PooledModel):
             return super()._process_vision_input(image_input)  # type: ignore[misc]
         name = "pixel_values_flat" if hasattr(image_input, "pixel_values_flat") else "pixel_values"
         frames = [int(count) for count in image_input["num_patches"]]
-        pooled: list[Tensor] = []
-        for videos in encoder_batches([count * self.num_image_token for count in frames], self.stgp_encoded):
-            start = sum(frames[: videos.start])
-            counts = frames[videos]
-            features = self.extract_feature(image_input[name][start : start + sum(counts)])
-            tokens = self.stgp_options.apply(features.unflatten(1, self.stgp_grid()), frame_counts=counts)
-            pooled += [video.flatten(0, 2) for video in tokens.split(counts)]
-        return tuple(pooled)
+        most = max(1, self.stgp_encoded // self.num_image_token)
+        features = torch.cat([self.extract_feature(some) for some in image_input[name].split(most)])
+        tokens = self.stgp_options.apply(features.unflatten(1, self.stgp_grid()), frame_counts=frames)
+        return tuple(video.flatten(0, 2) for video in tokens.split(frames))
 
 
 def _shortened(update: Any, tokens: int, left: int) -> Any:
-    """Return a replacement of vLLM for the place of a video, with `left` of the `tokens` places of every frame."""
+    """Return vLLM's prompt update for a video with `left` places for each frame in place of `tokens`."""
 
     def replacement(item_idx: int) -> Any:
         details = update.replacement(item_idx)

@@ -1,6 +1,6 @@
-"""The LLaVA models of vLLM with ST-GridPool in place of their own pooling of video tokens.
+"""This module puts ST-GridPool in place of the pooling of video tokens of the LLaVA models of vLLM.
 
-A batch of theirs may contain videos of different lengths, and the process that makes the engine refuses options unless
+A batch may then contain videos of different lengths, and the process that makes the engine refuses options unless
 they leave as many tokens as prompts have placeholders.
 """
 
@@ -18,6 +18,8 @@ from .vllm_models import PooledInfo, PooledModel, PooledProcessor, make_class
 
 
 class LlavaInfo(PooledInfo):
+    """This mixin checks options against the placeholders that prompts have."""
+
     stgp_modes = ("pool",)
 
     def check_options(self) -> None:
@@ -25,13 +27,15 @@ class LlavaInfo(PooledInfo):
         super().check_options()
         config = self.ctx.model_config.hf_config
         pixels = config.vision_config.image_size
-        # the difference excludes tokens that a video gets once, such as a newline
+        # tokens that a video has once, such as a newline, cancel out between one frame and none
         none, one = (self.get_num_video_tokens(image_width=pixels, image_height=pixels, num_frames=n) for n in (0, 1))  # type: ignore[attr-defined]
         name = f"vLLM's prompt for {config.model_type}"
         require_size(name, _grid(config), one - none, self.stgp_options.pool_options)
 
 
 class _Llava(PooledModel):
+    """This mixin pools the tokens of frames that are packed."""
+
     stgp_modes = ("pool",)
     config: Any
     vision_tower: Any
@@ -77,6 +81,7 @@ def _packed(videos: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 
 
 def _grid(config: Any) -> tuple[int, int]:
+    """Return rows and columns of tokens of a frame before pooling."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     return side, side
 

@@ -1,4 +1,4 @@
-"""What the model classes of the plugin for vLLM share: options, hashes, budgets and how a class is made.
+"""The model classes of the plugin for vLLM share this code: options, hashes, budgets and the making of a class.
 
 A class of the plugin is vLLM's own with three mixins: one for the model, one for its processor of prompts and one for
 the processor's knowledge of the model (its "info"). Weights, images and everything else of the base are unchanged.
@@ -19,8 +19,9 @@ from .vllm import engine_options, logger
 
 
 class PooledInfo:
-    """Mixin of what a processor knows of its model, which the process that makes the engine asks before any weights.
+    """This mixin extends what a processor of prompts knows of its model.
 
+    The process that makes the engine makes one before weights are loaded, so that wrong options are refused there.
     stgp_modes: the modes that the model has. stgp_options: the engine's options.
     """
 
@@ -44,16 +45,16 @@ class PooledInfo:
 
 
 class PooledProcessor:
-    """Mixin of a processor of prompts. stock: vLLM's class that it extends."""
+    """This mixin extends a processor of prompts. stock: vLLM's own class of it."""
 
     stock: Any
     info: Any
     dummy_inputs: Any
 
     def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
-        """Return hashes under which options have a share, so that no cache gives a video of other options.
+        """Return hashes of videos that depend on the options, so that no cache returns a video of other options.
 
-        Hashes of videos that a request brings along ("UUIDs") are treated alike. Those of images stay.
+        Hashes that a request brings along ("UUIDs") depend on them too. Those of images are vLLM's.
         """
         hashes = dict(super()._get_mm_hashes(inputs))  # type: ignore[misc]
         options = self.info.stgp_options
@@ -66,15 +67,20 @@ class PooledProcessor:
         return hashes
 
     def get_dummy_mm_inputs(self, *arguments: Any, **keywords: Any) -> Any:
-        """Return what vLLM makes without ST-GridPool, from which it derives budgets that hold for any video.
+        """Return the inputs by which vLLM profiles the base, so that budgets are those of the base.
 
-        Its video for this has as many frames as fit into the context unpooled. Requests may have more of them.
+        Pooled, the video of these inputs would have fewer tokens than a longer one that fits into the context.
         """
         return self.stock(self.info, self.dummy_inputs).get_dummy_mm_inputs(*arguments, **keywords)
 
 
 class PooledModel:
-    """Mixin of a model. stgp_options: the engine's options."""
+    """This mixin extends a model of vLLM.
+
+    stgp_options: the engine's options. stgp_encoded: the most tokens that its encoder may leave in one call, which are
+    those that it was profiled with. The engine chooses the videos of a step by their numbers of pooled tokens, so that
+    a step may hold several times as many.
+    """
 
     stgp_modes: Sequence[str] = MODES
 
@@ -83,7 +89,7 @@ class PooledModel:
         self.stgp_options = engine_options(vllm_config.model_config.hf_config, self.stgp_modes)
         self.stgp_encoded = vllm_config.scheduler_config.max_num_encoder_input_tokens
         if self.stgp_options.mode == "pool" and "grid" in self.stgp_modes:
-            # prompts are shorter than vLLM's, which counts the tokens that its encoder sees of a video by its places
+            # vLLM takes the places of a video in the prompt for the tokens of its encoder, which are more
             self.supports_tower_connector_lora = False
         logger.info("ST-GridPool: %s, %s", self._shown_size(), self.stgp_options)
 
@@ -101,12 +107,12 @@ class PooledModel:
 
 
 class EncoderGraphs:
-    """Mixin of a model whose encoder vLLM can record in CUDA graphs, for images."""
+    """This mixin leaves CUDA graphs of the encoder to images."""
 
     def get_encoder_cudagraph_config(self) -> Any:
-        """Return the engine's settings for CUDA graphs of the encoder, which is called without them for videos.
+        """Return settings under which vLLM uses CUDA graphs of the encoder for images alone.
 
-        A graph returns what the encoder leaves, and nothing pools that. Images keep their graphs.
+        A graph returns the tokens of the encoder without a call of the method that pools them.
         """
         config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
         others = [modality for modality in config.modalities if modality != "video"]
@@ -114,11 +120,7 @@ class EncoderGraphs:
 
 
 def encoder_batches(tokens: Sequence[int], limit: int) -> Iterator[slice]:
-    """Yield runs of videos whose tokens together do not exceed `limit`, and videos that exceed it alone.
-
-    tokens: the number of tokens that the encoder leaves of each video. The engine chooses the videos of a step by the
-    number of pooled tokens, so that a step may hold several times the tokens that the encoder was profiled with.
-    """
+    """Yield slices of `tokens`: as many consecutive numbers as are at most `limit` together, or one that is more."""
     start = total = 0
     for number, count in enumerate(tokens):
         if number > start and total + count > limit:
@@ -130,10 +132,9 @@ def encoder_batches(tokens: Sequence[int], limit: int) -> Iterator[slice]:
 
 
 def make_class(base: str, model: type, processor: type = PooledProcessor, info: type = PooledInfo) -> Any:
-    """Return vLLM's class of an architecture with mixins, and with vLLM's processor, which has mixins too.
+    """Return a subclass of vLLM's class of an architecture, made with mixins, with a processor made in the same way.
 
-    The class has the name of its base, since vLLM looks some settings up by it: where a draft model finds the
-    placeholders of images, for example.
+    The class has the name of its base, since vLLM looks up by it where a draft model finds the placeholders of images.
     """
     stock_model = ModelRegistry.models[base].load_model_cls()
     stock = stock_model._processor_factory

@@ -1,4 +1,4 @@
-"""The Qwen-VL models of vLLM with ST-GridPool after their encoder: Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5.
+"""This module adds ST-GridPool to the Qwen-VL models of vLLM: Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5.
 
 The number of tokens that are left of a video is known before anything runs. So two places are told of the smaller grid,
 the one that writes prompts and the one that makes positions, and a third one pools.
@@ -9,21 +9,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .video_grid import shrink_grids, shrink_video
 from .vllm_models import PooledInfo, PooledModel, PooledProcessor, encoder_batches, make_class
 
+Grid = tuple[int, int, int]
+"""A grid is the number of pairs of frames of a video, and rows and columns of tokens of a pair."""
+
 
 class QwenInfo(PooledInfo):
+    """This mixin checks options against the channels of a token."""
+
     def check_options(self) -> None:
         super().check_options()
         self.stgp_options.check_channels(self.ctx.model_config.hf_text_config.hidden_size)
 
 
 class QwenProcessor(PooledProcessor):
+    """This mixin writes as many placeholders of a video into prompts as tokens are left of it."""
+
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         config = self.info.ctx.model_config.hf_config
         pooled = dict(out_mm_kwargs)
@@ -33,9 +42,9 @@ class QwenProcessor(PooledProcessor):
 
 
 class QwenModel(PooledModel):
-    """Mixin of a model whose encoder leaves (T·H'·W', C) tokens of a video, in its order of patches T × H × W.
+    """This mixin pools what the encoder leaves of a video: (T·H'·W', C) tokens, ordered by time, row and column.
 
-    Of models with deepstack, C holds the channels of the main token, then those of all levels.
+    In models with deepstack, C holds the channels of the main token, then those of all levels.
     """
 
     config: Any
@@ -47,14 +56,33 @@ class QwenModel(PooledModel):
     def _process_video_input(self, video_input: Any) -> tuple[Tensor, ...]:
         merge = self.config.vision_config.spatial_merge_size
         grids = [(t, h // merge, w // merge) for t, h, w in video_input["video_grid_thw"].tolist()]
-        pooled: list[Tensor] = []
-        for videos in encoder_batches([math.prod(grid) for grid in grids], self.stgp_encoded):
-            encoded = super()._process_video_input(_some_videos(video_input, videos, merge))  # type: ignore[misc]
-            pooled += [
-                shrink_video(tokens, grid, self.stgp_options, self.stgp_channels)
-                for tokens, grid in zip(encoded, grids[videos], strict=True)
-            ]
-        return tuple(pooled)
+        return tuple(
+            shrink_video(tokens, grid, self.stgp_options, self.stgp_channels)
+            for tokens, grid in zip(self._encoded(video_input, grids, merge), grids, strict=True)
+        )
+
+    def _encoded(self, video_input: Any, grids: Sequence[Grid], merge: int) -> Sequence[Tensor]:
+        """Return the tokens that the encoder leaves of every video, in calls of no more than `stgp_encoded` tokens.
+
+        A pair of frames is encoded without regard to the others, so that a long video can be encoded in pieces.
+        """
+        encode = super()._process_video_input  # type: ignore[misc]
+        if video_input["type"] == "video_embeds" or sum(map(math.prod, grids)) <= self.stgp_encoded:
+            return encode(video_input)  # type: ignore[no-any-return]
+        pieces = [piece for grid in grids for piece in _pieces(grid, self.stgp_encoded)]
+        sizes = [math.prod(piece) for piece in pieces]
+        rows: list[Tensor] = []
+        start = 0
+        for some in encoder_batches(sizes, self.stgp_encoded):
+            patches = sum(sizes[some]) * merge**2
+            part = {
+                "type": video_input["type"],
+                "pixel_values_videos": video_input["pixel_values_videos"][start : start + patches],
+                "video_grid_thw": torch.tensor([(t, h * merge, w * merge) for t, h, w in pieces[some]]),
+            }
+            rows += encode(part)
+            start += patches
+        return torch.cat(rows).split([math.prod(grid) for grid in grids])
 
     def get_mrope_input_positions(self, input_tokens: Any, mm_features: Any) -> Any:
         pooled = [
@@ -66,23 +94,18 @@ class QwenModel(PooledModel):
         return super().get_mrope_input_positions(input_tokens, pooled)  # type: ignore[misc]
 
 
+def _pieces(grid: Grid, limit: int) -> list[Grid]:
+    """Return grids of consecutive frames that are a video together, each of `limit` tokens or a single frame."""
+    frames, rows, cols = grid
+    most = max(1, limit // (rows * cols))
+    return [(min(most, frames - start), rows, cols) for start in range(0, frames, most)]
+
+
 def _pooled_item(item: Any, config: Any, options: Any) -> Any:
     """Return vLLM's record of a video with the grid, in patches, of what is left of it, and all else as it is."""
     grid = item["video_grid_thw"]
     [left] = shrink_grids(grid.data[None], config.vision_config.spatial_merge_size, options)
     return type(item)({**item, "video_grid_thw": dataclasses.replace(grid, data=left)})
-
-
-def _some_videos(video_input: Any, videos: slice, merge: int) -> Any:
-    """Return the part of `video_input` for some of its videos: patches, or tokens where requests brought those."""
-    grids = video_input["video_grid_thw"]
-    if videos == slice(0, len(grids)):
-        return video_input
-    kind = video_input["type"]
-    sizes = (grids.prod(-1) // (merge**2 if kind == "video_embeds" else 1)).tolist()
-    start = sum(sizes[: videos.start])
-    rows = video_input[kind][start : start + sum(sizes[videos])]
-    return {"type": kind, kind: rows, "video_grid_thw": grids[videos]}
 
 
 @functools.cache
