@@ -1,4 +1,4 @@
-"""Integration into SGLang, by hooks of its plugin system, for models of the LLaVA and of the Qwen-VL family.
+"""This integration into SGLang uses hooks of its plugin system, for models of the LLaVA and of the Qwen-VL family.
 
 It is off unless the environment variable STGP_SGLANG is set when the engine starts: to `on`, or to options as in
 `STGP_SGLANG=mode=grid,frame_strides=2:4:8`. A mode and options mean what they mean for `qwen_vl.patch`; models of the
@@ -30,11 +30,13 @@ TESTED: dict[str, Any] = {
         f"{_REGISTRY}:HookRegistry.register": "target, hook, hook_type, ...",
     },
 }
-"""Arguments of `require` for this integration."""
+"""This integration calls `require` with these arguments."""
 
 
 def register() -> None:
-    """Entry point of the group `sglang.srt.plugins`: register the hooks if STGP_SGLANG is set.
+    """Register the hooks if STGP_SGLANG is set.
+
+    SGLang finds this function in the entry point group `sglang.srt.plugins`.
 
     Raises SystemExit if the options are wrong or SGLang has a version that `require` refuses, since the engine would
     log any other exception and continue without the plugin.

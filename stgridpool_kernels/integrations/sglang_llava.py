@@ -1,9 +1,9 @@
-"""The hooks for SGLang's LlavaLlamaForCausalLM, LlavaQwenForCausalLM and LlavaMistralForCausalLM, which pool videos.
+"""These hooks pool videos of SGLang's LlavaLlamaForCausalLM, LlavaQwenForCausalLM and LlavaMistralForCausalLM.
 
-They are around methods of the common base class. Its `forward` pools videos in the middle of other work, frame by
-frame, without the boundaries of videos. The hook of `pad_input_ids`, which has the prompt, therefore marks the frames
-of each video; that of `forward` hides videos from SGLang's own pooling; and that of `encode_images` returns features
-that are pooled when `forward` splits them.
+They wrap methods of the common base class, whose `forward` pools videos in the middle of other work, frame by frame,
+without the boundaries of videos. The hook of `pad_input_ids`, which has the prompt, therefore marks the frames of each
+video; that of `forward` hides videos from SGLang's own pooling; and that of `encode_images` returns features that are
+pooled when `forward` splits them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _METHODS = {
 }
 
 SIGNATURES = {f"sglang.srt.models.llava:{_CLASS}.{name}": parameters for name, parameters in _METHODS.items()}
-"""The parameters of each method that has a hook, by module and name."""
+"""These are the parameters of each method that has a hook, by the method's module and name."""
 
 
 @dataclass
 class _Call:
-    """State of one call of forward.
+    """One call of `forward` has this state.
 
     items: items of the requests that it encodes, in the order of encoding. pooled: whether their videos were pooled.
     """
@@ -48,7 +48,7 @@ class _Call:
 
 
 class Hooks:
-    """The hooks. Each has the name of the method that it is around."""
+    """This object has the hooks for LLaVA, each under the name of the method that it wraps."""
 
     def __init__(self, options: ModeOptions) -> None:
         self.mode, self.options = options.mode, options.pool_options
@@ -80,13 +80,14 @@ class Hooks:
         return padded
 
     def _infer_image_aspect_ratio(self, original: Callable[..., Any], mm_items: Sequence[Any]) -> Any:
-        """Record the items of a request: forward calls this method once for every request that it encodes."""
+        """Record the items of a request, since `forward` calls this method once for every request that it encodes."""
         call = self._call.get()
         if call is not None:
             call.items.extend(mm_items)
         return original(mm_items)
 
     def encode_images(self, original: Callable[..., Any], model: Any, pixel_values: Any) -> Any:
+        """Return features that are pooled when `forward` splits them, if any item is a frame of a video."""
         features = original(model, pixel_values)
         call = self._call.get()
         if call is None or not any(map(_place, call.items)):
@@ -96,6 +97,7 @@ class Hooks:
     def forward(
         self, original: Callable[..., Any], model: Any, input_ids: Any, positions: Any, forward_batch: Any
     ) -> Any:
+        """Hide marked videos from SGLang's own pooling. Raises RuntimeError if they are encoded but not pooled."""
         frames = [
             item for inputs in forward_batch.mm_inputs or () if inputs for item in inputs.mm_items if _place(item)
         ]
@@ -105,7 +107,7 @@ class Hooks:
         call = _Call()
         token = self._call.set(call)
         try:
-            for frame in frames:  # it would pool items of videos itself
+            for frame in frames:  # SGLang's `forward` would pool items that are marked as videos.
                 frame.modality = type(modality).IMAGE
             result = original(model, input_ids, positions, forward_batch)
         finally:
@@ -118,7 +120,10 @@ class Hooks:
 
 
 class _Pooled:
-    """Features (ΣF, g², C) of all items. torch.split returns those of each item, pooled if it is a frame of a video."""
+    """This object stands for the features (ΣF, g², C) of all items.
+
+    `torch.split` of it returns those of each item, pooled if it is a frame of a video.
+    """
 
     def __init__(self, features: Tensor, grid: tuple[int, int], call: _Call, options: PoolOptions) -> None:
         self._features, self._grid, self._call, self._options = features, grid, call, options
@@ -170,6 +175,6 @@ def name_videos(input_ids: Sequence[int], placeholder: int, items: Sequence[Any]
 
 
 def _place(item: Any) -> int:
-    """Return the number of the frame in its video, from 1, 0 if the item is no frame that `name_videos` marked."""
+    """Return the frame's number in its video, counted from 1, or 0 if `name_videos` did not mark the item."""
     place: int = getattr(item, "stgp_frame", 0)
     return place

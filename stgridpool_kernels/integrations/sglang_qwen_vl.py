@@ -1,4 +1,4 @@
-"""The hooks for SGLang's models of the Qwen-VL family: Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, dense and MoE.
+"""These hooks are for SGLang's models of the Qwen-VL family: Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, dense and MoE.
 
 SGLang makes prompts in one process and encodes videos in another. The hook of the multimodal processor marks every
 video of a prompt that it made, and the hook of the encoder changes the tokens of marked videos alone. A video whose
@@ -27,12 +27,15 @@ _MODELS = {
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
     "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
 }
-"""The class of each type of model that has hooks. Other models of SGLang inherit from these classes."""
+"""Models of these types have hooks; the value is the class of each.
+
+Models of SGLang that inherit from these classes but have other types are left alone.
+"""
 
 _PROCESSOR = "sglang.srt.multimodal.processors.qwen_vl:QwenVLImageProcessor"
 _ITEM = "sglang.srt.managers.schedule_batch:MultimodalDataItem"
 _OWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Types of models whose classes have methods of their own; the others inherit those of Qwen3-VL."""
+"""The classes of these types have methods of their own; those of the other types inherit the methods of Qwen3-VL."""
 
 SIGNATURES = {
     f"{_PROCESSOR}.__init__": "self, hf_config, server_args, _processor, ...",
@@ -41,20 +44,20 @@ SIGNATURES = {
     **{f"sglang.srt.models.{kind}:{_MODELS[kind]}.__init__": "self, config, ..." for kind in _OWN},
     **{f"sglang.srt.models.{kind}:{_MODELS[kind]}.get_video_feature": "self, items" for kind in _OWN},
 }
-"""The parameters of each method that has a hook, by module and name."""
+"""These are the parameters of each method that has a hook, by the method's module and name."""
 
 CALLED = {
     f"transformers.models.{folder}.processing_{folder}:{name}.replace_video_token": "self, video_inputs, video_idx, ..."
     for folder, name in dict.fromkeys(one.processor for one in FAMILY.architectures)
 }
-"""The parameters of methods of transformers by which prompts get as many placeholders as tokens are left."""
+"""These are the parameters of the methods by which processors of transformers write the placeholders of a video."""
 
 _MARK = "stgp_options"
-"""Name of the entry of an item's `model_specific_data` that holds the options with which its prompt was made."""
+"""The entry of this name in an item's `model_specific_data` holds the options with which its prompt was made."""
 
 
 class Hooks:
-    """The hooks. options: the mode and the options of the engine."""
+    """This object has the hooks for Qwen-VL. options: the mode and the options of the engine."""
 
     def __init__(self, options: ModeOptions) -> None:
         self.options = options
@@ -78,7 +81,7 @@ class Hooks:
             FAMILY.patch_processor(processor._processor, self.options)
 
     def make_model(self, original: Callable[..., Any], model: Any, /, *arguments: Any, **named: Any) -> None:
-        """Check, when the engine starts, that it and its model go together with the options."""
+        """Check, when the engine starts, that the hooks reach its videos, and that its model fits the options."""
         original(model, *arguments, **named)
         if type(model).__name__ in _MODELS.values():
             check_engine()
@@ -87,7 +90,7 @@ class Hooks:
     def process(
         self, original: Callable[..., Any], processor: Any, base_output: Any, /, *arguments: Any, **named: Any
     ) -> tuple[list[Any], Any, Any]:
-        """Mark the videos of a request, and return grids for its positions of what is left of them."""
+        """Mark the videos of a request, and return the grids that are left, from which positions are computed."""
         if processor.model_type not in _MODELS:
             return original(processor, base_output, *arguments, **named)  # type: ignore[no-any-return]
         for video in base_output.videos or ():
