@@ -1,7 +1,7 @@
-"""Integration into lmms-eval: models of lmms-eval with ST-GridPool, found by its entry point group.
+"""This integration gives lmms-eval models with ST-GridPool, which lmms-eval finds by an entry point.
 
-A name of lmms-eval with `_stgp` at its end is its own model, in the simple and the chat variant that it has. Options
-are model arguments with the prefix `stgp_`:
+The name of each is that of lmms-eval's own model with `_stgp` at the end, and it has the variants of that model, simple
+or chat. Options are model arguments with the prefix `stgp_`:
 
     python -m lmms_eval --model qwen3_vl_stgp --model_args pretrained=…,stgp_temperature=2,stgp_frame_strides=1:2:4 …
 """
@@ -20,7 +20,7 @@ from .base import require
 
 @dataclass(frozen=True)
 class _Model:
-    """A model of lmms-eval.
+    """This is a model of lmms-eval that is adapted.
 
     class_name: name of its class, which both variants have. variants: "simple" asks it by text and media, "chat" by
     messages. members: function that returns what a subclass of its class overrides, by name.
@@ -42,18 +42,18 @@ MODELS = {
     "qwen3_5": _Model("Qwen3_5", ("simple", "chat"), _QWEN),
     "internvl_hf": _Model("InternVLHf", ("chat",), _INTERNVL),
 }
-"""The models, by lmms-eval's name for each, which is also that of the module of its class."""
+"""These are the models, by lmms-eval's name for each, which is also the name of its module."""
 
 CLASSES = {
     f"{model.class_name}{'Chat' if variant == 'chat' else ''}Stgp": (name, variant)
     for name, model in MODELS.items()
     for variant in model.variants
 }
-"""The classes of this module, and the name and the variant of the model that each is made of."""
+"""These are the classes of this module, each with the name and the variant of the model that it is made of."""
 
 
 def manifests() -> list[Any]:
-    """Entry point of the group `lmms_eval.models`: return one ModelManifest per model."""
+    """Return one ModelManifest per model. lmms-eval finds this function in the entry point group `lmms_eval.models`."""
     registry = importlib.import_module("lmms_eval.models.registry_v2")
     paths: dict[str, dict[str, str]] = {}
     for class_name, (name, variant) in CLASSES.items():
@@ -62,7 +62,10 @@ def manifests() -> list[Any]:
 
 
 def tested(class_name: str) -> dict[str, Any]:
-    """Return the arguments of `require` for one of `CLASSES`. Modules of the others may import what is not there."""
+    """Return the arguments of `require` for one of `CLASSES`.
+
+    They name the module of that class alone, since modules of other models may import packages that are not installed.
+    """
     name, variant = CLASSES[class_name]
     base = f"lmms_eval.models.{variant}.{name}:{MODELS[name].class_name}"
     methods = ("loglikelihood", "generate_until", "generate_until_multi_round")
@@ -89,6 +92,6 @@ def _pooled_class(class_name: str) -> type:
     about = {
         "__module__": __name__,
         "__qualname__": class_name,
-        "__doc__": f"lmms-eval's {variant} model {name} with ST-GridPool; see docs/integrations/lmms_eval.md.",
+        "__doc__": f"This is lmms-eval's {variant} model {name} with ST-GridPool; see docs/integrations/lmms_eval.md.",
     }
     return type(class_name, (base,), about | MODELS[name].members(base))

@@ -1,7 +1,7 @@
-"""lmms-eval's models of LLaVA-NeXT, `llava_vid` and `llava_onevision`, with ST-GridPool as their pooling.
+"""This module makes ST-GridPool the pooling of lmms-eval's `llava_vid` and `llava_onevision`.
 
-LLaVA-NeXT pools in a method of a class that all its models share, so this class is patched, for the length of loading
-and of every request.
+LLaVA-NeXT pools in a method of a class that all its models share, so this class is patched, but only while a model is
+loaded or answers requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .options import split_arguments
 
 _REQUESTS = ("loglikelihood", "generate_until", "generate_until_multi_round", "generate_until_agentic")
 _NEWLINES = {"no_token": "none", "one_token": "one_token", "grid": "grid", "frame": "frame"}
-"""The `newline` of `video_token_count` for each mm_newline_position of LLaVA-NeXT."""
+"""These are the values of `newline` of `video_token_count`, by the mm_newline_position of LLaVA-NeXT."""
 
 
 def members(base: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def members(base: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _pooling(model: Any) -> Iterator[None]:
-    """Patch LLaVA's class for the length of the block only, unless `model` is at work already.
+    """Patch LLaVA's class only while the block runs, unless another method of `model` has patched it.
 
     Other models in the process, such as the baseline of a comparison, thus keep their own pooling.
     """

@@ -1,7 +1,8 @@
-"""lmms-eval's models that hold a model of transformers, with ST-GridPool between its encoder and its language model.
+"""This module puts ST-GridPool into those models of lmms-eval that hold a model of transformers.
 
-lmms-eval keeps model and processor as attributes, and prompts get their placeholders from the processor, so both are
-patched as soon as they are loaded. Others in the process are not affected.
+It takes place between encoder and language model. lmms-eval keeps model and processor as attributes, and prompts get
+their placeholders from the processor, so both are patched as soon as they are loaded. Other models in the process are
+not affected.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .options import split_arguments
 
 
 class _Failed(BaseException):
-    """Carries an error through code that catches every Exception."""
+    """This exception carries an error through code that catches every Exception."""
 
 
 def members(base: Any, family: Family) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def members(base: Any, family: Family) -> dict[str, Any]:
 def members_that_raise(base: Any, family: Family) -> dict[str, Any]:
     """Return `members`, and a `generate_until` that raises the errors of `generate`.
 
-    lmms-eval's own method takes an empty string for the answer then, so that an error is scored as a mistake.
+    Where `generate` raises, lmms-eval's own method takes an empty string for the answer, so that an error is scored as
+    a mistake.
     """
 
     def generate_until(self: Any, requests: Any) -> Any:
