@@ -1,8 +1,9 @@
-"""The two modes of integrations for models whose encoder leaves a grid of tokens per frame, as Qwen-VL and InternVL do.
+"""This module has the two modes of integrations for models whose encoder leaves a grid of tokens per frame.
 
-Mode "grid" applies `temporal_grid` alone: as many tokens as before, so prompts and positions stay as they are. Mode
-"pool" applies `grid_pool`: fewer tokens, for which prompts and positions have to make room. These models pool nothing
-between encoder and language model themselves, so both are right, and the user chooses.
+Mode "grid" applies `temporal_grid` alone, which leaves as many tokens as before, so prompts and positions stay as they
+are. Mode "pool" applies `grid_pool`, which leaves fewer tokens, so prompts and positions have to be made for these.
+Models such as Qwen-VL and InternVL pool nothing between encoder and language model themselves, so both are right, and
+the user chooses.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ from ..plan.values import shown
 from .base import PoolOptions, ceil_options, pooled_grid
 
 MODES = ("grid", "pool")
-"""The names of the modes."""
+"""These are the names of the modes."""
 
 GRID_OPTIONS = tuple(name for name in inspect.signature(temporal_grid).parameters if name in OPTIONS)
-"""Names of the options that mode "grid" takes, which are those of `temporal_grid`."""
+"""These are the names of the options that mode "grid" takes, which are those of `temporal_grid`."""
 
 
 @dataclass(frozen=True, repr=False)
 class ModeOptions:
-    """A mode and its checked options. Objects are immutable and hashable; `mode_options` makes them."""
+    """This object holds a mode and its checked options. It is immutable and hashable; `mode_options` makes it."""
 
     mode: str
     pool_options: PoolOptions
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """All arguments by name, with defaults, of `temporal_grid` in mode "grid" and of `grid_pool` in mode "pool"."""
+        """Return all arguments, with defaults, of `temporal_grid` in mode "grid" and of `grid_pool` in mode "pool"."""
         arguments = self.pool_options.arguments
         return {name: arguments[name] for name in GRID_OPTIONS} if self.mode == "grid" else arguments
 
     def apply(self, x: Tensor, frame_counts: Sequence[int] | None = None, norm_channels: int | None = None) -> Tensor:
         """Return what is left of tokens x (T, H, W, C): (T, H, W, C), or (T, OH, OW, C) in mode "pool", of its dtype.
 
-        frame_counts: frames of each video packed along T. norm_channels: that of `grid_pool` where the options have
-        none. Raises as `temporal_grid` and `grid_pool`.
+        frame_counts: frames of each video packed along T. norm_channels: its value for `grid_pool` where the options
+        have none. Raises as `temporal_grid` and `grid_pool`.
         """
         arguments = self.arguments
         if self.mode == "grid":

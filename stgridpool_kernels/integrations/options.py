@@ -1,4 +1,4 @@
-"""Parsing of options of `grid_pool` from command lines, model arguments of evaluations and environment variables.
+"""This module reads options of `grid_pool` from command lines, model arguments and environment variables.
 
 A value is JSON or a shorter form: integers are `2,4,8`, `2:4:8`, `2x4x8`, `2 4 8` or `[2, 4, 8]`, a word needs no
 quotes, and `none` is an empty list for an argument that takes any number of integers, else None.
@@ -13,23 +13,23 @@ from typing import Any
 
 import torch
 
-from .. import ops  # noqa: F401  (its schemas are read below)
+from .. import ops  # noqa: F401  Importing `ops` registers the schema from which options are read.
 
 _KINDS: dict[str, tuple[str, Any]] = {
     argument.name: (str(argument.type).removeprefix("Optional[").split("[")[0].rstrip("]"), argument)
     for argument in torch.ops.stgp.grid_pool.default._schema.arguments
     if argument.kwarg_only
 }
-
+"""These are the kind and the argument of the schema for each option but `backend`, by the name of the option."""
 
 _SEPARATOR = r"\s*[,:xX×]\s*|\s+"
-
+"""This regular expression matches what may stand between two integers."""
 
 OPTIONS = (*_KINDS, "backend")
-"""Names of the options that are read."""
+"""These are the names of the options that are read."""
 
 ARGUMENT_PREFIX = "stgp_"
-"""The prefix of options among the arguments of a model of an evaluation."""
+"""Options have this prefix among the arguments of a model of an evaluation."""
 
 
 def read_options(given: str | Mapping[str, Any], prefix: str = "", words: Collection[str] = ()) -> dict[str, Any]:
@@ -59,8 +59,9 @@ def split_arguments(
     The name of an option is `stgp_` followed by an argument of `grid_pool`, except `frame_counts` and `out`;
     `read_options` reads its value. `stgp=False` selects the model without ST-GridPool, with None for the options.
 
-    check: called with the options; the error that it raises is passed on with their names. defaults: values, by name,
-    of options that `grid_pool` does not have, such as a mode. They are words, and always among the options.
+    check: a function that is called with the options; the error that it raises is passed on with their names. defaults:
+    values, by name, of options that `grid_pool` does not have, such as a mode. They are words, and always among the
+    options.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -110,7 +111,7 @@ def read_grid(value: Any, shown: str) -> tuple[int, int]:
 
 
 def read_integers(value: Any) -> tuple[int, ...] | None:
-    """Return the integers in `value`, which are text or of Python's types, None if it is anything else."""
+    """Return the integers in `value`, which may be text or have Python's types, or None if it is anything else."""
     if isinstance(value, str):
         bracketed = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)
         text = (bracketed[1] if bracketed else value).strip()
@@ -118,7 +119,8 @@ def read_integers(value: Any) -> tuple[int, ...] | None:
             return ()
         separators = {found.strip() for found in re.findall(_SEPARATOR, text)}
         entries = re.split(_SEPARATOR, text)
-        integers = all(re.fullmatch(r"[+-]?\d{1,4000}", entry) for entry in entries)  # Python reads at most 4300 digits
+        # Python converts at most 4300 digits into an integer.
+        integers = all(re.fullmatch(r"[+-]?\d{1,4000}", entry) for entry in entries)
         return tuple(map(int, entries)) if len(separators) <= 1 and integers else None
     entries = [value] if isinstance(value, int) else value
     if isinstance(entries, list | tuple) and all(
