@@ -81,12 +81,14 @@ KINDS = {
     "whole periods of 32 frames, since a push that completes a segment takes longer. State: the most memory that is "
     "kept between two pushes.",
     "pruning": "EVS and VidCom2 are the methods by which vLLM drops tokens of videos (`--video-pruning-method`). Both "
-    "are called at the rate q that keeps exactly as many tokens as `grid_pool` returns: a quarter, or less where its "
-    "windows of 2 × 2 leave out an odd row or column. A call computes vLLM's mask and gathers the tokens that it "
-    "keeps; vLLM also appends positions to them and corrects those of the prompt, which is not timed. Kept tokens "
-    "must be tokens of x in their order, and on the same tokens in float32 those that the definition of the method "
-    "keeps in float64: in bfloat16 most similarities of random tokens are equal. What a method does to answers is not "
-    "measured. `make bench-pruning` runs this in an environment that has vLLM; elsewhere the two are skipped.",
+    "are called at the rate q that keeps exactly as many tokens as `grid_pool` returns. With its default options that "
+    "is a quarter, or less where windows of 2 × 2 leave out an odd row or column; the plugin for vLLM rounds up. A "
+    "call computes vLLM's mask and gathers the tokens that it keeps. vLLM also appends positions to these tokens and "
+    "corrects those of the prompt, which is not timed. Two things are checked: the kept tokens are tokens of x in "
+    "their order, and in float32 the method keeps the tokens that its definition, computed in float64, keeps of the "
+    "same x. (In bfloat16 most similarities of random tokens are equal, so any choice among them is right.) Both "
+    "methods are plain torch and were timed on a CPU only. What a method does to answers is not measured. `make "
+    "bench-pruning` runs this in an environment that has vLLM; elsewhere the two are skipped.",
 }
 NO_GPU = """\
 ## GPU

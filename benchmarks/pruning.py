@@ -1,4 +1,4 @@
-"""Providers of token pruning: the methods that vLLM has for videos, at as many tokens as grid_pool returns.
+"""These providers time token pruning: the methods that vLLM has for videos, at as many tokens as grid_pool returns.
 
 A call computes the method's mask and gathers the tokens that it keeps, as vLLM does behind its encoder. What vLLM does
 next is not timed: it appends positions to these tokens and corrects the positions of the prompt.
@@ -24,9 +24,13 @@ from benchmarks.provider import Provider, Refused
 from benchmarks.workloads import Workload
 
 Ranking = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""Function of the tokens and a number of them: all similarities in float64, and the places of the tokens to keep."""
+"""A ranking takes the tokens and a number of them.
+
+It returns the similarities of all tokens, in float64, and the places of those to keep.
+"""
+
 ULPS = 64
-"""Tolerance of similarities, in units in the last place of float32."""
+"""Similarities may differ by this many units in the last place of float32."""
 
 
 def prunings(workload: Workload, device: str) -> list[Provider]:
@@ -56,8 +60,9 @@ def prunings(workload: Workload, device: str) -> list[Provider]:
                 ULPS,
                 checked=pruning.similarities,
                 moved=Traffic(w.input_bytes, kept * w.channels * w.dtype.itemsize),
-                captures=False,  # the number of tokens that a mask keeps is read back from the device
-                memory=3 * 8 / w.dtype.itemsize,  # of the definition, in float64
+                # A CUDA graph cannot hold it, since the number of kept tokens is read back from the device.
+                captures=False,
+                memory=3 * 8 / w.dtype.itemsize,  # The definition holds up to three copies of x in float64.
                 note=f"vLLM {version}, q = {pruning.rate:.4f}: keeps {kept:,} of {tokens:,} tokens" if version else "",
                 settings={"visual_tokens": kept, "q": pruning.rate, "vllm": version},
             )
@@ -68,16 +73,17 @@ def prunings(workload: Workload, device: str) -> list[Provider]:
 def kept_rate(kept: int, tokens: int) -> float:
     """Return the rate q of pruning by which int(tokens · (1 − q)) is `kept`.
 
-    It is the rate of half a token more than are kept, since rounding could lose one otherwise.
+    It is computed for half a token more than are kept, so that rounding loses none.
     """
     return 1 - (kept + 0.5) / tokens
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """A method of vLLM at the rate that keeps `kept` tokens of x (T, H, W, C).
+    """This is a method of vLLM at the rate that keeps `kept` tokens of x (T, H, W, C).
 
-    vLLM gives the size of a video before tokens are merged, and the factor by which they are; x is merged already.
+    vLLM's functions take the size of a video before its tokens are merged, and the factor; x is merged already, so the
+    factor is 1.
     """
 
     name: str
@@ -116,8 +122,8 @@ class Pruning:
     def places(self, x: Tensor) -> Tensor:
         """Return where in x the kept tokens are.
 
-        Raises Refused unless they are as many as they should be, tokens of x in the order of x, and, by EVS, among them
-        all of the first frame.
+        Raises Refused unless they are `kept` tokens of x, in the order of x, and with EVS include all tokens of the
+        first frame.
         """
         known = {token: place for place, token in enumerate(_bytes_of_tokens(x))}
         places = [known.get(token, -1) for token in _bytes_of_tokens(self.prune(x))]
@@ -144,9 +150,6 @@ def vllm_functions(method: str) -> Any:
         raise Refused(f"skipped: vLLM's pruning cannot be imported ({error}); {where}") from error
 
 
-# ---- definitions ----
-
-
 def evs(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Rank by Efficient Video Sampling (arXiv 2510.14624).
 
@@ -162,9 +165,10 @@ def evs(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 def vidcom2(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Rank by Video Compression Commander (arXiv 2505.14454), with the constants of its authors.
 
-    Directions of tokens in the half of the channels that vary least have a similarity to their mean over the video, and
-    to that over their frame. The less similar a frame is to the video, the more of its tokens may be kept. If too many
-    or too few tokens come of this by rounding, the most similar ones are dropped or the least similar ones added.
+    The direction of a token, in the half of the channels that vary least, is compared with the mean direction of the
+    video and with that of its frame; the similarity is the sum of both. The less similar a frame is to the video, the
+    more of its tokens may be kept. If rounding leaves too many or too few tokens, the most similar ones are dropped or
+    the least similar ones added.
     """
     tokens = x.flatten(1, 2).double()  # (T, N, C)
     frames, of_frame, channels = tokens.shape
@@ -186,4 +190,4 @@ def vidcom2(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 RANKINGS: dict[str, Ranking] = {"evs": evs, "vidcom2": vidcom2}
-"""The definitions of the methods, by the names that vLLM gives them."""
+"""These are the definitions of the methods, by the names that vLLM gives them."""

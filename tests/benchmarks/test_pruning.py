@@ -142,7 +142,7 @@ def without_one(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def without_one_of_the_first_frame(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Exchange a token in the dtype that is timed alone."""
+    """Exchange a token of the first frame for a later one, in bfloat16 only, which is the dtype that is timed."""
     if dtype == torch.bfloat16:
         mask[5] = False
         mask[(~mask[63:]).nonzero()[0] + 63] = True
@@ -150,7 +150,7 @@ def without_one_of_the_first_frame(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def others(mask: Tensor) -> Tensor:
-    """Keep as many tokens, in reversed places but for the first frame, of which all are kept."""
+    """Keep as many tokens, in reversed places except in the first frame, of which all are kept."""
     return torch.cat([mask[:63], mask[63:].flip(0)])
 
 
@@ -207,10 +207,10 @@ def test_what_is_no_selection_in_order_is_refused(
 
 
 def test_evs_keeps_the_first_frame_and_what_changes() -> None:
-    """Tokens that point elsewhere change, and those that are only longer do not."""
+    """A token counts as changed if its direction changes, and not if only its length does."""
     x = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0)).repeat(4, 1, 1, 1)
-    x[2:, 0, 1] *= -1  # changes once, between frames 1 and 2
-    x[3, 1, 2] += 0.5  # and a little in frame 3
+    x[2:, 0, 1] *= -1  # This token changes once, between frames 1 and 2.
+    x[3, 1, 2] += 0.5  # This token changes a little, in frame 3.
     x[1] *= 3
     similarity, chosen = evs(x, 8)
     assert sorted(chosen.tolist()) == [*range(6), 2 * 6 + 1, 3 * 6 + 5]
@@ -224,8 +224,8 @@ def test_vidcom2_keeps_what_stands_out_in_steady_channels() -> None:
     x = torch.ones(4, 1, 8, 6)
     x += 0.01 * torch.randn(x.shape, generator=generator)
     x[..., 3:] += 9 * torch.randn(4, 1, 8, 3, generator=generator)
-    x[:3, 0, 2, 0] -= 0.3  # stands out in each of three frames
-    x[3, 0, 4:, 1] += 2  # stand out in the last
+    x[:3, 0, 2, 0] -= 0.3  # This token stands out in each of three frames.
+    x[3, 0, 4:, 1] += 2  # These tokens stand out in the last frame.
     similarity, chosen = vidcom2(x, 8)
     kept = sorted(divmod(place, 8) for place in chosen.tolist())
     assert {(0, 2), (1, 2), (2, 2)} < set(kept)
