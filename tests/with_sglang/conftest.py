@@ -1,4 +1,4 @@
-"""Fixtures of the tests on SGLang as it is published: its own modules, which import without a GPU.
+"""These fixtures are for tests on SGLang as it is published, whose modules can be imported without a GPU.
 
 Tests are skipped where SGLang is not installed; `make test-sglang` installs it into an environment of its own.
 """
@@ -26,8 +26,8 @@ Switch = Callable[[str], None]
 def switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Switch]:
     """Return a function that puts the hooks in force for a text of STGP_SGLANG, in place of those in force before.
 
-    SGLang's own registry puts them there, as in every process of an engine. They go when the test ends, and where the
-    text is empty.
+    SGLang's own registry does so, as in every process of an engine. The hooks are removed when the test ends, and where
+    the text is empty.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -42,7 +42,7 @@ def switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Switch]:
             if method is not None:
                 setattr(cls, name, method)
             elif name in vars(cls):
-                delattr(cls, name)  # it is inherited
+                delattr(cls, name)  # Without hooks the class inherits this method.
         HookRegistry.reset()
         if text:
             monkeypatch.setenv("STGP_SGLANG", text)

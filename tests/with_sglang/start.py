@@ -1,6 +1,6 @@
-"""Load plugins as a process of SGLang does first, with SGLang's own loader: python start.py.
+"""This script loads plugins by SGLang's own loader, as every process of SGLang does first.
 
-Print what was hooked, and the options that the hooks of Qwen-VL have.
+It prints which methods have hooks, and the options of the hooks for Qwen-VL.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def expected(features: Tensor) -> Tensor:
 
 
 def model(merge: str = "spatial_unpad") -> Any:
-    """Return a model of a class that inherits, with a vision tower that hands its pixels on."""
+    """Return a model whose class inherits the hooked methods, and whose vision tower returns pixels as features."""
     torch.manual_seed(0)
 
     class LlavaQwenForCausalLM(LlavaBaseForCausalLM):
@@ -83,7 +83,7 @@ class Language:
 
 
 class Request:
-    """A request is a prompt with items, as the scheduler has it. parts: numbers for text, arrays for items."""
+    """This object is a prompt with items, as the scheduler has it. parts: numbers for text, arrays for items."""
 
     def __init__(self, modality: str, *parts: Any) -> None:
         self.modality = Modality[modality]
@@ -115,7 +115,10 @@ def tile(count: int) -> Any:
 
 
 def run(of: Any, requests: list[Request], prefixes: list[int] | None = None, ends: list[int] | None = None) -> Tensor:
-    """Return what the language model gets for requests of which a part is computed already, and a part comes later."""
+    """Return what the language model gets for one chunk of every request, in a call of `forward`.
+
+    prefixes, ends: where in its prompt each chunk starts and ends; by default a chunk is the whole prompt.
+    """
     prefixes = prefixes or [0] * len(requests)
     ends = ends or [len(request.padded) for request in requests]
     pieces = [request.padded[start:end] for request, start, end in zip(requests, prefixes, ends, strict=True)]
@@ -177,7 +180,7 @@ def test_a_prompt_in_two_chunks_gives_what_one_gives(hooked: None, cut: int) -> 
     request = Request("VIDEO", 1, 2, *video(32), 3).pad(of)
     whole = run(of, [request])
     first, second = run(of, [request], ends=[cut]), run(of, [request], prefixes=[cut])
-    # a newline token that the engine writes past a frame's placeholders is not written again by the chunk after
+    # A newline token that SGLang writes past a frame's placeholders is not written again by the next chunk.
     same = (torch.cat([first, second]) == whole).all(1)
     assert same.sum() >= len(whole) - 1
 
@@ -205,7 +208,7 @@ def test_what_the_engine_would_not_pool_stays(hooked: None) -> None:
     assert not any(hasattr(item, "stgp_frame") for item in request.items)
     of = model()
     missing = Request("VIDEO", 1, *video(17))
-    missing.ids = missing.ids[:20]  # fewer placeholders than frames
+    missing.ids = missing.ids[:20]  # Fewer placeholders than frames are left.
     assert not any(hasattr(item, "stgp_frame") for item in missing.pad(of).items)
 
 
@@ -242,7 +245,7 @@ SWITCHES = re.findall(r"^export STGP_SGLANG=.*$", PAGE, re.MULTILINE)
 
 
 def start(switch: str) -> subprocess.CompletedProcess[str]:
-    """Run a line of shell, and then what a process of the engine does first."""
+    """Run a line of shell and then start.py in one shell, and return its outcome."""
     environment = {name: value for name, value in os.environ.items() if name != "STGP_SGLANG"}
     command = ["bash", "-c", f"{switch}\n{sys.executable} {HERE / 'start.py'}"]
     return subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=300)

@@ -19,7 +19,7 @@ from stgridpool_kernels.integrations.sglang import switched_options
 from tests.support.tiny_grid_models import HIDDEN, QWEN_KINDS
 
 DEEP = {"qwen3_vl", "qwen3_vl_moe"}
-"""Kinds whose encoder also has deepstack channels, of two levels."""
+"""These are the kinds whose encoder also has deepstack channels, of two levels."""
 
 POOL = "temperature=2,frame_strides=1:2"
 GRID = "mode=grid,frame_strides=1:2"
@@ -42,7 +42,7 @@ def media(tmp_path: Path) -> list[Any]:
 
 
 def shrunk(text: str, grids: Tensor) -> Tensor:
-    """Return rows of video_grid_thw after pooling, of windows of 2 × 2 tokens that are rounded up."""
+    """Return the rows of video_grid_thw that are left; POOL has windows of 2 × 2 tokens and rounds up."""
     if text == GRID:
         return grids
     return torch.stack([grids[:, 0], 2 * ((grids[:, 1] + 3) // 4), 2 * ((grids[:, 2] + 3) // 4)], 1)
@@ -53,7 +53,10 @@ def grids_of(made: Any) -> Tensor:
 
 
 def resized(ids: list[int], video: int, before: Tensor, after: Tensor, whole: bool) -> list[int]:
-    """Return a prompt with runs of as many placeholders as videos of other grids have. whole: one run is a video."""
+    """Return a prompt in which every run of placeholders for the grids `before` has the length for the grids `after`.
+
+    whole: whether a run stands for a video rather than for a frame.
+    """
     runs = [
         (math.prod(old) // 4, math.prod(new) // 4)
         for old, new in (
@@ -97,7 +100,7 @@ def test_prompts_and_positions_are_those_of_a_video_of_the_size_that_is_left(
     engine = tiny.Engine(kind, tmp_path / "hooked")
     made = engine.prompt(*media)
     grids, video = grids_of(made), engine.config.video_token_id
-    assert torch.equal(grids, grids_of(stock))  # the encoder needs them
+    assert torch.equal(grids, grids_of(stock))  # The encoder needs the grids of whole videos.
     left = shrunk(text, grids)
     assert made.input_ids == resized(stock.input_ids, video, grids, left, whole=kind.startswith("qwen2"))
 
@@ -140,7 +143,7 @@ def test_the_language_model_gets_what_the_reference_leaves_of_every_video(
     stock = tiny.Engine(kind, tmp_path / "stock")
     model = stock.model(monkeypatch)
     prompts = [media, ["g", media[1], "h"], ["i", media[3], "j"]]
-    if kind == "qwen2_5_vl":  # SGLang takes images in patches of other than 14 pixels for encoded ones
+    if kind == "qwen2_5_vl":  # SGLang takes images for encoded ones unless patches have 14 pixels.
         prompts = [[part for part in media if not isinstance(part, bytes)], prompts[1]]
     tiny.empty_cache()
     made = [stock.prompt(*parts) for parts in prompts]
@@ -164,7 +167,7 @@ def test_the_language_model_gets_what_the_reference_leaves_of_every_video(
     assert (tuple(found[0].shape) == tuple(plain[0].shape)) == (text == GRID)
 
     for cuts in ([7, 30, 31, 60], [100, 120]):
-        for size in (2**24, 1):  # a cache that holds everything, and one that holds nothing
+        for size in (2**24, 1):  # The first cache holds all tokens, the second none.
             tiny.empty_cache(size)
             for whole, part in zip(found, tiny.embed(model, requests, cuts), strict=True):
                 torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,7 @@
-"""Tiny models of the Qwen-VL family in SGLang's own classes, and the parts of an engine through which videos go.
+"""This module makes tiny models of the Qwen-VL family in SGLang's own classes, and what of an engine videos go through.
 
-The multimodal processor is SGLang's, around the library's processor. The encoder is SGLang's too. Language models are
-left out: their rotary embeddings need an operation for GPUs.
+The encoder and the multimodal processor are SGLang's; the latter wraps a processor of transformers. Language models are
+left out, since their rotary embeddings need an operation for GPUs.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from tests.support import tiny_grid_models
 from tests.support.media import write_video
 
 with pytest.MonkeyPatch.context() as patch:
-    # SGLang would pin memory and ask for operations of a GPU. Its mode for CPUs, which this is from here on, imports a
-    # package that is published for GPUs alone, so it is not the mode in which SGLang was imported above.
+    # SGLang pins memory and asks for operations of a GPU unless it is in its mode for CPUs. The mode is set after the
+    # imports above, since in this mode they would import a package that is published for GPUs alone.
     patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     common.is_cpu.cache_clear()
     assert common.is_cpu()
     base._is_cpu = True
 
 FPS = 25
-"""Frames a second of the videos, all of which are sampled."""
+"""Videos have this many frames a second, all of which are sampled."""
 
 
 def publish(folder: Path, **arguments: Any) -> ServerArgs:
-    """Make the arguments of a server those of this process, as its launcher does, and return them."""
+    """Make the arguments of a server those of this process, as SGLang's launcher does, and return them."""
     given = {
         "model_path": str(folder),
         "device": "cpu",
@@ -76,7 +76,7 @@ def publish(folder: Path, **arguments: Any) -> ServerArgs:
 
 
 class Engine:
-    """What of an engine the hooks concern. Make it when they are in force.
+    """This object has the parts of an engine that the hooks change, if they are in force when it is made.
 
     kind: one of `tiny_grid_models.QWEN_KINDS`. folder: an empty folder. model_type: the type that its configuration
     names, by default its own. arguments: those of the server.
@@ -88,9 +88,9 @@ class Engine:
         config = model.config
         config.architectures = [type(model).__name__]
         if kind == "qwen2_vl":
-            config.vision_config.in_chans = 3  # the name of this setting in checkpoints
+            config.vision_config.in_chans = 3  # Checkpoints have this setting by this name.
         if kind.startswith("qwen3_5"):
-            config.vision_config.deepstack_visual_indexes = []  # as in checkpoints
+            config.vision_config.deepstack_visual_indexes = []  # Checkpoints of Qwen3.5 name no such levels.
         config.save_pretrained(folder)
         self.library_processor.save_pretrained(folder)
         self.kind, self.server = kind, publish(folder, **arguments)
@@ -106,7 +106,7 @@ class Engine:
         """Return the model, always with the same weights."""
         name = type(self).module(self.kind)
         module = importlib.import_module(f"sglang.srt.models.{name}")
-        if self.kind == "qwen2_vl":  # it makes its language model whatever the configuration says
+        if self.kind == "qwen2_vl":  # SGLang's Qwen2-VL makes its language model in any case.
             monkeypatch.setattr(module, "Qwen2Model", lambda *arguments, **named: nn.Identity())
         torch.manual_seed(0)
         model = getattr(module, self.config.architectures[0])(self.config)
@@ -120,7 +120,7 @@ class Engine:
         return "qwen3_5" if kind.startswith("qwen3_5") else kind
 
     def prompt(self, *parts: str | bytes | Path) -> MultimodalProcessorOutput:
-        """Return what the scheduler gets for text, images and files of videos, after the way between processes."""
+        """Return what the scheduler gets for text, images and files of videos, passed on as between processes."""
         text = "".join(
             part
             if isinstance(part, str)
