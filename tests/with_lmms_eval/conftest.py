@@ -1,4 +1,4 @@
-"""Fixtures make the stub `llava`, a task, and models of few random weights."""
+"""These fixtures make the stub `llava`, a task, and models of few random weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-if find_spec("lmms_eval") is not None:  # else the tests are skipped
+if find_spec("lmms_eval") is not None:  # Without lmms-eval the tests are skipped.
     import llava_stub
     import tiny_checkpoints
     import tiny_task
@@ -17,7 +17,7 @@ if find_spec("lmms_eval") is not None:  # else the tests are skipped
 
 @pytest.fixture(autouse=True)
 def llava(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Install the stub as `llava`, and yield its own pooling, which a test must leave behind."""
+    """Install the stub as `llava`, and yield its own pooling, which must be in place again after the test."""
     llava_stub.install()
     llava_stub.loaded.clear()
     own = llava_stub.LlavaMetaForCausalLM.get_2dPool

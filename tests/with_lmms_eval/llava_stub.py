@@ -1,7 +1,7 @@
 """This is as much of LLaVA-NeXT's package `llava` as lmms-eval's models import, around a random language model.
 
 `install()` puts it into sys.modules, `save(folder)` writes a model for `pretrained=`. `loaded` has every model that was
-loaded since; each notes the features of its videos before and after pooling.
+loaded since; each records the features of its videos before and after pooling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2
 from tests.support.llava_stand_in import LlavaMetaForCausalLM
 
 IMAGE_TOKEN, IMAGE_TOKEN_INDEX, PIXELS = "<image>", -200, 6
-SIDE = 9  # of the grid of tokens of a frame; odd, so that rounding up and down differ
+SIDE = 9  # A frame has SIDE × SIDE tokens; SIDE is odd, so that rounding up and down differ.
 loaded: list[Any] = []
 
 

@@ -1,8 +1,8 @@
-"""The commands of docs/accuracy.md run, but for the weights and the data sets: `make test-lmms-eval`.
+"""The commands of docs/accuracy.md run with other weights and data sets; `make test-lmms-eval` runs these tests.
 
-A shell runs the page's blocks as they stand, with a `python` that notes what it is asked for. lmms-eval's own parser
-then reads every command, and each run is made: of a model of few random weights instead of the checkpoint, on a task
-made here.
+A shell runs the page's blocks as they stand, with a `python` that prints its arguments. lmms-eval's own parser then
+reads every command, and each run is made with a model of few random weights in place of the checkpoint, on a task that
+is made here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BLOCKS = [block for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) if "p
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes=1", "-m", "lmms_eval"]
 SIDES = {"average": {"ceil_mode": False}, "bilinear": {"ceil_mode": True}}
 
-# what the names of runs of LLaVA stand for; None is the model's own pooling
+# These are the options that the names of runs of LLaVA stand for; None is the model's own pooling.
 MEANT: dict[str, dict[str, Any] | None] = {
     "onevision": None,
     "onevision-stgp": {},
@@ -61,7 +61,7 @@ Line = tuple[int, tuple[str, dict[str, Any]] | None]
 
 
 def lines(strides: tuple[int, ...], few: int) -> dict[str, Line]:
-    """Return the frames, and the mode and the options if there are any, of every line of a model of transformers."""
+    """Return the frames of every line of a model of transformers, with the mode and the options if it has any."""
     average: dict[str, Any] = {"temperature": 0.0, "frame_strides": ()}
     ours = {"frame_strides": strides}
     return {
@@ -87,7 +87,7 @@ TODAY = [f"{model}-{line}" for model, given in OF_TRANSFORMERS.items() for line 
 
 
 def commands() -> dict[str, list[list[str]]]:
-    """Return what the page's shell gives to python, by the name that a run is logged under."""
+    """Return the arguments of each command of the page, by the name that its run is logged under."""
     note = f"""python() {{ {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@"; }}"""
     script = "\n".join(["set -eu", note, *BLOCKS])
     printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
@@ -176,7 +176,7 @@ def test_a_run_of_a_model_of_transformers(
 def test_smaller_frames_have_about_the_tokens_that_windows_leave(
     model: str, side: int, resized: int, video: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frames of Qwen2.5-VL are resized by its processor once more, to the same number of pixels."""
+    """The processor of Qwen2.5-VL resizes frames a second time, to the same number of pixels."""
 
     def tokens(line: str) -> tuple[int, int]:
         given = simple_parse_args_string(parsed(COMMANDS[f"{model}-{line}"][0], monkeypatch).model_args)
@@ -191,7 +191,7 @@ def test_smaller_frames_have_about_the_tokens_that_windows_leave(
 
 
 def of_few_weights(model_args: str, pretrained: str, **more: object) -> str:
-    """Return model arguments with a checkpoint in the place of the page's, and further ones in the place of its own."""
+    """Return the page's model arguments with another checkpoint, followed by others, which override the page's."""
     checkpoint = simple_parse_args_string(model_args)["pretrained"]
     assert model_args.count(checkpoint) == 1
     return ",".join([model_args.replace(checkpoint, pretrained), *(f"{name}={value}" for name, value in more.items())])
@@ -217,7 +217,7 @@ def test_one_command_in_full(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Launcher and command line run in a process of their own; checkpoint, task, device and sizes are others."""
+    """The launcher and the command line run in a process of their own, on another checkpoint, task and device."""
     [given, *_] = COMMANDS[name]
     asked = parsed(given, monkeypatch)
     if name in MEANT:
@@ -226,7 +226,7 @@ def test_one_command_in_full(
         model_args = of_few_weights(asked.model_args, folder_of("qwen3_vl"), **tiny_checkpoints.ON_THE_CPU["qwen3_vl"])
     swapped = {asked.model_args: model_args, asked.tasks: "tiny_video"}
     given = [swapped.get(word, word) for word in given]
-    package = tmp_path / "path/llava/__init__.py"  # what a clone of LLaVA-NeXT on the path would be
+    package = tmp_path / "path/llava/__init__.py"  # This takes the place of a clone of LLaVA-NeXT.
     package.parent.mkdir(parents=True)
     package.write_text("import llava_stub\n\nllava_stub.install()\n")
     path = [str(package.parents[1]), str(HERE), str(HERE.parents[1])]

@@ -1,6 +1,6 @@
 """lmms-eval finds the models of LLaVA, and evaluates a random one on videos that are made here.
 
-`make test-lmms-eval` makes an environment for it; `llava` is a stub, as it cannot be installed from an index.
+`make test-lmms-eval` makes an environment for these tests; `llava` is a stub, as no package index has it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ VARIANTS = [
     for variant in ("simple", "chat")
     if getattr(models.get_model_manifest(name), f"{variant}_class_path")
 ]
-"""The models of lmms-eval, and which of its two variants there are of each."""
+"""These are models of lmms-eval, each with every variant that it has of the two."""
 
 SETTINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "grid": ({"stgp_mode": "grid", "stgp_frame_strides": "1:2"}, "grid", {"frame_strides": (1, 2)}),
@@ -43,11 +43,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         {"output_size": (3, 2), "ceil_mode": False, "frame_strides": (), "norm_type": float("inf")},
     ),
 }
-"""Model arguments, and the mode and the options that they stand for."""
+"""These are model arguments, each with the mode and the options that they stand for."""
 
 
 class Run(NamedTuple):
-    """An evaluation: what the model was asked, in the order of the answers, and its answers."""
+    """This is an evaluation: what the model was asked, in the order of the answers, and its answers."""
 
     requests: list[tiny_checkpoints.Request]
     answers: list[str]
@@ -127,7 +127,7 @@ def test_without_it_a_model_is_lmms_evals_own_and_others_do_not_change_it(
 
 @pytest.mark.parametrize(("name", "variant"), [each for each in VARIANTS if each[0] != "internvl_hf"])
 def test_a_padded_batch_is_given_the_same_tokens(name: str, variant: str, evaluate: Evaluate) -> None:
-    """All frames are asked for: the simple model of Qwen2.5-VL would leave out frames of a batch's first video only."""
+    """All frames are asked for, since the simple model of Qwen2.5-VL would leave out some of the first video alone."""
     ask = functools.partial(evaluate, f"{name}_stgp", variant, frames=tiny_task.FRAMES, stgp_frame_strides="1:2")
     alone, [batch] = ask(), ask(batch_size=2).requests
     together = [tiny_checkpoints.seen(request) for request in alone.requests]

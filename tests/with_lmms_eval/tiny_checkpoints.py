@@ -1,7 +1,7 @@
-"""Checkpoints of few random weights for lmms-eval's models of transformers, and notes of what they are asked.
+"""This module makes checkpoints of few random weights for lmms-eval's models of transformers.
 
 `save(name, folder)` writes one for `pretrained=`. While `recorded` is in force, what lmms-eval asks a model by
-`generate` is noted, with what the language model is given of it.
+`generate` is recorded, with what the language model is given of it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from stgridpool_kernels.integrations import internvl, qwen_vl
 from tests.support import tiny_grid_models
 
 KINDS = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "qwen3_5": "qwen3_5", "internvl_hf": "internvl"}
-"""Kinds of tests/support/tiny_grid_models.py, by lmms-eval's name of a model."""
+"""These are kinds of tests/support/tiny_grid_models.py, by lmms-eval's name of a model."""
 
 LEVELS = {"qwen3_vl": 3}
-"""Levels of tokens that the language model is given, where that is not one."""
+"""Language models are given this many levels of tokens; those that are not named are given one."""
 
 ON_THE_CPU: dict[str, dict[str, Any]] = {
     name: {"device_map": "cpu"} | ({} if name == "internvl_hf" else {"min_pixels": 1024, "max_pixels": 4096})
     for name in KINDS
 }
-"""Model arguments of a run on the CPU, by lmms-eval's name of a model. Videos of 64 × 64 pixels stay small by them."""
+"""These are model arguments of a run on the CPU, by lmms-eval's name of a model.
+
+They keep videos of 64 × 64 pixels small.
+"""
 
 
 class Request(NamedTuple):
-    """A call of `generate`: its model, its arguments, and those of the first call of the language model in it."""
+    """This is a call of `generate`: its model, its arguments, and those of its first call of the language model."""
 
     model: Any
     inputs: dict[str, Any]
@@ -69,7 +72,7 @@ def arguments(name: str, folder: str, frames: int, **more: object) -> str:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """Note every call of `generate` in the list that is returned, until the test ends."""
+    """Record every call of `generate` in the list that is returned, until the test ends."""
     requests: list[Request] = []
     own = transformers.GenerationMixin.generate
 
@@ -132,7 +135,7 @@ def seen(request: Request) -> list[Tensor]:
 
 @torch.no_grad()
 def by_hand(plain: Any, inputs: dict[str, Any], mode: str, **options: Any) -> list[Tensor]:
-    """Return these tokens as the reference leaves them of those of a model that is not patched."""
+    """Return the tokens that the reference leaves of those of `plain`, a model that is not patched, as `seen` does."""
     if "pixel_values" not in inputs:
         return tiny_grid_models.by_hand(plain, inputs, mode, **options)
     frames = plain.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output

@@ -1,4 +1,4 @@
-"""A task of lmms-eval has two videos of noise and a question on each; `evaluate` runs a model on it."""
+"""This module makes a task of lmms-eval, two videos of noise with a question on each, and evaluates models on it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def evaluate(model: str, model_args: str, folder: Path, **more: Any) -> list[str
 
 
 def evaluate_llava(model: str, model_args: str, folder: Path) -> llava_stub.LlavaQwenForCausalLM:
-    """Evaluate a model of the stub, and return the one that this loaded."""
+    """Evaluate a model of the stub, and return the one that lmms-eval loaded for it."""
     assert all(isinstance(answer, str) for answer in evaluate(model, model_args, folder))
     assert len(llava_stub.loaded[-1].videos) == QUESTIONS
     return llava_stub.loaded[-1]
