@@ -217,7 +217,7 @@ def test_one_command_in_full(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The launcher and the command line run in a process of their own, on another checkpoint, task and device."""
+    """Launcher and command line run in a process of their own, with other checkpoint, task, device and sizes."""
     [given, *_] = COMMANDS[name]
     asked = parsed(given, monkeypatch)
     if name in MEANT:

@@ -1,6 +1,6 @@
 """lmms-eval finds the models of LLaVA, and evaluates a random one on videos that are made here.
 
-`make test-lmms-eval` makes an environment for these tests; `llava` is a stub, as no package index has it.
+`make test-lmms-eval` makes an environment for these tests. `llava` is a stub, as no index has LLaVA-NeXT.
 """
 
 from __future__ import annotations

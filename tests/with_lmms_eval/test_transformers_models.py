@@ -32,7 +32,7 @@ VARIANTS = [
     for variant in ("simple", "chat")
     if getattr(models.get_model_manifest(name), f"{variant}_class_path")
 ]
-"""These are models of lmms-eval, each with every variant that it has of the two."""
+"""Each entry is a model of lmms-eval and a variant, simple or chat, that it has."""
 
 SETTINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "grid": ({"stgp_mode": "grid", "stgp_frame_strides": "1:2"}, "grid", {"frame_strides": (1, 2)}),
