@@ -82,7 +82,8 @@ class QwenModel(PooledModel):
             }
             rows += encode(part)
             start += patches
-        return torch.cat(rows).split([math.prod(grid) for grid in grids])
+        videos: Sequence[Tensor] = torch.cat(rows).split([math.prod(grid) for grid in grids])
+        return videos
 
     def get_mrope_input_positions(self, input_tokens: Any, mm_features: Any) -> Any:
         pooled = [
