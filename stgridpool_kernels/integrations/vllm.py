@@ -17,6 +17,7 @@ for the lifetime of the engine.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -31,8 +32,12 @@ from .options import read_options
 OPTIONS_VARIABLE = "STGP_VLLM_OPTIONS"
 """This environment variable holds the options of engines without `stgp_options`."""
 
+_VERSION = "__vllm_"
+"""The version of vLLM follows this in the names under which classes are registered."""
+
 _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
 _SHARED = {
+    "vllm.multimodal.hasher:MultiModalHasher.hash_kwargs": "algorithm, kwargs",
     f"{_PROCESSOR}._get_mm_hashes": "self, inputs",
     f"{_PROCESSOR}._get_prompt_updates": "self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs",
     f"{_PROCESSOR}.get_dummy_mm_inputs": "self, mm_counts, ...",
@@ -45,11 +50,12 @@ _SHARED = {
 class Family:
     """A family is a set of vLLM's architectures that one module of this package adapts.
 
-    adapter: name of the module. methods: parameters of the methods of a model that it replaces or calls. classes:
-    module and name of vLLM's class of each architecture.
+    adapter: name of the module. mixins: names of its mixins, by the arguments of `make_class`. methods: parameters of
+    the methods of a model that they replace or call. classes: module and name of vLLM's class of each architecture.
     """
 
     adapter: str
+    mixins: Mapping[str, str]
     methods: Mapping[str, str]
     classes: Mapping[str, tuple[str, str]]
 
@@ -72,6 +78,7 @@ def _generation(**modules: str) -> dict[str, tuple[str, str]]:
 FAMILIES = (
     Family(
         "vllm_qwen_vl",
+        {"model": "QwenModel", "processor": "QwenProcessor"},
         {
             "__init__": "self, vllm_config, prefix",
             "_process_video_input": "self, video_input",
@@ -89,10 +96,12 @@ FAMILIES = (
     ),
     Family(
         "vllm_internvl",
+        {"model": "InternVLModel", "processor": "InternVLProcessor", "info": "InternVLInfo"},
         {
             "__init__": "self, vllm_config, prefix",
             "_process_vision_input": "self, image_input",
             "embed_multimodal": "self, kwargs",
+            "extract_feature": "self, pixel_values",
         },
         {
             "InternVLChatModel": ("internvl", "InternVLChatModel"),
@@ -103,11 +112,22 @@ FAMILIES = (
     ),
     Family(
         "vllm_llava",
+        {"model": "LlavaOnevision", "info": "LlavaInfo"},
+        {
+            "__init__": "self, vllm_config, prefix",
+            "_process_video_pixels": "self, inputs",
+            "_image_pixels_to_features": "self, vision_tower, pixel_values, ...",
+        },
+        _generation(LlavaOnevision="llava_onevision"),
+    ),
+    Family(
+        "vllm_llava",
+        {"model": "LlavaNextVideo", "info": "LlavaNextVideoInfo"},
         {
             "__init__": "self, vllm_config, prefix",
             "_process_video_pixels": "self, inputs",
         },
-        _generation(LlavaOnevision="llava_onevision", LlavaNextVideo="llava_next_video"),
+        _generation(LlavaNextVideo="llava_next_video"),
     ),
 )
 
@@ -137,7 +157,8 @@ def register() -> None:
         for name, (_, base) in ARCHITECTURES.items():
             if base in settings:  # vLLM looks settings up by the name of an architecture
                 settings[name] = settings[base]
-            registry.register_model(name, f"{__name__}:{name}")
+            # vLLM keeps what it found out about a class, for later engines, by this name
+            registry.register_model(name, f"{__name__}:{name}{_VERSION}{engine.__version__}")
     except Exception:
         logger.warning("the architectures of ST-GridPool could not be registered", exc_info=True)
 
@@ -168,8 +189,16 @@ def engine_options(config: Any, modes: Sequence[str] = MODES) -> ModeOptions:
 
 def __getattr__(name: str) -> Any:
     """Return the class of one of `ARCHITECTURES`. Raises RuntimeError if vLLM has a version that `require` refuses."""
-    if name not in ARCHITECTURES:
+    architecture = name.partition(_VERSION)[0]
+    if architecture not in ARCHITECTURES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    family, base = ARCHITECTURES[name]
+    return _pooled_class(architecture)
+
+
+@functools.cache
+def _pooled_class(architecture: str) -> Any:
+    family, base = ARCHITECTURES[architecture]
     require(**family.tested(base))
-    return importlib.import_module(f"{__package__}.{family.adapter}").pooled_class(base)
+    adapter = importlib.import_module(f"{__package__}.{family.adapter}")
+    make_class = importlib.import_module(f"{__package__}.vllm_models").make_class
+    return make_class(base, **{kind: getattr(adapter, name) for kind, name in family.mixins.items()})

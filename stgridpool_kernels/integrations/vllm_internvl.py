@@ -6,7 +6,6 @@ Every frame has a square of tokens, and as many places in the prompt, whatever t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from typing import Any
@@ -14,17 +13,16 @@ from typing import Any
 import torch
 
 from .internvl import frame_tokens
-from .vllm_models import PooledInfo, PooledModel, PooledProcessor, make_class
+from .vllm_models import PooledInfo, PooledModel, PooledProcessor
 
 
 class InternVLInfo(PooledInfo):
-    """This mixin checks options against the tokens of a frame and their channels."""
+    """This mixin checks options against the tokens of a frame."""
 
     get_hf_processor: Any
 
     def check_options(self) -> None:
         super().check_options()
-        self.stgp_options.check_channels(self.ctx.model_config.hf_text_config.hidden_size)
         frame_tokens(self.get_hf_processor().image_seq_length, self.stgp_options)
 
 
@@ -52,7 +50,7 @@ class InternVLModel(PooledModel):
             return super()._process_vision_input(image_input)  # type: ignore[misc]
         name = "pixel_values_flat" if hasattr(image_input, "pixel_values_flat") else "pixel_values"
         frames = [int(count) for count in image_input["num_patches"]]
-        most = max(1, self.stgp_encoded // self.num_image_token)
+        most = max(1, self.stgp_encoder_limit // self.num_image_token)
         features = torch.cat([self.extract_feature(some) for some in image_input[name].split(most)])
         tokens = self.stgp_options.apply(features.unflatten(1, self.stgp_grid()), frame_counts=frames)
         return tuple(video.flatten(0, 2) for video in tokens.split(frames))
@@ -72,9 +70,3 @@ def _shortened(update: Any, tokens: int, left: int) -> Any:
         return dataclasses.replace(details, full=ids)
 
     return dataclasses.replace(update, replacement=replacement)
-
-
-@functools.cache
-def pooled_class(base: str) -> Any:
-    """Return the class of an architecture of vLLM with ST-GridPool."""
-    return make_class(base, InternVLModel, InternVLProcessor, InternVLInfo)

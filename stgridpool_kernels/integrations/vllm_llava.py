@@ -6,7 +6,6 @@ they leave as many tokens as prompts have placeholders.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import require_size
-from .vllm_models import PooledInfo, PooledModel, PooledProcessor, make_class
+from .vllm_models import PooledInfo, PooledModel
 
 
 class LlavaInfo(PooledInfo):
@@ -33,10 +32,17 @@ class LlavaInfo(PooledInfo):
         require_size(name, _grid(config), one - none, self.stgp_options.pool_options)
 
 
+class LlavaNextVideoInfo(LlavaInfo):
+    """This mixin is for a model that pools before its projector."""
+
+    def stgp_channels(self) -> int:
+        return int(self.ctx.model_config.hf_config.vision_config.hidden_size)
+
+
 class _Llava(PooledModel):
     """This mixin pools the tokens of frames that are packed."""
 
-    stgp_modes = ("pool",)
+    stgp_shortens = False
     config: Any
     vision_tower: Any
     multi_modal_projector: Any
@@ -84,15 +90,3 @@ def _grid(config: Any) -> tuple[int, int]:
     """Return rows and columns of tokens of a frame before pooling."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     return side, side
-
-
-_MODELS = {
-    "LlavaOnevisionForConditionalGeneration": LlavaOnevision,
-    "LlavaNextVideoForConditionalGeneration": LlavaNextVideo,
-}
-
-
-@functools.cache
-def pooled_class(base: str) -> Any:
-    """Return the class of an architecture of vLLM with ST-GridPool."""
-    return make_class(base, _MODELS[base], PooledProcessor, LlavaInfo)

@@ -7,6 +7,7 @@ the processor's knowledge of the model (its "info"). Weights, images and everyth
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.hasher import MultiModalHasher
 
+from ..version import __version__
 from .modes import MODES
 from .vllm import engine_options, logger
 
@@ -39,9 +41,14 @@ class PooledInfo:
 
     def check_options(self) -> None:
         """Raise ValueError if the engine cannot have its options."""
+        self.stgp_options.check_channels(self.stgp_channels())
         rate = self.ctx.get_mm_config().video_pruning_rate
         if rate:
             raise ValueError(f"video_pruning_rate must be 0 or left out beside ST-GridPool, got {rate}")
+
+    def stgp_channels(self) -> int:
+        """Return the number of channels of the tokens that are pooled, without those of deepstack levels."""
+        return int(self.ctx.model_config.hf_text_config.hidden_size)
 
 
 class PooledProcessor:
@@ -54,11 +61,13 @@ class PooledProcessor:
     def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
         """Return hashes of videos that depend on the options, so that no cache returns a video of other options.
 
+        They depend on the version of this package too, since another one may compute other bits.
+
         Hashes that a request brings along ("UUIDs") depend on them too. Those of images are vLLM's.
         """
         hashes = dict(super()._get_mm_hashes(inputs))  # type: ignore[misc]
         options = self.info.stgp_options
-        given = {"mode": options.mode, **options.arguments}
+        given = {"version": __version__, "mode": options.mode, **options.arguments}
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         if "video" in hashes:
             hashes["video"] = [
@@ -77,18 +86,19 @@ class PooledProcessor:
 class PooledModel:
     """This mixin extends a model of vLLM.
 
-    stgp_options: the engine's options. stgp_encoded: the most tokens that its encoder may leave in one call, which are
-    those that it was profiled with. The engine chooses the videos of a step by their numbers of pooled tokens, so that
-    a step may hold several times as many.
+    stgp_options: the engine's options. stgp_shortens: whether mode "pool" makes prompts shorter than vLLM's.
+    stgp_encoder_limit: the most tokens that its encoder may leave in one call. The engine chooses the videos of a step
+    by the tokens that are left of them, so that a step may have several times the tokens that it was profiled with.
     """
 
-    stgp_modes: Sequence[str] = MODES
+    stgp_shortens = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.stgp_options = engine_options(vllm_config.model_config.hf_config, self.stgp_modes)
-        self.stgp_encoded = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        if self.stgp_options.mode == "pool" and "grid" in self.stgp_modes:
+        self.stgp_options = engine_options(vllm_config.model_config.hf_config)
+        self.stgp_encoder_limit = sys.maxsize
+        if self.stgp_options.mode == "pool" and self.stgp_shortens:
+            self.stgp_encoder_limit = vllm_config.scheduler_config.max_num_encoder_input_tokens
             # vLLM takes the places of a video in the prompt for the tokens of its encoder, which are more
             self.supports_tower_connector_lora = False
         logger.info("ST-GridPool: %s, %s", self._shown_size(), self.stgp_options)

@@ -7,7 +7,6 @@ the one that writes prompts and the one that makes positions, and a third one po
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,18 +15,10 @@ import torch
 from torch import Tensor
 
 from .video_grid import shrink_grids, shrink_video
-from .vllm_models import PooledInfo, PooledModel, PooledProcessor, encoder_batches, make_class
+from .vllm_models import PooledModel, PooledProcessor, encoder_batches
 
 Grid = tuple[int, int, int]
 """A grid is the number of pairs of frames of a video, and rows and columns of tokens of a pair."""
-
-
-class QwenInfo(PooledInfo):
-    """This mixin checks options against the channels of a token."""
-
-    def check_options(self) -> None:
-        super().check_options()
-        self.stgp_options.check_channels(self.ctx.model_config.hf_text_config.hidden_size)
 
 
 class QwenProcessor(PooledProcessor):
@@ -62,18 +53,18 @@ class QwenModel(PooledModel):
         )
 
     def _encoded(self, video_input: Any, grids: Sequence[Grid], merge: int) -> Sequence[Tensor]:
-        """Return the tokens that the encoder leaves of every video, in calls of no more than `stgp_encoded` tokens.
+        """Return the tokens that the encoder leaves of every video, in calls of at most `stgp_encoder_limit` tokens.
 
         A pair of frames is encoded without regard to the others, so that a long video can be encoded in pieces.
         """
         encode = super()._process_video_input  # type: ignore[misc]
-        if video_input["type"] == "video_embeds" or sum(map(math.prod, grids)) <= self.stgp_encoded:
+        if video_input["type"] == "video_embeds" or sum(map(math.prod, grids)) <= self.stgp_encoder_limit:
             return encode(video_input)  # type: ignore[no-any-return]
-        pieces = [piece for grid in grids for piece in _pieces(grid, self.stgp_encoded)]
+        pieces = [piece for grid in grids for piece in _pieces(grid, self.stgp_encoder_limit)]
         sizes = [math.prod(piece) for piece in pieces]
         rows: list[Tensor] = []
         start = 0
-        for some in encoder_batches(sizes, self.stgp_encoded):
+        for some in encoder_batches(sizes, self.stgp_encoder_limit):
             patches = sum(sizes[some]) * merge**2
             part = {
                 "type": video_input["type"],
@@ -103,13 +94,15 @@ def _pieces(grid: Grid, limit: int) -> list[Grid]:
 
 
 def _pooled_item(item: Any, config: Any, options: Any) -> Any:
-    """Return vLLM's record of a video with the grid, in patches, of what is left of it, and all else as it is."""
-    grid = item["video_grid_thw"]
-    [left] = shrink_grids(grid.data[None], config.vision_config.spatial_merge_size, options)
+    """Return vLLM's record of a video with the grid, in patches, of what is left of it, and all else as it is.
+
+    Raises ValueError if patches do not make whole tokens, which a request that brings tokens may say.
+    """
+    grid, merge = item["video_grid_thw"], config.vision_config.spatial_merge_size
+    if any(patches % merge for patches in grid.data.tolist()[1:]):
+        raise ValueError(
+            f"video_grid_thw must have rows and columns of patches that are multiples of {merge}, got "
+            f"{grid.data.tolist()}"
+        )
+    [left] = shrink_grids(grid.data[None], merge, options)
     return type(item)({**item, "video_grid_thw": dataclasses.replace(grid, data=left)})
-
-
-@functools.cache
-def pooled_class(base: str) -> Any:
-    """Return the class of an architecture of vLLM with ST-GridPool."""
-    return make_class(base, QwenModel, QwenProcessor, QwenInfo)

@@ -72,7 +72,7 @@ def test_architectures_are_registered_by_name_and_as_often_as_one_likes(monkeypa
     stand_in(monkeypatch, "0.32.0+cpu", ModelRegistry=registry)
     plugin.register()
     plugin.register()
-    assert registry.models == {name: f"{plugin.__name__}:{name}" for name in plugin.ARCHITECTURES}
+    assert registry.models == {name: f"{plugin.__name__}:{name}__vllm_0.32.0+cpu" for name in plugin.ARCHITECTURES}
     assert all(name.startswith("Stgp") for name in registry.models)
     settings = sys.modules["vllm.model_executor.models.config"].MODELS_CONFIG_MAP
     assert settings == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import re
@@ -233,7 +234,7 @@ def test_the_encoder_is_given_no_more_at_once_than_it_was_profiled_with(base: st
         patches = patches.unflatten(0, (-1, 4)).flatten(1)
     results, seen = [], []
     for limit in (325, 40, 1):
-        model.stgp_encoded, model.visual.seen = limit, []
+        model.stgp_encoder_limit, model.visual.seen = limit, []
         given = {"type": kind, kind: patches, "video_grid_thw": grids}
         results.append(model._process_video_input(given))
         seen.append(model.visual.seen)
@@ -272,7 +273,7 @@ def test_so_is_that_of_internvl(base: str, module: str, kind: str, name: str) ->
     )
     results = []
     for limit in (750, 125, 24):
-        model.stgp_encoded = limit
+        model.stgp_encoder_limit = limit
         results.append(model._process_vision_input(given))
     assert seen == [30, 5, 5, 5, 5, 5, 5, *[1] * 30]
     assert [video.shape for video in results[0]] == [(9 * count, 12) for count in frames]
@@ -316,8 +317,12 @@ QWEN3 = "Qwen3VLForConditionalGeneration"
         (QWEN3, {"mode": "grid", "output_size": 3}, {}, "stgp_options: output_size must not be given in mode 'grid'"),
         (QWEN3, {"mode": 1}, {}, "stgp_options: mode must be a word, got 1"),
         (QWEN3, {"strides": [2]}, {}, "stgp_options: there must be an option strides"),
-        (QWEN3, {"norm_channels": 65}, {}, "norm_channels must be at most the 64 channels of a token, got 65"),
-        ("InternVLForConditionalGeneration", {"norm_channels": 65}, {}, "at most the 64 channels of a token, got 65"),
+        *(
+            (base, {"norm_channels": 65}, {}, "the 64 channels of a token, got 65")
+            for base in KINDS
+            if "Next" not in base
+        ),
+        ("LlavaNextVideoForConditionalGeneration", {"norm_channels": 33}, {}, "the 32 channels of a token, got 33"),
         (
             "InternVLForConditionalGeneration",
             {"kernel_size": 19, "ceil_mode": False},
@@ -351,17 +356,63 @@ def test_options_of_the_environment_have_a_mode(monkeypatch: pytest.MonkeyPatch)
         plugin.engine_options(SimpleNamespace())
 
 
-@pytest.mark.parametrize("mode", ["pool", "grid"])
-def test_lora_of_the_encoder_is_for_models_whose_prompts_are_vllms(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In mode "pool" vLLM would count the tokens of the encoder by the places in the prompt."""
-    kind = getattr(plugin, f"Stgp{QWEN3}")
-    stock = next(cls for cls in kind.__mro__ if cls.__module__ == "vllm.model_executor.models.qwen3_vl")
+@pytest.mark.parametrize(("grid", "fits"), [([2, 4, 6], True), ([1, 3, 4], False), ([1, 4, 5], False)])
+def test_tokens_of_half_a_place_are_refused_by_the_processor(configured: Any, grid: list[int], fits: bool) -> None:
+    """vLLM's own processor takes them; here the model would fail, and with it the engine."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.processing.context import TimingContext
+    from vllm.multimodal.processing.inputs import ProcessorInputs
+
+    config = configured(QWEN3, {}, enable_mm_embeds=True).model_config
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    brought = {
+        "video_embeds": torch.zeros(grid[0] * grid[1] * grid[2] // 4, 192),
+        "video_grid_thw": torch.tensor([grid]),
+        "timestamps": [[0.0] * grid[0]],
+    }
+    items = processor.info.parse_mm_data({"video": brought}, validate=False)
+    ids = processor.info.get_tokenizer().encode(questions.prompt_text("qwen3_vl", "{long}"))
+    refused = pytest.raises(ValueError, match=r"video_grid_thw must have rows and columns .* multiples of 2, got \[")
+    with contextlib.nullcontext() if fits else refused:
+        processor.apply(ProcessorInputs(ids, items), TimingContext(enabled=False))
+
+
+@pytest.mark.parametrize(
+    ("base", "mode", "takes"),
+    [
+        (QWEN3, "pool", False),
+        (QWEN3, "grid", True),
+        ("InternVLChatModel", "pool", False),
+        ("LlavaNextVideoForConditionalGeneration", "pool", True),
+    ],
+)
+def test_models_whose_prompts_are_shorter_have_a_limit_and_no_lora_of_the_encoder(
+    base: str, mode: str, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM counts the tokens of an encoder by the places in the prompt, of which these models have fewer."""
+    kind = getattr(plugin, f"Stgp{base}")
+    stock = next(cls for cls in kind.__mro__ if cls.__module__.startswith("vllm.") and issubclass(cls, nn.Module))
     monkeypatch.setattr(stock, "__init__", lambda self, **_: nn.Module.__init__(self))
+    monkeypatch.setattr(kind, "stgp_grid", lambda self: None)
     config = SimpleNamespace(
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(stgp_options={"mode": mode}), hf_text_config=SimpleNamespace(hidden_size=64)
         ),
-        scheduler_config=SimpleNamespace(max_num_encoder_input_tokens=1),
+        scheduler_config=SimpleNamespace(max_num_encoder_input_tokens=77),
     )
     assert stock.supports_tower_connector_lora
-    assert kind(vllm_config=config).supports_tower_connector_lora == (mode == "grid")
+    model = kind(vllm_config=config)
+    assert model.supports_tower_connector_lora == takes
+    assert model.stgp_encoder_limit == (sys.maxsize if takes else 77)
+
+
+def test_cuda_graphs_of_the_encoder_have_no_frames_of_videos() -> None:
+    from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
+
+    from stgridpool_kernels.integrations.vllm_models import EncoderGraphs
+
+    whole = EncoderCudaGraphConfig(["image", "video"], ["pixels"], 64, max_frames_per_video=7)
+    stock = type("Stock", (), {"get_encoder_cudagraph_config": lambda self: whole})
+    left = type("Ours", (EncoderGraphs, stock), {})().get_encoder_cudagraph_config()
+    assert left == dataclasses.replace(whole, modalities=["image"], max_frames_per_video=1)
+    assert whole.modalities == ["image", "video"]
