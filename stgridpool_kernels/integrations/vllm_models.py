@@ -61,9 +61,8 @@ class PooledProcessor:
     def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
         """Return hashes of videos that depend on the options, so that no cache returns a video of other options.
 
-        They depend on the version of this package too, since another one may compute other bits.
-
-        Hashes that a request brings along ("UUIDs") depend on them too. Those of images are vLLM's.
+        They depend on the version of this package as well, since another one may compute other bits. So do hashes that
+        a request brings along ("UUIDs"). Those of images are vLLM's.
         """
         hashes = dict(super()._get_mm_hashes(inputs))  # type: ignore[misc]
         options = self.info.stgp_options
