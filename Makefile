@@ -126,7 +126,7 @@ define vllm_plugin
 	build/with_vllm/bin/python -c "from pathlib import Path; from tests.support.wheels import build_wheel; build_wheel(Path('$(CURDIR)/build/with_vllm/bin/python'), Path('$(CURDIR)/build/vllm-wheel'))"
 	build/with_vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/vllm-plugin build/vllm-wheel/*.whl
 endef
-vllm_pytest = build/with_vllm/bin/pytest --confcutdir=tests/with_vllm -o pythonpath=
+vllm_pytest = OMP_NUM_THREADS=1 build/with_vllm/bin/pytest --confcutdir=tests/with_vllm -o pythonpath=
 
 test-vllm: build/with_vllm/installed ## the plugin in a vLLM engine
 	$(vllm_plugin)

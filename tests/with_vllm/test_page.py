@@ -105,7 +105,7 @@ def server(folder: Path, tmp_path: Path, settings: dict[str, str]) -> Iterator[t
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(300):
+        for _ in range(900):
             if process.poll() is not None:
                 pytest.fail(log.read_text()[-5000:])
             try:
