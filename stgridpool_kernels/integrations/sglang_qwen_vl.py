@@ -19,14 +19,7 @@ from .modes import ModeOptions
 from .qwen_vl import FAMILY
 from .video_grid import shrink_grids, shrink_video, token_channels
 
-_MODELS = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-    "qwen3_5": "Qwen3_5ForConditionalGeneration",
-    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
-}
+_MODELS = {one.folder: f"{one.prefix}ForConditionalGeneration" for one in FAMILY.architectures}
 """Models of these types have hooks; the value is the class of each.
 
 Models of SGLang that inherit from these classes but have other types are left alone.

@@ -1,4 +1,4 @@
-"""Fixtures of the tests in an environment with vLLM: make test-vllm.
+"""These fixtures are for tests in an environment with vLLM, which `make test-vllm` runs.
 
 Engines run in processes of their own, engine.py. The package is found on PYTHONPATH, as it is installed there, so that
 an engine can be run without it too; the models that tests share with others are found in the checkout.

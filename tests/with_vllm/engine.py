@@ -1,4 +1,4 @@
-"""Run engines of vLLM, one after the other, in a process of its own: python engine.py REQUEST ANSWERS.
+"""This script runs engines of vLLM, one after the other: python engine.py REQUEST ANSWERS.
 
 REQUEST is a JSON object: "media" names a file of arrays by name; "engines" is a list of objects with "arguments" of an
 engine, and "batches" of prompts. The prompts of a batch are asked together, the batches one after the other. A prompt

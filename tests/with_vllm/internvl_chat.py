@@ -1,4 +1,4 @@
-"""The InternVL model of tests/support in the format of the checkpoints that name InternVLChatModel.
+"""This module saves the InternVL model of tests/support in the format of checkpoints that name InternVLChatModel.
 
 transformers has no class for that format, and published checkpoints bring a file with a class of their configuration.
 Here such a file is written, with what vLLM reads.
@@ -47,7 +47,7 @@ _NAMES = (
     (r"layernorm_after\.", "norm2."),
     (r"lambda_(\d)$", r"ls\1"),
 )
-"""Patterns in names of weights in transformers, and what stands for them in these checkpoints."""
+"""These patterns in names of weights in transformers are replaced by what stands for them in these checkpoints."""
 
 
 def save(folder: Path, head: int) -> Path:

@@ -1,4 +1,4 @@
-"""What the models of test_models.py are asked in vLLM, and what transformers answers."""
+"""This module has the questions that tests ask models in vLLM, and finds out what transformers answers to them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,12 @@ HEAD = 32
 """These are the fewest channels of a head that vLLM's attention for CPUs takes."""
 
 KINDS = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-    "qwen3_5": "Qwen3_5ForConditionalGeneration",
-    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    **{one.folder: f"{one.prefix}ForConditionalGeneration" for one in qwen_vl.FAMILY.architectures},
     "internvl": "InternVLForConditionalGeneration",
+    "interns1": "InternS1ForConditionalGeneration",
     "internvl_chat": "InternVLChatModel",
 }
-"""Each kind of model, and vLLM's architecture for it."""
+"""These are vLLM's architectures, by the kind of model that each is for."""
 
 PROMPTS = {
     "a video": "h i {long} w h a t ?",
@@ -44,10 +40,10 @@ PROMPTS = {
     "words": "w h a t ?",
 }
 AGAIN = {"the video again": "h i {long} w h y ?"}
-"""A prompt that begins as another one, with its video, and is asked after it."""
+"""This prompt begins as another one, with its video, and is asked after it."""
 
 SHOWING = [name for name, text in {**PROMPTS, **AGAIN}.items() if "{" in text and name != "an image"]
-"""Names of prompts with videos."""
+"""The prompts of these names have videos."""
 
 _QWEN = {"long": (34, 5, 7), "odd": (19, 5, 5), "narrow": (9, 3, 11), "small": (17, 3, 3), "image": (1, 6, 6)}
 _INTERNVL = {"long": (17, 8, 8), "odd": (9, 8, 8), "narrow": (5, 8, 8), "small": (4, 8, 8), "image": (1, 8, 8)}
@@ -59,7 +55,7 @@ def sizes(kind: str) -> dict[str, tuple[int, int, int]]:
 
     Most are odd, and round up when pooled. InternVL has frames of one size.
     """
-    return _INTERNVL if kind.startswith("internvl") else _QWEN
+    return _INTERNVL if kind.startswith("intern") else _QWEN
 
 
 @functools.cache
@@ -96,7 +92,9 @@ def prompt_text(kind: str, text: str) -> str:
     image, video = (
         ("<image>", "<video>")
         if kind == "internvl_chat"
-        else (models.placeholder(kind, modality) for modality in ("image", "video"))
+        else (
+            models.placeholder("internvl" if kind == "interns1" else kind, modality) for modality in ("image", "video")
+        )
     )
     return text.format(image=image, **dict.fromkeys(videos_of(text), video))
 
@@ -119,7 +117,7 @@ def save(kind: str, folder: Path) -> Path:
     """Save a model as vLLM reads it, and return the folder."""
     if kind == "internvl_chat":
         return internvl_chat.save(folder, HEAD)
-    model, processor = models.build(kind, head=HEAD)
+    model, processor = _internvl() if kind.startswith("intern") else models.build(kind, head=HEAD)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if kind == "qwen3_vl_moe":  # published checkpoints have experts transposed, and say that their weights add up to 1
@@ -136,7 +134,7 @@ def save(kind: str, folder: Path) -> Path:
 
 def expected(kind: str, options: dict[str, Any] | None) -> dict[str, Any]:
     """Return what transformers answers with the same weights and options, prompt by prompt."""
-    answer = _answer_internvl if kind.startswith("internvl") else _answer_qwen
+    answer = _answer_internvl if kind.startswith("intern") else _answer_qwen
     return {name: answer(kind, text, options) for name, text in {**PROMPTS, **AGAIN}.items()}
 
 

@@ -1,4 +1,4 @@
-"""Running engines of vLLM in processes of their own, and comparing what they answer."""
+"""This module runs engines of vLLM in processes of their own, and compares what they answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answers = dict[str, dict[str, Any]]
 
 
 class Runner:
-    """Runs engines in a process. `log` is what the last process printed."""
+    """This object runs engines in a process. `log` is what the last process printed."""
 
     def __init__(self, settings: Mapping[str, str], folder: Path) -> None:
         self._settings, self._folder, self.log = settings, folder, ""

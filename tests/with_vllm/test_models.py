@@ -24,7 +24,7 @@ ENGINES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "vLLM's own": (None, {}),
     "pool, with drafts": (POOL, {"speculative_config": NGRAM}),
 }
-"""The options of each engine, or None for an architecture of vLLM, and further arguments.
+"""Each engine has options, or None for vLLM's own architecture, and further arguments.
 
 The one with drafts is the last, since vLLM for CPUs makes no engine in a process that has loaded numba for them.
 """
@@ -74,7 +74,7 @@ def expected(kind: str, engine: str) -> Answers:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_same_answers_as_transformers(kind: str, engine: str, results: dict[str, Any]) -> None:
-    """They do so token for token, except for Qwen3.5, whose kernels for CPUs in vLLM take bfloat16 alone.
+    """Answers are the same token for token, except for Qwen3.5, whose kernels for CPUs in vLLM take bfloat16 alone.
 
     Of that model the places in its prompts are compared, and the first token, whose logarithm of probability may differ
     by what bfloat16 does to it; test_tokens.py compares its answers in one arithmetic.
@@ -95,7 +95,7 @@ def test_the_same_answers_as_transformers(kind: str, engine: str, results: dict[
     ("engine", "other"), [("pool", "other options"), ("pool", "vLLM's own"), ("grid", "vLLM's own")]
 )
 def test_engines_of_other_options_answer_otherwise(kind: str, engine: str, other: str, results: dict[str, Any]) -> None:
-    """Without this, the comparison with transformers might see nothing. Images and words know of no options."""
+    """If engines of other options answered alike, the comparison with transformers would show nothing."""
     one, two = (results[name]["answers"] for name in (engine, other))
     for name in questions.SHOWING:
         assert one[name]["tokens"] != two[name]["tokens"] or difference(one[name], two[name]) > 10 * CLOSE, name
@@ -111,7 +111,7 @@ def test_a_video_that_is_asked_about_again_is_not_computed_again(kind: str, resu
 
 def test_cuda_graphs_of_the_encoder_are_for_images(kind: str, results: dict[str, Any]) -> None:
     stock = results["vLLM's own"]["graphs"]
-    if kind == "internvl":
+    if kind in ("internvl", "interns1"):
         assert stock is None
         assert results["pool"]["graphs"] is None
         return

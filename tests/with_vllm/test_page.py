@@ -1,4 +1,4 @@
-"""The two snippets of the page on vLLM, with a model of few random weights in place of the checkpoint they name."""
+"""The two snippets of the page on vLLM run with a model of few random weights in place of the checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plugin says to vLLM about its architectures: settings, budgets, hashes, graphs, and what it refuses."""
+"""The plugin tells vLLM settings, budgets, hashes and graphs of its architectures, and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from stgridpool_kernels.integrations.modes import mode_options
 
 KINDS = {
     **{architecture: kind for kind, architecture in questions.KINDS.items()},
-    "InternS1ForConditionalGeneration": "internvl",
     "LlavaOnevisionForConditionalGeneration": "onevision",
     "LlavaNextVideoForConditionalGeneration": "next_video",
 }
-"""The kind of checkpoint of every architecture that the plugin has one for."""
+"""These are kinds of checkpoints, by the architecture of vLLM that each is for."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +98,7 @@ def test_every_architecture_is_tested() -> None:
 
 @pytest.mark.parametrize("base", KINDS)
 def test_the_resolved_configuration_is_that_of_the_base(configured: Any, base: str) -> None:
-    """Only the names of architectures, and what selects them, differ."""
+    """Configurations differ in the names of architectures, and in what selects them, alone."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -165,7 +164,7 @@ def hashes(configured: Any) -> Any:
 @pytest.mark.parametrize("base", KINDS)
 @pytest.mark.parametrize("brought", [False, True], ids=["made", "brought along"])
 def test_hashes_of_videos_tell_options_and_modes_apart(hashes: Any, base: str, brought: bool) -> None:
-    """So they do where a request brings its own ("UUIDs"). Those of images are vLLM's."""
+    """Hashes that a request brings along ("UUIDs") do so too. Those of images are vLLM's."""
     chosen = [None, {}, {"temperature": 2.0}, {"norm_type": 1.0}]
     if "Llava" not in base:
         chosen += [{"mode": "grid"}, {"mode": "grid", "frame_strides": [2]}]
@@ -182,7 +181,7 @@ def test_hashes_of_videos_tell_options_and_modes_apart(hashes: Any, base: str, b
 
 @pytest.mark.parametrize("base", KINDS)
 def test_budgets_are_those_of_the_base(configured: Any, base: str) -> None:
-    """They hold for any video, since none has more tokens pooled than it had before."""
+    """The engine chooses videos of a step, and makes room for what is left of them, by these budgets."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
@@ -255,7 +254,9 @@ def test_the_encoder_is_given_no_more_at_once_than_it_was_profiled_with(base: st
         ("InternVLForConditionalGeneration", "interns1", "InternS1VideoPixelInputs", "pixel_values"),
     ],
 )
-def test_so_is_that_of_internvl(base: str, module: str, kind: str, name: str) -> None:
+def test_the_projector_of_internvl_is_given_no_more_at_once_either(
+    base: str, module: str, kind: str, name: str
+) -> None:
     model, seen = bare(base), []
     model.num_image_token = 25
 

@@ -20,7 +20,7 @@ from vllm.config.multimodal import VideoPruningMethod
 
 CHECKOUT = Path(__file__).parents[2]
 SHAPES = {"8x27x27x256:pruning": 8 * 13 * 13, "12x9x10x128:pruning:fp32:ceil": 12 * 5 * 5}
-"""Small tokens, and the number of those that grid_pool makes of them."""
+"""These are workloads of few tokens, and the number of tokens that grid_pool returns for each."""
 
 
 @pytest.fixture(scope="module")

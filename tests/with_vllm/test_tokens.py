@@ -16,10 +16,10 @@ from runner import Runner, selected
 from stgridpool_kernels.integrations.modes import mode_options
 
 GRIDS = {"long": (34, 5, 7), "odd": (9, 3, 11), "small": (17, 3, 3)}
-"""Frames, and rows and columns of tokens, of each video."""
+"""These are the number of frames, and of rows and columns of tokens, of each video."""
 
 LEVELS = {"qwen2_5_vl": 1, "qwen3_vl": 3, "qwen3_5": 1, "qwen3_5_moe": 1}
-"""How many levels the tokens of a model have, of which all but the first are those of deepstack."""
+"""The tokens of a model have this number of levels, of which all but the first are those of deepstack."""
 
 OPTIONS = [
     {"mode": "pool", "temperature": 2.0},
