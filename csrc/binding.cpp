@@ -75,15 +75,27 @@ int64_t frames_of(const Tensor& x) { return x.dim() == 5 ? product({x.sizes()[0]
 
 const int32_t* words_of(const Tensor& tables) { return static_cast<const int32_t*>(tables.const_data_ptr()); }
 
-// Returns the words of `tables`. Checks that they are tables for x and out; if `pooled`, out has pooled frames, else
-// frames like those of x.
-const int32_t* checked_words(const Tensor& tables, const Tensor& x, const Tensor& out, bool pooled) {
+void check_form(const Tensor& tables) {
   STD_TORCH_CHECK(
       tables.scalar_type() == ScalarType::Int && tables.dim() == 1 && tables.is_contiguous() && tables.is_cpu(),
       "tables must be contiguous int32 on the CPU");
-  const int32_t* t = words_of(tables);
-  const char* wrong = check_tables(t, tables.numel());
+}
+
+// Checks every word of tables, which the other ops trust.
+void check_tables_once(const Tensor& tables) {
+  check_form(tables);
+  const char* wrong = check_tables(words_of(tables), tables.numel());
   STD_TORCH_CHECK(wrong == nullptr, wrong);
+}
+
+// Returns the words of `tables`. Checks that their header is one of tables for x and out; if `pooled`, out has pooled
+// frames, else frames like those of x.
+const int32_t* checked_words(const Tensor& tables, const Tensor& x, const Tensor& out, bool pooled) {
+  check_form(tables);
+  const int32_t* t = words_of(tables);
+  STD_TORCH_CHECK(tables.numel() >= HEADER_WORDS && t[H_MAGIC] == MAGIC && t[H_VERSION] == VERSION &&
+                      t[H_WORDS] == tables.numel(),
+                  "these are no tables of a plan");
   const int64_t rank = x.dim();
   const int64_t frames = frames_of(x);
   STD_TORCH_CHECK(t[H_FRAMES] == frames && t[H_HEIGHT] == x.sizes()[rank - 3] && t[H_WIDTH] == x.sizes()[rank - 2],
@@ -361,7 +373,10 @@ int64_t release_scratch() { return Scratch::release(); }
 
 }  // namespace stgp
 
-STABLE_TORCH_LIBRARY_IMPL(stgp, CPU, library) { stgp::implement_ops(library); }
+STABLE_TORCH_LIBRARY_IMPL(stgp, CPU, library) {
+  stgp::implement_ops(library);
+  library.impl("_check_tables", TORCH_BOX(&stgp::check_tables_once));
+}
 
 #ifdef STGP_CUDA
 STABLE_TORCH_LIBRARY_IMPL(stgp, CUDA, library) { stgp::implement_ops(library); }

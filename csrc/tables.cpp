@@ -129,6 +129,9 @@ const char* check_gradient(const int32_t* t, int64_t words) {
   if (!inside(t[H_GRADIENT], G_LEVELS + 2 * int64_t{t[H_NUM_LEVELS]}, words)) return "the gradient is out of range";
   const int32_t* gradient = t + t[H_GRADIENT];
   if (!inside(gradient[G_CONSUMERS], nodes + 1, words)) return "the consumers are out of range";
+  if (!inside(gradient[G_ENDS], nodes, words) || !all_between(t + gradient[G_ENDS], nodes, -1, t[H_FRAMES])) {
+    return "the output frames of the nodes are out of range";
+  }
   const int32_t* starts = t + gradient[G_CONSUMERS];
   for (int64_t c = 0; c < nodes; ++c) {
     const int64_t length = int64_t{starts[c + 1]} - starts[c];

@@ -33,6 +33,7 @@
 //
 //   consumers               F + S + 1 offsets: node number n of 0, ..., F - 1, ~0, ..., ~(S - 1) is read by the triples
 //                           (summary, level, tile) from offset n up to offset n + 1
+//   ends                    F + S frames: the output frame that holds node number n, or -1
 //   window inverses         H starts, then H counts: row r is read by output rows start[r], ...,
 //                           start[r] + count[r] - 1; the same for W
 //   level inverses          the same for the rows and columns of a level's mosaics: rows x H, cols x W
@@ -44,7 +45,7 @@
 namespace stgp {
 
 constexpr int32_t MAGIC = 0x50475453;  // "STGP"
-constexpr int32_t VERSION = 3;         // of the tables, and of the private ops that take them
+constexpr int32_t VERSION = 4;         // of the tables, and of the private ops that take them
 
 // The first words of all tables.
 enum Header : int32_t {
@@ -73,6 +74,7 @@ enum Header : int32_t {
 // Offsets that the gradient section starts with.
 enum Gradient : int32_t {
   G_CONSUMERS,
+  G_ENDS,
   G_WINDOW_ROWS,  // the window inverses
   G_WINDOW_COLS,
   G_LEVELS,  // two offsets for every level: for its rows, for its columns

@@ -8,6 +8,7 @@ Each public op `name` is functional. Three private ops take its arguments too: `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -55,6 +56,10 @@ _NO_POOLING: Arguments = {
     "output_size": None,
 }
 
+_OF_BACKEND = {"norm_pool": "grid_pool"}  # by a plan without levels; other ops have a method of their name
+_FORWARD = {name: attrgetter(_OF_BACKEND.get(name, name)) for name in ARGUMENTS}
+_BACKWARD = {name: attrgetter(f"{_OF_BACKEND.get(name, name)}_backward") for name in ARGUMENTS}
+
 refuse_second(hasattr(torch.ops.stgp, "grid_pool"))
 _library = torch.library.Library("stgp", "DEF")
 _defaults: dict[str, Arguments] = {}
@@ -93,7 +98,7 @@ def check_arguments(arguments: Arguments) -> None:
     torch.ops.stgp.grid_pool(x, **arguments | {"norm_channels": None})
 
 
-def _check(name: str, x: Tensor, a: Arguments) -> None:
+def _check(x: Tensor, a: Arguments) -> None:
     """Check tokens, weights and frame counts. The plan checks its own arguments."""
     check_tokens(x)
     arithmetic = _arithmetic(x)
@@ -200,7 +205,7 @@ def _result(x: Tensor, pooled: Sequence[int] | None) -> tuple[tuple[int, ...], t
 
 
 def _run(name: str, x: Tensor, a: Arguments, out: Tensor | None) -> Tensor:
-    _check(name, x, a)
+    _check(x, a)
     plan = _plan(name, x, a)
     pooled = None if plan is None else plan.pooled_size
     if out is None:
@@ -211,7 +216,7 @@ def _run(name: str, x: Tensor, a: Arguments, out: Tensor | None) -> Tensor:
         _check_memory(out, x)
     backend = choose_backend(x, plan)
     if out.numel():
-        getattr(backend, name)(x, *_backend_arguments(x, plan, a), out)
+        _FORWARD[name](backend)(x, *_backend_arguments(x, plan, a), out)
     return out
 
 
@@ -226,7 +231,7 @@ def _symbolic_pooled_size(name: str, x: Tensor, a: Arguments) -> tuple[int, int]
 def check_call(name: str, x: Tensor, given: Arguments) -> tuple[tuple[int, ...], torch.dtype]:
     """Check a call of a public op by sizes alone, which may be symbolic; return shape and dtype of its result."""
     a = _defaults[name] | given
-    _check(name, x, a)
+    _check(x, a)
     return _result(x, _symbolic_pooled_size(name, x, a))
 
 
@@ -278,11 +283,10 @@ def _implement(name: str) -> None:
         plan = _plan(name, x, a)
         with use_backend(backend_names()[int(backend)]):
             chosen = choose_backend(x, plan)
-        if x.numel() == 0:
-            return torch.empty_like(x, memory_format=torch.contiguous_format)
-        # dispatched kernels run below autograd, which a backend may need to recompute the forward
-        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-            return chosen.backward(name, grad, x, *_backend_arguments(x, plan, a)).contiguous()
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if x.numel():
+            _BACKWARD[name](chosen)(grad, x, *_backend_arguments(x, plan, a), grad_x)
+        return grad_x
 
     for op, kernel in zip(op_names(name), (forward, forward_out, recorded, backward), strict=True):
         _library.impl(op, kernel, "CompositeExplicitAutograd")
@@ -297,7 +301,7 @@ def _fake(name: str) -> None:
 
     def forward_out(x: Tensor, *, out: Tensor, **given: Any) -> None:
         a = defaults | given
-        _check(name, x, a)
+        _check(x, a)
         _check_out(out, x, _symbolic_pooled_size(name, x, a))
 
     def recorded(x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:

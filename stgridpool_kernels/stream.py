@@ -84,7 +84,7 @@ class _Format:
 
     def on(self, backend: Backend, norm_type: float) -> _Format:
         """This format with `backend` chosen."""
-        fused = backend.keeps_thumbnails(self.plan, self.like.shape[-1], norm_type)
+        fused = backend.is_fused(self.plan, self.like.shape[-1], norm_type)
         return replace(self, backend=backend.name, fused=fused)
 
 

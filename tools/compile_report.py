@@ -38,6 +38,7 @@ from benchmarks.workloads import DTYPES
 from stgridpool_kernels.backends import triton_kernels
 from stgridpool_kernels.backends.triton_kernels import fused
 from stgridpool_kernels.backends.triton_kernels.config import FusedConfig
+from stgridpool_kernels.backends.triton_kernels.launch import CallSpec
 from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan import grid_plan
 from tests.support.cuda_emulation import KERNELS, ROOT, content_hash
@@ -155,12 +156,11 @@ def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
     counts = geometry.pop("frame_counts", [T] * math.prod(x.shape[:-4]))
     plan = None if case.op == "token_norm" else grid_plan(counts, H, W, **OTHER_HALF.get(case.op, {}), **geometry)
 
-    weighting, capability = Weighting.of(settings, x.shape[-1]), divmod(arch, 10)
-    if case.gradient:
-        grad, out = out, torch.empty_like(x)
-        call = triton_kernels.prepare_backward(case.op, grad, x, plan, weighting, out, capability)
-    else:
-        grad, call = None, triton_kernels.prepare(case.op, x, plan, weighting, out, capability)
+    weighting = None if case.op == "temporal_grid" else Weighting.of(settings, x.shape[-1])
+    grad, out = (out, torch.empty_like(x)) if case.gradient else (None, out)
+    name = "grid_pool" if case.op == "norm_pool" else case.op
+    prepare = getattr(triton_kernels, f"prepare_{name}_backward" if case.gradient else f"prepare_{name}")
+    call = prepare(CallSpec(x, out, plan, weighting, grad, capability=divmod(arch, 10)))
     scratch = torch.empty(call.scratch, dtype=dtype, device="meta") if call.scratch else None
     gradients = torch.empty(call.gradients, dtype=torch.float32, device="meta") if call.gradients else None
     tensors = (x, out, scratch, call.tables.tensor if call.tables else None, grad, gradients)
@@ -170,7 +170,7 @@ def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
     triton.runtime.driver.set_active(driver)
     return [
         # a warmup is what a launch does the first time, up to the launch itself
-        launch.kernel.warmup(*tensors[: launch.tensors], *launch.arguments, grid=launch.grid, **launch.options)
+        launch.kernel.warmup(*launch.given(tensors), grid=launch.grid, **launch.options)
         for launch in call.launches
     ]
 

@@ -30,7 +30,7 @@ from benchmarks.providers import chosen
 from benchmarks.results import encode
 from benchmarks.workloads import WORKLOADS, Workload, random_tokens
 from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.backends.triton_kernels import config, launch, prepare
+from stgridpool_kernels.backends.triton_kernels import config, launch, prepare_grid_pool
 from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan.dataflow import Dataflow
 from tools.compile_report import configured
@@ -86,10 +86,10 @@ def variant(workload: Workload, backend: str, choice: dict[str, Any]) -> Provide
         weighting = Weighting(1.0, 2.0, True, x.shape[-1])
         if backend == "cuda":
             op, cells = torch.ops.stgp._grid_pool_by_tables.default, choice.get("cells", 0)
-            compiled._run(op, (x,), plan, Dataflow.of, *weighting, out, cells)
+            compiled._run(op, (x,), plan, *weighting, out, cells)
         else:
             with configured(choice):
-                launch.run((name, workload.name), lambda: prepare("grid_pool", x, plan, weighting, out), x, out)
+                launch.run(prepare_grid_pool, x, out, plan, weighting)
         return out
 
     return replace(like, name=name, call=call, ulps=2, takes_out=True, captures=True, memory=0.5)

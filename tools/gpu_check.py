@@ -30,7 +30,13 @@ ROOT = Path(__file__).parents[1]
 FAST_SECONDS, ALL_SECONDS, LEAST_SECONDS = 200.0, 560.0, 5.0
 """Limits in seconds with --fast and without it, and the least time to start a process for. About 20 s go by before the
 first stage."""
-AXES = {"spread": [True], "mosaic_cells": [2, 3, 5, 7], "odd_registers": [80], "even_registers": [128], "stages": [1]}
+AXES = {
+    "mosaic_cells": [1, 2, 4, 7],
+    "frame_cells": [4, 7],
+    "odd_registers": [80],
+    "even_registers": [128],
+    "stages": [1],
+}
 """The values that `tune triton` tries besides the configuration as it is; the most is expected of the first axis."""
 WARMED = [f"--calls grid_pool --config {axis}={value}" for axis, values in AXES.items() for value in values]
 WARMED = ["--dtype bf16 fp16 --shape 8x9x7x64 8x8x6x64", "", *WARMED]

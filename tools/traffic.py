@@ -115,7 +115,7 @@ def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
     Raises RuntimeError unless the kernels are interpreted, ValueError for a plan that takes the general kernels.
     """
     from stgridpool_kernels.backends import triton_kernels  # here, since it reads TRITON_INTERPRET once
-    from stgridpool_kernels.backends.triton_kernels import backward, fused
+    from stgridpool_kernels.backends.triton_kernels.launch import CallSpec
 
     if not triton_kernels.INTERPRETED:
         raise RuntimeError("the kernels are compiled: set TRITON_INTERPRET=1 before they are imported")
@@ -125,11 +125,11 @@ def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
     weighting = Weighting(1.0, 2.0, True, 1)
     if gradient:
         out = torch.empty_like(x)
-        call = triton_kernels.prepare_backward("grid_pool", result, x, plan, weighting, out)
+        call = triton_kernels.prepare_grid_pool_backward(CallSpec(x, out, plan, weighting, result))
     else:
         out = result
-        call = triton_kernels.prepare("grid_pool", x, plan, weighting, out)
-    if any(launch.kernel not in (fused.grid_pool_kernel, backward.pair_gradient_kernel) for launch in call.launches):
+        call = triton_kernels.prepare_grid_pool(CallSpec(x, out, plan, weighting))
+    if not plan.fusable:
         raise ValueError(f"the general kernels run {plan}: one channel does not stand for all of a token there")
     cells = torch.empty(call.scratch, dtype=x.dtype)
     tables = call.tables.tensor if call.tables else torch.empty(0, dtype=torch.int32)

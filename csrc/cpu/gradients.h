@@ -414,11 +414,8 @@ void window_rows(const Piece& piece, int64_t frame, const Gradients& gradients) 
 
 // The output frame that ends with a node, or -1.
 inline int64_t output_of(const int32_t* tables, int64_t node) {
-  const int32_t* outputs = tables + tables[H_OUTPUTS];
-  if (node >= 0) return outputs[node] == node ? node : -1;
-  int64_t frame = tables[H_FRAMES] - 1;
-  while (frame >= 0 && outputs[frame] != node) --frame;
-  return frame;
+  const int32_t* ends = tables + tables[tables[H_GRADIENT] + G_ENDS];
+  return ends[node >= 0 ? node : tables[H_FRAMES] + ~node];
 }
 
 // Adds to `sum` what token (r, c) of a node gets from the gradients of the summaries that read it.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..plan import GridPlan
-from ..plan.tables import Chunk
 from ..plan.values import shown, word
 from . import compiled, reference
 from . import triton as triton_backend
@@ -28,27 +27,34 @@ class Backend:
 
     unsupported_reason(x, plan): None if the backend can run the call, else the reason in a few words. With x None it
         tells whether the backend can run on this machine at all. plan is None for token_norm.
-    grid_pool, temporal_grid, norm_pool, token_norm: write the result into `out`, a tensor of the result's shape, dtype
-        and device that does not overlap x.
-    backward(op, grad, x, …): returns the gradient of op(x, …) with respect to x. A backend without kernels for it uses
-        the reference's.
+    grid_pool, temporal_grid, token_norm: write the result into `out`, a tensor of the result's shape, dtype and device
+        that does not overlap x. With a plan without levels, grid_pool is norm_pool.
+    grid_pool_backward, temporal_grid_backward, token_norm_backward: write the gradient with respect to x into `grad_x`,
+        a contiguous tensor like x, from the gradient `grad` of the result.
     opt_in_reason(): why `auto` skips the backend even though it can run, or None.
-    keeps_thumbnails(plan, channels, norm_type): whether grid_pool tiles summaries from thumbnails. Its results may then
-        differ in some bits from those through temporal_grid, so streams use pool_chunk.
-    pool_chunk(x, chunk, …, slots, out): pools and shrinks a chunk of streams in one pass. `slots` holds the streams'
-        thumbnails, (slots, ⌈H/2⌉, ⌈W/2⌉, C), between calls.
+    fused_channels(norm_type): the number of channels up to which grid_pool is fused, which `is_fused` compares.
+    pool_chunk(x, words, …, slots, out): pools and shrinks a chunk of streams in one pass, by tables of a chunk. `slots`
+        holds the streams' thumbnails, (slots, ⌈H/2⌉, ⌈W/2⌉, C), between calls. None without fused kernels.
     """
 
     name: str
     unsupported_reason: Callable[[Tensor | None, GridPlan | None], str | None]
     grid_pool: Callable[[Tensor, GridPlan, Weighting, Tensor], None]
     temporal_grid: Callable[[Tensor, GridPlan, Tensor], None]
-    norm_pool: Callable[[Tensor, GridPlan, Weighting, Tensor], None]
     token_norm: Callable[[Tensor, Weighting, Tensor], None]
-    backward: Callable[..., Tensor]
+    grid_pool_backward: Callable[[Tensor, Tensor, GridPlan, Weighting, Tensor], None]
+    temporal_grid_backward: Callable[[Tensor, Tensor, GridPlan, Tensor], None]
+    token_norm_backward: Callable[[Tensor, Tensor, Weighting, Tensor], None] = reference.token_norm_backward
     opt_in_reason: Callable[[], str | None] = lambda: None
-    keeps_thumbnails: Callable[[GridPlan, int, float], bool] = lambda plan, channels, norm_type: False
-    pool_chunk: Callable[[Tensor, Chunk, Weighting, Tensor, Tensor], None] | None = None
+    fused_channels: Callable[[float], int] = lambda norm_type: 0
+    pool_chunk: Callable[[Tensor, tuple[int, ...], Weighting, Tensor, Tensor], None] | None = None
+
+    def is_fused(self, plan: GridPlan, channels: int, norm_type: float) -> bool:
+        """Return whether grid_pool tiles summaries from thumbnails, by the settings and the number of channels alone.
+
+        Its results may then differ in some bits from those through temporal_grid, so streams use `pool_chunk`.
+        """
+        return plan.fusable and channels <= self.fused_channels(norm_type)
 
 
 def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:
@@ -60,30 +66,14 @@ def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:
     return run
 
 
-def with_kernels(kernels: Callable[..., None]) -> Callable[..., Tensor]:
-    """Return a `Backend.backward` that calls kernels which write into their last argument.
-
-    The gradient of token_norm is that of the reference.
-    """
-
-    def backward(op: str, grad: Tensor, x: Tensor, *arguments: object) -> Tensor:
-        if op == "token_norm":
-            return reference.backward(op, grad, x, *arguments)
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        kernels(op, grad, x, *arguments, grad_x)
-        return grad_x
-
-    return backward
-
-
 REFERENCE = Backend(
     name="reference",
     unsupported_reason=lambda x, plan: None,
     grid_pool=_into_out(reference.grid_pool),
     temporal_grid=_into_out(reference.temporal_grid),
-    norm_pool=_into_out(reference.norm_pool),
     token_norm=_into_out(reference.token_norm),
-    backward=reference.backward,
+    grid_pool_backward=reference.grid_pool_backward,
+    temporal_grid_backward=reference.temporal_grid_backward,
 )
 
 TRITON = Backend(
@@ -91,11 +81,11 @@ TRITON = Backend(
     unsupported_reason=triton_backend.unsupported_reason,
     grid_pool=triton_backend.grid_pool,
     temporal_grid=triton_backend.temporal_grid,
-    norm_pool=triton_backend.norm_pool,
     token_norm=triton_backend.token_norm,
-    backward=with_kernels(triton_backend.backward),
+    grid_pool_backward=triton_backend.grid_pool_backward,
+    temporal_grid_backward=triton_backend.temporal_grid_backward,
     opt_in_reason=triton_backend.opt_in_reason,
-    keeps_thumbnails=triton_backend.keeps_thumbnails,
+    fused_channels=triton_backend.fused_channels,
     pool_chunk=triton_backend.pool_chunk,
 )
 
@@ -105,15 +95,15 @@ CUDA, CPU = (
         unsupported_reason=unsupported_reason,
         grid_pool=compiled.grid_pool,
         temporal_grid=compiled.temporal_grid,
-        norm_pool=compiled.norm_pool,
         token_norm=compiled.token_norm,
-        backward=with_kernels(compiled.backward),
-        keeps_thumbnails=keeps_thumbnails,
+        grid_pool_backward=compiled.grid_pool_backward,
+        temporal_grid_backward=compiled.temporal_grid_backward,
+        fused_channels=fused_channels,
         pool_chunk=compiled.pool_chunk,
     )
-    for name, unsupported_reason, keeps_thumbnails in (
-        ("cuda", compiled.unsupported_on_cuda, compiled.keeps_thumbnails_on_cuda),
-        ("cpu", compiled.unsupported_on_cpu, compiled.keeps_thumbnails_on_cpu),
+    for name, unsupported_reason, fused_channels in (
+        ("cuda", compiled.unsupported_on_cuda, compiled.fused_channels_on_cuda),
+        ("cpu", compiled.unsupported_on_cpu, compiled.fused_channels_on_cpu),
     )
 )
 

@@ -13,19 +13,17 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from importlib.machinery import PathFinder
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..once import refuse_second
 from ..plan import GridPlan
-from ..plan.dataflow import Dataflow, MakeDataflow, is_2x2_area, is_2x2_pooling
-from ..plan.tables import VERSION, Chunk, plan_tables
-from .device_tables import Tables, tables_on
+from ..plan.tables import VERSION
+from .device_tables import Tables, tables_of, tables_of_chunk
 from .missing import why_missing
 from .weighting import Weighting
 
@@ -33,8 +31,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # ---- ops that the library implements ----
 
-# The ops get checked tensors. `tables` holds the words of the plan (plan/tables.py), and `device_tables` the same words
-# on the device of x, or None if that is the CPU.
+# The ops get checked tensors. `tables` holds the words of the plan (plan/tables.py), which `_check_tables` has checked,
+# and `device_tables` the same words on the device of x, or None if that is the CPU.
 refuse_second(hasattr(torch.ops.stgp, "_grid_pool_by_tables"))
 _library = torch.library.Library("stgp", "FRAGMENT")
 _PLAN = "Tensor tables, Tensor? device_tables"
@@ -52,12 +50,17 @@ _library.define(
 )
 _library.define(f"_temporal_grid_backward_by_tables(Tensor grad, {_PLAN}, Tensor(a!) out) -> ()")
 _library.define(f"_temporal_grid_by_tables(Tensor x, {_PLAN}, Tensor(a!) out) -> ()")
+_library.define("_check_tables(Tensor tables) -> ()")
 _library.define(f"_token_norm_compiled(Tensor x, {_NORM}, Tensor(a!) out) -> ()")
 
 # ---- calls that the library can run ----
 
 LARGEST = 1 << 24
 """Exclusive limit of the rows and of the columns, in tokens, of frames and of results, since tables hold int32."""
+
+
+FUSED_CHANNELS = 8192
+"""Maximum number of channels of the fused CUDA kernels, whose blocks hold all channels of a token."""
 
 
 def _load() -> ModuleType | None:
@@ -164,83 +167,55 @@ def _unsupported_call(x: Tensor, plan: GridPlan | None) -> str | None:
     return None
 
 
-@lru_cache(maxsize=256)
-def _tables(plan: GridPlan, dataflow: MakeDataflow, frames_per_stage: int | None, gradient: bool) -> Tensor:
-    return torch.frombuffer(plan_tables(plan, dataflow, frames_per_stage, gradient), dtype=torch.int32)
-
-
-@lru_cache(maxsize=256)
-def _device_tables(plan: GridPlan, dataflow: MakeDataflow, gradient: bool, device: torch.device) -> Tables:
-    return _upload(plan_tables(plan, dataflow, None, gradient), device)
-
-
-def _upload(words: Sequence[int], device: torch.device) -> Tables:
-    """Upload tables to the current CUDA device, `device`. Raises RuntimeError while a graph is captured."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "warm up first: a CUDA graph cannot capture the first call with a given plan, which uploads its tables; "
-            "run it once before the capture"
-        )
-    tables = tables_on(device, words)
-    assert tables is not None
-    return tables
+# ---- what the ops compute ----
 
 
 def _run(
-    op: Callable[..., None],
-    tensors: Sequence[Tensor],
-    plan: GridPlan,
-    dataflow: MakeDataflow,
-    *rest: object,
-    gradient: bool = False,
+    op: Callable[..., None], tensors: Sequence[Tensor], plan: GridPlan, *rest: object, gradient: bool = False
 ) -> None:
+    """Call op(*tensors, tables, device_tables, *rest) with the tables of a plan, for a forward or for a gradient."""
     device = tensors[0].device
-    if device.type != "cuda":
-        # small stages keep thumbnails in the cache, but must have enough frames for all threads
-        frames_per_stage = None if gradient else 2 * torch.get_num_threads()
-        op(*tensors, _tables(plan, dataflow, frames_per_stage, gradient), None, *rest)
-        return
-    with torch.cuda.device(device):
-        device_tables = _device_tables(plan, dataflow, gradient, device).use_now()
-        op(*tensors, _tables(plan, dataflow, None, gradient), device_tables, *rest)
+    is_cuda = device.type == "cuda"
+    # small stages keep thumbnails in the cache, but must have enough frames for all threads
+    frames_per_stage = None if is_cuda or gradient else 2 * torch.get_num_threads()
+    with torch.cuda.device(device) if is_cuda else nullcontext():
+        tables = tables_of(plan, device, frames_per_stage=frames_per_stage, gradient=gradient)
+        op(*tensors, *_checked(tables), *rest)
+
+
+def _checked(tables: Tables) -> tuple[Tensor, Tensor | None]:
+    """Return tables, whose words are checked at their first use, as the two arguments of an op."""
+    if not tables.checked:
+        torch.ops.stgp._check_tables.default(tables.words)
+        tables.checked = True
+    return tables.words, tables.use_now() if tables.tensor.is_cuda else None
+
+
+def fused_channels_on_cpu(norm_type: float) -> int:
+    """Return the number of channels up to which grid_pool on the CPU is fused: any number."""
+    return sys.maxsize
+
+
+def fused_channels_on_cuda(norm_type: float) -> int:
+    """Return the number of channels up to which grid_pool on CUDA is fused, as csrc/cuda/grid_pool.cu decides."""
+    return FUSED_CHANNELS if norm_type in (1.0, 2.0, math.inf) else 0
 
 
 def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
-    op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, (x,), plan, Dataflow.of, *weighting, out)
+    _run(torch.ops.stgp._grid_pool_by_tables.default, (x,), plan, *weighting, out)
 
 
-def keeps_thumbnails_on_cpu(plan: GridPlan, channels: int, norm_type: float) -> bool:
-    """Return whether grid_pool on the CPU takes the fused form, which depends on the settings alone."""
-    return is_2x2_pooling(plan) and is_2x2_area(plan)
-
-
-def keeps_thumbnails_on_cuda(plan: GridPlan, channels: int, norm_type: float) -> bool:
-    """Return whether grid_pool on CUDA takes the fused kernel, as `takes_fused` of csrc/cuda/grid_pool.cu decides."""
-    return keeps_thumbnails_on_cpu(plan, channels, norm_type) and channels <= 8192 and norm_type in (1.0, 2.0, math.inf)
-
-
-@lru_cache(maxsize=256)
-def _chunk_tables(words: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tables | None]:
-    tables = torch.tensor(words, dtype=torch.int32, device="cpu")  # overrides torch.set_default_device
-    return tables, _upload(words, device) if device.type == "cuda" else None
-
-
-def pool_chunk(x: Tensor, chunk: Chunk, weighting: Weighting, slots: Tensor, out: Tensor) -> None:
-    op = torch.ops.stgp._pool_chunk_by_tables.default
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        tables, uploaded = _chunk_tables(chunk.words, x.device)
-        on_device = uploaded.use_now() if uploaded else None
-        op(x, tables, on_device, *weighting, slots, out)
+def grid_pool_backward(grad: Tensor, x: Tensor, plan: GridPlan, weighting: Weighting, grad_x: Tensor) -> None:
+    op = torch.ops.stgp._grid_pool_backward_by_tables.default
+    _run(op, (grad, x), plan, *weighting, grad_x, gradient=True)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, Dataflow.of, out)
+    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, out)
 
 
-def norm_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
-    op = torch.ops.stgp._grid_pool_by_tables.default
-    _run(op, (x,), plan, Dataflow.none, *weighting, out)
+def temporal_grid_backward(grad: Tensor, x: Tensor, plan: GridPlan, grad_x: Tensor) -> None:
+    _run(torch.ops.stgp._temporal_grid_backward_by_tables.default, (grad,), plan, grad_x, gradient=True)
 
 
 def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
@@ -248,13 +223,7 @@ def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
     torch.ops.stgp._token_norm_compiled.default(x, *norm, out)
 
 
-def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *weighting_and_out: Any) -> None:
-    """Write the gradient of grid_pool, norm_pool or temporal_grid with respect to x into the last argument."""
-    *weighting, out = weighting_and_out
-    if op == "temporal_grid":
-        kernel = torch.ops.stgp._temporal_grid_backward_by_tables.default
-        _run(kernel, (grad,), plan, Dataflow.of, out, gradient=True)
-    else:
-        kernel = torch.ops.stgp._grid_pool_backward_by_tables.default
-        schedule = Dataflow.of if op == "grid_pool" else Dataflow.none
-        _run(kernel, (grad, x), plan, schedule, *weighting[0], out, gradient=True)
+def pool_chunk(x: Tensor, words: tuple[int, ...], weighting: Weighting, slots: Tensor, out: Tensor) -> None:
+    op = torch.ops.stgp._pool_chunk_by_tables.default
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        op(x, *_checked(tables_of_chunk(words, x.device)), *weighting, slots, out)

@@ -1,24 +1,37 @@
-"""Tables on a device, uploaded once and asynchronously, and shared by calls, CUDA streams and captured graphs."""
+"""Tables on a device: made once for a plan, uploaded asynchronously, and shared by calls, streams and graphs."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from weakref import WeakValueDictionary
+from functools import lru_cache
 
 import torch
 
+from ..plan import GridPlan
+from ..plan.tables import plan_tables
+
 
 class Tables:
-    """A plan's tables on a device, as int32, uploaded asynchronously.
+    """Tables as tensors of int32: `words` on the CPU, and `tensor` on a device, which are one tensor for the CPU.
 
-    Every CUDA stream that uses them waits for the upload unless it is known to be complete, and is recorded so that
-    their memory is not reused too early. A captured graph reads them at every replay, so they are kept from then on.
+    The upload is asynchronous. Every CUDA stream that uses the tables waits for it unless it is known to be complete,
+    and is recorded so that their memory is not reused too early. A captured graph reads them at every replay, so they
+    are kept from then on.
+
+    checked: whether the compiled library has checked the words. Raises RuntimeError while a CUDA graph is captured.
     """
 
-    def __init__(self, values: Sequence[int], device: torch.device) -> None:
-        self.tensor = torch.tensor(values, dtype=torch.int32, device="cpu")  # overrides torch.set_default_device
+    def __init__(self, words: Sequence[int], device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "warm up first: a CUDA graph cannot capture the first call with a given plan, which uploads its "
+                "tables; run it once before the capture"
+            )
+        self.words = torch.tensor(words, dtype=torch.int32, device="cpu")  # overrides torch.set_default_device
+        self.tensor = self.words
+        self.checked = False
         self.uploaded: torch.cuda.Event | None = None
         self.streams: set[int] = set()
         if device.type == "cuda":
@@ -29,7 +42,7 @@ class Tables:
 
     def _upload(self, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
-            self.tensor = self.tensor.pin_memory().to(stream.device, non_blocking=True)
+            self.tensor = self.words.pin_memory().to(stream.device, non_blocking=True)
             self.uploaded = torch.cuda.Event(external=True)  # captures that do not contain it may wait for it
             self.uploaded.record(stream)
         self.streams.add(stream.cuda_stream)
@@ -58,18 +71,26 @@ class Tables:
         return self.tensor
 
 
-_lock = threading.Lock()
-_tables: WeakValueDictionary[Hashable, Tables] = WeakValueDictionary()
 _captured: set[Tables] = set()
+_lock = threading.Lock()
 
 
-def tables_on(device: torch.device, values: Sequence[int]) -> Tables | None:
-    """Return tables of these values on a device, None if there are no values. Calls with equal tables share them."""
-    if not values:
-        return None
-    key = (device, tuple(values))
-    with _lock:
-        tables = _tables.get(key)
-        if tables is None:
-            tables = _tables[key] = Tables(values, device)
-        return tables
+def tables_of(
+    plan: GridPlan, device: torch.device, *, frames_per_stage: int | None = None, gradient: bool = False
+) -> Tables:
+    """Return the tables of a plan on a device. They live with the plan. The other arguments are of `plan_tables`."""
+    key = (device, frames_per_stage, gradient)
+    tables: Tables | None = plan.uploads.get(key)
+    if tables is None:
+        with _lock:
+            tables = plan.uploads.get(key)
+            if tables is None:
+                words = plan_tables(plan, frames_per_stage=frames_per_stage, gradient=gradient)
+                tables = plan.uploads[key] = Tables(words, device)
+    return tables
+
+
+@lru_cache(maxsize=256)
+def tables_of_chunk(words: tuple[int, ...], device: torch.device) -> Tables:
+    """Return the tables of a chunk of streams on a device. Chunks at the same place of a period have equal tables."""
+    return Tables(words, device)

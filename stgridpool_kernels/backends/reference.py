@@ -7,6 +7,7 @@ is here. It runs in float32, or in float64 for float64 input, and needs a few ti
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,10 @@ from .weighting import Weighting
 
 
 def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting) -> Tensor:
-    """Apply temporal gridding, then norm-based pooling: (…, T, H, W, C) → (…, T, OH, OW, C) in x.dtype."""
+    """Apply temporal gridding, then norm-based pooling: (…, T, H, W, C) → (…, T, OH, OW, C) in x.dtype.
+
+    With a plan without levels this is norm_pool: Σ softmax(temperature · ‖t‖) · t over the tokens t of every window.
+    """
     pooled = _pool(_grid(x, plan), plan, weighting)
     return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
 
@@ -29,6 +33,8 @@ def temporal_grid(x: Tensor, plan: GridPlan) -> Tensor:
 
 def _grid(x: Tensor, plan: GridPlan) -> Tensor:
     """Return the frames of all videos, (frames, H, W, C), with summaries in place, rounded to x.dtype."""
+    if not plan.levels:
+        return _accumulate(x.flatten(0, -4))
     # if channels were not last in memory, torch would shrink by another kernel, which rounds differently
     frames = x.flatten(0, -4).to(_arithmetic(x), copy=True, memory_format=torch.contiguous_format)
     for level in plan.levels:
@@ -53,12 +59,6 @@ def _shrink(groups: Tensor, level: Level, resize: str) -> Tensor:
     mosaic = groups.reshape(G, m, n, H, W, C).transpose(2, 3).reshape(G, H, m, W, n, C)
     # Bilinear at an integer scale m samples the middle of every m rows: one row if m is odd, the mean of two if even.
     return mosaic[:, :, (m - 1) // 2 : m // 2 + 1, :, (n - 1) // 2 : n // 2 + 1].mean((2, 4))
-
-
-def norm_pool(x: Tensor, plan: GridPlan, weighting: Weighting) -> Tensor:
-    """Norm-based spatial pooling: Σ softmax(temperature · ‖t‖) · t over the tokens t of every window of the plan."""
-    pooled = _pool(_accumulate(x.flatten(0, -4)), plan, weighting)
-    return pooled.to(x.dtype).view(*x.shape[:-3], *plan.pooled_size, x.shape[-1])
 
 
 def _pool(frames: Tensor, plan: GridPlan, weighting: Weighting) -> Tensor:
@@ -131,13 +131,29 @@ def _arithmetic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def backward(op: str, grad: Tensor, x: Tensor, *arguments: object) -> Tensor:
-    """Return the gradient of `op(x, *arguments)` with respect to x, by recomputing it. It is rounded to x.dtype once.
+def grid_pool_backward(grad: Tensor, x: Tensor, plan: GridPlan, weighting: Weighting, grad_x: Tensor) -> None:
+    """Write the gradient of grid_pool with respect to x into grad_x."""
+    _differentiate(lambda leaf: grid_pool(leaf, plan, weighting), grad, x, grad_x)
+
+
+def temporal_grid_backward(grad: Tensor, x: Tensor, plan: GridPlan, grad_x: Tensor) -> None:
+    """Write the gradient of temporal_grid with respect to x into grad_x."""
+    _differentiate(lambda leaf: temporal_grid(leaf, plan), grad, x, grad_x)
+
+
+def token_norm_backward(grad: Tensor, x: Tensor, weighting: Weighting, grad_x: Tensor) -> None:
+    """Write the gradient of token_norm with respect to x into grad_x."""
+    _differentiate(lambda leaf: token_norm(leaf, weighting), grad, x, grad_x)
+
+
+def _differentiate(function: Callable[[Tensor], Tensor], grad: Tensor, x: Tensor, grad_x: Tensor) -> None:
+    """Write the gradient of function(x) with respect to x into grad_x, by computing it again. It is rounded once.
 
     Where a norm has no derivative, this takes 0 at a zero token and, for p ≤ 1, at zero elements; for p = inf, all
     elements of the largest magnitude share the gradient equally.
     """
-    with torch.enable_grad():
+    # dispatched kernels run below autograd
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        result = globals()[op](leaf, *arguments)
-        return torch.autograd.grad(result, leaf, grad)[0]
+        (found,) = torch.autograd.grad(function(leaf), leaf, grad)
+    grad_x.copy_(found)

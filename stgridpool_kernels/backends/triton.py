@@ -8,13 +8,11 @@ import os
 import re
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..plan import GridPlan
-from ..plan.tables import Chunk
 from .weighting import Weighting
 
 OLDEST = (3, 6)
@@ -75,32 +73,36 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
+def fused_channels(norm_type: float) -> int:
+    """Return the number of channels up to which grid_pool is fused: those that a block holds."""
+    return int(_kernels().config.MAX_BLOCK)
+
+
 def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
-    _kernels().execute("grid_pool", x, plan, weighting, out)
+    kernels = _kernels()
+    kernels.run(kernels.prepare_grid_pool, x, out, plan, weighting)
 
 
-def keeps_thumbnails(plan: GridPlan, channels: int, norm_type: float) -> bool:
-    """Return whether grid_pool takes the fused kernel. It depends on the settings and the number of channels alone."""
-    return bool(_kernels().takes_fused(plan, channels))
-
-
-def pool_chunk(x: Tensor, chunk: Chunk, weighting: Weighting, slots: Tensor, out: Tensor) -> None:
-    _kernels().pool_chunk(x, chunk, weighting, slots, out)
+def grid_pool_backward(grad: Tensor, x: Tensor, plan: GridPlan, weighting: Weighting, grad_x: Tensor) -> None:
+    kernels = _kernels()
+    kernels.run(kernels.prepare_grid_pool_backward, x, grad_x, plan, weighting, grad)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    _kernels().execute("temporal_grid", x, plan, None, out)
+    kernels = _kernels()
+    kernels.run(kernels.prepare_temporal_grid, x, out, plan)
 
 
-def norm_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
-    _kernels().execute("norm_pool", x, plan, weighting, out)
-
-
-def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *arguments: Any) -> None:
-    """Write the gradient of any op but token_norm with respect to x. arguments: those of the op, then the output."""
-    *weighting, grad_x = arguments
-    _kernels().execute_backward(op, grad, x, plan, weighting[0] if weighting else None, grad_x)
+def temporal_grid_backward(grad: Tensor, x: Tensor, plan: GridPlan, grad_x: Tensor) -> None:
+    kernels = _kernels()
+    kernels.run(kernels.prepare_temporal_grid_backward, x, grad_x, plan, None, grad)
 
 
 def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
-    _kernels().execute("token_norm", x, None, weighting, out)
+    kernels = _kernels()
+    kernels.run(kernels.prepare_token_norm, x, out, None, weighting)
+
+
+def pool_chunk(x: Tensor, words: tuple[int, ...], weighting: Weighting, slots: Tensor, out: Tensor) -> None:
+    kernels = _kernels()
+    kernels.run(kernels.prepare_grid_pool, x, out, None, weighting, None, words, slots)

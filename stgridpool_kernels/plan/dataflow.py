@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -49,11 +49,6 @@ class Dataflow:
         return [list(group) for _, group in groupby(numbers, key=lambda s: self.summaries[s].level)]
 
     @staticmethod
-    def none(plan: GridPlan) -> Dataflow:
-        """The dataflow of spatial pooling alone: every frame ends as it is given."""
-        return Dataflow((), tuple(range(sum(plan.frame_counts))))
-
-    @staticmethod
     def of(plan: GridPlan) -> Dataflow:
         """The dataflow of temporal gridding by `plan`."""
         nodes = list(range(sum(plan.frame_counts)))
@@ -77,27 +72,6 @@ class Dataflow:
             ),
             tuple(renamed.get(node, node) for node in nodes),
         )
-
-
-MakeDataflow = Callable[[GridPlan], Dataflow]
-"""`Dataflow.of` or `Dataflow.none`."""
-
-
-def is_2x2_pooling(plan: GridPlan) -> bool:
-    """Return whether the windows are 2 × 2 at stride 2, the last ones possibly cut by the frame's edge."""
-    return all(
-        runs.start == tuple(range(0, 2 * len(runs), 2)) and runs.count == tuple(min(2, size - s) for s in runs.start)
-        for runs, size in ((plan.window_rows, plan.height), (plan.window_cols, plan.width))
-    )
-
-
-def is_2x2_area(plan: GridPlan) -> bool:
-    """Return whether every summary is tiled 2 × 2 from area-shrunk thumbnails, so that a node has one thumbnail.
-
-    It depends on the settings alone, not on whether the videos are long enough for every level: kernels sum in another
-    order where it does not hold, and a video must give the same bits alone and packed with a longer one.
-    """
-    return plan.resize == "area" and all((level.rows, level.cols) == (2, 2) for level in plan.levels)
 
 
 def live_cells(plan: GridPlan, graph: Dataflow) -> dict[int, tuple[int, ...]]:
@@ -196,7 +170,7 @@ class Liveness:
     """Live parts of a node of a video without end, and the mosaics that read them.
 
     tokens: extents of its live tokens. cells: the number of live cells in each row of its thumbnail, () if there are
-        none; they are meaningful only where `is_2x2_area` holds.
+        none; they are meaningful only where `plan.is_2x2_area` holds.
     places: the mosaics that read the node, as (level, place). is_output: whether its frame ends with it, and pooling
         reads it.
     """

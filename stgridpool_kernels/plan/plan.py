@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import operator
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import Any
 
 from .values import integers, pair, shown, truth, word
 
@@ -62,6 +63,7 @@ class GridPlan:
         the first frame of the first video.
     window_rows, window_cols: the pooling windows, one run per output row and column. Positions before 0 or from the
         image's size on are zero padding that takes part in the window.
+    uploads: the plan's tables in tensors, once per device and form; `device_tables` of the backends fills it.
     """
 
     frame_counts: tuple[int, ...]
@@ -81,6 +83,7 @@ class GridPlan:
     levels: tuple[Level, ...] = field(init=False, repr=False, compare=False)
     window_rows: Runs = field(init=False, repr=False, compare=False)
     window_cols: Runs = field(init=False, repr=False, compare=False)
+    uploads: dict[Hashable, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 1:
@@ -112,6 +115,10 @@ class GridPlan:
         object.__setattr__(self, "window_rows", rows)
         object.__setattr__(self, "window_cols", cols)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy the arguments alone: what follows from them is made again."""
+        return GridPlan, tuple(getattr(self, each.name) for each in fields(self) if each.init)
+
     @property
     def pooled_size(self) -> tuple[int, int]:
         """Rows and columns of tokens per pooled frame."""
@@ -121,6 +128,29 @@ class GridPlan:
     def overwritten(self) -> tuple[int, ...]:
         """Frames that some summary replaces, in order."""
         return tuple(sorted({target for level in self.levels for target in level.targets}))
+
+    @cached_property
+    def is_2x2_pooling(self) -> bool:
+        """Whether the windows are 2 × 2 at stride 2, the last ones possibly cut by the frame's edge."""
+        return all(
+            runs.start == tuple(range(0, 2 * len(runs), 2))
+            and runs.count == tuple(min(2, size - s) for s in runs.start)
+            for runs, size in ((self.window_rows, self.height), (self.window_cols, self.width))
+        )
+
+    @property
+    def is_2x2_area(self) -> bool:
+        """Whether every summary is tiled 2 × 2 from area-shrunk thumbnails, so that a node has one thumbnail.
+
+        It depends on the settings alone, not on whether the videos are long enough for every level: kernels sum in
+        another order where it does not hold, and a video must give the same bits alone and packed with a longer one.
+        """
+        return self.resize == "area" and all((level.rows, level.cols) == (2, 2) for level in self.levels)
+
+    @property
+    def fusable(self) -> bool:
+        """Whether one kernel can pool and shrink in the same pass: its tables have the fused form."""
+        return self.is_2x2_pooling and self.is_2x2_area
 
     def _level(self, frame_stride: int, rows: int, cols: int) -> Level:
         targets: list[int] = []

@@ -1,4 +1,4 @@
-"""A plan as one array of int32, which C++ kernels follow and `save_tables` writes. csrc/tables.h defines its words."""
+"""A plan as one array of int32, which all kernels follow and `save_tables` writes. csrc/tables.h defines its words."""
 
 from __future__ import annotations
 
@@ -7,42 +7,116 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from ..io.writing import atomic_write
-from .dataflow import (
-    Dataflow,
-    EndlessLiveness,
-    MakeDataflow,
-    consumers,
-    inverse_runs,
-    is_2x2_area,
-    is_2x2_pooling,
-    live_cells,
-)
+from .dataflow import Dataflow, EndlessLiveness, consumers, inverse_runs, live_cells
 from .plan import GridPlan, Runs
 
 MAGIC = int.from_bytes(b"STGP", "little")
-VERSION = 3
+VERSION = 4
 """Version of the tables, and of the private ops that take them: a library of another version is not loaded."""
 
-HEADER_WORDS = 19
-STAGE_WORDS = 5
+Words = Sequence[int]
+"""Tables: an array of int32. An offset is the index of a word."""
 
 
-@lru_cache(maxsize=256)
-def plan_tables(
-    plan: GridPlan,
-    dataflow: MakeDataflow = Dataflow.of,
-    frames_per_stage: int | None = None,
-    gradient: bool = False,
-) -> array[int]:
+class Header(NamedTuple):
+    """The first words of all tables, as `Header` of csrc/tables.h describes them."""
+
+    magic: int
+    version: int
+    words: int
+    frames: int
+    height: int
+    width: int
+    out_rows: int
+    out_cols: int
+    largest_window: int
+    summaries: int
+    outputs: int
+    levels: int
+    num_levels: int
+    window_rows: int
+    window_cols: int
+    stages: int
+    num_stages: int
+    slots: int
+    gradient: int
+
+    @classmethod
+    def of(cls, words: Words) -> Header:
+        """Return the header of tables."""
+        return cls(*words[: len(cls._fields)])
+
+
+class LevelRecord(NamedTuple):
+    """A level that has summaries, as `Level` of csrc/tables.h describes it."""
+
+    rows: int
+    cols: int
+    first: int
+    num_summaries: int
+    sources: int
+    row_runs: int
+    col_runs: int
+
+
+class Stage(NamedTuple):
+    """A set of entries that may be computed at the same time, as `Stage` of csrc/tables.h describes it."""
+
+    mosaic: int
+    entries: int
+    num_entries: int
+    shrunk: int
+    after: int
+
+
+class GradientSection(NamedTuple):
+    """The first words of the gradient section, as `Gradient` of csrc/tables.h describes them.
+
+    After them come two offsets for every level: of the inverses of its row runs and of its column runs.
+    """
+
+    consumers: int
+    ends: int
+    window_rows: int
+    window_cols: int
+
+
+HEADER_WORDS = len(Header._fields)
+ENTRY_WORDS = 8
+CONSUMER_WORDS = 3
+
+
+def levels_of(words: Words) -> list[LevelRecord]:
+    """Return the records of the levels in tables, in the order in which they run."""
+    header = Header.of(words)
+    size = len(LevelRecord._fields)
+    starts = range(header.levels, header.levels + header.num_levels * size, size)
+    return [LevelRecord(*words[start : start + size]) for start in starts]
+
+
+def stages_of(words: Words) -> list[Stage]:
+    """Return the records of the stages in tables, none if they lack the fused form."""
+    header = Header.of(words)
+    size = len(Stage._fields)
+    starts = range(header.stages, header.stages + header.num_stages * size, size)
+    return [Stage(*words[start : start + size]) for start in starts]
+
+
+def gradient_section(words: Words) -> GradientSection:
+    """Return the first words of the gradient section of tables, which must have one."""
+    start = Header.of(words).gradient
+    return GradientSection(*words[start : start + len(GradientSection._fields)])
+
+
+def plan_tables(plan: GridPlan, *, frames_per_stage: int | None = None, gradient: bool = False) -> array[int]:
     """The tables of a plan.
 
-    dataflow: `Dataflow.of`, or `Dataflow.none` for spatial pooling alone.
     frames_per_stage: the least number of frames that a stage reads before the summaries that they complete are made.
         Few thumbnails are kept at a time then, which suits a CPU's cache. With None all frames are read first and
         summaries are made level by level: few stages, which suits a GPU.
@@ -50,7 +124,7 @@ def plan_tables(
         every frame has an entry, since a frame that nothing depends on has a gradient too: 0. frames_per_stage must be
         None.
     """
-    graph = dataflow(plan)
+    graph = Dataflow.of(plan)
     words = [0] * HEADER_WORDS
 
     outputs = len(words)
@@ -58,30 +132,54 @@ def plan_tables(
     records: list[int] = []
     for numbers in graph.by_level():
         level = plan.levels[graph.summaries[numbers[0]].level]
-        records += (level.rows, level.cols, numbers[0], len(numbers), len(words))
+        sources = len(words)
         for s in numbers:
             words += graph.summaries[s].sources
-        records += (_append(words, level.row_runs), _append(words, level.col_runs))
+        runs = (_append(words, level.row_runs), _append(words, level.col_runs))
+        records += LevelRecord(level.rows, level.cols, numbers[0], len(numbers), sources, *runs)
     levels = len(words)
     words += records
     window_rows, window_cols = _append(words, plan.window_rows), _append(words, plan.window_cols)
 
-    fused: list[int] = []
+    stages: list[Stage] = []
     slots = 0
-    if is_2x2_pooling(plan) and is_2x2_area(plan):
-        fused, slots = _fused(words, plan, graph, frames_per_stage, gradient)
+    if plan.fusable:
+        stages, slots = _fused(words, plan, graph, frames_per_stage, gradient)
     first_stage = len(words)
-    words += fused
+    for stage in stages:
+        words += stage
     section = _gradient(words, plan, graph) if gradient else 0
-
-    words[:HEADER_WORDS] = (
-        *(MAGIC, VERSION, len(words)),
-        *(len(graph.outputs), plan.height, plan.width, *plan.pooled_size),
-        max(plan.window_rows.count) * max(plan.window_cols.count),
-        *(len(graph.summaries), outputs, levels, len(graph.by_level()), window_rows, window_cols),
-        *(first_stage, len(fused) // STAGE_WORDS, slots, section),
+    _write_header(
+        words,
+        plan,
+        frames=len(graph.outputs),
+        summaries=len(graph.summaries),
+        outputs=outputs,
+        levels=levels,
+        num_levels=len(graph.by_level()),
+        window_rows=window_rows,
+        window_cols=window_cols,
+        stages=first_stage,
+        num_stages=len(stages),
+        slots=slots,
+        gradient=section,
     )
     return array("i", words)
+
+
+def _write_header(words: list[int], plan: GridPlan, **others: int) -> None:
+    """Write the header over the first words. others: the fields of `Header` that neither plan nor length determine."""
+    words[:HEADER_WORDS] = Header(
+        magic=MAGIC,
+        version=VERSION,
+        words=len(words),
+        height=plan.height,
+        width=plan.width,
+        out_rows=plan.pooled_size[0],
+        out_cols=plan.pooled_size[1],
+        largest_window=max(plan.window_rows.count) * max(plan.window_cols.count),
+        **others,
+    )
 
 
 def _gradient(words: list[int], plan: GridPlan, graph: Dataflow) -> int:
@@ -97,6 +195,9 @@ def _gradient(words: list[int], plan: GridPlan, graph: Dataflow) -> int:
         for s, tile in found.get(node, ()):
             words += (s, level_of[s], tile)
     words[starts + len(nodes)] = len(words)
+    frame_of = {node: frame for frame, node in enumerate(graph.outputs)}
+    ends = len(words)
+    words += (frame_of.get(node, -1) for node in nodes)
 
     records: list[int] = []
     for summaries in kept:
@@ -106,7 +207,7 @@ def _gradient(words: list[int], plan: GridPlan, graph: Dataflow) -> int:
     window_rows = _append(words, inverse_runs(plan.window_rows, plan.height))
     window_cols = _append(words, inverse_runs(plan.window_cols, plan.width))
     section = len(words)
-    words += (starts, window_rows, window_cols, *records)
+    words += (*GradientSection(starts, ends, window_rows, window_cols), *records)
     return section
 
 
@@ -152,53 +253,54 @@ def chunk_entries(
             yield level, ChunkEntry(node, target, slot, live.cells, tuple(sources.get(i, -1) for i in range(places)))
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tables of a chunk of streams, and the stages in them.
-
-    plan: a plan of the streams' settings. stages: for each, whether its nodes are summaries, the offset of its entries,
-    their number, and how many of them have a thumbnail.
-    """
-
-    plan: GridPlan
-    words: tuple[int, ...]
-    stages: tuple[tuple[int, int, int, int], ...]
-
-
-def chunk_tables(plan: GridPlan, frames: int, stages: Sequence[Sequence[ChunkEntry]], slots: int) -> Chunk:
+def chunk_tables(plan: GridPlan, frames: int, stages: Sequence[Sequence[ChunkEntry]], slots: int) -> tuple[int, ...]:
     """The tables of a chunk of streams. They have the fused form alone.
 
-    stages: the frames of the chunk first, then the summaries level by level. A slot is written at most once, and never
-    if it holds a thumbnail from before the chunk. slots: one more than the highest slot.
+    plan: a plan of the streams' settings, whose frames are not used. stages: the frames of the chunk first, then the
+    summaries level by level. A slot is written at most once, and never if it holds a thumbnail from before the chunk.
+    slots: one more than the highest slot.
     """
     words = [0] * HEADER_WORDS
     outputs = len(words)
     words += range(frames)
     window_rows, window_cols = _append(words, plan.window_rows), _append(words, plan.window_cols)
+    rows = _append_live_rows(words, plan, (entry.live for stage in stages for entry in stage if entry.live))
+    records: list[Stage] = []
+    for entries in filter(None, stages):
+        shrunk = [entry for entry in entries if entry.slot >= 0]
+        records.append(Stage(int(entries[0].node < 0), len(words), len(entries), len(shrunk), after=len(records)))
+        for entry in (*shrunk, *(entry for entry in entries if entry.slot < 0)):
+            words += (entry.node, entry.target, entry.slot, rows[entry.live], *entry.sources)
+    first_stage = len(words)
+    for record in records:
+        words += record
+    _write_header(
+        words,
+        plan,
+        frames=frames,
+        summaries=0,
+        outputs=outputs,
+        levels=first_stage,
+        num_levels=0,
+        window_rows=window_rows,
+        window_cols=window_cols,
+        stages=first_stage,
+        num_stages=len(records),
+        slots=slots,
+        gradient=0,
+    )
+    return tuple(words)
+
+
+def _append_live_rows(words: list[int], plan: GridPlan, live: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """Append every different tuple of counts of live cells once; return their offsets. () stands for no live cells."""
     none_live = (0,) * -(-plan.height // 2)
     rows: dict[tuple[int, ...], int] = {}
-    for counts in (none_live, *(entry.live for stage in stages for entry in stage if entry.live)):
+    for counts in (none_live, *live):
         if counts not in rows:
             rows[counts] = len(words)
             words += counts
-    records: list[int] = []
-    shape: list[tuple[int, int, int, int]] = []
-    for entries in filter(None, stages):
-        shrunk = [entry for entry in entries if entry.slot >= 0]
-        shape.append((int(entries[0].node < 0), len(words), len(entries), len(shrunk)))
-        records += (*shape[-1], len(shape) - 1)
-        for entry in (*shrunk, *(entry for entry in entries if entry.slot < 0)):
-            words += (entry.node, entry.target, entry.slot, rows[entry.live or none_live], *entry.sources)
-    first_stage = len(words)
-    words += records
-    words[:HEADER_WORDS] = (
-        *(MAGIC, VERSION, len(words)),
-        *(frames, plan.height, plan.width, *plan.pooled_size),
-        max(plan.window_rows.count) * max(plan.window_cols.count),
-        *(0, outputs, first_stage, 0, window_rows, window_cols),
-        *(first_stage, len(shape), slots, 0),
-    )
-    return Chunk(plan, tuple(words), tuple(shape))
+    return rows | {(): rows[none_live]}
 
 
 def _append(words: list[int], runs: Runs) -> int:
@@ -209,16 +311,11 @@ def _append(words: list[int], runs: Runs) -> int:
 
 def _fused(
     words: list[int], plan: GridPlan, graph: Dataflow, frames_per_stage: int | None, gradient: bool
-) -> tuple[list[int], int]:
-    """Append the entries of the fused form; return the records of its stages and the number of slots."""
+) -> tuple[list[Stage], int]:
+    """Append the entries of the fused form; return its stages and the number of slots."""
     live = live_cells(plan, graph)
     ends = {node: frame for frame, node in enumerate(graph.outputs)}
-    none_live = (0,) * -(-plan.height // 2)
-    rows: dict[tuple[int, ...], int] = {}
-    for counts in (none_live, *live.values()):
-        if counts not in rows:
-            rows[counts] = len(words)
-            words += counts
+    rows = _append_live_rows(words, plan, live.values())
 
     def sources(node: int) -> tuple[int, ...]:
         return graph.summaries[~node].sources if node < 0 else ()
@@ -236,7 +333,7 @@ def _fused(
     last_used: defaultdict[int, list[int]] = defaultdict(list)
     for node, stage in last_use.items():
         last_used[stage].append(node)
-    records: list[int] = []
+    stages: list[Stage] = []
     slot: dict[int, int] = {}
     free: list[int] = []
     freed: list[int] = []  # per slot: how many stages must be complete before it may be written again
@@ -252,15 +349,15 @@ def _fused(
             + [freed[slot[node]] for node in shrunk],
             default=0,
         )
-        records += (int(nodes[0] < 0), len(words), len(nodes), len(shrunk), after)
+        stages.append(Stage(int(nodes[0] < 0), len(words), len(nodes), len(shrunk), after))
         for node in (*shrunk, *(node for node in nodes if node not in live)):
-            words += (node, ends.get(node, -1), slot.get(node, -1), rows[live.get(node, none_live)])
+            words += (node, ends.get(node, -1), slot.get(node, -1), rows[live.get(node, ())])
             words += [slot.get(source, -1) for source in sources(node)] or [-1] * 4
         for node in last_used[stage]:
             if node in slot and not gradient:
                 freed[slot[node]] = stage + 1
                 heappush(free, slot.pop(node))
-    return records, len(freed)
+    return stages, len(freed)
 
 
 def _interleaved(

@@ -231,7 +231,7 @@ def test_configurations_change_no_bit(
         op = torch.ops.stgp._grid_pool_by_tables.default
         for cells in (1, 2, 4, 5, 7, 99):
             out = torch.full_like(expected[0], math.nan)
-            compiled._run(op, (x,), plan, Dataflow.of, 0.7, 2.0, True, x.shape[-1], out, cells)
+            compiled._run(op, (x,), plan, 0.7, 2.0, True, x.shape[-1], out, cells)
             assert_same_bits(out, expected[0])
         return
     from stgridpool_kernels.backends.triton_kernels import fused, launch

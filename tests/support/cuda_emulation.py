@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stgridpool_kernels.backends import Backend, compiled, with_kernels
+from stgridpool_kernels.backends import Backend, compiled
 from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan import GridPlan
-from stgridpool_kernels.plan.dataflow import Dataflow
-from stgridpool_kernels.plan.tables import Chunk, plan_tables
+from stgridpool_kernels.plan.tables import plan_tables
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
@@ -200,30 +199,24 @@ def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> N
     run("grid_pool", x, plan_tables(plan), weighting, out)
 
 
-def pool_chunk(x: Tensor, chunk: Chunk, weighting: Weighting, slots: Tensor, out: Tensor) -> None:
-    run("grid_pool", x, chunk.words, weighting, out, thumbnails=slots)
+def pool_chunk(x: Tensor, words: tuple[int, ...], weighting: Weighting, slots: Tensor, out: Tensor) -> None:
+    run("grid_pool", x, words, weighting, out, thumbnails=slots)
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
     run("temporal_grid", x, plan_tables(plan), None, out)
 
 
-def norm_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
-    run("grid_pool", x, plan_tables(plan, Dataflow.none), weighting, out)
-
-
 def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
     run("token_norm", x, None, weighting, out)
 
 
-def backward(op: str, grad: Tensor, x: Tensor, plan: GridPlan, *weighting_and_out: Any) -> None:
-    """Write the gradient of grid_pool, norm_pool or temporal_grid into the last argument."""
-    *weighting, out = weighting_and_out
-    tables = plan_tables(plan, Dataflow.none if op == "norm_pool" else Dataflow.of, gradient=True)
-    if op == "temporal_grid":
-        run("temporal_grid_backward", grad, tables, None, out, grad=grad)
-    else:
-        run("grid_pool_backward", x, tables, weighting[0], out, grad=grad)
+def grid_pool_backward(grad: Tensor, x: Tensor, plan: GridPlan, weighting: Weighting, grad_x: Tensor) -> None:
+    run("grid_pool_backward", x, plan_tables(plan, gradient=True), weighting, grad_x, grad=grad)
+
+
+def temporal_grid_backward(grad: Tensor, x: Tensor, plan: GridPlan, grad_x: Tensor) -> None:
+    run("temporal_grid_backward", grad, plan_tables(plan, gradient=True), None, grad_x, grad=grad)
 
 
 def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:
@@ -244,10 +237,10 @@ def backend() -> Backend:
         unsupported_reason=unsupported_reason,
         grid_pool=grid_pool,
         temporal_grid=temporal_grid,
-        norm_pool=norm_pool,
         token_norm=token_norm,
-        backward=with_kernels(backward),
+        grid_pool_backward=grid_pool_backward,
+        temporal_grid_backward=temporal_grid_backward,
         opt_in_reason=lambda: "the emulation runs the kernels on the CPU, slowly",
-        keeps_thumbnails=compiled.keeps_thumbnails_on_cuda,
+        fused_channels=compiled.fused_channels_on_cuda,
         pool_chunk=pool_chunk,
     )

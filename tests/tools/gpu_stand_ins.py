@@ -89,7 +89,7 @@ def describe(device: str, threads: int | None = None) -> dict[str, Any]:
     return describe_cpu("cpu") | {"device": {"type": "cuda", "name": "stand-in"}}
 
 
-def run_emulated(op: Any, tensors: Sequence[Tensor], plan: Any, schedule: Any, *rest: Any) -> None:
+def run_emulated(op: Any, tensors: Sequence[Tensor], plan: Any, *rest: Any) -> None:
     *weighting, out, cells = rest
     cuda_emulation.run("grid_pool", tensors[0], plan_tables(plan), Weighting(*weighting), out, cells=cells)
 

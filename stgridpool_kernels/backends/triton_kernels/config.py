@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 
 
@@ -23,26 +24,37 @@ class Config:
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """Division of the fused kernel into programs. Its block is a window of 4 tokens. No choice changes results.
+    """Division of the fused kernels into programs. Their block is a window of 4 tokens. No choice changes results.
 
-    num_warps: warps of 32 threads per program. stages: depth of the pipeline of a program's walk over cells; from 2 on,
-        tokens of later steps are copied to shared memory in advance.
-    frame_cells, mosaic_cells: cells per program in launches for frames of x and in level launches. frame_cells None
-        means a whole row if W is odd, so that the shared column is carried from cell to cell, and 1 cell if W is even.
-    spread: True distributes the windows of frames that are not sampled over all launches, to run beside the few
-        programs of a level; False puts all of them into the first launch.
-    plain_registers, even_registers, odd_registers: maximum number of registers per thread, None for no limit, if
-        nothing is shrunk, if W is even and if W is odd. The first two apply to the forward only.
+    num_warps: warps of 32 threads per program. stages: depth of the pipeline of a program's walk over cells if W is
+        odd; from 2 on, tokens of later steps are copied to shared memory in advance.
+    window_registers, even_registers, odd_registers: maximum number of registers per thread, None for no limit: of
+        windows, and of walks if W is even and if W is odd. The first two apply to the forward only.
+    frame_cells, mosaic_cells: cells per program of a walk over frames of x and over mosaics if W is odd, where a column
+        is carried from cell to cell. None chooses a number by which every program runs at once. If W is even, it is 1.
     """
 
     num_warps: int
     stages: int = 1
-    plain_registers: int | None = None
+    window_registers: int | None = None
     even_registers: int | None = None
     odd_registers: int = 128
     frame_cells: int | None = None
-    mosaic_cells: int = 1
-    spread: bool = False
+    mosaic_cells: int | None = None
+
+    def cells(self, rows: int, row_cells: int, places: int, mosaic: bool) -> int:
+        """Return the number of cells per program for `rows` rows of `row_cells` cells each.
+
+        places: number of programs that the GPU runs at once. While there are fewer programs than places, none walks
+        more than `LONGEST_WALK` cells.
+        """
+        chosen = self.mosaic_cells if mosaic else self.frame_cells
+        if chosen is not None:
+            return min(chosen, row_cells)
+        cells = min(max(1, -(-rows * row_cells // places)), row_cells)
+        while cells > LONGEST_WALK and rows * -(-row_cells // cells) < places:
+            cells -= 1
+        return cells
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Row:
 # Every row gives a thread 64 values of a window, in groups of 8 neighbouring channels: 16 bytes of a 16-bit type.
 # A multiprocessor has room for 24 warps at 80 registers per thread, and for 16 at 128, which is the limit for walks
 # that carry a column. One program of 16 warps fits either way. The first row that fits is used.
-# Row(block, bytes, capability, FusedConfig(num_warps, stages, plain_registers, even_registers), reason)
+# Row(block, bytes, capability, FusedConfig(num_warps, stages, window_registers, even_registers), reason)
 ROWS = (
     Row(512, 2, (10, 0), FusedConfig(1, 2), "as for 8.0, but spills at 80 registers: float32 is computed in pairs"),
     Row(1024, 2, (10, 0), FusedConfig(2, 2), "as above"),
@@ -80,6 +92,12 @@ ROWS = (
     Row(8192, 4, (8, 0), FusedConfig(16), "a prefetched step would take 192 KiB"),
 )
 
+LONGEST_WALK = 5
+"""Maximum number of cells per program while the GPU has room for more programs."""
+
+MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
+"""Number of multiprocessors by compute capability of an A100, an H100 and a B200, for calls that are only compiled."""
+
 MAX_BLOCK = ROWS[-1].block
 """Maximum number of channels per block. Longer tokens are read twice, block by block: for the norm and for the sum."""
 
@@ -96,6 +114,15 @@ def fused_config(C: int, value_bytes: int, capability: tuple[int, int]) -> Fused
     """Return the configuration of the first row of `ROWS` that fits."""
     fits = (row for row in ROWS if row.block >= C and value_bytes <= row.bytes and capability >= row.capability)
     return next(fits).config
+
+
+def resident_blocks(device: torch.device, capability: tuple[int, int], num_warps: int, registers: int | None) -> int:
+    """Return the number of programs that a GPU runs at once, by the registers of a thread, which by default are 128."""
+    if device.type == "cuda":
+        multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    else:
+        multiprocessors = MULTIPROCESSORS.get(capability, 132)
+    return multiprocessors * max(1, 65536 // (32 * num_warps * (registers or 128)))
 
 
 def tile_config(C: int, wanted: int) -> Config:

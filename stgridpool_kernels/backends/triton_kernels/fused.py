@@ -4,165 +4,236 @@ Summaries are tiled from *thumbnails*: D(frame) is the frame average-pooled to �
 level. Cell (i, j) averages rows 2i, 2i + 1 and columns 2j, 2j + 1, which are window (i, j); if H is odd also row
 2i − 1, and if W is odd also column 2j − 1 (so ⌈27/2⌉ = 14 cells overlap by one row and one column).
 
-The kernel is launched for the frames of x, then for the summaries of each level, which it reads as mosaics of
-thumbnails. A launch pools its nodes that are outputs, and shrinks its nodes that a later level samples:
+There are three kernels. Each pools nodes that are outputs, and the first and the last shrink nodes that a later level
+samples:
 
-    x ──► pooled frames                 frames that no summary replaces
-      └─► D ──► level 1 ──► pooled      summaries that no later level replaces
-           ▲          │
-           └────◄─────┘ D of summaries that a later level samples
+    rows_kernel       frames of x that are shrunk ──► D, pooled frames
+    windows_kernel    the other frames of x ──► pooled frames
+    mosaics_kernel    the summaries of a level, as mosaics of D ──► D, pooled frames; one launch a level
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
 
 import triton
 import triton.language as tl
 
-from ...plan.dataflow import live_cells
-from ...plan.tables import Chunk
-from ..device_tables import tables_on
-from .config import FusedConfig, fused_block, fused_config
+from ...plan.tables import ENTRY_WORDS, Header, Stage, stages_of
+from .config import FusedConfig, fused_block, fused_config, resident_blocks
 from .launch import Arguments, CallSpec, Launch, PreparedCall
-from .tiles import frame_places, pool_tile, store_token
+from .tiles import channel_places, frame_places, pool_tile, store_token
 
-ENTRY: tl.constexpr = tl.constexpr(8)
-"""Number of int32 in an entry of the tables: the frame to read, the frame to pool into or −1, the slot of its thumbnail
-or −1, the offset of its row counts of live cells, and the four slots that a mosaic is tiled from."""
+ENTRY: tl.constexpr = tl.constexpr(ENTRY_WORDS)
+"""Number of int32 in an entry of the tables: the node, the frame to pool into or −1, the slot of its thumbnail or −1,
+the offset of its row counts of live cells, and the four slots that a mosaic is tiled from."""
 
 
-@triton.jit(do_not_specialize=["entries", "walked", "T", "norm_channels"])  # one compilation serves all values of these
-def grid_pool_kernel(
+@triton.jit(do_not_specialize=["entries", "cells", "T", "weights"])  # one compilation serves all values of these
+def rows_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)
     scratch,  # thumbnails: (slots, h, w, C)
     tables,
     entries,  # where the entries of this launch start in `tables`
-    walked,  # how many of them have a thumbnail; these come first
+    cells,  # of a row, that one program walks
     T,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    h: tl.constexpr,
-    w: tl.constexpr,
     OH: tl.constexpr,
     OW: tl.constexpr,
-    x_video: tl.int64,
-    x_frame,
-    x_row,
-    x_col,
-    x_channel,
-    out_video: tl.int64,
-    out_frame,
-    out_row,
-    out_col,
-    out_channel,
-    temperature,
-    norm_channels,  # channels of the norm, None for all
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CELLS: tl.constexpr,
-    STAGES: tl.constexpr,
-    ODD_H: tl.constexpr,
-    ODD_W: tl.constexpr,
-    SPLIT: tl.constexpr,
-    MOSAIC: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    PLAIN: tl.constexpr,
-    MEAN: tl.constexpr,
+    weights,
+    SIZE: tl.constexpr,
     NORM: tl.constexpr,
-    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    POOLS: tl.constexpr,
 ):
-    """out[t, i, j] = Σ α·x[t, r, c] over window (i, j) and D[t, i, j] = mean x[t, r, c] over cell (i, j).
+    """D[t, i, j] = mean x[t, r, c] over cell (i, j) and, if POOLS, out[t, i, j] = Σ α·x[t, r, c] over window (i, j).
 
-    The first programs walk: each takes row i of the cells of one entry, or CELLS of it where rows are SPLIT, from left
-    to right, and carries the last column of a step to the next as a sum. The others take one window each of the entries
-    without a thumbnail.
-
-    MOSAIC: the frames to walk are summaries, tiled from thumbnails; else frames of x. WINDOWS: there are entries
-    without a thumbnail. PLAIN: each frame of x is one, and there is no table.
+    One program walks row i of the cells of a frame, or `cells` of them, from left to right.
     """
-    x_strides = (x_video, x_frame, x_row, x_col, x_channel)
-    out_strides = (out_video, out_frame, out_row, out_col, out_channel)
+    entry = tables + entries + tl.program_id(0) // SIZE.h * ENTRY
+    i, first = tl.program_id(0) % SIZE.h, tl.program_id(1) * cells
+    image = x.pointer + frame_places(tl.load(entry), T, x)
+    walk(
+        x,
+        out,
+        scratch,
+        tables,
+        entry,
+        image,
+        i,
+        first,
+        cells,
+        T,
+        OH,
+        OW,
+        weights,
+        SIZE,
+        NORM,
+        BLOCK,
+        STAGES,
+        POOLS,
+        False,
+    )
+
+
+@triton.jit(do_not_specialize=["entries", "cells", "T", "weights"])
+def mosaics_kernel(
+    x,  # (…, T, H, W, C), whose tokens are not read
+    out,  # (…, T, OH, OW, C)
+    scratch,  # thumbnails: (slots, h, w, C)
+    tables,
+    entries,  # where the entries of this launch start in `tables`
+    cells,  # of a row, that one program walks
+    T,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    weights,
+    SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POOLS: tl.constexpr,
+):
+    """The work of `rows_kernel` for summaries, each a mosaic of four thumbnails."""
+    entry = tables + entries + tl.program_id(0) // SIZE.h * ENTRY
+    i, first = tl.program_id(0) % SIZE.h, tl.program_id(1) * cells
+    walk(
+        x, out, scratch, tables, entry, scratch, i, first, cells, T, OH, OW, weights, SIZE, NORM, BLOCK, 1, POOLS, True
+    )
+
+
+@triton.jit(do_not_specialize=["entries", "T", "weights"])
+def windows_kernel(
+    x,  # (…, T, H, W, C)
+    out,  # (…, T, OH, OW, C)
+    tables,
+    entries,  # where the entries of this launch start in `tables`; None for all frames of x, without tables
+    T,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    weights,
+    SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[t, i, j] = Σ α·x[t, r, c] over window (i, j) of a frame that is not shrunk. One window a program."""
+    program, channels, token = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, 4)
+    frame, i, j = program // (OH * OW), program // OW % OH, program % OW
+    if entries is not None:
+        frame = tl.load(tables + entries + frame * ENTRY + 1)
+    rows, cols = 2 * i + token // 2, 2 * j + token % 2
+    taken = (rows < SIZE.H) & (cols < SIZE.W)
+    places = places_in(rows, cols, tables, x, SIZE, False)
+    tile = load_tile(x.pointer + frame_places(frame, T, x), places, taken, channels, x, SIZE, False)
+    result = pool_tile(tile, taken, channels, weights, SIZE.C, NORM)
+    store_token(out, frame, i, j, T, channels, channels < SIZE.C, result)
+
+
+@triton.jit
+def walk(
+    x,
+    out,
+    scratch,
+    tables,
+    entry,
+    image,
+    i,
+    first,
+    cells,
+    T,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    weights,
+    SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    POOLS: tl.constexpr,
+    MOSAIC: tl.constexpr,
+):
+    """Pool and shrink cells `first`, … of row i of an entry, a cell a step, as far as something depends on them.
+
+    image: where the entry's frame starts; for a MOSAIC, where thumbnails do. cells: maximum number of steps; if W is
+    even there is one, since no column is carried. STAGES: from 2 on, tokens of later steps are copied to shared memory
+    in advance.
+    """
     channels = tl.arange(0, BLOCK)
-    token = tl.arange(0, 4)
-    spans: tl.constexpr = (w + CELLS - 1) // CELLS if SPLIT else 1
-    program = tl.program_id(0)
-    walks = walked * h * spans
-
-    if not PLAIN and program < walks:
-        entry = tables + entries + program // (h * spans) * ENTRY
-        frame, target, slot = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-        i = program // spans % h
-        live = tl.load(tables + tl.load(entry + 3) + i)
-        pooled = (target >= 0) & (i < OH)
-        stop = tl.maximum(live, tl.where(pooled, OW, 0))
-        first = 0
-        if SPLIT:
-            first = program % spans * CELLS
-            stop = tl.minimum(stop, first + CELLS)
-
-        image = scratch if MOSAIC else frame_of(x, frame, T, x_strides)
-        rows = 2 * i + token // 2
-        top = tl.maximum(2 * i - 1, 0) if ODD_H else 2 * i
-        height = tl.minimum(2 * i + 2, H) - top
-        carried = tl.zeros((BLOCK,), tl.float32)
-        if ODD_W and SPLIT and CELLS > 1:
-            beside = tl.where((first > 0) & (first < live), H, 0)
-            carried = sum_column(image, entry, i, 2 * first - 1, beside, channels, h, w, x_strides, C, ODD_H, MOSAIC)
-        thumbnail = scratch + (slot.to(tl.int64) * h + i) * w * C
+    target, slot, live = tl.load(entry + 1), tl.load(entry + 2), tl.load(tables + tl.load(entry + 3) + i)
+    target = tl.where((i < OH) & POOLS, target, -1)
+    stop = tl.minimum(tl.maximum(live, tl.where(target >= 0, OW, 0)), first + cells)
+    node = (x, image, entry, i, live, scratch + (slot.to(tl.int64) * SIZE.h + i) * SIZE.w * SIZE.C)
+    carried = tl.zeros((BLOCK,), tl.float32)
+    if SIZE.W % 2 == 0:
+        if first < stop:
+            walk_cell(node, out, target, first, carried, channels, T, OW, weights, SIZE, NORM, BLOCK, POOLS, MOSAIC)
+    else:
+        if first > 0:
+            beside = tl.where(first < live, SIZE.H, 0)
+            carried = sum_column(image, entry, i, 2 * first - 1, beside, channels, x, SIZE, MOSAIC)
         for step in tl.range(first, stop, num_stages=STAGES):
             j = i * 0 + step
-            cols = 2 * j + token % 2
-            taken = (rows < H) & (cols < W)
-            window = places_in(rows, cols, entry, h, w, x_strides, C, MOSAIC)
-            tile = load_tile(image, window, taken, channels, x_strides, C, MOSAIC)
-            if (ODD_H or ODD_W) and pooled:  # first: a halo leaves no registers for the sums below as well
-                result = pool_tile(tile, taken, channels, temperature, norm_channels, C, MEAN, NORM, P)
-                in_out = channels < tl.where(j < OW, C, 0)
-                store_token(out, target, i, j, T, out_strides, channels, in_out, result)
-
-            if ODD_W and SPLIT and CELLS == 1:  # here, where what the window took is free again
-                beside = tl.where((j > 0) & (j < live), H, 0)
-                carried = sum_column(image, entry, i, 2 * j - 1, beside, channels, h, w, x_strides, C, ODD_H, MOSAIC)
-            columns = tl.sum(tl.reshape(tile, (2, 2, BLOCK)), 0)  # sums of rows, for columns 2j and 2j + 1
-            width = tl.minimum(2 * j + 2, W) - 2 * j
-            if ODD_H:
-                two = tl.arange(0, 2)
-                over = 2 * j + two < tl.where((i > 0) & (j < live), W, 0)
-                above = places_in(2 * i - 1 + 0 * two, 2 * j + two, entry, h, w, x_strides, C, MOSAIC)
-                columns += load_tile(image, above, over, channels, x_strides, C, MOSAIC)
-            if ODD_W:
-                left, right = tl.split(tl.trans(columns))
-                cell = carried + left + right
-                carried = right
-                width += tl.minimum(j, 1)
-            else:
-                cell = tl.sum(columns, 0)
-            tl.store(
-                thumbnail + j.to(tl.int64) * C + channels,
-                (cell * (inverse(height) * inverse(width))).to(scratch.dtype.element_ty),
-                mask=channels < tl.where(j < live, C, 0),
-                eviction_policy="evict_last",
+            carried = walk_cell(
+                node, out, target, j, carried, channels, T, OW, weights, SIZE, NORM, BLOCK, POOLS, MOSAIC
             )
-            if not (ODD_H or ODD_W) and pooled:  # last: the sums above are done with
-                result = pool_tile(tile, taken, channels, temperature, norm_channels, C, MEAN, NORM, P)
-                in_out = channels < tl.where(j < OW, C, 0)
-                store_token(out, target, i, j, T, out_strides, channels, in_out, result)
-    elif WINDOWS:
-        window_number = program - walks
-        i, j = window_number // OW % OH, window_number % OW
-        target = walked + window_number // (OH * OW)
-        if not PLAIN:
-            target = tl.load(tables + entries + target * ENTRY + 1)
-        rows, cols = 2 * i + token // 2, 2 * j + token % 2
-        taken = (rows < H) & (cols < W)
-        image = frame_of(x, target, T, x_strides)
-        window = places_in(rows, cols, tables, h, w, x_strides, C, False)
-        tile = load_tile(image, window, taken, channels, x_strides, C, False)
-        result = pool_tile(tile, taken, channels, temperature, norm_channels, C, MEAN, NORM, P)
-        store_token(out, target, i, j, T, out_strides, channels, channels < C, result)
+
+
+@triton.jit
+def walk_cell(
+    node,
+    out,
+    target,
+    j,
+    carried,
+    channels,
+    T,
+    OW: tl.constexpr,
+    weights,
+    SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POOLS: tl.constexpr,
+    MOSAIC: tl.constexpr,
+):
+    """Pool window (i, j) of a node if its `target` is not −1, and store cell (i, j) of its thumbnail if that is live.
+
+    carried: sum of the column left of the cell. Returns the sum of its last column, in the order of a walk.
+    """
+    x, image, entry, i, live, thumbnail = node
+    ODD_H: tl.constexpr = SIZE.H % 2 == 1
+    ODD_W: tl.constexpr = SIZE.W % 2 == 1
+    token = tl.arange(0, 4)
+    rows, cols = 2 * i + token // 2, 2 * j + token % 2
+    taken = (rows < SIZE.H) & (cols < SIZE.W)
+    tile = load_tile(image, places_in(rows, cols, entry, x, SIZE, MOSAIC), taken, channels, x, SIZE, MOSAIC)
+    if POOLS and (ODD_H or ODD_W) and target >= 0:  # first: a halo leaves no registers for the sums below as well
+        result = pool_tile(tile, taken, channels, weights, SIZE.C, NORM)
+        store_token(out, target, i, j, T, channels, channels < tl.where(j < OW, SIZE.C, 0), result)
+
+    columns = tl.sum(tl.reshape(tile, (2, 2, BLOCK)), 0)  # sums of rows, for columns 2j and 2j + 1
+    height = tl.minimum(2 * i + 2, SIZE.H) - (tl.maximum(2 * i - 1, 0) if ODD_H else 2 * i)
+    width = tl.minimum(2 * j + 2, SIZE.W) - 2 * j
+    if ODD_H:
+        two = tl.arange(0, 2)
+        over = 2 * j + two < tl.where((i > 0) & (j < live), SIZE.W, 0)
+        above = places_in(2 * i - 1 + 0 * two, 2 * j + two, entry, x, SIZE, MOSAIC)
+        columns += load_tile(image, above, over, channels, x, SIZE, MOSAIC)
+    if ODD_W:
+        left, right = tl.split(tl.trans(columns))
+        cell = carried + left + right
+        carried = right
+        width += tl.minimum(j, 1)
+    else:
+        cell = tl.sum(columns, 0)
+    tl.store(
+        thumbnail + j.to(tl.int64) * SIZE.C + channels,
+        (cell * (inverse(height) * inverse(width))).to(thumbnail.dtype.element_ty),
+        mask=channels < tl.where(j < live, SIZE.C, 0),
+        eviction_policy="evict_last",
+    )
+    if POOLS and not (ODD_H or ODD_W) and target >= 0:  # last: the sums above are done with
+        result = pool_tile(tile, taken, channels, weights, SIZE.C, NORM)
+        store_token(out, target, i, j, T, channels, channels < tl.where(j < OW, SIZE.C, 0), result)
+    return carried
 
 
 @triton.jit
@@ -172,179 +243,105 @@ def inverse(n):
 
 
 @triton.jit
-def frame_of(x, frame, T, strides):
-    """Frame number `frame` of all videos of T frames."""
-    return x + frame_places(frame, T, strides)
-
-
-@triton.jit
-def places_in(rows, cols, entry, h, w, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr):
+def places_in(rows, cols, entry, x, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
     """Return where tokens start: in a frame of x, or in scratch for the mosaic of the four thumbnails of an entry."""
     if MOSAIC:
-        below, beside = (rows >= h).to(tl.int32), (cols >= w).to(tl.int32)
+        below, beside = (rows >= SIZE.h).to(tl.int32), (cols >= SIZE.w).to(tl.int32)
         slots = tl.load(entry + 4 + 2 * below + beside).to(tl.int64)
-        places = ((slots * h + rows - below * h) * w + cols - beside * w) * C
+        places = ((slots * SIZE.h + rows - below * SIZE.h) * SIZE.w + cols - beside * SIZE.w) * SIZE.C
     else:
-        places = rows.to(tl.int64) * x_strides[2] + cols.to(tl.int64) * x_strides[3]
+        places = rows.to(tl.int64) * x.row + cols.to(tl.int64) * x.col
     return places
 
 
 @triton.jit
-def sum_column(
-    image,
-    entry,
-    i,
-    col,
-    bottom,
-    channels,
-    h: tl.constexpr,
-    w: tl.constexpr,
-    x_strides,
-    C: tl.constexpr,
-    ODD_H: tl.constexpr,
-    MOSAIC: tl.constexpr,
-):
+def sum_column(image, entry, i, col, bottom, channels, x, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
     """The sum of a column's tokens in the rows of cell i above `bottom`, added in the order of a walk."""
     rows = 2 * i + tl.arange(0, 2)
-    places = places_in(rows, col + 0 * rows, entry, h, w, x_strides, C, MOSAIC)
-    total = tl.sum(load_tile(image, places, rows < bottom, channels, x_strides, C, MOSAIC), 0)
-    if ODD_H:
+    places = places_in(rows, col + 0 * rows, entry, x, SIZE, MOSAIC)
+    total = tl.sum(load_tile(image, places, rows < bottom, channels, x, SIZE, MOSAIC), 0)
+    if SIZE.H % 2 == 1:
         row = 2 * i - 1 + tl.arange(0, 1)
-        places = places_in(row, col + 0 * row, entry, h, w, x_strides, C, MOSAIC)
-        taken = (row >= 0) & (row < bottom)
-        total += tl.sum(load_tile(image, places, taken, channels, x_strides, C, MOSAIC), 0)
+        places = places_in(row, col + 0 * row, entry, x, SIZE, MOSAIC)
+        total += tl.sum(load_tile(image, places, (row >= 0) & (row < bottom), channels, x, SIZE, MOSAIC), 0)
     return total
 
 
 @triton.jit
-def load_tile(image, places, taken, channels, x_strides, C: tl.constexpr, MOSAIC: tl.constexpr):
+def load_tile(image, places, taken, channels, x, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
     """Tokens as float32, 0 where not taken. Of x, only the row above a walk is read twice; thumbnails may be often."""
-    mask = taken[:, None] & (channels < C)[None, :]
+    mask = taken[:, None] & (channels < SIZE.C)[None, :]
     if MOSAIC:
         tile = tl.load(image + places[:, None] + channels[None, :], mask=mask, other=0.0)
     else:
-        places = places[:, None] + channels.to(tl.int64)[None, :] * x_strides[4]
+        places = channel_places(places, channels, x)
         tile = tl.load(image + places, mask=mask, other=0.0, eviction_policy="evict_first")
     return tile.to(tl.float32)
 
 
-def _shared(request: CallSpec, plain: bool) -> tuple[FusedConfig, Arguments, Arguments]:
-    """Return the configuration, arguments and options that all launches of a call share. plain: nothing is shrunk."""
-    H, W, C = request.x.shape[-3:]
-    OH, OW = request.plan.pooled_size
-    config = fused_config(C, request.x.element_size(), request.capability)
-    shared = request.sizes() | request.weights() | {"OH": OH, "OW": OW, "BLOCK": fused_block(C)}
-    shared |= {"h": -(-H // 2), "w": -(-W // 2), "ODD_H": H % 2 == 1, "ODD_W": W % 2 == 1, "PLAIN": plain}
-    return config, shared, {"num_warps": config.num_warps, "maxnreg": _most_registers(request, plain, config)}
+def prepare(spec: CallSpec) -> PreparedCall:
+    """Return the launches of grid_pool, of norm_pool, or of a chunk of streams, whose thumbnails the streams keep."""
+    if not spec.gridded and spec.chunk is None:
+        return PreparedCall(spec.plan, [_launch_windows(spec, None, math.prod(spec.x.shape[:-3]))], 0, None)
+    scratch = thumbnail_elements(spec) if spec.chunk is None else 0
+    return PreparedCall(spec.plan, launch_stages(spec, pools=True), scratch, spec.tables)
 
 
-def _most_registers(request: CallSpec, plain: bool, config: FusedConfig) -> int | None:
+def thumbnail_elements(spec: CallSpec) -> int:
+    """Return the number of elements of all slots of thumbnails."""
+    return Header.of(spec.words).slots * spec.size.h * spec.size.w * spec.size.C
+
+
+def launch_stages(spec: CallSpec, pools: bool) -> list[Launch]:
+    """Return the launches of the stages of the tables. pools: whether nodes are pooled; else they are shrunk only."""
+    launches = []
+    for stage in stages_of(spec.words):
+        # a summary is walked also if it is not shrunk, since it is a mosaic
+        walked = stage.num_entries if stage.mosaic and pools else stage.shrunk
+        if walked:
+            launches.append(_launch_walks(spec, stage, walked, pools))
+        if pools and walked < stage.num_entries:
+            launches.append(_launch_windows(spec, stage.entries + walked * ENTRY_WORDS, stage.num_entries - walked))
+    return launches
+
+
+def _launch_walks(spec: CallSpec, stage: Stage, walked: int, pools: bool) -> Launch:
+    config, arguments = _shared(spec)
+    size, odd = spec.size, spec.size.W % 2 == 1
+    registers = _most_registers(spec, config.odd_registers if odd else config.even_registers, odd)
+    places = resident_blocks(spec.x.device, spec.capability, config.num_warps, registers)
+    cells = config.cells(walked * size.h, size.w, places, bool(stage.mosaic)) if odd else 1
+    arguments |= {"entries": stage.entries, "cells": cells, "POOLS": pools, "STAGES": config.stages if odd else 1}
+    grid = (walked * size.h, triton.cdiv(size.w, cells), 1)
+    kernel = mosaics_kernel if stage.mosaic else rows_kernel
+    return Launch(kernel, grid, arguments, num_warps=config.num_warps, maxnreg=registers)
+
+
+def _launch_windows(spec: CallSpec, entries: int | None, frames: int) -> Launch:
+    config, arguments = _shared(spec)
+    registers = _most_registers(spec, config.window_registers, False)
+    grid = (frames * math.prod(spec.pooled_size), 1, 1)
+    return Launch(windows_kernel, grid, arguments | {"entries": entries}, num_warps=config.num_warps, maxnreg=registers)
+
+
+def _shared(spec: CallSpec) -> tuple[FusedConfig, Arguments]:
+    """Return the configuration of a call, and the arguments that all its launches share."""
+    config = fused_config(spec.size.C, spec.x.element_size(), spec.capability)
+    OH, OW = spec.pooled_size
+    return config, spec.arguments() | {"OH": OH, "OW": OW, "BLOCK": fused_block(spec.size.C)}
+
+
+def _most_registers(spec: CallSpec, limit: int | None, carries: bool) -> int | None:
     """Maximum number of registers per thread, None for no limit.
 
-    Powers take about 240 registers and would spill with a limit. So would some of the kernels that cannot read tokens
-    16 bytes at a time or whose norm runs over some of the channels; others need fewer than 80, but with a limit the
-    compiler uses up to the limit.
+    Powers take about 240 registers and would spill with a limit. So would some of the kernels that carry no column, if
+    they cannot read tokens 16 bytes at a time or their norm runs over some of the channels; others need fewer than 80,
+    but with a limit the compiler uses up to the limit.
     """
-    *strides, step = request.x.stride()
-    weights = request.weights()
-    if weights["NORM"] == "power":
+    arguments = spec.arguments()
+    if arguments["NORM"].kind == "power":
         return None
-    if request.x.shape[-2] % 2 and not plain:
-        return config.odd_registers
-    some_channels = weights["norm_channels"] is not None
-    if request.grad is not None or some_channels or step != 1 or any(stride % 16 for stride in strides):
-        return None
-    return config.plain_registers if plain else config.even_registers
-
-
-def _walk(config: FusedConfig, W: int, mosaic: bool) -> tuple[int, Arguments]:
-    """Return the number of cells per program, and the arguments of its kernel that follow from it.
-
-    A column is carried from cell to cell of a frame, so that longer walks read less twice. Mosaics are few and in the
-    cache, where more programs matter more than fewer reads.
-    """
-    w = -(-W // 2)
-    cells = config.mosaic_cells if mosaic else config.frame_cells or (w if W % 2 else 1)
-    stages = 1 if mosaic or cells == 1 else config.stages
-    split = cells < w
-    return cells, {"STAGES": stages, "MOSAIC": mosaic, "SPLIT": split, "CELLS": cells if split else 0}
-
-
-def prepare_chunk(request: CallSpec, chunk: Chunk) -> PreparedCall:
-    """Return the launches for a chunk of streams, by its tables. Their scratch is the streams' thumbnails."""
-    W = request.x.shape[-2]
-    h, w = -(-request.x.shape[-3] // 2), -(-W // 2)
-    OH, OW = request.plan.pooled_size
-    config, shared, options = _shared(request, plain=False)
-    launches = []
-    for mosaic, entries, count, walked in chunk.stages:
-        walked = count if mosaic else walked  # summaries are always walked, as in `prepare`
-        cells, walk = _walk(config, W, bool(mosaic))
-        arguments = walk | {"entries": entries, "walked": walked, "WINDOWS": not mosaic}
-        programs = walked * h * triton.cdiv(w, cells) + (count - walked) * OH * OW
-        grid = (programs, 1, 1)
-        launches.append(Launch(grid_pool_kernel, grid, shared | arguments, **options))
-    return PreparedCall(request.plan, launches, 0, tables_on(request.x.device, chunk.words))
-
-
-def prepare(request: CallSpec) -> PreparedCall:
-    """Return the launches of grid_pool or norm_pool: one for the frames of x, then one per level for its summaries."""
-    ends = {node: frame for frame, node in enumerate(request.graph.outputs)}
-    shrunk = launch_cells(request, ends)
-    return PreparedCall(request.plan, shrunk.launches, shrunk.scratch, tables_on(request.x.device, shrunk.tables))
-
-
-@dataclass(frozen=True)
-class Shrunk:
-    """Launches that shrink nodes, and their tables. slots: the slot of the thumbnail of every node with live cells.
-    counts: the offset in `tables` of its row counts of live cells. scratch: number of elements of all thumbnails."""
-
-    launches: list[Launch]
-    tables: list[int]
-    slots: dict[int, int]
-    counts: dict[int, int]
-    scratch: int
-
-
-def launch_cells(request: CallSpec, ends: dict[int, int]) -> Shrunk:
-    """Return launches that shrink the nodes with live cells, and pool the nodes of `ends` into these frames."""
-    H, W, C = request.x.shape[-3:]
-    h, w = -(-H // 2), -(-W // 2)
-    OH, OW = request.plan.pooled_size
-    graph = request.graph
-    plain = not graph.summaries
-    config, shared, options = _shared(request, plain)
-
-    none_live = (0,) * h
-    live = live_cells(request.plan, graph)
-    slots = {node: slot for slot, node in enumerate(live)}
-    tables: list[int] = []
-    rows: dict[tuple[int, ...], int] = {}
-    for counts in () if plain else (none_live, *live.values()):
-        if counts not in rows:
-            rows[counts] = len(tables)
-            tables += counts
-
-    def launch(walked: Sequence[int], pooled: Sequence[int], mosaic: bool) -> Launch:
-        entries = len(tables)
-        cells, walk = _walk(config, W, mosaic)
-        for node in walked if plain else (*walked, *pooled):
-            sources = graph.summaries[~node].sources if node < 0 else ()
-            tables.extend((node, ends.get(node, -1), slots.get(node, -1)))
-            tables.append(rows[live.get(node, none_live)])
-            tables.extend([slots.get(source, -1) for source in sources] or [-1] * 4)
-        programs = len(walked) * h * triton.cdiv(w, cells) + len(pooled) * OH * OW
-        arguments = walk | {"entries": entries, "walked": len(walked), "WINDOWS": len(pooled) > 0}
-        return Launch(grid_pool_kernel, (programs, 1, 1), shared | arguments, **options)
-
-    sampled = sorted(node for node in live if node >= 0)
-    pooled = [node for node in ends if node >= 0 and node not in live]
-    levels = [[~s for s in level if ~s in live or ~s in ends] for level in graph.by_level()]
-    levels = [mosaics for mosaics in levels if mosaics]
-    parts = len(levels) + 1 if config.spread else 1
-    shares = [pooled[part::parts] if part < parts else [] for part in range(len(levels) + 1)]
-    launches = [launch(sampled, shares[0], mosaic=False)]
-    for mosaics, share_of_windows in zip(levels, shares[1:], strict=True):
-        launches.append(launch(mosaics, share_of_windows, mosaic=True))
-    places = {node: rows[of_node] for node, of_node in live.items()}
-    return Shrunk(launches, tables, slots, places, len(slots) * h * w * C)
+    *strides, step = spec.x.stride()
+    some_channels = arguments["weights"].channels is not None
+    narrow = spec.grad is not None or some_channels or step != 1 or any(stride % 16 for stride in strides)
+    return limit if carries or not narrow else None

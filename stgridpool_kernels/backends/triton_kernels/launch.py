@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,9 @@ import triton
 from torch import Tensor
 
 from ...plan import GridPlan
-from ...plan.dataflow import Dataflow
-from ..device_tables import Tables
+from ..device_tables import Tables, tables_of, tables_of_chunk
 from ..weighting import Weighting
-from .tiles import norm_kind
+from .tiles import Norm, Size, Tokens, Weights
 
 MAX_CALLS = 256
 """Maximum number of cached prepared calls, each with its tables; the least recently used is dropped first."""
@@ -29,7 +29,7 @@ MAX_ELEMENTS = 1 << 60
 """Exclusive limit of the elements of a tensor of scratch, whose bytes torch counts in int64."""
 
 TENSORS = ("x", "out", "scratch", "tables", "grad", "gradients")
-"""Leading pointer arguments of every kernel. Forward kernels take the first 4, backward kernels all 6."""
+"""Names of the parameters of kernels that stand for tensors, in the order in which calls pass these."""
 
 Arguments = dict[str, Any]
 """Arguments of a kernel, by name."""
@@ -37,30 +37,60 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class CallSpec:
-    """Everything that a call is prepared from: settings, and shape, strides, dtype and device of tensors."""
+    """Everything that a call is prepared from: settings, and shape, strides, dtype and device of tensors.
 
-    op: str
+    plan: None for token_norm. weighting: None for temporal_grid. grad: gradient of the result if `out` is the gradient
+    with respect to x, else None. chunk: tables of a chunk of streams, which are followed in place of the plan's.
+    """
+
     x: Tensor
     out: Tensor
-    plan: GridPlan
-    graph: Dataflow
-    weighting: Weighting | None
-    capability: tuple[int, int]
+    plan: GridPlan | None = None
+    weighting: Weighting | None = None
     grad: Tensor | None = None
-    """Gradient of the op's result if `out` is the gradient with respect to x, else None."""
+    chunk: tuple[int, ...] | None = None
+    capability: tuple[int, int] = (8, 0)
+
+    @cached_property
+    def tables(self) -> Tables:
+        """The tables that the kernels follow, with a gradient section for a gradient."""
+        if self.chunk is not None:
+            return tables_of_chunk(self.chunk, self.x.device)
+        assert self.plan is not None
+        return tables_of(self.plan, self.x.device, gradient=self.grad is not None)
+
+    @cached_property
+    def words(self) -> list[int]:
+        """The words of the tables."""
+        return self.tables.words.tolist()
 
     @property
     def gridded(self) -> bool:
-        """Return whether the settings replace frames by summaries, even if these videos are too short for any."""
-        return self.op in ("grid_pool", "temporal_grid") and bool(self.plan.levels)
+        """Return whether the settings replace frames by summaries, even if these videos are too short for any.
 
-    def sizes(self) -> Arguments:
-        """H, W, C, T and the strides of x, out and grad in elements, by the names that every kernel uses.
+        What changes the order of summation depends on it rather than on whether there is a summary: a video must give
+        the same bits alone and packed with a longer one.
+        """
+        return self.plan is not None and bool(self.plan.levels)
+
+    @property
+    def size(self) -> Size:
+        """Return the sizes that kernels are compiled for."""
+        return Size.of(*self.x.shape[-3:])
+
+    @property
+    def pooled_size(self) -> tuple[int, int]:
+        """Return the rows and columns of tokens of a pooled frame."""
+        rows, cols = (self.out if self.grad is None else self.grad).shape[-3:-1]
+        return rows, cols
+
+    def arguments(self) -> Arguments:
+        """Return the arguments that many kernels have: strides of x, out and grad, T, SIZE, weights and NORM.
 
         T is None if neighbouring frames are equally far apart throughout each of these tensors, as they are without a
         batch. Kernels then avoid divisions by T, which take many instructions.
         """
-        T, H, W, C = self.x.shape[-4:]
+        T, _, _, C = self.x.shape[-4:]
         videos = math.prod(self.x.shape[:-4])
         strides = {
             name: tensor.stride() if self.x.dim() == 5 else (0, *tensor.stride())
@@ -68,46 +98,47 @@ class CallSpec:
             if tensor is not None
         }
         even = videos == 1 or all(video == T * frame for video, frame, *_ in strides.values())
-        sizes: Arguments = {"T": None if even else T, "H": H, "W": W, "C": C}
-        for name, (video, *others) in strides.items():
-            sizes[f"{name}_video"] = 0 if even else video
-            axes = ("frame", "row", "col", "channel")
-            sizes |= {f"{name}_{axis}": stride for axis, stride in zip(axes, others, strict=False)}
-        return sizes
-
-    def weights(self) -> Arguments:
-        """Arguments from which kernels compute the weights of tokens. norm_channels is None if it is C."""
-        C = self.x.shape[-1]
+        arguments: Arguments = {
+            name: Tokens(None, 0 if even else video, *others) for name, (video, *others) in strides.items()
+        }
         temperature, norm_type, normalize_norm, norm_channels = self.weighting or Weighting(1.0, 2.0, True, C)
-        kind = norm_kind(norm_type)
-        return {
-            "temperature": temperature,
-            "norm_channels": norm_channels if norm_channels < C else None,
-            "MEAN": normalize_norm,
-            "NORM": kind,
-            "P": norm_type if kind == "power" else 0.0,
+        return arguments | {
+            "T": None if even else T,
+            "SIZE": self.size,
+            "weights": Weights(temperature, norm_channels if norm_channels < C else None),
+            "NORM": Norm.of(norm_type, normalize_norm),
         }
 
 
 class Launch:
     """One launch of a kernel.
 
-    tensors: number of leading parameters that are those of `TENSORS`, 4 in the forward and all in the backward.
-    arguments: the other parameters by name; names that the kernel lacks are ignored. options: Triton's launch options.
+    arguments: those of the kernel by name, except tensors; for x, out and grad, `Tokens` with their strides. Names that
+    the kernel lacks are ignored. options: Triton's launch options.
     """
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, int, int], arguments: Arguments, tensors: int = 4, **options: Any
-    ) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: Arguments, **options: Any) -> None:
         self.kernel = kernel
         self.grid = grid
-        self.tensors = tensors
-        self.arguments = tuple(arguments[name] for name in kernel.arg_names[tensors:])
+        self.arguments = [arguments.get(name) for name in kernel.arg_names]
         self.options = {"enable_fp_fusion": True, **options}
+        self._tensors = [
+            (place, TENSORS.index(name), arguments.get(name))
+            for place, name in enumerate(kernel.arg_names)
+            if name in TENSORS
+        ]
         self._compiled: Any = None
 
+    def given(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        """Return the arguments of the kernel with these tensors, in the order of `TENSORS`."""
+        given = self.arguments.copy()
+        for place, number, strides in self._tensors:
+            tensor = tensors[number]
+            given[place] = tensor if strides is None else Tokens(tensor, *strides[1:])
+        return given
+
     def __call__(self, tensors: Sequence[Tensor | None], stream: int) -> None:
-        given = (*tensors[: self.tensors], *self.arguments)
+        given = self.given(tensors)
         compiled = self._compiled
         if compiled is None:
             # Triton compiles or looks up the kernel for these types, alignments and constants. They are all part of the
@@ -129,7 +160,7 @@ def _launch_hooks_are_set() -> bool:
 class PreparedCall:
     """All launches of a call with given sizes, strides, dtype, alignment and settings.
 
-    scratch: number of elements of x.dtype to allocate, 0 if none is needed or the caller provides it. gradients: number
+    scratch: number of elements of x.dtype to allocate, 0 if none is needed or the caller keeps it. gradients: number
     of float32 elements to allocate for gradients of nodes and windows. Raises RuntimeError if one exceeds all memory.
     """
 
@@ -152,10 +183,10 @@ class PreparedCall:
         out: Tensor,
         stream: int,
         capturing: bool,
-        kept: Tensor | None = None,
+        thumbnails: Tensor | None = None,
         grad: Tensor | None = None,
     ) -> None:
-        scratch = kept
+        scratch = thumbnails
         if self.scratch:
             scratch = torch.empty(self.scratch, dtype=x.dtype, device=x.device)
         gradients = None
@@ -175,31 +206,46 @@ class PreparedCall:
 _lock = threading.Lock()
 _calls: OrderedDict[Hashable, PreparedCall] = OrderedDict()
 
+Prepare = Callable[[CallSpec], PreparedCall]
+"""Function that prepares the launches of an op or of its gradient."""
+
 
 def run(
-    key: Hashable,
-    prepare: Callable[[], PreparedCall],
+    prepare: Prepare,
     x: Tensor,
     out: Tensor,
-    kept: Tensor | None = None,
+    plan: GridPlan | None = None,
+    weighting: Weighting | None = None,
     grad: Tensor | None = None,
+    chunk: tuple[int, ...] | None = None,
+    thumbnails: Tensor | None = None,
 ) -> None:
-    """Run the cached call of `key` on the current CUDA stream of x's device; `prepare` makes it the first time.
+    """Run a call on the current CUDA stream of x's device. It is prepared the first time, then found in the cache.
 
-    kept: scratch that the caller provides, for a call that allocates none. grad: gradient of the op's result, if out is
-    the gradient with respect to x.
+    prepare and the other arguments: as in `CallSpec`. thumbnails: scratch that a caller keeps, for a chunk of streams.
     """
+    layouts = [
+        (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
+        for tensor in (x, out, grad)
+        if tensor is not None
+    ]
+    key = (prepare, id(plan), weighting, x.device, *layouts, chunk)
+
+    def prepared() -> PreparedCall:
+        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+        return prepare(CallSpec(x, out, plan, weighting, grad, chunk, capability))
+
     if not x.is_cuda:
         # triton's interpreter computes with NumPy, which warns of NaN and overflow
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _find(key, prepare, False)(x, out, 0, False, kept, grad)
+            _find(key, prepared, False)(x, out, 0, False, thumbnails, grad)
         return
     other_device = x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if other_device else nullcontext():
         capturing = torch.cuda.is_current_stream_capturing()
-        call = _find(key, prepare, capturing)
-        call(x, out, triton.runtime.driver.active.get_current_stream(x.device.index), capturing, kept, grad)
+        stream = triton.runtime.driver.active.get_current_stream(x.device.index)
+        _find(key, prepared, capturing)(x, out, stream, capturing, thumbnails, grad)
 
 
 def _find(key: Hashable, prepare: Callable[[], PreparedCall], capturing: bool) -> PreparedCall:
