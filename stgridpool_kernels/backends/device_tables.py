@@ -34,7 +34,9 @@ class Tables:
         self.checked = False
         self.uploaded: torch.cuda.Event | None = None
         self.streams: set[int] = set()
-        if device.type == "cuda":
+        if device.type not in ("cpu", "cuda", "meta"):
+            self.tensor = self.words.to(device)
+        elif device.type == "cuda":
             # While torch.compile records a CUDA graph, allocations of its thread belong to the graph and must not
             # outlive it, so another thread allocates.
             with ThreadPoolExecutor(1) as other:

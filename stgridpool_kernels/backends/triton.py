@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import re
+import warnings
 from functools import cache
 from types import ModuleType
 
@@ -27,10 +28,10 @@ def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:
     reason = _missing_here(os.environ.get("TRITON_INTERPRET") == "1")
     if reason is not None or x is None:
         return reason
-    device = "cpu" if opt_in_reason() else "cuda"
+    device = _device_type()
     if x.device.type != device:
         return f"x is on {x.device}, the kernels run on {device} tensors" + " (TRITON_INTERPRET=1)" * (device == "cpu")
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
         return f"{torch.cuda.get_device_name(x.device)} has a compute capability below 8.0"
     if x.dtype == torch.float64:
         return "float64 runs on the reference only"
@@ -47,13 +48,19 @@ def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:
 
 
 @cache
+def _device_type() -> str:
+    """Return the type of the device of tensors that the kernels run on."""
+    if _untried() is None and _kernels().INTERPRETED:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "xpu"
+
+
+@cache
 def _missing_here(interpret: bool) -> str | None:
-    if torch.version.hip is not None:
-        return "untested on ROCm"
-    if not (interpret or torch.cuda.is_available()):
+    if not (interpret or torch.cuda.is_available() or torch.xpu.is_available()):
         return "no CUDA device"
     try:
-        version = importlib.metadata.version("triton")
+        version = importlib.metadata.version(_distribution())
     except importlib.metadata.PackageNotFoundError:
         return "triton is not installed"
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
@@ -61,13 +68,33 @@ def _missing_here(interpret: bool) -> str | None:
     return None
 
 
+def _distribution() -> str:
+    """Return the name of the package that holds the module triton: builds of torch for other GPUs have their own."""
+    found = importlib.metadata.packages_distributions().get("triton", []) if _untried() is not None else []
+    return found[0] if found else "triton"
+
+
+@cache
+def _untried() -> str | None:
+    """Return why nobody knows whether the kernels run on this machine's GPU, None if it is one of NVIDIA or none."""
+    if torch.version.hip is not None:
+        return "the kernels compile for ROCm (gfx942), and have never run there"
+    if not torch.cuda.is_available() and torch.xpu.is_available():
+        return "the kernels have never been compiled for XPU, nor run there"
+    return None
+
+
 def opt_in_reason() -> str | None:
-    """Why `auto` skips the backend even though it can run, or None: triton's interpreter is for tests only."""
+    """Why `auto` skips the backend even though it can run, or None."""
+    if _untried() is not None:
+        return _untried()
     return "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly" if _kernels().INTERPRETED else None
 
 
 @cache
 def _kernels() -> ModuleType:
+    if _untried() is not None:
+        warnings.warn(f"backend 'triton': {_untried()}", RuntimeWarning, stacklevel=3)
     from . import triton_kernels
 
     return triton_kernels

@@ -297,7 +297,7 @@ def prepare(spec: CallSpec) -> PreparedCall:
     if pooled:
         arguments, num_warps = window_arguments(spec)
         arguments |= {"of_windows": values, "room": header.largest_window}
-        weights = Launch(window_weights_kernel, (windows, 1, 1), arguments, num_warps=num_warps)
+        weights = Launch(window_weights_kernel, (windows, 1, 1), arguments, **spec.options(num_warps))
         launches = [*launch_summaries(spec), weights]
     levels = reversed(levels_of(spec.words) if spec.gridded else [])
     launches += [_launch_nodes(spec, values, ~level.first, level.num_summaries, True) for level in levels]
@@ -326,7 +326,7 @@ def _launch_nodes(spec: CallSpec, values: int, first: int, nodes: int, mosaic: b
     arguments |= {"MOSAIC": mosaic, "PLAIN": not spec.gridded, "POOLED": spec.weighting is not None}
     grid = (nodes * triton.cdiv(spec.size.H * spec.size.W, config.tokens), 1, 1)
     registers = 168 if spec.x.element_size() == 2 else 240  # with fewer, the compiler spills
-    return Launch(token_gradient_kernel, grid, arguments, num_warps=2 * config.num_warps, maxnreg=registers)
+    return Launch(token_gradient_kernel, grid, arguments, **spec.options(2 * config.num_warps, registers))
 
 
 def _largest_counts(spec: CallSpec, by_row: int, by_col: int, rows: int, cols: int) -> tuple[int, int]:

@@ -110,18 +110,21 @@ def fused_block(C: int) -> int:
     return _block(C, MAX_BLOCK)
 
 
-def fused_config(C: int, value_bytes: int, capability: tuple[int, int]) -> FusedConfig:
-    """Return the configuration of the first row of `ROWS` that fits."""
+def fused_config(C: int, value_bytes: int, capability: tuple[int, int] | None) -> FusedConfig:
+    """Return the configuration of the first row of `ROWS` that fits. capability: as in `CallSpec`."""
+    capability = capability or (8, 0)
     fits = (row for row in ROWS if row.block >= C and value_bytes <= row.bytes and capability >= row.capability)
     return next(fits).config
 
 
-def resident_blocks(device: torch.device, capability: tuple[int, int], num_warps: int, registers: int | None) -> int:
+def resident_blocks(
+    device: torch.device, capability: tuple[int, int] | None, num_warps: int, registers: int | None
+) -> int:
     """Return the number of programs that a GPU runs at once, by the registers of a thread, which by default are 128."""
     if device.type == "cuda":
         multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
     else:
-        multiprocessors = MULTIPROCESSORS.get(capability, 132)
+        multiprocessors = MULTIPROCESSORS.get(capability or (8, 0), 132)
     return multiprocessors * max(1, 65536 // (32 * num_warps * (registers or 128)))
 
 

@@ -10,11 +10,16 @@ samples:
     rows_kernel       frames of x that are shrunk ──► D, pooled frames
     windows_kernel    the other frames of x ──► pooled frames
     mosaics_kernel    the summaries of a level, as mosaics of D ──► D, pooled frames; one launch a level
+
+From compute capability 9.0 on, a launch may start while the one before it ends (programmatic dependent launch). No
+launch ends before the one before it has ended, and thumbnails are neither read nor written before that.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import triton
 import triton.language as tl
@@ -24,9 +29,18 @@ from .config import FusedConfig, fused_block, fused_config, resident_blocks
 from .launch import Arguments, CallSpec, Launch, PreparedCall
 from .tiles import channel_places, frame_places, pool_tile, store_token
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton for other GPUs, on which no launch overlaps
+    gdc_launch_dependents = gdc_wait = None
+
 ENTRY: tl.constexpr = tl.constexpr(ENTRY_WORDS)
 """Number of int32 in an entry of the tables: the node, the frame to pool into or −1, the slot of its thumbnail or −1,
 the offset of its row counts of live cells, and the four slots that a mosaic is tiled from."""
+
+
+OVERLAPPING = (9, 0)
+"""Lowest compute capability with programmatic dependent launch."""
 
 
 @triton.jit(do_not_specialize=["entries", "cells", "T", "weights"])  # one compilation serves all values of these
@@ -46,35 +60,20 @@ def rows_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     POOLS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """D[t, i, j] = mean x[t, r, c] over cell (i, j) and, if POOLS, out[t, i, j] = Σ α·x[t, r, c] over window (i, j).
 
-    One program walks row i of the cells of a frame, or `cells` of them, from left to right.
+    One program walks row i of the cells of a frame, or `cells` of them, from left to right. OVERLAPS: this launch may
+    overlap with its neighbours.
     """
+    if OVERLAPS:
+        gdc_launch_dependents()
     entry = tables + entries + tl.program_id(0) // SIZE.h * ENTRY
     i, first = tl.program_id(0) % SIZE.h, tl.program_id(1) * cells
     image = x.pointer + frame_places(tl.load(entry), T, x)
-    walk(
-        x,
-        out,
-        scratch,
-        tables,
-        entry,
-        image,
-        i,
-        first,
-        cells,
-        T,
-        OH,
-        OW,
-        weights,
-        SIZE,
-        NORM,
-        BLOCK,
-        STAGES,
-        POOLS,
-        False,
-    )
+    where = (entry, image, i, first, cells)
+    walk(x, out, scratch, tables, where, T, OH, OW, weights, SIZE, NORM, BLOCK, STAGES, POOLS, OVERLAPS, False)
 
 
 @triton.jit(do_not_specialize=["entries", "cells", "T", "weights"])
@@ -93,13 +92,15 @@ def mosaics_kernel(
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
     POOLS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """The work of `rows_kernel` for summaries, each a mosaic of four thumbnails."""
     entry = tables + entries + tl.program_id(0) // SIZE.h * ENTRY
     i, first = tl.program_id(0) % SIZE.h, tl.program_id(1) * cells
-    walk(
-        x, out, scratch, tables, entry, scratch, i, first, cells, T, OH, OW, weights, SIZE, NORM, BLOCK, 1, POOLS, True
-    )
+    if OVERLAPS:
+        gdc_launch_dependents()
+    where = (entry, scratch, i, first, cells)
+    walk(x, out, scratch, tables, where, T, OH, OW, weights, SIZE, NORM, BLOCK, 1, POOLS, OVERLAPS, True)
 
 
 @triton.jit(do_not_specialize=["entries", "T", "weights"])
@@ -115,8 +116,15 @@ def windows_kernel(
     SIZE: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """out[t, i, j] = Σ α·x[t, r, c] over window (i, j) of a frame that is not shrunk. One window a program."""
+    """out[t, i, j] = Σ α·x[t, r, c] over window (i, j) of a frame that is not shrunk. One window a program.
+
+    OVERLAPS: this launch may overlap with its neighbours, on neither of which it depends. Its last program alone waits
+    for the launch before it, so that the others make room for more.
+    """
+    if OVERLAPS:
+        gdc_launch_dependents()
     program, channels, token = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, 4)
     frame, i, j = program // (OH * OW), program // OW % OH, program % OW
     if entries is not None:
@@ -127,6 +135,8 @@ def windows_kernel(
     tile = load_tile(x.pointer + frame_places(frame, T, x), places, taken, channels, x, SIZE, False)
     result = pool_tile(tile, taken, channels, weights, SIZE.C, NORM)
     store_token(out, frame, i, j, T, channels, channels < SIZE.C, result)
+    if OVERLAPS and program == tl.num_programs(0) - 1:
+        gdc_wait()
 
 
 @triton.jit
@@ -135,11 +145,7 @@ def walk(
     out,
     scratch,
     tables,
-    entry,
-    image,
-    i,
-    first,
-    cells,
+    where,
     T,
     OH: tl.constexpr,
     OW: tl.constexpr,
@@ -149,16 +155,20 @@ def walk(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     POOLS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     MOSAIC: tl.constexpr,
 ):
-    """Pool and shrink cells `first`, … of row i of an entry, a cell a step, as far as something depends on them.
+    """Pool and shrink cells `first`, … of row i of an entry, a cell a step, if something depends on them.
 
-    image: where the entry's frame starts; for a MOSAIC, where thumbnails do. cells: maximum number of steps; if W is
-    even there is one, since no column is carried. STAGES: from 2 on, tokens of later steps are copied to shared memory
-    in advance.
+    where: (entry, image, i, first, cells) with the place where the entry's frame starts or, for a MOSAIC, where
+    thumbnails do, and with the maximum number of steps. If W is even there is one step, since no column is carried.
+    STAGES: from 2 on, tokens of later steps are copied to shared memory in advance.
     """
+    entry, image, i, first, cells = where
     channels = tl.arange(0, BLOCK)
     target, slot, live = tl.load(entry + 1), tl.load(entry + 2), tl.load(tables + tl.load(entry + 3) + i)
+    if OVERLAPS:  # until here, nothing of scratch is read or written
+        gdc_wait()
     target = tl.where((i < OH) & POOLS, target, -1)
     stop = tl.minimum(tl.maximum(live, tl.where(target >= 0, OW, 0)), first + cells)
     node = (x, image, entry, i, live, scratch + (slot.to(tl.int64) * SIZE.h + i) * SIZE.w * SIZE.C)
@@ -282,7 +292,8 @@ def load_tile(image, places, taken, channels, x, SIZE: tl.constexpr, MOSAIC: tl.
 def prepare(spec: CallSpec) -> PreparedCall:
     """Return the launches of grid_pool, of norm_pool, or of a chunk of streams, whose thumbnails the streams keep."""
     if not spec.gridded and spec.chunk is None:
-        return PreparedCall(spec.plan, [_launch_windows(spec, None, math.prod(spec.x.shape[:-3]))], 0, None)
+        frames = math.prod(spec.x.shape[:-3])
+        return PreparedCall(spec.plan, [_launch_windows(spec, None, frames)], 0, None)
     scratch = thumbnail_elements(spec) if spec.chunk is None else 0
     return PreparedCall(spec.plan, launch_stages(spec, pools=True), scratch, spec.tables)
 
@@ -293,19 +304,25 @@ def thumbnail_elements(spec: CallSpec) -> int:
 
 
 def launch_stages(spec: CallSpec, pools: bool) -> list[Launch]:
-    """Return the launches of the stages of the tables. pools: whether nodes are pooled; else they are shrunk only."""
-    launches = []
+    """Return the launches of the stages of the tables. pools: whether nodes are pooled; else they are shrunk only.
+
+    The first one is never early: whatever runs before it may still use the memory of its scratch.
+    """
+    launches: list[Callable[[bool, bool], Launch]] = []
     for stage in stages_of(spec.words):
         # a summary is walked also if it is not shrunk, since it is a mosaic
         walked = stage.num_entries if stage.mosaic and pools else stage.shrunk
         if walked:
-            launches.append(_launch_walks(spec, stage, walked, pools))
+            launches.append(partial(_launch_walks, spec, stage, walked, pools))
         if pools and walked < stage.num_entries:
-            launches.append(_launch_windows(spec, stage.entries + walked * ENTRY_WORDS, stage.num_entries - walked))
-    return launches
+            first = stage.entries + walked * ENTRY_WORDS
+            launches.append(partial(_launch_windows, spec, first, stage.num_entries - walked))
+    overlaps = len(launches) > 1 and spec.capability is not None and spec.capability >= OVERLAPPING
+    return [launch(overlaps, overlaps and number > 0) for number, launch in enumerate(launches)]
 
 
-def _launch_walks(spec: CallSpec, stage: Stage, walked: int, pools: bool) -> Launch:
+def _launch_walks(spec: CallSpec, stage: Stage, walked: int, pools: bool, overlaps: bool, early: bool) -> Launch:
+    """Return the launch for `walked` entries of a stage. overlaps: as in `rows_kernel`. early: as in `CallSpec`."""
     config, arguments = _shared(spec)
     size, odd = spec.size, spec.size.W % 2 == 1
     registers = _most_registers(spec, config.odd_registers if odd else config.even_registers, odd)
@@ -314,14 +331,18 @@ def _launch_walks(spec: CallSpec, stage: Stage, walked: int, pools: bool) -> Lau
     arguments |= {"entries": stage.entries, "cells": cells, "POOLS": pools, "STAGES": config.stages if odd else 1}
     grid = (walked * size.h, triton.cdiv(size.w, cells), 1)
     kernel = mosaics_kernel if stage.mosaic else rows_kernel
-    return Launch(kernel, grid, arguments, num_warps=config.num_warps, maxnreg=registers)
+    return Launch(kernel, grid, arguments | {"OVERLAPS": overlaps}, **spec.options(config.num_warps, registers, early))
 
 
-def _launch_windows(spec: CallSpec, entries: int | None, frames: int) -> Launch:
+def _launch_windows(
+    spec: CallSpec, entries: int | None, frames: int, overlaps: bool = False, early: bool = False
+) -> Launch:
+    """Return the launch for frames that are not shrunk. entries, overlaps: as in `windows_kernel`."""
     config, arguments = _shared(spec)
     registers = _most_registers(spec, config.window_registers, False)
     grid = (frames * math.prod(spec.pooled_size), 1, 1)
-    return Launch(windows_kernel, grid, arguments | {"entries": entries}, num_warps=config.num_warps, maxnreg=registers)
+    arguments |= {"entries": entries, "OVERLAPS": overlaps}
+    return Launch(windows_kernel, grid, arguments, **spec.options(config.num_warps, registers, early))
 
 
 def _shared(spec: CallSpec) -> tuple[FusedConfig, Arguments]:

@@ -153,4 +153,4 @@ def _launch(spec: CallSpec, stage: Stage | None) -> Launch:
         arguments |= {"entries": stage.entries, "consumers": gradient_section(spec.words).consumers}
     nodes = frames if stage is None else stage.num_entries
     grid = (nodes * spec.size.h * spec.size.w, 1, 1)
-    return Launch(window_gradient_kernel, grid, arguments, num_warps=config.num_warps)
+    return Launch(window_gradient_kernel, grid, arguments, **spec.options(config.num_warps))

@@ -41,6 +41,7 @@ class CallSpec:
 
     plan: None for token_norm. weighting: None for temporal_grid. grad: gradient of the result if `out` is the gradient
     with respect to x, else None. chunk: tables of a chunk of streams, which are followed in place of the plan's.
+    capability: compute capability of an NVIDIA GPU, None for any other GPU.
     """
 
     x: Tensor
@@ -49,7 +50,7 @@ class CallSpec:
     weighting: Weighting | None = None
     grad: Tensor | None = None
     chunk: tuple[int, ...] | None = None
-    capability: tuple[int, int] = (8, 0)
+    capability: tuple[int, int] | None = (8, 0)
 
     @cached_property
     def tables(self) -> Tables:
@@ -83,6 +84,17 @@ class CallSpec:
         """Return the rows and columns of tokens of a pooled frame."""
         rows, cols = (self.out if self.grad is None else self.grad).shape[-3:-1]
         return rows, cols
+
+    def options(self, num_warps: int, maxnreg: int | None = None, early: bool = False) -> Arguments:
+        """Return options of a launch, without those that only NVIDIA's compiler knows for another GPU.
+
+        maxnreg: maximum number of registers per thread, None for no limit. early: the launch may start before the one
+        before it has ended.
+        """
+        if self.capability is None:
+            return {"num_warps": num_warps}
+        options = {"num_warps": num_warps, "maxnreg": maxnreg}
+        return options | {"launch_pdl": True} if early else options
 
     def arguments(self) -> Arguments:
         """Return the arguments that many kernels have: strides of x, out and grad, T, SIZE, weights and NORM.
@@ -232,20 +244,27 @@ def run(
     key = (prepare, id(plan), weighting, x.device, *layouts, chunk)
 
     def prepared() -> PreparedCall:
-        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-        return prepare(CallSpec(x, out, plan, weighting, grad, chunk, capability))
+        return prepare(CallSpec(x, out, plan, weighting, grad, chunk, capability_of(x.device)))
 
-    if not x.is_cuda:
+    if x.device.type == "cpu":
         # triton's interpreter computes with NumPy, which warns of NaN and overflow
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _find(key, prepared, False)(x, out, 0, False, thumbnails, grad)
         return
-    other_device = x.device.index != torch.cuda.current_device()
-    with torch.cuda.device(x.device) if other_device else nullcontext():
-        capturing = torch.cuda.is_current_stream_capturing()
+    module = torch.cuda if x.is_cuda else torch.get_device_module(x.device)
+    other_device = x.device.index != module.current_device()
+    with module.device(x.device) if other_device else nullcontext():
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         stream = triton.runtime.driver.active.get_current_stream(x.device.index)
         _find(key, prepared, capturing)(x, out, stream, capturing, thumbnails, grad)
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU, None for any other GPU; for the interpreter, that of an A100."""
+    if device.type == "cuda" and torch.version.hip is None:
+        return torch.cuda.get_device_capability(device)
+    return (8, 0) if device.type == "cpu" else None
 
 
 def _find(key: Hashable, prepare: Callable[[], PreparedCall], capturing: bool) -> PreparedCall:

@@ -119,5 +119,5 @@ def prepare(spec: CallSpec) -> PreparedCall:
     """Return the launches of the summaries of every level in full, then one launch with a program per window."""
     arguments, num_warps = window_arguments(spec)
     grid = (math.prod(spec.x.shape[:-3]) * math.prod(spec.pooled_size), 1, 1)
-    launches = [*launch_summaries(spec), Launch(norm_pool_kernel, grid, arguments, num_warps=num_warps)]
+    launches = [*launch_summaries(spec), Launch(norm_pool_kernel, grid, arguments, **spec.options(num_warps))]
     return PreparedCall(spec.plan, launches, summary_elements(spec), spec.tables)

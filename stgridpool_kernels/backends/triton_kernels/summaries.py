@@ -101,7 +101,7 @@ def launch_summaries(spec: CallSpec) -> list[Launch]:
         arguments |= {"level": (level.sources, level.row_runs, level.col_runs), "most": tuple(map(max, counts))}
         arguments |= {"SUMMARIES": level.first > 0}
         grid = (triton.cdiv(level.num_summaries * H * W, config.tokens), config.chunks, 1)
-        launches.append(Launch(summary_kernel, grid, arguments, num_warps=config.num_warps))
+        launches.append(Launch(summary_kernel, grid, arguments, **spec.options(config.num_warps)))
     return launches
 
 
@@ -119,5 +119,5 @@ def prepare(spec: CallSpec) -> PreparedCall:
     arguments = spec.arguments() | {"outputs": Header.of(spec.words).outputs, "count": count, "SUMMARIES": spec.gridded}
     arguments |= {"BLOCK": config.block, "TOKENS": config.tokens}
     grid = (triton.cdiv(count * H * W, config.tokens), config.chunks, 1)
-    launches = [*launch_summaries(spec), Launch(final_frames_kernel, grid, arguments, num_warps=config.num_warps)]
+    launches = [*launch_summaries(spec), Launch(final_frames_kernel, grid, arguments, **spec.options(config.num_warps))]
     return PreparedCall(spec.plan, launches, summary_elements(spec), spec.tables)

@@ -42,4 +42,4 @@ def prepare(spec: CallSpec) -> PreparedCall:
     arguments = spec.arguments() | {"count": count}
     arguments |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
     grid = (triton.cdiv(count, config.tokens), 1, 1)
-    return PreparedCall(None, [Launch(token_norm_kernel, grid, arguments, num_warps=config.num_warps)], 0, None)
+    return PreparedCall(None, [Launch(token_norm_kernel, grid, arguments, **spec.options(config.num_warps))], 0, None)
