@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,9 +82,9 @@ class _Format:
         _, H, W, C = self.like.shape
         return (-(-H // 2), -(-W // 2), C) if self.fused else (H, W, C)
 
-    def on(self, backend: Backend, norm_type: float) -> _Format:
-        """This format with `backend` chosen."""
-        fused = backend.is_fused(self.plan, self.like.shape[-1], norm_type)
+    def on(self, backend: Backend, arguments: Mapping[str, Any]) -> _Format:
+        """This format with `backend` chosen, for a stream with these arguments."""
+        fused = backend.is_fused(self.plan, Weighting.of(arguments, self.like.shape[-1]))
         return replace(self, backend=backend.name, fused=fused)
 
 
@@ -254,7 +254,7 @@ class GridPoolStream:
             return out
         with use_backend(form.backend) if form.backend != "auto" else nullcontext():
             backend = choose_backend(x, form.plan)
-        form = form.on(backend, self.arguments["norm_type"])
+        form = form.on(backend, self.arguments)
         work = self._work(pieces, form.liveness)
         pool = self._pool_fused if form.fused else self._pool_frames
         # tensors that are kept by a call in inference mode can only be written in that mode
@@ -492,7 +492,7 @@ class GridPoolStream:
         reason = backend.unsupported_reason(None, None)
         if reason is not None:
             raise ValueError(f"state['format']['backend'] must be able to run here, got {backend.name!r}: {reason}")
-        return self._new_format(like, backend.name).on(backend, self.arguments["norm_type"])
+        return self._new_format(like, backend.name).on(backend, self.arguments)
 
 
 def _kind(x: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:

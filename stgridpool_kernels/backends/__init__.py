@@ -32,7 +32,7 @@ class Backend:
     grid_pool_backward, temporal_grid_backward, token_norm_backward: write the gradient with respect to x into `grad_x`,
         a contiguous tensor like x, from the gradient `grad` of the result.
     opt_in_reason(): why `auto` skips the backend even though it can run, or None.
-    fused_channels(norm_type): the number of channels up to which grid_pool is fused, which `is_fused` compares.
+    fused_channels(norm_type): the largest number of channels of a norm with which grid_pool can be fused, 0 if none is.
     pool_chunk(x, words, …, slots, out): pools and shrinks a chunk of streams in one pass, by tables of a chunk. `slots`
         holds the streams' thumbnails, (slots, ⌈H/2⌉, ⌈W/2⌉, C), between calls. None without fused kernels.
     """
@@ -49,12 +49,12 @@ class Backend:
     fused_channels: Callable[[float], int] = lambda norm_type: 0
     pool_chunk: Callable[[Tensor, tuple[int, ...], Weighting, Tensor, Tensor], None] | None = None
 
-    def is_fused(self, plan: GridPlan, channels: int, norm_type: float) -> bool:
+    def is_fused(self, plan: GridPlan, weighting: Weighting) -> bool:
         """Return whether grid_pool tiles summaries from thumbnails, by the settings and the number of channels alone.
 
         Its results may then differ in some bits from those through temporal_grid, so streams use `pool_chunk`.
         """
-        return plan.fusable and channels <= self.fused_channels(norm_type)
+        return plan.fusable and weighting.norm_channels <= self.fused_channels(weighting.norm_type)
 
 
 def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:

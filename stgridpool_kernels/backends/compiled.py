@@ -192,12 +192,12 @@ def _checked(tables: Tables) -> tuple[Tensor, Tensor | None]:
 
 
 def fused_channels_on_cpu(norm_type: float) -> int:
-    """Return the number of channels up to which grid_pool on the CPU is fused: any number."""
+    """Return the largest number of channels of a norm with which grid_pool on the CPU is fused: any number."""
     return sys.maxsize
 
 
 def fused_channels_on_cuda(norm_type: float) -> int:
-    """Return the number of channels up to which grid_pool on CUDA is fused, as csrc/cuda/grid_pool.cu decides."""
+    """Return the largest number of channels of a norm with which csrc/cuda/grid_pool.cu takes the fused kernels."""
     return FUSED_CHANNELS if norm_type in (1.0, 2.0, math.inf) else 0
 
 

@@ -101,7 +101,7 @@ def _kernels() -> ModuleType:
 
 
 def fused_channels(norm_type: float) -> int:
-    """Return the number of channels up to which grid_pool is fused: those that a block holds."""
+    """Return the largest number of channels of a norm with which grid_pool is fused: those that a block holds."""
     return int(_kernels().config.MAX_BLOCK)
 
 

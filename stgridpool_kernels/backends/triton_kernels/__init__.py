@@ -29,8 +29,12 @@ INTERPRETED = not isinstance(fused.rows_kernel, triton.JITFunction)
 
 
 def is_fused(spec: CallSpec) -> bool:
-    """Return whether the kernels of the published settings run a call."""
-    return spec.chunk is not None or (spec.plan is not None and spec.plan.fusable and spec.size.C <= config.MAX_BLOCK)
+    """Return whether the kernels of the published settings run a call, not a gradient."""
+    if spec.chunk is not None:
+        return True
+    assert spec.plan is not None
+    assert spec.weighting is not None
+    return spec.plan.fusable and spec.weighting.norm_channels <= config.MAX_BLOCK
 
 
 def prepare_grid_pool(spec: CallSpec) -> PreparedCall:
@@ -40,7 +44,8 @@ def prepare_grid_pool(spec: CallSpec) -> PreparedCall:
 
 def prepare_grid_pool_backward(spec: CallSpec) -> PreparedCall:
     """Return the launches of the gradient of grid_pool or of norm_pool."""
-    return fused_backward.prepare(spec) if is_fused(spec) else backward.prepare(spec)
+    in_a_block = spec.size.C <= config.MAX_BLOCK
+    return fused_backward.prepare(spec) if is_fused(spec) and in_a_block else backward.prepare(spec)
 
 
 prepare_temporal_grid = summaries.prepare

@@ -101,13 +101,19 @@ MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
 MAX_BLOCK = ROWS[-1].block
 """Maximum number of channels per block. Longer tokens are read twice, block by block: for the norm and for the sum."""
 
+LONG_BLOCK = 4096
+"""Minimum number of channels of a block if a token takes several."""
+
 TILE = 4 * 4096
 """Maximum number of values (tokens × channels) of a block of more than 4 tokens."""
 
 
-def fused_block(C: int) -> int:
-    """Number of channels of a block of the fused kernel, which holds all C channels of a token."""
-    return _block(C, MAX_BLOCK)
+def fused_block(C: int, norm_channels: int) -> int:
+    """Number of channels of a block of the fused kernels, which holds all that the norm runs over.
+
+    It holds all C channels of a token if there are at most `MAX_BLOCK`, and else at least `LONG_BLOCK`.
+    """
+    return _block(C if C <= MAX_BLOCK else max(norm_channels, LONG_BLOCK), MAX_BLOCK)
 
 
 def fused_config(C: int, value_bytes: int, capability: tuple[int, int] | None) -> FusedConfig:

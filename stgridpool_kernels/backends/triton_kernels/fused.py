@@ -27,7 +27,7 @@ import triton.language as tl
 from ...plan.tables import ENTRY_WORDS, Header, Stage, stages_of
 from .config import FusedConfig, fused_block, fused_config, resident_blocks
 from .launch import Arguments, CallSpec, Launch, PreparedCall
-from .tiles import channel_places, frame_places, pool_tile, store_token
+from .tiles import channel_places, frame_places, store_token, weigh_tile
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -132,9 +132,15 @@ def windows_kernel(
     rows, cols = 2 * i + token // 2, 2 * j + token % 2
     taken = (rows < SIZE.H) & (cols < SIZE.W)
     places = places_in(rows, cols, tables, x, SIZE, False)
-    tile = load_tile(x.pointer + frame_places(frame, T, x), places, taken, channels, x, SIZE, False)
-    result = pool_tile(tile, taken, channels, weights, SIZE.C, NORM)
-    store_token(out, frame, i, j, T, channels, channels < SIZE.C, result)
+    image = x.pointer + frame_places(frame, T, x)
+    tile = load_tile(image, places, taken, channels, x, SIZE, False)
+    shares = weigh_tile(tile, taken, channels, weights, SIZE.C, NORM)
+    store_token(out, frame, i, j, T, channels, channels < SIZE.C, tl.sum(shares * tile, 0))
+    if SIZE.C > BLOCK:  # the norm runs over channels of the first block alone
+        for start in tl.range(BLOCK, SIZE.C, BLOCK, num_stages=1):
+            more = start + channels
+            tile = load_tile(image, places, taken, more, x, SIZE, False)
+            store_token(out, frame, i, j, T, more, more < SIZE.C, tl.sum(shares * tile, 0))
     if OVERLAPS and program == tl.num_programs(0) - 1:
         gdc_wait()
 
@@ -161,7 +167,8 @@ def walk(
     """Pool and shrink cells `first`, … of row i of an entry, a cell a step, if something depends on them.
 
     where: (entry, image, i, first, cells) with the place where the entry's frame starts or, for a MOSAIC, where
-    thumbnails do, and with the maximum number of steps. If W is even there is one step, since no column is carried.
+    thumbnails do, and with the maximum number of steps. There is one step unless a column is carried: if W is even, or
+    tokens take several blocks.
     STAGES: from 2 on, tokens of later steps are copied to shared memory in advance.
     """
     entry, image, i, first, cells = where
@@ -173,13 +180,13 @@ def walk(
     stop = tl.minimum(tl.maximum(live, tl.where(target >= 0, OW, 0)), first + cells)
     node = (x, image, entry, i, live, scratch + (slot.to(tl.int64) * SIZE.h + i) * SIZE.w * SIZE.C)
     carried = tl.zeros((BLOCK,), tl.float32)
-    if SIZE.W % 2 == 0:
+    if SIZE.W % 2 == 1 and first > 0:
+        beside = tl.where(first < live, SIZE.H, 0)
+        carried = sum_column(image, entry, i, 2 * first - 1, beside, channels, x, SIZE, MOSAIC)
+    if SIZE.W % 2 == 0 or SIZE.C > BLOCK:
         if first < stop:
             walk_cell(node, out, target, first, carried, channels, T, OW, weights, SIZE, NORM, BLOCK, POOLS, MOSAIC)
     else:
-        if first > 0:
-            beside = tl.where(first < live, SIZE.H, 0)
-            carried = sum_column(image, entry, i, 2 * first - 1, beside, channels, x, SIZE, MOSAIC)
         for step in tl.range(first, stop, num_stages=STAGES):
             j = i * 0 + step
             carried = walk_cell(
@@ -208,26 +215,55 @@ def walk_cell(
 
     carried: sum of the column left of the cell. Returns the sum of its last column, in the order of a walk.
     """
-    x, image, entry, i, live, thumbnail = node
-    ODD_H: tl.constexpr = SIZE.H % 2 == 1
-    ODD_W: tl.constexpr = SIZE.W % 2 == 1
+    x, image, entry, i, live, _ = node
+    HALO: tl.constexpr = SIZE.H % 2 == 1 or SIZE.W % 2 == 1
     token = tl.arange(0, 4)
     rows, cols = 2 * i + token // 2, 2 * j + token % 2
     taken = (rows < SIZE.H) & (cols < SIZE.W)
-    tile = load_tile(image, places_in(rows, cols, entry, x, SIZE, MOSAIC), taken, channels, x, SIZE, MOSAIC)
-    if POOLS and (ODD_H or ODD_W) and target >= 0:  # first: a halo leaves no registers for the sums below as well
-        result = pool_tile(tile, taken, channels, weights, SIZE.C, NORM)
-        store_token(out, target, i, j, T, channels, channels < tl.where(j < OW, SIZE.C, 0), result)
+    places = places_in(rows, cols, entry, x, SIZE, MOSAIC)
+    tile = load_tile(image, places, taken, channels, x, SIZE, MOSAIC)
+    shares = tl.zeros((4, 1), tl.float32)
+    if POOLS and HALO and target >= 0:  # first: a halo leaves no registers for the sums below as well
+        shares = weigh_tile(tile, taken, channels, weights, SIZE.C, NORM)
+        in_out = channels < tl.where(j < OW, SIZE.C, 0)
+        store_token(out, target, i, j, T, channels, in_out, tl.sum(shares * tile, 0))
+    carried = shrink_tile(node, tile, j, carried, channels, SIZE, BLOCK, MOSAIC)
+    if POOLS and not HALO and target >= 0:  # last: the sums above are done with
+        shares = weigh_tile(tile, taken, channels, weights, SIZE.C, NORM)
+        in_out = channels < tl.where(j < OW, SIZE.C, 0)
+        store_token(out, target, i, j, T, channels, in_out, tl.sum(shares * tile, 0))
 
+    if SIZE.C > BLOCK:  # the norm runs over channels of the first block alone, and no column of the others is carried
+        for start in tl.range(BLOCK, SIZE.C, BLOCK, num_stages=1):
+            more = start + channels
+            tile = load_tile(image, places, taken, more, x, SIZE, MOSAIC)
+            if POOLS and target >= 0:
+                in_out = more < tl.where(j < OW, SIZE.C, 0)
+                store_token(out, target, i, j, T, more, in_out, tl.sum(shares * tile, 0))
+            beside = tl.where((j > 0) & (j < live), SIZE.H, 0)
+            column = (
+                sum_column(image, entry, i, 2 * j - 1, beside, more, x, SIZE, MOSAIC) if SIZE.W % 2 == 1 else carried
+            )
+            shrink_tile(node, tile, j, column, more, SIZE, BLOCK, MOSAIC)
+    return carried
+
+
+@triton.jit
+def shrink_tile(node, tile, j, carried, channels, SIZE: tl.constexpr, BLOCK: tl.constexpr, MOSAIC: tl.constexpr):
+    """Store these channels of cell (i, j) of a node if it is live, and return the sum of the cell's last column.
+
+    tile: the window's tokens. carried: sum of the column left of it.
+    """
+    x, image, entry, i, live, thumbnail = node
     columns = tl.sum(tl.reshape(tile, (2, 2, BLOCK)), 0)  # sums of rows, for columns 2j and 2j + 1
-    height = tl.minimum(2 * i + 2, SIZE.H) - (tl.maximum(2 * i - 1, 0) if ODD_H else 2 * i)
+    height = tl.minimum(2 * i + 2, SIZE.H) - (tl.maximum(2 * i - 1, 0) if SIZE.H % 2 == 1 else 2 * i)
     width = tl.minimum(2 * j + 2, SIZE.W) - 2 * j
-    if ODD_H:
+    if SIZE.H % 2 == 1:
         two = tl.arange(0, 2)
         over = 2 * j + two < tl.where((i > 0) & (j < live), SIZE.W, 0)
         above = places_in(2 * i - 1 + 0 * two, 2 * j + two, entry, x, SIZE, MOSAIC)
         columns += load_tile(image, above, over, channels, x, SIZE, MOSAIC)
-    if ODD_W:
+    if SIZE.W % 2 == 1:
         left, right = tl.split(tl.trans(columns))
         cell = carried + left + right
         carried = right
@@ -240,9 +276,6 @@ def walk_cell(
         mask=channels < tl.where(j < live, SIZE.C, 0),
         eviction_policy="evict_last",
     )
-    if POOLS and not (ODD_H or ODD_W) and target >= 0:  # last: the sums above are done with
-        result = pool_tile(tile, taken, channels, weights, SIZE.C, NORM)
-        store_token(out, target, i, j, T, channels, channels < tl.where(j < OW, SIZE.C, 0), result)
     return carried
 
 
@@ -327,8 +360,9 @@ def _launch_walks(spec: CallSpec, stage: Stage, walked: int, pools: bool, overla
     size, odd = spec.size, spec.size.W % 2 == 1
     registers = _most_registers(spec, config.odd_registers if odd else config.even_registers, odd)
     places = resident_blocks(spec.x.device, spec.capability, config.num_warps, registers)
-    cells = config.cells(walked * size.h, size.w, places, bool(stage.mosaic)) if odd else 1
-    arguments |= {"entries": stage.entries, "cells": cells, "POOLS": pools, "STAGES": config.stages if odd else 1}
+    carries = odd and arguments["BLOCK"] >= size.C
+    cells = config.cells(walked * size.h, size.w, places, bool(stage.mosaic)) if carries else 1
+    arguments |= {"entries": stage.entries, "cells": cells, "POOLS": pools, "STAGES": config.stages if carries else 1}
     grid = (walked * size.h, triton.cdiv(size.w, cells), 1)
     kernel = mosaics_kernel if stage.mosaic else rows_kernel
     return Launch(kernel, grid, arguments | {"OVERLAPS": overlaps}, **spec.options(config.num_warps, registers, early))
@@ -347,9 +381,12 @@ def _launch_windows(
 
 def _shared(spec: CallSpec) -> tuple[FusedConfig, Arguments]:
     """Return the configuration of a call, and the arguments that all its launches share."""
-    config = fused_config(spec.size.C, spec.x.element_size(), spec.capability)
+    arguments = spec.arguments()
+    channels = arguments["weights"].channels or spec.size.C
+    block = fused_block(spec.size.C, channels)
+    config = fused_config(block, spec.x.element_size(), spec.capability)
     OH, OW = spec.pooled_size
-    return config, spec.arguments() | {"OH": OH, "OW": OW, "BLOCK": fused_block(spec.size.C)}
+    return config, arguments | {"OH": OH, "OW": OW, "BLOCK": block}
 
 
 def _most_registers(spec: CallSpec, limit: int | None, carries: bool) -> int | None:

@@ -147,7 +147,12 @@ def _launch(spec: CallSpec, stage: Stage | None) -> Launch:
     """Return the launch for the nodes of a stage, or for all frames where no frame goes into a summary."""
     config, (OH, OW) = fused_config(spec.size.C, spec.x.element_size(), spec.capability), spec.pooled_size
     frames = math.prod(spec.x.shape[:-3])
-    arguments = spec.arguments() | {"OH": OH, "OW": OW, "BLOCK": fused_block(spec.size.C), "frames": frames}
+    arguments = spec.arguments() | {
+        "OH": OH,
+        "OW": OW,
+        "BLOCK": fused_block(spec.size.C, spec.size.C),
+        "frames": frames,
+    }
     arguments |= {"MOSAIC": stage is not None and bool(stage.mosaic), "consumers": 0}
     if stage is not None:
         arguments |= {"entries": stage.entries, "consumers": gradient_section(spec.words).consumers}

@@ -18,9 +18,9 @@ from .tiles import (
     logits_of,
     no_norms,
     partial_norms,
-    pool_tile,
     softmax,
     store_token,
+    weigh_tile,
 )
 
 
@@ -57,8 +57,8 @@ def norm_pool_kernel(
 
     if STEPS == 1 and CHUNKS == 1:
         tile = load_window(image, window, position, channels, SIZE, SUMMARIES)
-        result = pool_tile(tile, position < size, channels, weights, SIZE.C, NORM)
-        store_token(out, frame, i, j, T, channels, channels < SIZE.C, result)
+        shares = weigh_tile(tile, position < size, channels, weights, SIZE.C, NORM)
+        store_token(out, frame, i, j, T, channels, channels < SIZE.C, tl.sum(shares * tile, 0))
     else:
         step_of = tl.arange(0, STEPS)
         norms = tl.zeros((STEPS, TOKENS), tl.float32)

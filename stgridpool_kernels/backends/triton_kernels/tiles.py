@@ -218,11 +218,11 @@ def reciprocal(n):
 
 
 @triton.jit
-def pool_tile(tile, taken, channels, weights, C: tl.constexpr, NORM: tl.constexpr):
-    """Σ α·t over the tokens taken, α = softmax(temperature · ‖t‖): (BLOCK,)"""
+def weigh_tile(tile, taken, channels, weights, C: tl.constexpr, NORM: tl.constexpr):
+    """α = softmax(temperature · ‖t‖) of the tokens taken, 0 of the others: (tokens, 1)"""
     total = partial_norms(tile, channels, weights, NORM)
     norms = finish_norms(total, weights, C, NORM, False)
-    return tl.sum(softmax_of_tile(logits_of(norms, weights), taken) * tile, 0)
+    return softmax_of_tile(logits_of(norms, weights), taken)
 
 
 @triton.jit
