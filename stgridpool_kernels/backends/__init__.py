@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..plan import GridPlan
 from ..plan.values import shown, word
-from . import compiled, reference
+from . import compiled, gpu_choice, reference
 from . import triton as triton_backend
 from .weighting import Weighting
 
@@ -108,7 +108,7 @@ CUDA, CPU = (
 )
 
 BACKENDS: list[Backend] = [TRITON, CUDA, CPU, REFERENCE]
-"""All backends, ordered from fastest to slowest. `auto` takes the first that can run the call."""
+"""All backends. `auto` takes the first that can run the call, and on a GPU first tries that of `gpu_choice`."""
 
 _used: ContextVar[tuple[str, ...]] = ContextVar("stgridpool_kernels.backends", default=())
 
@@ -167,7 +167,7 @@ def requested_backend() -> str:
 def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Backend:
     """Return the backend that runs a call now. Raises RuntimeError with the reason if the requested one cannot."""
     requested = requested_backend()
-    for backend in BACKENDS:
+    for backend in _tried(x, plan) if requested == "auto" else BACKENDS:
         if requested not in ("auto", backend.name):
             continue
         reason = backend.unsupported_reason(x, plan)
@@ -182,6 +182,14 @@ def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Bac
             raise RuntimeError(f"backend {requested!r} cannot run this call: {reason}")
         logger.debug("%s passed over: %s", backend.name, reason)
     raise RuntimeError("no backend can run this call")
+
+
+def _tried(x: Tensor | None, plan: GridPlan | None) -> list[Backend]:
+    """Return the backends in the order in which `auto` tries them for a call."""
+    if x is None or not x.is_cuda:
+        return BACKENDS
+    first = gpu_choice.choose(x, plan).backend
+    return sorted(BACKENDS, key=lambda backend: backend.name != first)
 
 
 def backend_reasons() -> dict[str, str | None]:

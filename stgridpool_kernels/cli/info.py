@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..backends import backend_reasons, compiled, requested_backend
+from ..backends import backend_reasons, compiled, gpu_choice, requested_backend
 from ..version import __version__
 from .machine import cpu_name
 from .options import add_command
@@ -41,6 +41,7 @@ def _run_info(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(_facts_table())
     console.print(_backends_table())
+    console.print(_choices_table())
     return 0
 
 
@@ -125,4 +126,17 @@ def _backends_table() -> Table:
         state = "can run" if reason is None else f"cannot run: {reason}"
         state += "; auto takes it first" if name == taken else ""
         table.add_row(Text(name), Text(printable(state), style="green" if reason is None else "yellow"))
+    return table
+
+
+def _choices_table() -> Table:
+    """Describe the choice of auto on a GPU of NVIDIA, row by row; the first one that fits is used."""
+    table = Table(title="backends that auto tries first on a GPU", title_justify="left")
+    for column in ("compute capability", "values", "channels", "width", "backend", "reason"):
+        table.add_column(column, overflow="fold")
+    for row in gpu_choice.ROWS:
+        width = {None: "any", True: "odd", False: "even"}[row.odd]
+        capability, channels = ".".join(map(str, row.capability)), "–".join(map(str, row.channels))
+        table.add_row(f"{capability} or more", f"{8 * row.bytes} bits", channels, width, row.backend, row.reason)
+    table.add_row("any", "any", "any", "any", gpu_choice.OTHERS.backend, gpu_choice.OTHERS.reason)
     return table
