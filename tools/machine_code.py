@@ -65,7 +65,7 @@ class KernelUsage:
     `title` says what the kernel is compiled for. `launches` holds, for every call, the numbers of its launches that run
     this kernel. `block_warps` are the warps of a block. `resident` holds the warps that fit on a multiprocessor under
     several conditions. At least `enough_warps` have to fit, or any number if this is 0, for a general kernel. `limits`
-    holds the highest count that is allowed of some instructions.
+    holds the highest count that is allowed of some instructions. `listing` is what nvdisasm prints of the kernel.
     """
 
     kernel: str
@@ -81,6 +81,7 @@ class KernelUsage:
     resident: dict[str, int] = field(default_factory=dict)
     enough_warps: int = 0
     limits: dict[str, int] = field(default_factory=dict)
+    listing: str = ""
 
     @property
     def published(self) -> bool:
@@ -138,13 +139,15 @@ def read_cubin(cubin: Path, arch: int) -> list[KernelUsage]:
     """Return a row for every kernel in a file of machine code."""
     # the code of a kernel follows its label, and what precedes the first label belongs to no kernel
     _, *parts = re.split(r"^\.text\.(\S+):$", run(find_tool("nvdisasm"), "-c", "-ndf", cubin), flags=re.MULTILINE)
-    codes = dict(zip(parts[::2], map(read_code, parts[1::2]), strict=True))
+    listings = dict(zip(parts[::2], parts[1::2], strict=True))
     # from 9.0 on, the bytes that the system reserves are counted as the kernel's own
     reserved = RESERVED if arch >= 90 else 0
-    return [
-        KernelUsage(name, arch, has["REG"], has["STACK"], has["LOCAL"], max(has["SHARED"] - reserved, 0), codes[name])
-        for name, has in read_usage(run(find_tool("cuobjdump"), "--dump-resource-usage", cubin)).items()
-    ]
+    rows = []
+    for name, has in read_usage(run(find_tool("cuobjdump"), "--dump-resource-usage", cubin)).items():
+        code, shared = read_code(listings[name]), max(has["SHARED"] - reserved, 0)
+        row = KernelUsage(name, arch, has["REG"], has["STACK"], has["LOCAL"], shared, code, listing=listings[name])
+        rows.append(row)
+    return rows
 
 
 def read_usage(report: str) -> dict[str, dict[str, int]]:
