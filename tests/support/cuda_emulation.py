@@ -14,9 +14,11 @@ import fcntl
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,53 @@ def run(
         error = getattr(functions, f"stgp_{op}")(words, ctypes.byref(call))
     if error:
         raise RuntimeError(f"{op} failed with CUDA error {error}")
+
+
+@dataclass(frozen=True)
+class LaunchRecord:
+    """A launch of a kernel of csrc/cuda: its name with template arguments, its blocks, and what a block has.
+
+    threads: number of threads of a block. shared_bytes: bytes of its dynamic shared memory.
+    """
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
+def list_launches(op: str, x: Tensor, plan: GridPlan, most: int = 64) -> list[LaunchRecord]:
+    """Return the launches of `op` with the default weights by `plan`, none of which is run.
+
+    x is not read and may be of any size that can be reserved. most: limit of their number.
+    """
+    library = build()
+    functions = load(library)
+    out = torch.empty((*x.shape[:-3], *plan.pooled_size, x.shape[-1]), dtype=x.dtype)
+    numbers = (ctypes.c_int64 * (4 * most))()
+    functions.stgp_list_launches()
+    try:
+        run(op, x, plan_tables(plan), Weighting(1.0, 2.0, True, x.shape[-1]), out, library)
+    finally:
+        found = functions.stgp_listed_launches(numbers, ctypes.c_int64(most))
+    if found > most:
+        raise RuntimeError(f"{op} has {found} launches, more than {most}")
+    names = _symbols(library)
+    launches = (numbers[4 * n : 4 * n + 4] for n in range(found))
+    return [LaunchRecord(names[kernel], *launch) for kernel, *launch in launches]
+
+
+@cache
+def _symbols(library: Path) -> dict[int, str]:
+    """Return the demangled names of the functions of a library by their offset, without namespaces and parameters."""
+    found = subprocess.run(["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    names = (line.split(" ", 2) for line in found.splitlines())
+    return {int(offset, 16): short_kernel_name(name) for offset, kind, name in names if kind in "tT"}
+
+
+def short_kernel_name(name: str) -> str:
+    """Return a demangled name of a kernel without its result, namespaces and parameters."""
+    return re.sub(r"^void |stgp::cuda::(\(anonymous namespace\)::)?|(?<=>)\(.*", "", name)
 
 
 def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
