@@ -3,7 +3,8 @@
 `python -m tools.compile_report` compiles what calls would launch, and prints a table for every shape: registers,
 spills, shared memory, widths of accesses to global memory, barriers, and how many warps fit on a multiprocessor. The
 launches are those of the backend's own `prepare`. Triton compiles them as it does before a launch, for tensors that
-have a shape and no memory. `--backend cuda` prints what nvcc makes of all kernels in csrc/cuda.
+have a shape and no memory. `--backend cuda` prints what nvcc makes of all kernels in csrc/cuda. Either prints how many
+warp instructions the calls at the published settings execute on GPUs of compute capability 9.0.
 
 The exit code is 1 if a kernel misses a limit, and such a kernel is red; otherwise it is 0.
 """
@@ -37,12 +38,14 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.workloads import DTYPES
 from stgridpool_kernels.backends import triton_kernels
 from stgridpool_kernels.backends.triton_kernels import fused
-from stgridpool_kernels.backends.triton_kernels.config import FusedConfig
-from stgridpool_kernels.backends.triton_kernels.launch import CallSpec
+from stgridpool_kernels.backends.triton_kernels.config import MAX_BLOCK, FusedConfig
+from stgridpool_kernels.backends.triton_kernels.launch import CallSpec, PreparedCall
 from stgridpool_kernels.backends.weighting import Weighting
-from stgridpool_kernels.plan import grid_plan
-from tests.support.cuda_emulation import KERNELS, ROOT, content_hash
+from stgridpool_kernels.plan import GridPlan, grid_plan
+from tests.support.cuda_emulation import KERNELS, ROOT, content_hash, short_kernel_name
 from tests.support.wheels import run
+from tools.execution_report import EXECUTION_LEGEND, PREDICTED_ARCH, ExecutedCall, ExecutedLaunch, show
+from tools.launch_programs import cuda_launches, triton_programs
 from tools.machine_code import (
     ARCHITECTURES,
     LEGEND,
@@ -143,19 +146,12 @@ def configured(choice: Mapping[str, Any]) -> AbstractContextManager[object]:
     return patch.object(fused, "fused_config", lambda *given: replace(usual(*given), **choice))
 
 
-def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
-    """Compile all launches of a call on tokens like x, a tensor on the device "meta", and return them in order.
-
-    From here on Triton takes `arch` for the architecture of all devices of this process.
-    """
+def prepare_call(case: Case, x: Tensor, arch: int) -> tuple[PreparedCall, list[Tensor | None]]:
+    """Return a call on tokens like x, a tensor on the device "meta", and the tensors that its launches take."""
     dtype = x.dtype
     out: Tensor = getattr(torch.ops.stgp, case.op)(x, **case.arguments)
     settings = SETTINGS | {name: value for name, value in case.arguments.items() if name in SETTINGS}
-    geometry = {name: value for name, value in case.arguments.items() if name not in SETTINGS}
-    T, H, W, _ = x.shape[-4:]
-    counts = geometry.pop("frame_counts", [T] * math.prod(x.shape[:-4]))
-    plan = None if case.op == "token_norm" else grid_plan(counts, H, W, **OTHER_HALF.get(case.op, {}), **geometry)
-
+    plan = plan_of(case, x.shape)
     weighting = None if case.op == "temporal_grid" else Weighting.of(settings, x.shape[-1])
     grad, out = (out, torch.empty_like(x)) if case.gradient else (None, out)
     name = "grid_pool" if case.op == "norm_pool" else case.op
@@ -163,7 +159,25 @@ def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
     call = prepare(CallSpec(x, out, plan, weighting, grad, capability=divmod(arch, 10)))
     scratch = torch.empty(call.scratch, dtype=dtype, device="meta") if call.scratch else None
     gradients = torch.empty(call.gradients, dtype=torch.float32, device="meta") if call.gradients else None
-    tensors = (x, out, scratch, call.tables.tensor if call.tables else None, grad, gradients)
+    return call, [x, out, scratch, call.tables.tensor if call.tables else None, grad, gradients]
+
+
+def plan_of(case: Case, shape: Sequence[int]) -> GridPlan | None:
+    """Return the plan of a call on tokens of this shape, None for token_norm."""
+    if case.op == "token_norm":
+        return None
+    T, H, W, _ = shape[-4:]
+    geometry = {name: value for name, value in case.arguments.items() if name not in SETTINGS}
+    counts = geometry.pop("frame_counts", [T] * math.prod(shape[:-4]))
+    return grid_plan(counts, H, W, **OTHER_HALF.get(case.op, {}), **geometry)
+
+
+def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
+    """Compile all launches of a call on tokens like x, a tensor on the device "meta", and return them in order.
+
+    From here on Triton takes `arch` for the architecture of all devices of this process.
+    """
+    call, tensors = prepare_call(case, x, arch)
     # the number of the device is that of the architecture, since a kernel asks for the target of a device once
     driver = SimpleNamespace(get_current_device=lambda: arch, get_current_stream=lambda device: 0)
     driver.get_current_target = lambda: GPUTarget("cuda", arch, 32)
@@ -175,18 +189,23 @@ def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
     ]
 
 
-def compile_rows(cases: Iterable[Case], shape: Shape, dtype: str, arch: int, cubins: Path) -> Iterator[KernelUsage]:
-    """Yield a row for every kernel that the calls launch, and leaves its machine code in the folder `cubins`.
+def compile_rows(
+    cases: Sequence[Case], shape: Shape, dtype: str, arch: int, cubins: Path
+) -> tuple[list[KernelUsage], list[ExecutedCall]]:
+    """Return a row for every kernel that the calls launch, and what published calls execute.
 
-    Kernels with the same code are one: Triton compiles again for a size that is a multiple of 16, often without a
-    difference.
+    The machine code of every kernel is left in the folder `cubins`. Kernels with the same code are one: Triton compiles
+    again for a size that is a multiple of 16, often without a difference.
     """
-    kernels: dict[bytes, tuple[Any, list[tuple[Case, int]]]] = {}
+    compiled: dict[str, list[Any]] = {}
+    kernels: dict[bytes, tuple[Any, list[tuple[Case, int]]]] = {}  # by machine code
     x = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
     for case in cases:
-        for number, kernel in enumerate(compile_call(case, x, arch), 1):
+        compiled[case.name] = compile_call(case, x, arch)
+        for number, kernel in enumerate(compiled[case.name], 1):
             kernels.setdefault(kernel.kernel, (kernel, []))[1].append((case, number))
 
+    rows: dict[bytes, KernelUsage] = {}
     for cubin, (kernel, runs) in kernels.items():
         launches: dict[str, list[int]] = {}
         for case, number in runs:
@@ -197,7 +216,7 @@ def compile_rows(cases: Iterable[Case], shape: Shape, dtype: str, arch: int, cub
         (row,) = read_cubin(file, arch)
         warps, shared = kernel.metadata.num_warps, row.shared + kernel.metadata.shared
         fit = resident_warps(arch, warps, row.registers, shared)
-        yield replace(
+        rows[cubin] = replace(
             row,
             shared=shared,
             title=f"{show_shape(shape)} {dtype}",
@@ -207,10 +226,36 @@ def compile_rows(cases: Iterable[Case], shape: Shape, dtype: str, arch: int, cub
             enough_warps=max(case.enough_warps(shape, dtype, arch) for case, _ in runs),
             limits={"divisions of integers": 0},
         )
+    calls = [
+        executed(case, x, [rows[kernel.kernel] for kernel in compiled[case.name]])
+        for case in counted(cases, shape, arch)
+    ]
+    return list(rows.values()), calls
 
 
-def triton_tables(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterator[list[KernelUsage]]:
-    """Yield the rows of each shape and dtype."""
+def counted(cases: Iterable[Case], shape: Shape, arch: int) -> list[Case]:
+    """Return the calls whose executed instructions are counted: those of the fused form at the published settings."""
+    return [
+        case
+        for case in cases
+        if case.published and not case.gradient and arch == PREDICTED_ARCH and shape[3] <= MAX_BLOCK
+    ]
+
+
+def executed(case: Case, x: Tensor, rows: Sequence[KernelUsage]) -> ExecutedCall:
+    """Return what a call on tokens like x executes. rows: those of the kernels of its launches, in order."""
+    plan, (call, _) = plan_of(case, x.shape), prepare_call(case, x, PREDICTED_ARCH)
+    launches = [
+        ExecutedLaunch.of(row.kernel, row.listing, row.block_warps[0], min(row.resident.values()), programs)
+        for row, programs in zip(rows, triton_programs(plan, call.launches), strict=True)
+    ]
+    return ExecutedCall(f"{rows[0].title}, {case.name}", plan, x.shape[-1], x.element_size(), launches)
+
+
+def triton_tables(
+    given: argparse.Namespace, parser: argparse.ArgumentParser
+) -> Iterator[tuple[list[KernelUsage], list[ExecutedCall]]]:
+    """Yield the rows and the executed calls of each shape and dtype."""
     if triton_kernels.INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing, run without it")
     general = GENERAL * (given.calls in ("general", "all")) + NORMS * (given.calls == "all")
@@ -224,10 +269,10 @@ def triton_tables(given: argparse.Namespace, parser: argparse.ArgumentParser) ->
         for shape, dtype in product(given.shape, given.dtype):
             try:
                 with Console(stderr=True).status(f"compiling {show_shape(shape)} {dtype}"):
-                    rows = [row for arch in given.arch for row in compile_rows(cases, shape, dtype, arch, cubins)]
+                    found = [compile_rows(cases, shape, dtype, arch, cubins) for arch in given.arch]
             except ValueError as error:
                 parser.error(f"{show_shape(shape)}: {error}")
-            yield rows
+            yield [row for rows, _ in found for row in rows], [call for _, calls in found for call in calls]
 
 
 # ---- the backend cuda ----
@@ -294,15 +339,51 @@ def compile_file(source: Path, arch: int) -> list[KernelUsage]:
     if not rows:
         return []  # without arguments c++filt would read the standard input
     names = run(find_tool("c++filt"), *(row.kernel for row in rows)).splitlines()
-    names = [re.sub(r"^void |stgp::cuda::(\(anonymous namespace\)::)?|(?<=>)\(.*", "", name) for name in names]
-    return [with_blocks(replace(row, kernel=name, title="csrc/cuda")) for row, name in zip(rows, names, strict=True)]
+    named = (
+        replace(row, kernel=short_kernel_name(name), title="csrc/cuda") for row, name in zip(rows, names, strict=True)
+    )
+    return [with_blocks(row) for row in named]
 
 
-def cuda_table(architectures: Iterable[int]) -> list[KernelUsage]:
-    """Return the rows of all files, with two compilers at a time."""
+def cuda_tables(
+    given: argparse.Namespace, parser: argparse.ArgumentParser
+) -> Iterator[tuple[list[KernelUsage], list[ExecutedCall]]]:
+    """Yield the rows of all files, with two compilers at a time, and what published calls execute."""
+    for shape in given.shape:
+        try:
+            grid_plan([shape[0]], *shape[1:3])
+        except ValueError as error:
+            parser.error(f"{show_shape(shape)}: {error}")
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda job: compile_file(*job), product(sorted(KERNELS.glob("*.cu")), architectures))
-        return [row for rows in found for row in rows]
+        found = pool.map(lambda job: compile_file(*job), product(sorted(KERNELS.glob("*.cu")), given.arch))
+        rows = [row for rows in found for row in rows]
+    kernels = {(row.arch, row.kernel): row for row in rows}
+    yield (
+        rows,
+        [
+            executed_by_cuda(case, shape, dtype, kernels)
+            for arch, shape, dtype in product(given.arch, given.shape, given.dtype)
+            for case in counted(PUBLISHED, shape, arch)
+            if shape[3] % 8 == 0
+        ],
+    )
+
+
+CPP_TYPES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
+
+
+def executed_by_cuda(
+    case: Case, shape: Shape, dtype: str, kernels: Mapping[tuple[int, str], KernelUsage]
+) -> ExecutedCall:
+    """Return what the launches of csrc/cuda/fused.cu for a call on contiguous tokens execute."""
+    plan, value_bytes = plan_of(case, shape), DTYPES[dtype].itemsize
+    launches = []
+    for launch in cuda_launches(plan, CPP_TYPES[dtype], block_threads(shape[3], value_bytes) // 32):
+        row = kernels[PREDICTED_ARCH, launch.kernel]
+        fit = resident_warps(row.arch, launch.block_warps, row.registers, row.shared + launch.dynamic_shared)
+        name = re.sub(r"\(Access\)0, |__nv_", "", row.kernel)
+        launches.append(ExecutedLaunch.of(name, row.listing, launch.block_warps, min(fit), launch.programs))
+    return ExecutedCall(f"{show_shape(shape)} {dtype}, {case.name}", plan, shape[3], value_bytes, launches)
 
 
 # ---- the command ----
@@ -330,17 +411,17 @@ def read_choice(text: str) -> tuple[str, int | bool | None]:
     raise argparse.ArgumentTypeError(f"expected one of {', '.join(sorted(known))}, = and a number, got {text!r}")
 
 
-TRITON_ONLY = ("shape", "dtype", "calls", "config", "cubins")
+TRITON_ONLY = ("calls", "config", "cubins")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="compile_report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
     parser.add_argument("--arch", nargs="+", type=int, choices=MULTIPROCESSORS, default=ARCHITECTURES)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there, and the executed instructions")
+    parser.add_argument("--shape", nargs="+", type=read_shape, default=SHAPES, metavar="TxHxWxC")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     add = parser.add_argument_group("backend triton").add_argument
-    add("--shape", nargs="+", type=read_shape, default=SHAPES, metavar="TxHxWxC")
-    add("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     calls = "grid_pool alone; all at the published settings; these and some others; these and all norms"
     add("--calls", choices=("grid_pool", "published", "general", "all"), default="general", help=calls)
     choice = "fused kernels by another configuration, as mosaic_cells=3 (triton_kernels/config.py)"
@@ -360,16 +441,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     version = nvcc_version().splitlines()[-2] if cuda else f"triton {triton.__version__}"
     resident = f"{' / '.join(map(str, CHANNELS))} channels" if cuda else "registers / shared memory"
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(f"{version}. {LEGEND}, by {resident}.\n", highlight=False)
+    console.print(f"{version}. {LEGEND}, by {resident}.\n{EXECUTION_LEGEND}\n", highlight=False)
     every: list[KernelUsage] = []
-    for rows in [cuda_table(given.arch)] if cuda else triton_tables(given, parser):
+    executed_calls: list[ExecutedCall] = []
+    for rows, calls in cuda_tables(given, parser) if cuda else triton_tables(given, parser):
         console.print(draw(rows))
+        show(calls)
         for row in rows:
             for missed in limits_missed(row):
                 console.print(f"sm_{row.arch} {row.name}: {missed}", style="red", highlight=False)
         every += rows
+        executed_calls += calls
     if given.json is not None:
-        text = json.dumps({"compiler": version, "rows": [asdict(row) for row in every]}, indent=1)
+        counted_calls = {call.title: call.instructions for call in executed_calls}
+        found = {
+            "compiler": version,
+            "executed": counted_calls,
+            "rows": [asdict(replace(row, listing="")) for row in every],
+        }
+        text = json.dumps(found, indent=1)
         given.json.write_text(text + "\n", encoding="utf-8")
     return 1 if any(map(limits_missed, every)) else 0
 

@@ -8,7 +8,6 @@ again; tests compare it with the launches of that code.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -88,19 +87,20 @@ def window_programs(kind: str, rows: Iterable[Row], windows: int) -> Programs:
 
 def triton_programs(plan: GridPlan, launches: Sequence[Launch]) -> list[list[Programs]]:
     """Return the programs of each of these launches, which are all launches of a prepared call by `plan`."""
-    width, h = -(-plan.width // 2), -(-plan.height // 2)
+    width = -(-plan.width // 2)
     found = []
-    pooled: list[Row] = []  # rows of frames that are not shrunk, which no launch has taken yet
-    for stage, launch in zip(stages(plan), launches, strict=True):
-        arguments = dict(zip(launch.kernel.arg_names[launch.tensors :], launch.arguments, strict=True))
-        cells = arguments["CELLS"] if arguments["SPLIT"] else width
+    of_launch = iter(launches)
+    for stage in stages(plan):
         mosaics = stage.kind == "mosaics"
-        walked = row_programs(stage.kind, [*stage.shrunk, *(stage.pooled if mosaics else ())], width, cells)
-        pooled += () if mosaics else stage.pooled
-        frames = (launch.grid[0] - walked.programs) // math.prod(plan.pooled_size)
-        windows = window_programs("windows", pooled[: frames * h], 1)
-        pooled = pooled[frames * h :]
-        found.append(_with_any(walked, windows))
+        walked = [*stage.shrunk, *(stage.pooled if mosaics else ())]
+        if walked:
+            launch = next(of_launch)
+            arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
+            found.append([row_programs(stage.kind, walked, width, arguments["cells"])])
+        if stage.pooled and not mosaics:
+            next(of_launch)
+            found.append([window_programs("windows", stage.pooled, 1)])
+    assert next(of_launch, None) is None, "a launch is of no stage"
     return found
 
 

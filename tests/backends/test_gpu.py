@@ -22,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels.backends import compiled
-from stgridpool_kernels.plan.dataflow import Dataflow
 from tests.support.tolerance import assert_same_bits, assert_within, ulp
 from tests.support.triples import TRIPLES
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="no Triton")
+import triton
+
 from stgridpool_kernels.backends import triton_kernels
 from tests.support.cuda_emulation import KERNELS
 from tools.compile_report import (
@@ -27,10 +29,13 @@ from tools.compile_report import (
     Case,
     block_threads,
     compile_file,
+    executed_by_cuda,
     main,
+    nvcc_version,
     show_shape,
     with_blocks,
 )
+from tools.execution_report import show
 from tools.machine_code import ARCHITECTURES, Code, KernelUsage, limits_missed, search_tool
 
 
@@ -128,6 +133,45 @@ def test_windows_are_computed_alike_however_a_row_is_cut(size: tuple[int, int]) 
     assert len({(fused, subtracted) for fused, subtracted in found.values()}) == 1, found
 
 
+PAGE = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+
+
+def missing_on_page(printed: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the lines that docs/kernels.md lacks of what the command prints of grid_pool's executed instructions."""
+    start = printed.index(f"Executed by {show_shape(shape)} bf16, grid_pool:")
+    end = printed.index("TB/s.\n", start) + len("TB/s.")
+    lines, on_page = printed[start:end].splitlines(), PAGE.splitlines()
+    assert len(lines) > 8
+    return [line for line in lines if line not in on_page]
+
+
+def millions_on_page(column: int) -> list[float]:
+    """Return a column of the page's table of totals, whose rows are for the first shapes of `SHAPES`."""
+    table = PAGE.split("\n| millions of warp instructions |", 1)[1].split("\n\n", 1)[0]
+    return [float(row.split("|")[column]) for row in table.splitlines()[2:]]
+
+
+def test_executed_instructions(tmp_path: Path) -> None:
+    """The page has what the command prints with the Triton that is pinned, and the totals with the oldest one too.
+
+    norm_pool executes fewer instructions than grid_pool, which executes the most where it pools the last row too.
+    """
+    arguments = ("--calls", "published", "--arch", "90", "--shape", *map(show_shape, SHAPES[:2]))
+    done = run("tools.compile_report", "--json", str(tmp_path / "rows.json"), *arguments)
+    found = json.loads((tmp_path / "rows.json").read_text())["executed"]
+    forwards = [case.name for case in PUBLISHED if not case.gradient]
+    assert list(found) == [f"{show_shape(shape)} bf16, {name}" for shape in SHAPES[:2] for name in forwards]
+    for shape in SHAPES[:2]:
+        every, with_last_row, pooled = (n for title, n in found.items() if title.startswith(show_shape(shape)))
+        assert 0.4 * every < pooled < every <= with_last_row
+    column = {"3.6.0": 2, "3.9.0": 3}.get(triton.__version__)
+    if column is not None:
+        totals = [round(found[f"{show_shape(shape)} bf16, grid_pool"] / 1e6, 1) for shape in SHAPES[:2]]
+        assert totals == millions_on_page(column)
+    if column == 3:
+        assert [missing_on_page(done.stdout, shape) for shape in SHAPES[:2]] == [[], []]
+
+
 def test_another_configuration(tmp_path: Path) -> None:
     """Neither limit holds in the usual configuration, as `test_published_settings` shows."""
     arguments = ("--shape", show_shape(SHAPES[0]), "--arch", "90", "--calls", "grid_pool")
@@ -159,7 +203,8 @@ def test_nothing_is_compiled_in_the_interpreter(monkeypatch, capsys):
         (["--shape", "64x27x27x0"], "expected T x H x W x C"),
         (["--shape", "64x1x27x8"], "64x1x27x8: kernel_size=[2, 2] with padding=[0, 0] leaves no window"),
         (["--arch", "75"], "invalid choice: 75"),
-        (["--backend", "cuda", "--calls", "all"], "--shape, --dtype, --calls, --config, --cubins are for the backend"),
+        (["--backend", "cuda", "--calls", "all"], "--calls, --config, --cubins are for the backend triton"),
+        (["--backend", "cuda", "--shape", "64x1x27x8"], "64x1x27x8: kernel_size=[2, 2] with padding=[0, 0] leaves no"),
         (["--config", "mosaic=3"], "expected one of even_registers, frame_cells, mosaic_cells"),
         (["--config", "stages=many"], "= and a number, got 'stages=many'"),
         (["--json", "{file}/rows.json"], "--json: there is no folder {file}"),
@@ -221,6 +266,22 @@ def test_every_cuda_kernel(tmp_path: Path) -> None:
         assert len({row.kernel for row in here}) == len(here)
         published = [row for row in here if row.published]
         assert len(published) == 2 * 3 * 2 * 2  # forward or backward, types, frames or mosaics, even or odd sizes
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_executed_instructions_of_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page has what nvcc 13.0 compiles. Every type and call has its kernels."""
+    kernels = {(row.arch, row.kernel): row for row in compile_file(KERNELS / "fused.cu", 90)}
+    calls = [executed_by_cuda(PUBLISHED[0], shape, "bf16", kernels) for shape in SHAPES[:2]]
+    show(calls)
+    printed = capsys.readouterr().out
+    if "release 13.0" in nvcc_version():
+        assert [missing_on_page(printed, shape) for shape in SHAPES[:2]] == [[], []]
+        assert [round(call.instructions / 1e6, 1) for call in calls] == millions_on_page(4)
+    for shape, dtype, case in product(SHAPES, ("bf16", "fp16", "fp32"), PUBLISHED):
+        if not case.gradient:
+            assert executed_by_cuda(case, shape, dtype, kernels).instructions > 1e7
 
 
 def changed(folder: Path, name: str, old: str, new: str) -> Path:
