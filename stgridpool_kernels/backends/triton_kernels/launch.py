@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...plan import GridPlan
@@ -110,8 +111,10 @@ class CallSpec:
             if tensor is not None
         }
         even = videos == 1 or all(video == T * frame for video, frame, *_ in strides.values())
+        sizes = {name: getattr(self, name).shape[-len(others) :] for name, (_, *others) in strides.items()}
         arguments: Arguments = {
-            name: Tokens(None, 0 if even else video, *others) for name, (video, *others) in strides.items()
+            name: Tokens(None, 0 if even else video, *constant_if_dense(others, sizes[name][1:]))
+            for name, (video, *others) in strides.items()
         }
         temperature, norm_type, normalize_norm, norm_channels = self.weighting or Weighting(1.0, 2.0, True, C)
         return arguments | {
@@ -120,6 +123,16 @@ class CallSpec:
             "weights": Weights(temperature, norm_channels if norm_channels < C else None),
             "NORM": Norm.of(norm_type, normalize_norm),
         }
+
+
+def constant_if_dense(strides: Sequence[int], sizes: Sequence[int]) -> list[Any]:
+    """Return the strides of a frame and inside it, as constants that kernels are compiled for if there are no gaps.
+
+    sizes: number of rows, of columns and, if there is a last stride for them, of channels. Kernels for frames without
+    gaps compute places from few registers; strides of other tensors stay arguments.
+    """
+    dense = [math.prod(sizes[axis:]) for axis in range(len(sizes) + 1)]
+    return [tl.constexpr(stride) for stride in strides] if list(strides) == dense else list(strides)
 
 
 class Launch:
