@@ -146,8 +146,11 @@ def configured(choice: Mapping[str, Any]) -> AbstractContextManager[object]:
     return patch.object(fused, "fused_config", lambda *given: replace(usual(*given), **choice))
 
 
-def prepare_call(case: Case, x: Tensor, arch: int) -> tuple[PreparedCall, list[Tensor | None]]:
-    """Return a call on tokens like x, a tensor on the device "meta", and the tensors that its launches take."""
+def prepare_call(case: Case, x: Tensor, capability: tuple[int, int] | None) -> tuple[PreparedCall, list[Tensor | None]]:
+    """Return a call on tokens like x, a tensor on the device "meta", and the tensors that its launches take.
+
+    capability: compute capability of an NVIDIA GPU, None for any other GPU.
+    """
     dtype = x.dtype
     out: Tensor = getattr(torch.ops.stgp, case.op)(x, **case.arguments)
     settings = SETTINGS | {name: value for name, value in case.arguments.items() if name in SETTINGS}
@@ -156,7 +159,7 @@ def prepare_call(case: Case, x: Tensor, arch: int) -> tuple[PreparedCall, list[T
     grad, out = (out, torch.empty_like(x)) if case.gradient else (None, out)
     name = "grid_pool" if case.op == "norm_pool" else case.op
     prepare = getattr(triton_kernels, f"prepare_{name}_backward" if case.gradient else f"prepare_{name}")
-    call = prepare(CallSpec(x, out, plan, weighting, grad, capability=divmod(arch, 10)))
+    call = prepare(CallSpec(x, out, plan, weighting, grad, capability=capability))
     scratch = torch.empty(call.scratch, dtype=dtype, device="meta") if call.scratch else None
     gradients = torch.empty(call.gradients, dtype=torch.float32, device="meta") if call.gradients else None
     return call, [x, out, scratch, call.tables.tensor if call.tables else None, grad, gradients]
@@ -177,10 +180,17 @@ def compile_call(case: Case, x: Tensor, arch: int) -> list[Any]:
 
     From here on Triton takes `arch` for the architecture of all devices of this process.
     """
-    call, tensors = prepare_call(case, x, arch)
-    # the number of the device is that of the architecture, since a kernel asks for the target of a device once
-    driver = SimpleNamespace(get_current_device=lambda: arch, get_current_stream=lambda device: 0)
-    driver.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+    return compile_launches(*prepare_call(case, x, divmod(arch, 10)), GPUTarget("cuda", arch, 32), arch)
+
+
+def compile_launches(call: PreparedCall, tensors: Sequence[Tensor | None], target: GPUTarget, device: int) -> list[Any]:
+    """Compile all launches of a prepared call for a target, and return them in order.
+
+    device: number of the device that Triton takes for the current one, another for each target of this process, since a
+    kernel asks for the target of a device once.
+    """
+    driver = SimpleNamespace(get_current_device=lambda: device, get_current_stream=lambda device: 0)
+    driver.get_current_target = lambda: target
     triton.runtime.driver.set_active(driver)
     return [
         # a warmup is what a launch does the first time, up to the launch itself
@@ -244,7 +254,7 @@ def counted(cases: Iterable[Case], shape: Shape, arch: int) -> list[Case]:
 
 def executed(case: Case, x: Tensor, rows: Sequence[KernelUsage]) -> ExecutedCall:
     """Return what a call on tokens like x executes. rows: those of the kernels of its launches, in order."""
-    plan, (call, _) = plan_of(case, x.shape), prepare_call(case, x, PREDICTED_ARCH)
+    plan, (call, _) = plan_of(case, x.shape), prepare_call(case, x, divmod(PREDICTED_ARCH, 10))
     launches = [
         ExecutedLaunch.of(row.kernel, row.listing, row.block_warps[0], min(row.resident.values()), programs)
         for row, programs in zip(rows, triton_programs(plan, call.launches), strict=True)
