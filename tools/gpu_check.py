@@ -39,7 +39,7 @@ AXES = {
 }
 """The values that `tune triton` tries besides the configuration as it is; the most is expected of the first axis."""
 WARMED = [f"--calls grid_pool --config {axis}={value}" for axis, values in AXES.items() for value in values]
-WARMED = ["--dtype bf16 fp16 --shape 8x9x7x64 8x8x6x64", "", *WARMED]
+WARMED = ["--calls published --dtype bf16 fp16 --shape 8x9x7x64 8x8x6x64", "", *WARMED]
 """Arguments of tools.compile_report, which fills Triton's cache beside the first stages with what they ask for."""
 TOOLS = ("/usr/local/cuda/bin", *map(str, Path("/opt/nvidia").glob("nsight-compute/*")))
 """These folders are searched after PATH: nvcc, ncu and compute-sanitizer are usually there."""
