@@ -63,6 +63,7 @@ class GridPlan:
         the first frame of the first video.
     window_rows, window_cols: the pooling windows, one run per output row and column. Positions before 0 or from the
         image's size on are zero padding that takes part in the window.
+    pooled_size: rows and columns of tokens per pooled frame.
     uploads: the plan's tables in tensors, once per device and form; `device_tables` of the backends fills it.
     """
 
@@ -83,6 +84,7 @@ class GridPlan:
     levels: tuple[Level, ...] = field(init=False, repr=False, compare=False)
     window_rows: Runs = field(init=False, repr=False, compare=False)
     window_cols: Runs = field(init=False, repr=False, compare=False)
+    pooled_size: tuple[int, int] = field(init=False, repr=False, compare=False)
     uploads: dict[Hashable, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,15 +116,11 @@ class GridPlan:
         object.__setattr__(self, "levels", levels)
         object.__setattr__(self, "window_rows", rows)
         object.__setattr__(self, "window_cols", cols)
+        object.__setattr__(self, "pooled_size", (len(rows), len(cols)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy the arguments alone: what follows from them is made again."""
         return GridPlan, tuple(getattr(self, each.name) for each in fields(self) if each.init)
-
-    @property
-    def pooled_size(self) -> tuple[int, int]:
-        """Rows and columns of tokens per pooled frame."""
-        return len(self.window_rows), len(self.window_cols)
 
     @property
     def overwritten(self) -> tuple[int, ...]:
