@@ -24,7 +24,7 @@ import triton.language as tl
 from ...plan.tables import CONSUMER_WORDS, GradientSection, Header, LevelRecord, gradient_section, levels_of
 from .config import channelwise_config
 from .launch import Arguments, CallSpec, Launch, PreparedCall
-from .pool import find_window, load_window, window_arguments
+from .pool import WINDOW_COLS, WINDOW_ROWS, find_window, load_window, window_arguments
 from .slopes import count_largest, norm_slopes
 from .summaries import launch_summaries, summary_elements
 from .tiles import (
@@ -43,17 +43,28 @@ from .tiles import (
 
 CONSUMER: tl.constexpr = tl.constexpr(CONSUMER_WORDS)
 LEVEL: tl.constexpr = tl.constexpr(len(LevelRecord._fields))
-"""Numbers of int32 in a consumer and in a level of the tables."""
+SECTION: tl.constexpr = tl.constexpr(len(GradientSection._fields))
+"""Numbers of int32 in a consumer, in a level, and at the start of the gradient section of the tables."""
+
+FRAMES: tl.constexpr = tl.constexpr(Header._fields.index("frames"))
+LEVELS: tl.constexpr = tl.constexpr(Header._fields.index("levels"))
+GRADIENT: tl.constexpr = tl.constexpr(Header._fields.index("gradient"))
+"""Places in the header of the tables."""
+
+CONSUMERS: tl.constexpr = tl.constexpr(GradientSection._fields.index("consumers"))
+ENDS: tl.constexpr = tl.constexpr(GradientSection._fields.index("ends"))
+ROW_WINDOWS: tl.constexpr = tl.constexpr(GradientSection._fields.index("window_rows"))
+COL_WINDOWS: tl.constexpr = tl.constexpr(GradientSection._fields.index("window_cols"))
+"""Places in the gradient section."""
 
 
-@triton.jit(do_not_specialize=["offsets", "of_windows", "T", "weights"])  # one compilation serves all values of these
+@triton.jit(do_not_specialize=["of_windows", "T", "weights"])  # one compilation serves all values of these
 def window_weights_kernel(
     x,  # (…, T, H, W, C)
     scratch,  # summaries: (S, H, W, C)
     tables,
     grad,  # (…, T, OH, OW, C)
     gradients,  # from `of_windows` on, α and γ of a window's tokens: (frames, OH, OW, room, 2)
-    offsets,  # as in `norm_pool_kernel`
     of_windows,
     room,  # tokens of the largest window
     T,
@@ -74,7 +85,7 @@ def window_weights_kernel(
     products were summed in different orders; τ may be large. TOKENS at a time, their channels BLOCK at a time.
     SUMMARIES: some frames may end with a summary.
     """
-    frame, i, j, node, window = find_window(tables, offsets, OH, OW, SUMMARIES)
+    frame, i, j, node, window = find_window(tables, OH, OW, SUMMARIES)
     image = (x, scratch, node, T)
     taken_tokens = window[2] * window[3]
     upstream = grad.pointer + token_places(frame, i, j, T, grad)
@@ -105,7 +116,7 @@ def window_weights_kernel(
 
 
 # one compilation serves all values of these
-@triton.jit(do_not_specialize=["offsets", "section", "first", "of_windows", "summary_most", "T", "weights"])
+@triton.jit(do_not_specialize=["first", "of_windows", "summary_rows", "summary_cols", "T", "weights"])
 def token_gradient_kernel(
     x,  # (…, T, H, W, C)
     out,  # gradient in x: (…, T, H, W, C)
@@ -113,13 +124,12 @@ def token_gradient_kernel(
     tables,
     grad,  # (…, T, OH, OW, C)
     gradients,  # of summaries, float32: (S, H, W, C); from `of_windows` on, as above
-    offsets,  # as above
-    section,  # number of frames; offsets of consumers, ends, windows of rows and of columns, level inverses, levels
     first,  # the first node of this launch; they count down if MOSAIC, up if not
     of_windows,
     room,
     most,  # largest number of windows that read a row, and a column
-    summary_most,  # largest number of rows, and of columns, of a summary that average one of a mosaic
+    summary_rows,  # largest number of rows of a summary that average a row of a mosaic
+    summary_cols,
     T,
     OH: tl.constexpr,
     OW: tl.constexpr,
@@ -144,8 +154,9 @@ def token_gradient_kernel(
     inside = number < SIZE.H * SIZE.W
     rows, cols = number // SIZE.W, number % SIZE.W
     node = first - k if MOSAIC else first + k
-    order = section[0] - 1 - node if MOSAIC else node  # its number among frames and summaries
-    target = node if PLAIN else tl.load(tables + section[2] + order)
+    order = tl.load(tables + FRAMES) - 1 - node if MOSAIC else node  # its number among frames and summaries
+    section = tables + tl.load(tables + GRADIENT)
+    target = node if PLAIN else tl.load(tables + tl.load(section + ENDS) + order)
     ends = inside & (target + 0 * number >= 0)
     image = (x, scratch, node + 0 * number, rows, cols, T)
 
@@ -157,7 +168,7 @@ def token_gradient_kernel(
             down, right = n // most[1], n % most[1]
             covered = pooled & (down < height) & (right < width)
             window = (target, top + down, left + right)
-            place = places_in_windows(tables, offsets, window, rows, cols, covered, room, OH, OW)
+            place = places_in_windows(tables, window, rows, cols, covered, room, OH, OW)
             factors += tl.load(gradients + of_windows + place + 1, mask=covered, other=0.0)
 
     for chunk in range(CHUNKS):
@@ -169,7 +180,7 @@ def token_gradient_kernel(
                 covered = pooled & (down < height) & (right < width)
                 g = load_upstream(grad, target, top + down, left + right, covered, channels, T, SIZE)
                 window = (target, top + down, left + right)
-                place = places_in_windows(tables, offsets, window, rows, cols, covered, room, OH, OW)
+                place = places_in_windows(tables, window, rows, cols, covered, room, OH, OW)
                 found += tl.load(gradients + of_windows + place, mask=covered, other=0.0)[:, None] * g
             tile = load_image(image, pooled, channels, SIZE, MOSAIC)
             share = factors[:, None] * norm_slopes(tile, norms, largest, weights, SIZE.C, NORM)
@@ -178,7 +189,7 @@ def token_gradient_kernel(
             found = load_upstream(grad, target, rows, cols, ends, channels, T, SIZE)
         if not PLAIN:
             found = add_consumers(
-                found, gradients, tables, section, order, inside, rows, cols, channels, summary_most, SIZE
+                found, gradients, tables, order, inside, rows, cols, channels, (summary_rows, summary_cols), SIZE
             )
 
         mask = inside[:, None] & (channels < SIZE.C)[None, :]
@@ -228,17 +239,17 @@ def norms_of_tokens(
 @triton.jit
 def windows_around(tables, section, ends, rows, cols, SIZE: tl.constexpr):
     """Which tokens windows read, and the first row and column of these windows with the numbers of both."""
-    of_rows, of_cols = tables + section[3] + rows, tables + section[4] + cols
+    of_rows, of_cols = tables + tl.load(section + ROW_WINDOWS) + rows, tables + tl.load(section + COL_WINDOWS) + cols
     top, height = tl.load(of_rows, mask=ends, other=0), tl.load(of_rows + SIZE.H, mask=ends, other=0)
     left, width = tl.load(of_cols, mask=ends, other=0), tl.load(of_cols + SIZE.W, mask=ends, other=0)
     return ends & (height > 0) & (width > 0), top, left, height, width
 
 
 @triton.jit
-def places_in_windows(tables, offsets, window, rows, cols, taken, room, OH: tl.constexpr, OW: tl.constexpr):
+def places_in_windows(tables, window, rows, cols, taken, room, OH: tl.constexpr, OW: tl.constexpr):
     """Where α of tokens (row, col) in windows (frame, i, j) is; γ follows it."""
     frame, i, j = window
-    of_rows, of_cols = tables + offsets[1], tables + offsets[2]
+    of_rows, of_cols = tables + tl.load(tables + WINDOW_ROWS), tables + tl.load(tables + WINDOW_COLS)
     top, left = tl.load(of_rows + i, mask=taken, other=0), tl.load(of_cols + j, mask=taken, other=0)
     width = tl.load(of_cols + OW + j, mask=taken, other=0)
     number = (rows - top) * width + cols - left
@@ -253,15 +264,15 @@ def load_upstream(grad, frame, rows, cols, taken, channels, T, SIZE: tl.constexp
 
 
 @triton.jit
-def add_consumers(
-    found, gradients, tables, section, order, inside, rows, cols, channels, summary_most, SIZE: tl.constexpr
-):
+def add_consumers(found, gradients, tables, order, inside, rows, cols, channels, summary_most, SIZE: tl.constexpr):
     """Add to the gradients of a node's tokens what the summaries that average them pass on."""
-    start, stop = tl.load(tables + section[1] + order), tl.load(tables + section[1] + order + 1)
+    section = tables + tl.load(tables + GRADIENT)
+    starts = tables + tl.load(section + CONSUMERS) + order
+    start, stop = tl.load(starts), tl.load(starts + 1)
     for number in range((stop - start) // CONSUMER):
         consumer = tables + start + number * CONSUMER
         s, level, tile = tl.load(consumer), tl.load(consumer + 1), tl.load(consumer + 2)
-        record, inverses = tables + section[6] + level * LEVEL, tables + section[5] + 2 * level
+        record, inverses = tables + tl.load(tables + LEVELS) + level * LEVEL, section + SECTION + 2 * level
         grid_rows, grid_cols = tl.load(record), tl.load(record + 1)
         heights, widths = tables + tl.load(record + 5) + SIZE.H, tables + tl.load(record + 6) + SIZE.W
         of_rows = tables + tl.load(inverses) + tile // grid_cols * SIZE.H + rows
@@ -311,17 +322,17 @@ def _launch_nodes(spec: CallSpec, values: int, first: int, nodes: int, mosaic: b
     header, section, (OH, OW) = Header.of(spec.words), gradient_section(spec.words), spec.pooled_size
     config = channelwise_config(spec.size.C)
     arguments: Arguments = spec.arguments() | {"OH": OH, "OW": OW, "first": first, "of_windows": values}
-    level_inverses = header.gradient + len(GradientSection._fields)
-    arguments |= {"section": (header.frames, *section, level_inverses, header.levels), "room": header.largest_window}
-    arguments |= {"offsets": (header.outputs, header.window_rows, header.window_cols)}
+    arguments |= {"room": header.largest_window}
     arguments |= {"most": _largest_counts(spec, section.window_rows, section.window_cols, 1, 1)}
+    level_inverses = header.gradient + len(section)
     of_levels = [
         _largest_counts(
             spec, spec.words[level_inverses + 2 * n], spec.words[level_inverses + 2 * n + 1], level.rows, level.cols
         )
         for n, level in enumerate(levels_of(spec.words))
     ]
-    arguments |= {"summary_most": tuple(map(max, zip((1, 1), *of_levels, strict=True)))}
+    summary_rows, summary_cols = map(max, zip((1, 1), *of_levels, strict=True))
+    arguments |= {"summary_rows": summary_rows, "summary_cols": summary_cols}
     arguments |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
     arguments |= {"MOSAIC": mosaic, "PLAIN": not spec.gridded, "POOLED": spec.weighting is not None}
     grid = (nodes * triton.cdiv(spec.size.H * spec.size.W, config.tokens), 1, 1)

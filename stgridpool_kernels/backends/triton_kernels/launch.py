@@ -120,7 +120,7 @@ class CallSpec:
         return arguments | {
             "T": None if even else T,
             "SIZE": self.size,
-            "weights": Weights(temperature, norm_channels if norm_channels < C else None),
+            "weights": Weights(temperature, float(norm_channels) if norm_channels < C else None),
             "NORM": Norm.of(norm_type, normalize_norm),
         }
 

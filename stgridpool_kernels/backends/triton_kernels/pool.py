@@ -23,14 +23,18 @@ from .tiles import (
     weigh_tile,
 )
 
+OUTPUTS: tl.constexpr = tl.constexpr(Header._fields.index("outputs"))
+WINDOW_ROWS: tl.constexpr = tl.constexpr(Header._fields.index("window_rows"))
+WINDOW_COLS: tl.constexpr = tl.constexpr(Header._fields.index("window_cols"))
+"""Places in the header of the tables, where kernels find the offsets that depend on the videos."""
 
-@triton.jit(do_not_specialize=["offsets", "T", "weights"])  # one compilation serves all values of these
+
+@triton.jit(do_not_specialize=["T", "weights"])  # one compilation serves all values of these
 def norm_pool_kernel(
     x,  # (…, T, H, W, C)
     out,  # (…, T, OH, OW, C)
     scratch,  # summaries: (S, H, W, C)
     tables,
-    offsets,  # where in `tables`: the node of every frame; OH starts and OH counts of windows; OW of columns
     T,
     OH: tl.constexpr,
     OW: tl.constexpr,
@@ -49,7 +53,7 @@ def norm_pool_kernel(
     once and stay in registers; else a second pass reads them again, from the caches, with all weights known.
     SUMMARIES: some frames may end with a summary.
     """
-    frame, i, j, node, window = find_window(tables, offsets, OH, OW, SUMMARIES)
+    frame, i, j, node, window = find_window(tables, OH, OW, SUMMARIES)
     image = (x, scratch, node, T)
     size = window[2] * window[3]
     position = tl.arange(0, TOKENS)
@@ -85,12 +89,12 @@ def norm_pool_kernel(
 
 
 @triton.jit
-def find_window(tables, offsets, OH: tl.constexpr, OW: tl.constexpr, SUMMARIES: tl.constexpr):
+def find_window(tables, OH: tl.constexpr, OW: tl.constexpr, SUMMARIES: tl.constexpr):
     """This program's frame and window (i, j), the frame's node, and (top, left, height, width) of the window."""
     program = tl.program_id(0)
     frame, i, j = program // (OH * OW), program // OW % OH, program % OW
-    node = tl.load(tables + offsets[0] + frame) if SUMMARIES else frame
-    rows, cols = tables + offsets[1] + i, tables + offsets[2] + j
+    node = tl.load(tables + tl.load(tables + OUTPUTS) + frame) if SUMMARIES else frame
+    rows, cols = tables + tl.load(tables + WINDOW_ROWS) + i, tables + tl.load(tables + WINDOW_COLS) + j
     return frame, i, j, node, (tl.load(rows), tl.load(cols), tl.load(rows + OH), tl.load(cols + OW))
 
 
@@ -109,7 +113,6 @@ def window_arguments(spec: CallSpec) -> tuple[Arguments, int]:
     header, (OH, OW) = Header.of(spec.words), spec.pooled_size
     config = tile_config(spec.size.C, header.largest_window)
     arguments = spec.arguments() | {"OH": OH, "OW": OW, "SUMMARIES": spec.gridded}
-    arguments |= {"offsets": (header.outputs, header.window_rows, header.window_cols)}
     arguments |= {"BLOCK": config.block, "CHUNKS": config.chunks, "TOKENS": config.tokens}
     arguments |= {"STEPS": triton.next_power_of_2(triton.cdiv(header.largest_window, config.tokens))}
     return arguments, config.num_warps

@@ -28,12 +28,14 @@ def norm_slopes(tile, norms, largest, weights, C: tl.constexpr, NORM: tl.constex
             powers = tl.exp2((NORM.p - 1) * logarithms).to(tl.float32)
             slopes = tl.where((tile != 0) & (norms > 0)[:, None], signs * powers * (1.0 / M), 0.0)
     if weights.channels is not None and NORM.mean and NORM.kind != "max":
-        slopes *= reciprocal(weights.channels)
+        slopes *= reciprocal(tl.cast(weights.channels, tl.float32))
     return slopes
 
 
 @triton.jit
 def count_largest(tile, norms, channels, weights, C: tl.constexpr):
     """The number of elements, among those that the norm runs over, that are as large as the norm, the maximum."""
-    taken = channels < C if weights.channels is None else channels < weights.channels
+    taken = channels < C
+    if weights.channels is not None:
+        taken = channels < tl.cast(weights.channels, tl.int32)
     return tl.sum(((tl.abs(tile) == norms[:, None]) & taken[None, :]).to(tl.int32), 1)

@@ -7,10 +7,15 @@ import math
 import triton
 import triton.language as tl
 
-from ...plan.tables import Header, levels_of
+from ...plan.tables import Header, LevelRecord, levels_of
 from .config import channelwise_config
 from .launch import CallSpec, Launch, PreparedCall
 from .tiles import channel_places, load_tokens, reciprocal, stored_places, token_places
+
+SOURCES: tl.constexpr = tl.constexpr(LevelRecord._fields.index("sources"))
+ROW_RUNS: tl.constexpr = tl.constexpr(LevelRecord._fields.index("row_runs"))
+COL_RUNS: tl.constexpr = tl.constexpr(LevelRecord._fields.index("col_runs"))
+"""Places in a level's record: of the offsets of its nodes, and of the starts, then the counts, of its runs."""
 
 
 @triton.jit(do_not_specialize=["count", "first", "level", "T"])  # arguments that vary with the videos
@@ -20,7 +25,7 @@ def summary_kernel(
     tables,
     count,  # number of summaries of this level
     first,  # number of the first of them
-    level,  # where in `tables`: the nodes of each; H starts, then H counts of runs of rows; the same for W columns
+    level,  # where in `tables` the record of this level is
     most,  # largest counts of rows and of columns
     grid,  # rows and columns of the mosaic
     T,
@@ -35,7 +40,9 @@ def summary_kernel(
     """
     H: tl.constexpr = SIZE.H
     W: tl.constexpr = SIZE.W
-    sources, row_runs, col_runs = tables + level[0], tables + level[1], tables + level[2]
+    record = tables + level
+    sources, row_runs = tables + tl.load(record + SOURCES), tables + tl.load(record + ROW_RUNS)
+    col_runs = tables + tl.load(record + COL_RUNS)
     number = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     some = number < count * H * W
@@ -93,12 +100,13 @@ def launch_summaries(spec: CallSpec) -> list[Launch]:
     config = channelwise_config(C)
     shared = spec.arguments() | {"BLOCK": config.block, "TOKENS": config.tokens}
     launches: list[Launch] = []
-    for level in levels_of(spec.words):
+    first_level = Header.of(spec.words).levels
+    for number, level in enumerate(levels_of(spec.words)):
         counts = (
             spec.words[runs + size : runs + 2 * size] for runs, size in ((level.row_runs, H), (level.col_runs, W))
         )
         arguments = shared | {"count": level.num_summaries, "first": level.first, "grid": (level.rows, level.cols)}
-        arguments |= {"level": (level.sources, level.row_runs, level.col_runs), "most": tuple(map(max, counts))}
+        arguments |= {"level": first_level + number * len(level), "most": tuple(map(max, counts))}
         arguments |= {"SUMMARIES": level.first > 0}
         grid = (triton.cdiv(level.num_summaries * H * W, config.tokens), config.chunks, 1)
         launches.append(Launch(summary_kernel, grid, arguments, **spec.options(config.num_warps)))

@@ -46,11 +46,12 @@ class Size(NamedTuple):
 class Weights(NamedTuple):
     """Arguments of a window's weights that kernels are not compiled for.
 
-    channels: number of channels of the norm, None for all.
+    channels: number of channels of the norm, None for all. It is a float since Triton compiles for integers in a tuple
+    that are 1 or a multiple of 16, even if it is told not to for the tuple.
     """
 
     temperature: float
-    channels: int | None
+    channels: float | None
 
 
 class Norm(NamedTuple):
@@ -119,7 +120,7 @@ def load_tokens(x, summaries, nodes, rows, cols, taken, channels, T, SIZE: tl.co
 def in_norm(values, channels, weights):
     """Values of a block, with 0 in channels that the norm does not run over."""
     if weights.channels is not None:
-        values = tl.where((channels < weights.channels)[None, :], values, 0.0)
+        values = tl.where((channels < tl.cast(weights.channels, tl.int32))[None, :], values, 0.0)
     return values
 
 
@@ -172,7 +173,7 @@ def finish_norms(total, weights, C: tl.constexpr, NORM: tl.constexpr, EXACT: tl.
         elif weights.channels is None:
             norms = total * (1.0 / C)
         else:
-            norms = total * reciprocal(weights.channels)
+            norms = total * reciprocal(tl.cast(weights.channels, tl.float32))
         if NORM.kind == "l2":
             norms = tl.sqrt_rn(norms) if EXACT else tl.sqrt(norms)
         elif NORM.kind == "power":
