@@ -18,8 +18,6 @@ from stgridpool_kernels.plan.dataflow import (
     Dataflow,
     EndlessLiveness,
     Liveness,
-    is_2x2_area,
-    is_2x2_pooling,
     live_cells,
 )
 from stgridpool_kernels.plan.tables import chunk_entries
@@ -128,7 +126,7 @@ def test_summaries_that_nothing_depends_on_are_left_out() -> None:
 
 def test_nothing_is_scheduled_without_gridding() -> None:
     plan = grid_plan([3, 4], 5, 7, frame_strides=())
-    assert Dataflow.of(plan) == Dataflow.none(plan) == Dataflow((), tuple(range(7)))
+    assert Dataflow.of(plan) == Dataflow((), tuple(range(7)))
 
 
 # ---- videos without end ----
@@ -268,43 +266,3 @@ def test_thousands_of_levels() -> None:
     """A node may be read through as many mosaics as there are levels, which is more than Python recurses."""
     liveness = EndlessLiveness(grid_plan((), 2, 2, frame_strides=(1,) * 2000))
     assert liveness.of(-1, 0).places == tuple((level, 0) for level in range(2000))
-
-
-# ---- which kernels take a plan ----
-
-
-@pytest.mark.parametrize(
-    ("size", "arguments", "pairs"),
-    [
-        (8, {}, True),
-        (9, {}, True),
-        (9, {"ceil_mode": True}, True),
-        (8, {"output_size": 4}, True),
-        (8, {"stride": 2}, True),
-        (9, {"output_size": 5}, False),
-        (8, {"stride": 1}, False),
-        (8, {"padding": 1}, False),
-        (8, {"kernel_size": 3}, False),
-        (8, {"kernel_size": (2, 1)}, False),
-    ],
-    ids=str,
-)
-def test_which_windows_are_pairs(size: int, arguments: dict[str, Any], pairs: bool) -> None:
-    assert is_2x2_pooling(grid_plan([1], size, size, **arguments)) == pairs
-
-
-@pytest.mark.parametrize(
-    ("arguments", "halves"),
-    [
-        ({}, True),
-        ({"frame_strides": ()}, True),
-        ({"resize": "bilinear"}, False),
-        ({"grid_shape": (2, 1)}, False),
-        ({"frame_strides": (2, 4), "grid_shape": (2, 2, 3, 3)}, False),
-        ({"frame_strides": (2, 40), "grid_shape": (2, 2, 3, 3)}, False),
-    ],
-    ids=str,
-)
-def test_which_summaries_share_thumbnails(arguments: dict[str, Any], halves: bool) -> None:
-    """The settings decide, and not whether these videos are long enough for every level."""
-    assert is_2x2_area(grid_plan([64], 8, 8, **arguments)) == halves

@@ -253,6 +253,46 @@ def test_mean_over_runs_is_the_shrunk_mosaic(grid_shape: tuple[int, int], resize
         torch.testing.assert_close(mean_over_runs(mosaic, level.row_runs, level.col_runs), expected)
 
 
+# ---- which kernels take a plan ----
+
+
+@pytest.mark.parametrize(
+    ("size", "arguments", "pairs"),
+    [
+        (8, {}, True),
+        (9, {}, True),
+        (9, {"ceil_mode": True}, True),
+        (8, {"output_size": 4}, True),
+        (8, {"stride": 2}, True),
+        (9, {"output_size": 5}, False),
+        (8, {"stride": 1}, False),
+        (8, {"padding": 1}, False),
+        (8, {"kernel_size": 3}, False),
+        (8, {"kernel_size": (2, 1)}, False),
+    ],
+    ids=str,
+)
+def test_which_windows_are_pairs(size: int, arguments: dict[str, Any], pairs: bool) -> None:
+    assert grid_plan([1], size, size, **arguments).is_2x2_pooling == pairs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "halves"),
+    [
+        ({}, True),
+        ({"frame_strides": ()}, True),
+        ({"resize": "bilinear"}, False),
+        ({"grid_shape": (2, 1)}, False),
+        ({"frame_strides": (2, 4), "grid_shape": (2, 2, 3, 3)}, False),
+        ({"frame_strides": (2, 40), "grid_shape": (2, 2, 3, 3)}, False),
+    ],
+    ids=str,
+)
+def test_which_summaries_share_thumbnails(arguments: dict[str, Any], halves: bool) -> None:
+    """The settings decide, and not whether these videos are long enough for every level."""
+    assert grid_plan([64], 8, 8, **arguments).is_2x2_area == halves
+
+
 # ---- a plan as a value ----
 
 

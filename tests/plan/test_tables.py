@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from stgridpool_kernels import grid_plan
 from stgridpool_kernels.plan import GridPlan, Runs, save_tables, tables
-from stgridpool_kernels.plan.dataflow import Dataflow, MakeDataflow, is_2x2_area, is_2x2_pooling, live_cells
-from stgridpool_kernels.plan.tables import plan_tables
+from stgridpool_kernels.plan.dataflow import Dataflow, live_cells
+from stgridpool_kernels.plan.tables import GradientSection, Header, LevelRecord, plan_tables
 from tests.support.steps import steps
 from tests.support.strategies import gridding_arguments, window_arguments
 
@@ -48,9 +48,26 @@ C = constants(HEADER.read_text())
 
 
 def test_constants_are_those_of_the_header() -> None:
-    for name in ("MAGIC", "VERSION", "HEADER_WORDS", "STAGE_WORDS"):
+    for name in ("MAGIC", "VERSION", "HEADER_WORDS", "ENTRY_WORDS", "CONSUMER_WORDS"):
         assert getattr(tables, name) == C[name], name
-    assert (C["LEVEL_WORDS"], C["E_SOURCES"], C["ENTRY_WORDS"]) == (7, 4, 8)
+    assert (C["E_SOURCES"], C["ENTRY_WORDS"]) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("record", "prefix", "further"),
+    [
+        (Header, "H", ("HEADER_WORDS",)),
+        (LevelRecord, "L", ("LEVEL_WORDS",)),
+        (tables.Stage, "S", ("STAGE_WORDS",)),
+        (GradientSection, "G", ("G_LEVELS",)),
+    ],
+)
+def test_fields_are_the_enumerators_of_the_header(record: Any, prefix: str, further: tuple[str, ...]) -> None:
+    """Every field has the place of the enumerator of its name. No field is called `count`, a method of tuples."""
+    enumerators = [name for name in C if name.startswith(f"{prefix}_") and name not in further]
+    fields = ["count" if name in ("num_summaries", "num_entries") else name for name in record._fields]
+    assert [f"{prefix}_{name.upper()}" for name in fields] == sorted(enumerators, key=C.__getitem__)
+    assert [C[name] for name in (*enumerators, *further)] == list(range(len(fields) + 1))
 
 
 # ---- reading ----
@@ -147,14 +164,13 @@ def plans(draw: st.DrawFn) -> GridPlan:
 
 
 frames_per_stage = st.sampled_from([None, 4, 1, 14, 2, 100])
-dataflows = st.sampled_from([Dataflow.of, Dataflow.none])
 
 
-@given(plans(), dataflows, frames_per_stage)
-def test_general_form_is_the_plan(plan: GridPlan, dataflow: MakeDataflow, frames_per_stage: int | None) -> None:
-    words = plan_tables(plan, dataflow, frames_per_stage)
+@given(plans(), frames_per_stage)
+def test_general_form_is_the_plan(plan: GridPlan, frames_per_stage: int | None) -> None:
+    words = plan_tables(plan, frames_per_stage=frames_per_stage)
     reader = Reader(words)
-    graph = dataflow(plan)
+    graph = Dataflow.of(plan)
     assert (reader.header("H_MAGIC"), reader.header("H_VERSION")) == (C["MAGIC"], C["VERSION"])
     assert reader.header("H_WORDS") == len(words)
     assert (reader.header("H_HEIGHT"), reader.header("H_WIDTH")) == (plan.height, plan.width)
@@ -174,22 +190,21 @@ def test_general_form_is_the_plan(plan: GridPlan, dataflow: MakeDataflow, frames
         assert sources == [graph.summaries[s].sources for s in of_level]
         assert all(~source < of_level[0] for group in sources for source in group)  # of the levels before
 
-    fused = is_2x2_pooling(plan) and is_2x2_area(plan) and len(graph.outputs) > 0
-    assert bool(reader.stages()) == fused
+    assert bool(reader.stages()) == (plan.fusable and len(graph.outputs) > 0)
     # no word is left over, except that a row of no live cells is always there
     assert not any(words[word] for word in set(range(len(words))) - reader.read)
 
 
-@given(plans(), dataflows)
-def test_gradient_section_is_the_converse(plan: GridPlan, dataflow: MakeDataflow) -> None:
-    """Consumers are the levels' sources, inverse runs their runs and the windows, each looked at from what is read."""
-    words = plan_tables(plan, dataflow, gradient=True)
-    reader, plain = Reader(words), Reader(plan_tables(plan, dataflow))
+@given(plans())
+def test_gradient_section_is_the_converse(plan: GridPlan) -> None:
+    """Consumers invert the sources of levels, ends the output nodes, and inverse runs the runs and the windows."""
+    words = plan_tables(plan, gradient=True)
+    reader, plain = Reader(words), Reader(plan_tables(plan))
     assert plain.header("H_GRADIENT") == 0
     levels = reader.levels()
     assert levels == plain.levels()
     frames, summaries = reader.header("H_FRAMES"), reader.header("H_SUMMARIES")
-    reader.take(reader.header("H_OUTPUTS"), frames)
+    outputs = reader.take(reader.header("H_OUTPUTS"), frames)
     section = reader.take(reader.header("H_GRADIENT"), C["G_LEVELS"] + 2 * len(levels))
 
     expected: dict[int, list[tuple[int, int, int]]] = {}
@@ -200,7 +215,10 @@ def test_gradient_section_is_the_converse(plan: GridPlan, dataflow: MakeDataflow
                 expected.setdefault(source, []).append((s, number, tile))
             s += 1
     starts = reader.take(section[C["G_CONSUMERS"]], frames + summaries + 1)
-    for number, node in enumerate([*range(frames), *(~s for s in range(summaries))]):
+    nodes = [*range(frames), *(~s for s in range(summaries))]
+    ends = reader.take(section[C["G_ENDS"]], len(nodes))
+    assert ends == tuple(outputs.index(node) if node in outputs else -1 for node in nodes)
+    for number, node in enumerate(nodes):
         consumers = reader.take(starts[number], starts[number + 1] - starts[number])
         size = C["CONSUMER_WORDS"]
         found = [consumers[i : i + size] for i in range(0, len(consumers), size)]
@@ -296,7 +314,7 @@ def test_work_grows_with_the_frames(packed: bool, frame_strides: tuple[int, ...]
 
     def work(frames: int) -> int:
         plan = grid_plan([32] * (frames // 32) if packed else [frames], 3, 3, frame_strides=frame_strides)
-        return steps(lambda: plan_tables.__wrapped__(plan, **form))
+        return steps(lambda: plan_tables(plan, **form))
 
     assert work(1024) < 4.5 * work(256)
 
@@ -314,7 +332,7 @@ def test_file_holds_the_tables(tmp_path: Path, arguments: dict[str, Any], form: 
     written = (tmp_path / "plan.stgp").read_bytes()
     words = [int.from_bytes(written[i : i + 4], "little", signed=True) for i in range(0, len(written), 4)]
     assert words == list(plan_tables(saved, **form))
-    assert written.startswith(b"STGP\3\0\0\0")
+    assert written.startswith(b"STGP\4\0\0\0")
     assert os.listdir(tmp_path) == ["plan.stgp"]
 
 
