@@ -365,6 +365,13 @@ def words_of(*counts: int, size: tuple[int, int] = (5, 7), **arguments: Any) -> 
     return torch.tensor(plan_tables(grid_plan(counts, *size, **arguments)), dtype=torch.int32)
 
 
+def with_word(words: Tensor, name: str, value: int) -> Tensor:
+    """Return a copy of tables in which one word of the header has another value."""
+    changed = words.clone()
+    changed[WORD[name]] = value
+    return changed
+
+
 X, OUT = torch.zeros(16, 5, 7, 24), torch.zeros(16, 2, 3, 24)
 WORDS = words_of(16)
 
@@ -384,8 +391,9 @@ REFUSED: dict[str, tuple[Tensor, Tensor, Tensor, str]] = {
     "2-D": (X, WORDS[None], OUT, "tables must be contiguous int32 on the CPU"),
     "empty": (X, WORDS[:0], OUT, "these are no tables of a plan"),
     "zeros": (X, torch.zeros_like(WORDS), OUT, "these are no tables of a plan"),
-    "cut": (X, WORDS[:-1].clone(), OUT, "the tables have another length"),
-    "longer": (X, torch.cat([WORDS, WORDS[:1]]), OUT, "the tables have another length"),
+    "cut": (X, WORDS[:-1].clone(), OUT, "these are no tables of a plan"),
+    "longer": (X, torch.cat([WORDS, WORDS[:1]]), OUT, "these are no tables of a plan"),
+    "other version": (X, with_word(WORDS, "H_VERSION", tables.VERSION - 1), OUT, "these are no tables of a plan"),
 }
 
 
@@ -396,6 +404,25 @@ def test_private_ops_refuse(x: Tensor, words: Tensor, out: Tensor, reason: str) 
     if "out" not in reason:  # which would be right here
         with pytest.raises(RuntimeError, match=reason):
             temporal_grid_by_tables(x, words, torch.empty_like(x))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (WORDS.long(), "tables must be contiguous int32 on the CPU"),
+        (WORDS.repeat_interleave(2)[::2], "tables must be contiguous int32 on the CPU"),
+        (WORDS[None], "tables must be contiguous int32 on the CPU"),
+        (WORDS[:0], "these are no tables of a plan"),
+        (with_word(WORDS, "H_MAGIC", 1), "these are no tables of a plan"),
+        (with_word(WORDS, "H_VERSION", tables.VERSION - 1), "the tables have another version"),
+        (WORDS[:-1].clone(), "the tables have another length"),
+        (torch.cat([WORDS, WORDS[:1]]), "the tables have another length"),
+    ],
+)
+def test_check_of_tables_refuses(words: Tensor, reason: str) -> None:
+    torch.ops.stgp._check_tables(WORDS)
+    with pytest.raises(RuntimeError, match=reason):
+        torch.ops.stgp._check_tables(words)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 8), (2, 3, 0, 8), (0, 3, 3, 8), (0, 2, 3, 3, 8)], ids=str)
@@ -411,14 +438,29 @@ REASONS += ["the tables are of another x", "the tables are of another out", "no 
 REASONS += ["the tables have nothing for gradients"]
 GRADIENTS = set(
     re.findall(
-        r'"(.*(?:gradient|consumer|inverse runs (?!of levels)|no summary).*)";', (CSRC / "tables.cpp").read_text()
+        r'"(.*(?:gradient|consumer|inverse runs (?!of levels)|no summary|output frames of).*)";',
+        (CSRC / "tables.cpp").read_text(),
     )
 )
 
 
+def refusal(*call: Any) -> str | None:
+    """Return why tables are refused, None if they are followed. call: an op, and its arguments up to tables and out.
+
+    An op trusts the words that `_check_tables` has checked, as the backends do at the first use of tables.
+    """
+    op, *_, words, _ = call
+    try:
+        torch.ops.stgp._check_tables(words)
+        op(*call[1:])
+    except RuntimeError as error:
+        return next((reason for reason in REASONS if reason in str(error)), str(error))
+    return None
+
+
 @pytest.mark.parametrize("value", [-(1 << 31), -7, -1, 0, 1, 3, 1000, (1 << 31) - 1])
 def test_corrupted_tables(value: int) -> None:
-    """Any word may be wrong: the call is refused with a reason, or computes something."""
+    """Any word may be wrong: the tables are refused with a reason, or something is computed."""
     x = tokens(9, 3, 5, 8)
     reasons = set()
     for arguments in ({"frame_strides": (1, 2)}, {"frame_strides": (1, 2), "grid_shape": (1, 2), "kernel_size": 3}):
@@ -429,10 +471,8 @@ def test_corrupted_tables(value: int) -> None:
             changed = words.clone()
             changed[place] = value
             for op, result in ((grid_pool_by_tables, out), (temporal_grid_by_tables, torch.empty_like(x))):
-                try:
-                    op(x, changed, result)
-                except RuntimeError as refusal:
-                    reasons.add(next((reason for reason in REASONS if reason in str(refusal)), str(refusal)))
+                reasons.add(refusal(op, x, changed, result))
+    reasons.discard(None)
     assert 3 < len(reasons & set(REASONS)) == len(reasons), reasons
 
 
@@ -454,16 +494,14 @@ def test_corrupted_tables_of_gradients(value: int | str) -> None:
         words = torch.tensor(plan_tables(plan, gradient=True), dtype=torch.int32)
         grad, out = tokens(9, *plan.pooled_size, 8), torch.empty_like(x)
         for op, of_result in ((grid_pool_backward_by_tables, grad), (temporal_grid_backward_by_tables, x)):
-            op(of_result, x, words, out)
+            assert refusal(op, of_result, x, words, out) is None
             for place in range(len(words)):
                 changed = words.clone()
                 changed[place] = (
                     value if isinstance(value, int) else int(words[place]) + {"before": -1, "after": 1}[value]
                 )
-                try:
-                    op(of_result, x, changed, out)
-                except RuntimeError as refusal:
-                    reasons.add(next((reason for reason in REASONS if reason in str(refusal)), str(refusal)))
+                reasons.add(refusal(op, of_result, x, changed, out))
+    reasons.discard(None)
     assert reasons <= set(REASONS), reasons - set(REASONS)
     if value == -7:  # values that are in range otherwise
         assert "an entry is of no summary" in reasons
@@ -517,12 +555,11 @@ def test_parts_in_common_are_refused(change: Callable[[Tensor], Tensor], reason:
     """Parts of tables are apart, so that the time of their check does not grow with the square of their size."""
     plan = grid_plan([200], 64, 2, frame_strides=(1,))
     words = torch.tensor(plan_tables(plan), dtype=torch.int32)
-    x, out = torch.zeros(200, 64, 2, 1), torch.zeros(200, 32, 1, 1)
-    grid_pool_by_tables(x, words, out)
+    torch.ops.stgp._check_tables(words)
     changed = change(words)
     changed[WORD["H_WORDS"]] = len(changed)
     with pytest.raises(RuntimeError, match=reason):
-        grid_pool_by_tables(x, changed, out)
+        torch.ops.stgp._check_tables(changed)
 
 
 def test_inverse_runs_in_common_are_refused() -> None:
@@ -533,18 +570,39 @@ def test_inverse_runs_in_common_are_refused() -> None:
     levels = words[first : first + WORD["LEVEL_WORDS"]].repeat(number, 1)
     levels[:, WORD["L_FIRST"]] = count * torch.arange(number)
     consumers = torch.full((8 + count * number + 1,), int(words[words[section]]), dtype=torch.int32)
+    ends = torch.full((8 + count * number,), -1, dtype=torch.int32)
     gradient = words[section : section + WORD["G_LEVELS"]].clone()
     gradient[WORD["G_CONSUMERS"]] = len(words) + levels.numel()
+    gradient[WORD["G_ENDS"]] = len(words) + levels.numel() + len(consumers)
     inverses = words[section + WORD["G_LEVELS"] :][:2].repeat(number)
-    changed = torch.cat([words, levels.flatten(), consumers, gradient, inverses])
+    changed = torch.cat([words, levels.flatten(), consumers, ends, gradient, inverses])
     changed[[WORD["H_LEVELS"], WORD["H_NUM_LEVELS"], WORD["H_SUMMARIES"]]] = torch.tensor(
         [len(words), number, count * number], dtype=torch.int32
     )
-    changed[WORD["H_GRADIENT"]] = len(words) + levels.numel() + len(consumers)
+    changed[WORD["H_GRADIENT"]] = len(words) + levels.numel() + len(consumers) + len(ends)
     changed[WORD["H_WORDS"]] = len(changed)
-    x = torch.zeros(8, 64, 2, 1)
     with pytest.raises(RuntimeError, match="the inverse runs of levels have words in common"):
-        temporal_grid_backward_by_tables(x, x, changed.int(), torch.empty_like(x))
+        torch.ops.stgp._check_tables(changed.int())
+
+
+@pytest.mark.parametrize("end", [-2, 9, 1 << 30])
+@pytest.mark.parametrize("node", [0, 8, 9, -1], ids=["first frame", "last frame", "first summary", "last summary"])
+def test_damaged_ends_are_refused(node: int, end: int) -> None:
+    """A node ends as one of the output frames or, if it is -1, as none."""
+    words = torch.tensor(plan_tables(grid_plan([9], 3, 5, frame_strides=(1, 2)), gradient=True), dtype=torch.int32)
+    frames, summaries, section = words[[WORD["H_FRAMES"], WORD["H_SUMMARIES"], WORD["H_GRADIENT"]]].tolist()
+    ends = words[int(words[section + WORD["G_ENDS"]]) :][: frames + summaries]
+    assert (frames, summaries) == (9, 3)
+    for allowed in (-1, 8):
+        ends[node] = allowed
+        torch.ops.stgp._check_tables(words)
+    ends[node] = end
+    with pytest.raises(RuntimeError, match="the output frames of the nodes are out of range"):
+        torch.ops.stgp._check_tables(words)
+    for offset in (-1, 0, WORD["HEADER_WORDS"] - 1, len(words) - len(ends) + 1):
+        words[section + WORD["G_ENDS"]] = offset
+        with pytest.raises(RuntimeError, match="the output frames of the nodes are out of range"):
+            torch.ops.stgp._check_tables(words)
 
 
 def test_tables_without_gradients() -> None:

@@ -314,8 +314,9 @@ Tables with_gradients(Tables t) {
   };
   const int32_t consumers = add({0, 0, 0, 0, 0, 1, 0, 0, 2, 0, 0, 3});
   const int32_t starts = add({consumers, consumers + 3, consumers + 12, consumers + 12});
+  const int32_t ends = add({0, -1, 1});  // frame 1 ends as the summary
   const int32_t windows = add({0, 0, 1, 1}), rows = add({0, 0, 1, 1, 1, 1, 1, 1}), cols = add({0, 0, 1, 1, 1, 1, 1, 1});
-  t[stgp::H_GRADIENT] = add({starts, windows, windows, rows, cols});
+  t[stgp::H_GRADIENT] = add({starts, ends, windows, windows, rows, cols});
   t[stgp::H_WORDS] = here();
   return t;
 }
@@ -416,9 +417,9 @@ void test_no_frames_and_no_tokens() {
     }
     Problem with_section = p;
     const auto end = static_cast<int32_t>(p.tables.size());
-    with_section.tables.insert(with_section.tables.end(), {end + 1, 0, 0, 1, 1, end, end + 1, end + 1});
+    with_section.tables.insert(with_section.tables.end(), {end + 1, 0, 0, 1, 1, end, end, end + 1, end + 1});
     with_section.tables[stgp::H_GRADIENT] = end + 5;
-    with_section.tables[stgp::H_WORDS] = end + 8;
+    with_section.tables[stgp::H_WORDS] = end + 9;
     CHECK(wrong_with(with_section.tables) == nullptr);
     for (const Op op : {Op::grid_pool_backward, Op::temporal_grid_backward}) {
       CHECK(run(with_section, {}, op, threads_of(count)).empty());
@@ -455,12 +456,15 @@ void test_tables_that_are_refused(const Tables& good) {
   }
 }
 
-// Every word of the gradient section above is an offset, a place or a count.
+// Every word of the gradient section above is an offset, a place, a count, or an output frame, for which -1 stands for
+// none.
 void test_gradients_that_are_refused() {
   for (const bool fused : {false, true}) {
     const Tables without = one_summary(fused), good = with_gradients(without);
+    const auto ends = static_cast<size_t>(good[good[stgp::H_GRADIENT] + stgp::G_ENDS]);
     for (size_t word = without.size(); word < good.size(); ++word) {
-      for (const int32_t value : {INT32_MIN, -1, 1 << 20, INT32_MAX}) {
+      const bool is_end = ends <= word && word < ends + 3;
+      for (const int32_t value : {INT32_MIN, is_end ? -2 : -1, is_end ? 2 : 1 << 20, INT32_MAX}) {
         Tables changed = good;
         changed[word] = value;
         CHECK(wrong_with(changed) != nullptr);
