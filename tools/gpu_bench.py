@@ -81,6 +81,10 @@ def variant(workload: Workload, backend: str, choice: dict[str, Any]) -> Provide
     plan, name = workload.plan("grid_pool"), f"grid_pool:{backend}"
     name = " ".join([name, *(f"{axis}={value}" for axis, value in choice.items())])
 
+    def prepare(spec: launch.CallSpec) -> launch.PreparedCall:  # part of the key of a prepared call, so one per choice
+        with configured(choice):
+            return prepare_grid_pool(spec)
+
     def call(x: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty((len(x), *plan.pooled_size, x.shape[-1])) if out is None else out
         weighting = Weighting(1.0, 2.0, True, x.shape[-1])
@@ -88,8 +92,7 @@ def variant(workload: Workload, backend: str, choice: dict[str, Any]) -> Provide
             op, cells = torch.ops.stgp._grid_pool_by_tables.default, choice.get("cells", 0)
             compiled._run(op, (x,), plan, *weighting, out, cells)
         else:
-            with configured(choice):
-                launch.run(prepare_grid_pool, x, out, plan, weighting)
+            launch.run(prepare, x, out, plan, weighting)
         return out
 
     return replace(like, name=name, call=call, ulps=2, takes_out=True, captures=True, memory=0.5)
