@@ -5,14 +5,16 @@ requests: every element that a load or a store names, as often as it names it, w
 much of that goes to device memory only the counters of a GPU can tell; the estimates say what they assume.
 
 Tokens have one channel here. The kernels for the published settings ask for all channels of a token or for none, so
-that one stands for all; it takes some 4 ms per program, and minutes for 64 frames.
+that one stands for all; it takes some 4 ms per program, and minutes for 64 frames. Rows are cut into the walks that an
+H100 gets for all channels.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -109,28 +111,32 @@ class Recorder:
         return patch.multiple(InterpreterBuilder, create_masked_load=watched_load, create_masked_store=watched_store)
 
 
-def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
-    """Return the counts of every launch of grid_pool by `plan`, or of its gradient.
+H100 = (9, 0)
+"""Compute capability of the GPU whose number of multiprocessors cuts rows into walks."""
+
+
+def count_launches(plan: GridPlan, gradient: bool = False, channels: int = 1) -> list[Counts]:
+    """Return the counts of every launch of grid_pool by `plan`, or of its gradient, as it is launched for `channels`.
 
     Raises RuntimeError unless the kernels are interpreted, ValueError for a plan that takes the general kernels.
     """
     from stgridpool_kernels.backends import triton_kernels  # here, since it reads TRITON_INTERPRET once
-    from stgridpool_kernels.backends.triton_kernels.launch import CallSpec
 
     if not triton_kernels.INTERPRETED:
         raise RuntimeError("the kernels are compiled: set TRITON_INTERPRET=1 before they are imported")
+    if not plan.fusable:
+        raise ValueError(f"the general kernels run {plan}: one channel does not stand for all of a token there")
     T = sum(plan.frame_counts)
     x = torch.ones(T, plan.height, plan.width, 1, dtype=torch.bfloat16)
     result = torch.ones(T, *plan.pooled_size, 1, dtype=x.dtype)
-    weighting = Weighting(1.0, 2.0, True, 1)
-    if gradient:
-        out = torch.empty_like(x)
-        call = triton_kernels.prepare_grid_pool_backward(CallSpec(x, out, plan, weighting, result))
-    else:
-        out = result
-        call = triton_kernels.prepare_grid_pool(CallSpec(x, out, plan, weighting))
-    if not plan.fusable:
-        raise ValueError(f"the general kernels run {plan}: one channel does not stand for all of a token there")
+    out = torch.empty_like(x) if gradient else result
+    call = prepared(x, result, plan, gradient)
+    of_all_channels = prepared(*(t.to("meta").expand(-1, -1, -1, channels) for t in (x, result)), plan, gradient)
+    for launch, like in zip(call.launches, of_all_channels.launches, strict=True):
+        launch.grid = like.grid
+        for place, name in enumerate(launch.kernel.arg_names):
+            if name == "cells":
+                launch.arguments[place] = like.arguments[place]
     cells = torch.empty(call.scratch, dtype=x.dtype)
     tables = call.tables.tensor if call.tables else torch.empty(0, dtype=torch.int32)
     grad, sums = result if gradient else torch.empty(0), torch.empty(call.gradients)
@@ -147,7 +153,7 @@ def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
         again = {name: loads[name] - np.count_nonzero(times) for name, times in recorder.loads.items()}
         counts.append(
             Counts(
-                programs=launch.grid[0],
+                programs=math.prod(launch.grid),
                 x_loads=loads["x"],
                 x_again=again["x"],
                 cell_loads=loads["cells"],
@@ -162,6 +168,18 @@ def count_launches(plan: GridPlan, gradient: bool = False) -> list[Counts]:
             )
         )
     return counts
+
+
+def prepared(x: Tensor, result: Tensor, plan: GridPlan, gradient: bool) -> Any:
+    """Return grid_pool of tokens like x as it is prepared for an H100, or its gradient."""
+    from stgridpool_kernels.backends import triton_kernels
+    from stgridpool_kernels.backends.triton_kernels.launch import CallSpec
+
+    weighting = Weighting(1.0, 2.0, True, x.shape[-1])
+    if gradient:
+        spec = CallSpec(x, torch.empty_like(x), plan, weighting, result, capability=H100)
+        return triton_kernels.prepare_grid_pool_backward(spec)
+    return triton_kernels.prepare_grid_pool(CallSpec(x, result, plan, weighting, capability=H100))
 
 
 def loads_without_carrying(plan: GridPlan) -> int:
@@ -212,13 +230,13 @@ GRADIENT_COLUMNS = {
 }
 
 
-def launch_table(counts: Sequence[Counts], workload: Workload, names: Sequence[str] = ()) -> Table:
-    """Return a table in MB with a row for every launch, and their sum. names: of the launches of a gradient."""
+def launch_table(
+    counts: Sequence[Counts], workload: Workload, names: Sequence[str], columns: Mapping[str, str] = COLUMNS
+) -> Table:
+    """Return a table in MB with a row for every launch, by name, and their sum. columns: as above, fields by name."""
     table = Table("launch", box=box.MARKDOWN)
-    columns = GRADIENT_COLUMNS if names else COLUMNS
     for name in ("programs", *columns, "tables, KB"):
         table.add_column(name, justify="right")
-    names = names or ("frames of x", *(f"summaries, {number}" for number in range(1, len(counts))))
     for name, found in zip((*names, "all"), (*counts, sum(counts, Counts())), strict=True):
         row = [name, str(found.programs)]
         for field in columns.values():
@@ -229,6 +247,13 @@ def launch_table(counts: Sequence[Counts], workload: Workload, names: Sequence[s
 
 
 def launch_names(plan: GridPlan, counts: Sequence[Counts]) -> list[str]:
+    """Return names of the launches of grid_pool: rows of frames that are shrunk, windows of the others, mosaics."""
+    levels = len(Dataflow.of(plan).by_level())
+    frames = [f"frames of x, {'rows' if found.cell_stores else 'windows'}" for found in counts[: len(counts) - levels]]
+    return [*frames, *(f"summaries, {number}" for number in range(1, levels + 1))]
+
+
+def gradient_launch_names(plan: GridPlan, counts: Sequence[Counts]) -> list[str]:
     """Return names of the launches of a gradient: thumbnails again, then back through the levels."""
     levels = len(Dataflow.of(plan).by_level())
     shrunk = len(counts) - levels - 1
@@ -295,19 +320,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             workload = replace(workload, frame_counts=(given.frames,))
         plan = workload.plan("grid_pool")
         with Console(stderr=True).status(f"counting {name}"):
-            counts = count_launches(plan)
+            counts = count_launches(plan, channels=workload.channels)
         dtype = str(workload.dtype).removeprefix("torch.")
         shapes = [" × ".join(map(str, shape)) for shape in (workload.shape, plan.pooled_size)]
         print(f"\n{shapes[0]} {dtype}, frames pooled to {shapes[1]}; MB:\n")
-        show(console, launch_table(counts, workload))
+        show(console, launch_table(counts, workload, launch_names(plan, counts)))
         show(console, total_table(counts, workload))
         alone = loads_without_carrying(plan) * workload.channels * workload.dtype.itemsize / 1e6
         print(f"If no column were carried, programs would load {alone:.1f} MB of x.", flush=True)
         if given.gradient:
             with Console(stderr=True).status(f"counting the gradient of {name}"):
-                back = count_launches(plan, gradient=True)
+                back = count_launches(plan, gradient=True, channels=workload.channels)
             print("\nIts gradient; MB, those of summaries in float32:\n")
-            show(console, launch_table(back, workload, launch_names(plan, back)))
+            names = gradient_launch_names(plan, back)
+            show(console, launch_table(back, workload, names, GRADIENT_COLUMNS))
             show(console, gradient_table(sum(counts, Counts()), sum(back, Counts()), workload))
 
 

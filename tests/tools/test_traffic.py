@@ -12,6 +12,7 @@ from benchmarks.workloads import WORKLOADS
 from stgridpool_kernels import grid_plan
 
 pytest.importorskip("triton", reason="no Triton")
+from stgridpool_kernels.backends.triton_kernels import config
 from tools import traffic
 from tools.traffic import Counts, count_launches, loads_without_carrying
 
@@ -22,13 +23,15 @@ def test_even_frames() -> None:
     """Of 8 frames of 8 × 8 four are shrunk to 4 × 4 cells, all of which the summary in frame 7 has."""
     assert count_launches(grid_plan([8], 8, 8)) == [
         Counts(
-            programs=8 * 16,  # one a window
-            x_loads=8 * 64,  # each token once
-            out_stores=7 * 16,
+            programs=4 * 16,  # one a window
+            x_loads=4 * 64,  # each token once
+            out_stores=3 * 16,
             cell_stores=4 * 16,
-            table_loads=4 * 16 * 5 + 4 * 16,  # five numbers for a walk, here of one step, and one for a window
+            table_loads=4 * 16 * 5,  # five numbers for a walk, here of one step
         ),
-        Counts(programs=16, cell_loads=64, out_stores=16, table_loads=16 * (5 + 4)),  # four slots for a window
+        Counts(programs=4 * 16, x_loads=4 * 64, out_stores=4 * 16, table_loads=4 * 16),  # one number for a window
+        # a mosaic takes no number of its node, and four slots for a window
+        Counts(programs=16, cell_loads=64, out_stores=16, table_loads=16 * (4 + 4)),
     ]
 
 
@@ -36,24 +39,43 @@ def test_odd_frames() -> None:
     """In frames of 9 × 9 cells overlap, and the last row and column of a summary is pooled into nothing."""
     walked = 81 + 70 + 70 + 36  # windows of frames 1, 3, 5 and 7, of which 5×5, 5×3, 3×5 and 3×3 cells are needed
     above = 4 * 9 + 4 * 6 + 2 * 9 + 2 * 6  # the row above these, which the walk above reads too
+    # a walk is one cell, for so few; the column to the left of all but the first of 5, 3, 5 and 3 cells in a row, which
+    # has 2 tokens in the first row, 3 in others, and 2 in the fifth
+    beside = (13 * 4) + (13 * 2) + (8 * 4) + (8 * 2)
+    windows = Counts(programs=4 * 16, x_loads=4 * 64, out_stores=4 * 16, table_loads=4 * 16)
     assert count_launches(grid_plan([8], 9, 9)) == [
         Counts(
-            programs=4 * 5 + 4 * 16,
-            x_loads=walked + above + 4 * 64,
-            x_again=above,
-            out_stores=7 * 16,
+            programs=4 * 25,
+            x_loads=walked + above + beside,
+            x_again=above + beside,
+            out_stores=3 * 16,
             cell_stores=25 + 15 + 15 + 9,
-            table_loads=4 * 5 * 5 + 4 * 16,
+            table_loads=4 * 25 * 5,
         ),
-        # 16 of the 25 pool a window; they ask for the slots of a column to the left and of a row above, too, which have
-        # no tokens then
-        Counts(programs=25, cell_loads=64, out_stores=16, table_loads=25 * 5 + 16 * (4 + 3 + 2)),
+        windows,
+        # 16 of the 25 pool a window and ask for the slots of a row above, too, which has no live cells; so do all that
+        # are not the first of a row for those of a column to the left
+        Counts(programs=25, cell_loads=64, out_stores=16, table_loads=25 * 4 + 16 * (4 + 2) + 20 * 3),
     ]
 
 
+def test_walks_are_those_of_all_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs for 8192 channels have 16 warps, one of which fits on a multiprocessor; there are 10 of these here.
+
+    The 20 rows of 4 frames are walked as a whole, and the 25 cells of a summary three or two at a time.
+    """
+    monkeypatch.setitem(config.MULTIPROCESSORS, traffic.H100, 10)
+    shrunk, _, mosaics = count_launches(grid_plan([8], 9, 9), channels=8192)
+    assert (shrunk.programs, mosaics.programs) == (20, 10)
+    assert shrunk.x_loads - shrunk.x_again == 81 + 70 + 70 + 36
+    assert shrunk.x_again == 4 * 9 + 4 * 6 + 2 * 9 + 2 * 6  # the row above
+
+
 def test_without_summaries() -> None:
-    """Without summaries every token of a window is loaded once, and no table."""
-    assert count_launches(grid_plan([3], 5, 4)) == [Counts(programs=12, x_loads=48, out_stores=12)]
+    """Without summaries every token of a window is loaded once and, without levels, no table."""
+    once = Counts(programs=12, x_loads=48, out_stores=12)
+    assert count_launches(grid_plan([3], 5, 4)) == [replace(once, table_loads=12)]
+    assert count_launches(grid_plan([3], 5, 4, frame_strides=())) == [once]
 
 
 @pytest.mark.parametrize(
@@ -66,9 +88,9 @@ def test_no_more_of_x_is_loaded_than_the_result_depends_on(
 ) -> None:
     """Each window is stored once."""
     plan = grid_plan(counts, H, W, **arguments)
-    found = count_launches(plan)
-    assert found[0].x_loads - found[0].x_again == tokens_read(plan).sum()
-    assert sum(found, Counts()).out_stores == sum(counts) * plan.pooled_size[0] * plan.pooled_size[1]
+    found = sum(count_launches(plan), Counts())
+    assert found.x_loads - found.x_again == tokens_read(plan).sum()
+    assert found.out_stores == sum(counts) * plan.pooled_size[0] * plan.pooled_size[1]
 
 
 def test_loads_without_carrying() -> None:
