@@ -1,7 +1,7 @@
-"""Prints of fused launches how many products and sums are fused, and how many sums subtract, as JSON.
+"""Prints how many products and sums each fused launch fuses, and how many sums subtract, as JSON.
 
 `python -m tests.tools.compile_cuts H W` runs it in a process where kernels are compiled and not interpreted. Rows of W
-tokens are cut in several ways. Counts are those of the PTX, per place in the code where a window is pooled.
+tokens are cut in several ways. Counts are those of the PTX. Each kernel has one place where a window is pooled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from tools.compile_report import Case, compile_call, configured
 CUTS: tuple[dict[str, Any], ...] = (
     {},
     *({"frame_cells": cells, "mosaic_cells": cells} for cells in (1, 5)),
-    {"spread": True},
     {"stages": 1},
 )
 
@@ -29,11 +28,9 @@ def main(H: int, W: int) -> None:
         for cut in CUTS:
             with configured(cut):
                 kernels = compile_call(Case(op, {}), x, 90)
-            # walks and windows in the first launch, one of them in all others unless windows are shared out
-            for number, kernel in enumerate(kernels[:2]):
-                places = 2 if op == "grid_pool" and (number == 0 or cut.get("spread")) else 1
-                counts = [kernel.asm["ptx"].count(name) / places for name in ("fma.rn.f32", "sub.f32")]
-                found[f"{op} {number}, {cut}"] = counts
+            for kernel in kernels[:3]:  # rows, windows, and the mosaics of one level
+                counts = [kernel.asm["ptx"].count(name) for name in ("fma.rn.f32", "sub.f32")]
+                found[f"{op}: {kernel.name}, {cut}"] = counts
     print(json.dumps(found))
 
 
