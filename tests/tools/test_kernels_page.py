@@ -25,7 +25,7 @@ def test_rows_of_the_configuration() -> None:
     found = re.findall(r"^\| (\d+) \| (\d) \| (\d+\.0 .+) \|$", PAGE, re.MULTILINE)
     rows = []
     for row in config.ROWS:
-        caps = [str(cap or "any") for cap in (row.config.plain_registers, row.config.even_registers)]
+        caps = [str(cap or "any") for cap in (row.config.window_registers, row.config.even_registers)]
         capability = ".".join(map(str, row.capability))
         numbers = [capability, str(row.config.num_warps), str(row.config.stages), " / ".join(caps), row.reason]
         rows.append((str(row.block), str(row.bytes), " | ".join(numbers)))
@@ -39,7 +39,8 @@ def test_scratch(path: str, kernel_size: int) -> None:
     plan = grid_plan([64], 27, 27, kernel_size=kernel_size)
     x = torch.empty(64, 27, 27, 896, dtype=torch.bfloat16, device="meta")
     out = torch.empty(64, *plan.pooled_size, 896, dtype=x.dtype, device="meta")
-    scratch = triton_kernels.prepare("grid_pool", x, plan, Weighting(1.0, 2.0, True, 896), out).scratch * 2
+    spec = launch.CallSpec(x, out, plan, Weighting(1.0, 2.0, True, 896))
+    scratch = triton_kernels.prepare_grid_pool(spec).scratch * 2
     formula, megabytes = re.findall(rf"^\| {path} \| ([\d ()+×]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)[0]
     assert eval(formula.replace("×", "*")) == scratch
     assert f"{scratch / 1e6:.1f}" == megabytes
