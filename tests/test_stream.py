@@ -31,7 +31,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import stgridpool_kernels
 from stgridpool_kernels import GridPoolStream, grid_plan, stream
-from stgridpool_kernels.backends import BACKENDS, compiled
+from stgridpool_kernels.backends import BACKENDS, compiled, device_tables
 from stgridpool_kernels.backends.weighting import Weighting
 from stgridpool_kernels.plan.tables import ChunkEntry, chunk_tables
 from stgridpool_kernels.stream import SLOTS_PER_LEVEL
@@ -297,7 +297,7 @@ def test_frames_that_no_result_depends_on_are_not_kept() -> None:
     assert kept_frames(4, **CALLS["overwritten"]) == [1, 0, 1, 0]
 
 
-OPS = ("grid_pool", "temporal_grid", "norm_pool", "pool_chunk")
+OPS = ("grid_pool", "temporal_grid", "pool_chunk")
 
 
 @pytest.fixture
@@ -844,18 +844,10 @@ def test_inference_mode_may_come_and_go(name: str, backend: str, device: torch.d
 def test_default_device_is_not_used(name: str, backend: str, device: torch.device) -> None:
     """What a stream keeps is where its frames are; 13 channels, as tables of an earlier call may be there already."""
     x = video(backend, device, C=13)
-    compiled._chunk_tables.cache_clear()
+    device_tables.tables_of_chunk.cache_clear()
     with torch.device("meta"):
         result = pushed(GridPoolStream(backend=backend, **CALLS[name]), x.split(5))
     assert_same_bits(result, run(backend, "grid_pool", x, **CALLS[name]))
-
-
-def test_first_chunk_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An upload would end the capture with an error of CUDA that does not say why."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(compiled, "tables_on", lambda *_: pytest.fail("tables were uploaded"))
-    with pytest.raises(RuntimeError, match="warm up first"):
-        compiled._chunk_tables((1, 2, 3), torch.device("cuda", 0))
 
 
 @two_calls
@@ -888,7 +880,7 @@ def test_a_copy_goes_its_own_way(name: str, backend: str, device: torch.device) 
 
 
 @pytest.mark.needs("library")
-def test_tables_of_a_chunk_are_checked() -> None:
+def test_tables_of_a_chunk_for_other_thumbnails_are_refused() -> None:
     plan = grid_plan((), 4, 4)
     chunk = chunk_tables(plan, 2, [[ChunkEntry(0, 0, 3, (2, 2)), ChunkEntry(1, 1, -1, ())]], 4)
     x, out, weighting = torch.ones(2, 4, 4, 3), torch.empty(2, 2, 2, 3), Weighting(1.0, 2.0, True, 3)
