@@ -300,6 +300,19 @@ def test_temperature_0_averages(windows: Arguments, dtype: torch.dtype, backend:
     assert_within(result, exact, 2 * error(eager.norm_pool(x, temperature=0.0, **windows), exact))
 
 
+@each({"windows": AVERAGES, "norm": NORMS})
+def test_norm_pool_is_grid_pool_without_levels(
+    windows: Arguments, norm: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    x = tokens(*size, 13, dtype=dtype, device=device)
+    arguments = {"temperature": 0.7, **norm, **windows}
+    if "output_size" in windows:
+        arguments["output_size"] = (2, 3)
+    gridded = run(backend, "grid_pool", x, frame_strides=(), **arguments)
+    assert_same_bits(run(backend, "norm_pool", x, **arguments), gridded)
+    assert_same_bits(run(backend, "norm_pool", x[None], **arguments), gridded[None])
+
+
 @pairs({"temperature": [1.0, 0.0, -3.0, 50.0], "windows": [{}, {"ceil_mode": True}, {"output_size": (4, 2)}]})
 def test_constant_tokens_stay(
     windows: Arguments, temperature: float, dtype: torch.dtype, backend: str, device: torch.device

@@ -312,6 +312,18 @@ def test_frames_without_influence_get_zero(
     assert (found[untouched] == 0).all()
 
 
+@each({"windows": WINDOWS, "norm": NORMS})
+@only(*KERNEL_DTYPES)
+def test_norm_pool_is_grid_pool_without_levels(
+    windows: Arguments, norm: Arguments, dtype: torch.dtype, backend: str, device: torch.device, size: Size
+) -> None:
+    x = tokens(*size, 13, dtype=dtype, device=device)
+    arguments = {"temperature": 0.7, **norm, **windows}
+    grad = like_result("norm_pool", x, **arguments)
+    gridded = gradient(backend, "grid_pool", x, grad, frame_strides=(), **arguments)
+    assert_same_bits(gradient(backend, "norm_pool", x, grad, **arguments), gridded)
+
+
 # ---- who computes it ----
 
 
@@ -322,7 +334,7 @@ def test_kernels_have_a_backward_of_their_own(
     x = tokens(*size, 16, device=device)
     ops = ("grid_pool", "norm_pool", "temporal_grid")
     expected = [gradient(backend, op, x, like_result(op, x)) for op in ops]
-    for name in ("grid_pool", "norm_pool", "temporal_grid", "_norm"):
+    for name in ("grid_pool", "temporal_grid", "_norm"):
         monkeypatch.setattr(reference, name, None)
     for op, of_op in zip(ops, expected, strict=True):
         assert_same_bits(gradient(backend, op, x, like_result(op, x)), of_op)

@@ -189,11 +189,10 @@ def test_small_calls(dtype: torch.dtype, op: str, shape: tuple[int, ...], argume
 
 TRITON_CHOICES: tuple[dict[str, Any], ...] = (
     *({"frame_cells": cells, "mosaic_cells": cells} for cells in (1, 2, 5, 99)),
-    {"plain_registers": 80, "even_registers": 80, "odd_registers": 96},
-    {"plain_registers": None, "even_registers": None, "odd_registers": 168},
+    {"window_registers": 80, "even_registers": 80, "odd_registers": 96},
+    {"window_registers": None, "even_registers": None, "odd_registers": 168},
     {"stages": 1},
     {"stages": 3},
-    {"spread": True},
 )
 
 

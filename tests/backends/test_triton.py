@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from types import FrameType, SimpleNamespace
+from itertools import groupby
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -18,9 +20,9 @@ from torch import Tensor
 
 import stgridpool_kernels
 from stgridpool_kernels import backends, grid_plan
-from stgridpool_kernels.backends import device_tables
 from stgridpool_kernels.backends import triton as triton_backend
 from stgridpool_kernels.backends.weighting import Weighting
+from stgridpool_kernels.plan.tables import CONSUMER_WORDS, ENTRY_WORDS, Header, Stage, gradient_section, stages_of
 from tests.backends.test_backward import CALLS as GRADIENT_CALLS
 from tests.backends.test_backward import gradient, like_result
 from tests.support.cases import CALLS, Arguments, tokens
@@ -29,7 +31,18 @@ from tests.support.tolerance import assert_accurate, assert_gradient_accurate, a
 
 pytest.importorskip("triton", reason="no Triton")
 from stgridpool_kernels.backends import triton_kernels
-from stgridpool_kernels.backends.triton_kernels import backward, config, fused, launch
+from stgridpool_kernels.backends.triton_kernels import (
+    backward,
+    config,
+    fused,
+    fused_backward,
+    launch,
+    pool,
+    summaries,
+    tiles,
+    token_norm,
+)
+from stgridpool_kernels.backends.triton_kernels.tiles import Tokens
 
 pytestmark = [
     # The interpreter of Triton 3.6 takes arrays of one element for numbers.
@@ -47,7 +60,6 @@ def forget_calls() -> Iterator[None]:
     """Prepared calls of one test, whose limits may be changed, are not for the next."""
     yield
     launch._calls.clear()
-    device_tables._captured.clear()
 
 
 @pytest.fixture
@@ -85,15 +97,32 @@ parities = pytest.mark.parametrize(
 def prepared(
     op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, gradient: bool = False, **arguments: Any
 ) -> launch.PreparedCall:
-    """What a call with tensors of that shape launches, or its gradient; nothing is allocated."""
+    """Return the launches of a call with tensors of that shape, or of its gradient, without allocating memory."""
     x = torch.empty(shape, dtype=dtype, device="meta")
-    plan = grid_plan(arguments.pop("frame_counts", shape[:1]), *shape[1:3], **arguments)
-    out = torch.empty(shape[0], *plan.pooled_size, shape[3], dtype=dtype, device="meta")
-    if gradient:
-        return triton_kernels.prepare_backward(
-            op, out, x, plan, Weighting(1.0, 2.0, True, x.shape[-1]), torch.empty_like(x)
-        )
-    return triton_kernels.prepare(op, x, plan, Weighting(1.0, 2.0, True, x.shape[-1]), out)
+    return prepare(op, x, gradient, **arguments)
+
+
+NO_POOLING: Arguments = {"kernel_size": 1}
+NO_GRIDDING: Arguments = {"frame_strides": ()}
+
+
+def prepare(
+    op: str,
+    x: Tensor,
+    gradient: bool = False,
+    capability: tuple[int, int] = (8, 0),
+    norm_type: float = 2.0,
+    **arguments: Any,
+) -> launch.PreparedCall:
+    """Return the launches of a call with x, or of its gradient."""
+    arguments |= {"temporal_grid": NO_POOLING, "norm_pool": NO_GRIDDING}.get(op, {})
+    plan = grid_plan(arguments.pop("frame_counts", x.shape[:1]), *x.shape[1:3], **arguments)
+    result = torch.empty(x.shape[0], *plan.pooled_size, x.shape[3], dtype=x.dtype, device="meta")
+    weighting = None if op == "temporal_grid" else Weighting(1.0, norm_type, True, x.shape[-1])
+    out, grad = (torch.empty_like(x, device="meta"), result) if gradient else (result, None)
+    name = "temporal_grid" if op == "temporal_grid" else "grid_pool"
+    prepare_call = getattr(triton_kernels, f"prepare_{name}_backward" if gradient else f"prepare_{name}")
+    return prepare_call(launch.CallSpec(x, out, plan, weighting, grad, capability=capability))
 
 
 # ---- results where the common suite does not look ----
@@ -136,9 +165,9 @@ def test_tokens_longer_than_a_tile(
 
 CUTS: list[dict[str, Any]] = [
     {"frame_cells": 1, "mosaic_cells": 2},
-    {"frame_cells": 2, "mosaic_cells": 5, "spread": True},
+    {"frame_cells": 2, "mosaic_cells": 5},
     {"frame_cells": 5, "mosaic_cells": 6},
-    {"spread": True},
+    {"frame_cells": 6, "mosaic_cells": 1},
 ]
 
 
@@ -147,7 +176,7 @@ CUTS: list[dict[str, Any]] = [
     [pytest.param(size, id=str(size), marks=slow_unless(size == (2, 11))) for size in [(5, 11), (2, 11), (3, 10)]],
 )
 def test_cuts_change_no_bit(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
-    """A row may be cut into walks anywhere, and windows may go with any launch."""
+    """A row may be cut into walks anywhere."""
     arguments = {"frame_strides": (1, 2), "frame_counts": [8, 1], "temperature": 0.7}
     x = tokens(9, *size, 64)
     x[1, 1, size[1] // 2] = math.nan
@@ -164,30 +193,31 @@ def test_cuts_change_no_bit(size: tuple[int, int], monkeypatch: pytest.MonkeyPat
 
 
 def test_registers_are_limited_where_that_fits_more_warps() -> None:
-    """Not in a gradient, of powers, or where tokens are not read 16 bytes at a time: none of these may spill."""
+    """Gradients, powers and tokens that are not read 16 bytes at a time have no such limit, since some would spill."""
 
-    def limits(op: str, x: Tensor, **arguments: Any) -> set[int | None]:
-        grad_x = torch.empty_like(x) if arguments.pop("gradient", False) else None
-        weighting = Weighting(1.0, arguments.pop("norm_type", 2.0), True, x.shape[-1])
-        plan = grid_plan([16], *x.shape[1:3], **({"frame_strides": ()} if op == "norm_pool" else {}))
-        out = torch.empty(16, *plan.pooled_size, x.shape[3], dtype=x.dtype, device="meta")
-        if grad_x is None:
-            call = triton_kernels.prepare(op, x, plan, weighting, out, (9, 0))
-        else:
-            call = triton_kernels.prepare_backward(op, out, x, plan, weighting, grad_x, (9, 0))
-        return {one.options.get("maxnreg") for one in call.launches if one.kernel is fused.grid_pool_kernel}
+    def limits(op: str, x: Tensor, **arguments: Any) -> dict[str, int | None]:
+        call = prepare(op, x, capability=(9, 0), **arguments)
+        kernels = (fused.rows_kernel, fused.windows_kernel, fused.mosaics_kernel)
+        return {one.kernel.__name__: one.options["maxnreg"] for one in call.launches if one.kernel in kernels}
 
     def video(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
+    def everywhere(rows: int | None, windows: int | None, mosaics: int | None) -> dict[str, int | None]:
+        return {"rows_kernel": rows, "windows_kernel": windows, "mosaics_kernel": mosaics}
+
     odd, even = video(16, 27, 27, 3584), video(16, 24, 24, 4096)
-    assert limits("norm_pool", odd) == limits("norm_pool", even) == limits("grid_pool", even) == {80}
-    assert limits("grid_pool", odd) == limits("grid_pool", odd, gradient=True) == {128}
-    assert limits("grid_pool", even, gradient=True) == {None}
+    assert limits("norm_pool", odd) == limits("norm_pool", even) == {"windows_kernel": 80}
+    assert limits("grid_pool", even) == everywhere(80, 80, 80)
+    assert limits("grid_pool", odd) == everywhere(128, 80, 128)
+    assert limits("grid_pool", odd, gradient=True) == {"rows_kernel": 128, "mosaics_kernel": 128}
+    assert limits("grid_pool", even, gradient=True) == {"rows_kernel": None, "mosaics_kernel": None}
     for x in (odd, even):
-        assert limits("grid_pool", x, norm_type=3.0) == limits("norm_pool", x, norm_type=3.0) == {None}
+        assert limits("grid_pool", x, norm_type=3.0) == everywhere(None, None, None)
+        assert limits("norm_pool", x, norm_type=3.0) == {"windows_kernel": None}
     for x in (video(16, 24, 24, 1000), video(16, 1152, 24, 24).permute(0, 2, 3, 1)):
-        assert limits("grid_pool", x) == limits("norm_pool", x) == {None}
+        assert limits("grid_pool", x) == everywhere(None, None, None)
+        assert limits("norm_pool", x) == {"windows_kernel": None}
 
 
 def test_tables_of_other_kernels_for_the_same_plan() -> None:
@@ -200,8 +230,8 @@ def test_tables_of_other_kernels_for_the_same_plan() -> None:
 def test_channels_beyond_a_tile() -> None:
     x = tokens(4, 2, 3, config.MAX_BLOCK + 1, dtype=torch.bfloat16)
     assert_accurate(run("grid_pool", x, frame_strides=(1,)), "grid_pool", x, frame_strides=(1,))
-    assert prepared("grid_pool", (8, 4, 4, 8192)).launches[0].kernel is fused.grid_pool_kernel
-    assert prepared("grid_pool", (8, 4, 4, 8193)).launches[-1].kernel is not fused.grid_pool_kernel
+    assert prepared("grid_pool", (8, 4, 4, 8192)).launches[0].kernel is fused.rows_kernel
+    assert prepared("grid_pool", (8, 4, 4, 8193)).launches[-1].kernel is pool.norm_pool_kernel
 
 
 axes = pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
@@ -249,6 +279,11 @@ def test_results_beyond_32_bits(axis: int, op: str) -> None:
     assert_same_bits(run(CALLS[op][0], x, out=out, **arguments), expected)
 
 
+def entries_of(tables: Tensor, stage: Stage) -> Tensor:
+    """Return the entries of a stage as a view of the tables: (entries, ENTRY_WORDS)."""
+    return tables[stage.entries :][: stage.num_entries * ENTRY_WORDS].view(-1, ENTRY_WORDS)
+
+
 @pytest.mark.parametrize("kernel_size", [2, 3], ids=["thumbnails", "summaries"])
 def test_scratch_beyond_32_bits(kernel_size: int) -> None:
     """Slots of thumbnails, or numbers of summaries, so high that their places pass 2³¹."""
@@ -256,20 +291,20 @@ def test_scratch_beyond_32_bits(kernel_size: int) -> None:
     expected = run("grid_pool", x, kernel_size=kernel_size)
     launch._calls.clear()
     found = torch.empty_like(expected)
-    plan = grid_plan([16], 5, 5, kernel_size=kernel_size)
-    call = triton_kernels.prepare("grid_pool", x, plan, Weighting(1.0, 2.0, True, x.shape[-1]), found)
+    plan = dataclasses.replace(grid_plan([16], 5, 5, kernel_size=kernel_size))  # no other call uses its tables
+    call = triton_kernels.prepare_grid_pool(launch.CallSpec(x, found, plan, Weighting(1.0, 2.0, True, x.shape[-1])))
     tables, size = call.tables.tensor, (3 * 3 if kernel_size == 2 else 5 * 5) * 3
     far = (1 << 31) // size + 1
     call.scratch += far * size
     if kernel_size == 2:
-        first = call.launches[0].arguments[call.launches[0].kernel.arg_names[4:].index("entries")]
-        slots = tables[first:].view(-1, 8)[:, [2, 4, 5, 6, 7]]
-        tables[first:].view(-1, 8)[:, [2, 4, 5, 6, 7]] = torch.where(slots >= 0, slots + far, slots)
+        for stage in stages_of(tables.tolist()):
+            entries = entries_of(tables, stage)
+            slots = entries[:, [2, 4, 5, 6, 7]]
+            entries[:, [2, 4, 5, 6, 7]] = torch.where(slots >= 0, slots + far, slots)
     else:
         tables[tables < 0] -= far
         for one in call.launches[:-1]:
-            place = one.kernel.arg_names[4:].index("first")
-            one.arguments = (*one.arguments[:place], one.arguments[place] + far, *one.arguments[place + 1 :])
+            one.arguments[one.kernel.arg_names.index("first")] += far
     call(x, found, 0, capturing=False)
     assert_same_bits(found, expected)
 
@@ -323,10 +358,12 @@ def near_gradient(op: str) -> tuple[dict[str, Tensor], Callable[..., None]]:
     name, arguments = GRADIENT_CALLS[op]
     x = tokens(9, 4, 4, 3, dtype=torch.bfloat16)
     plan = grid_plan([9], 4, 4, **(arguments | ({"kernel_size": 1} if "temporal" in name else {})))
-    weighting = () if name == "temporal_grid" else (Weighting(1.0, 2.0, True, 3),)
 
     def write(x: Tensor, grad: Tensor, grad_x: Tensor) -> None:
-        triton_backend.backward(name, grad, x, plan, *weighting, grad_x)
+        if name == "temporal_grid":
+            triton_backend.temporal_grid_backward(grad, x, plan, grad_x)
+        else:
+            triton_backend.grid_pool_backward(grad, x, plan, Weighting(1.0, 2.0, True, 3), grad_x)
 
     tensors = {"x": x, "grad": like_result(name, x, **arguments), "grad_x": torch.empty_like(x)}
     write(**tensors)
@@ -358,22 +395,24 @@ def test_gradients_of_summaries_beyond_32_bits() -> None:
     expected = gradient("triton", "grid_pool", x, grad)
     launch._calls.clear()
     found = torch.empty_like(x)
-    call = triton_kernels.prepare_backward(
-        "grid_pool", grad, x, grid_plan([16], 4, 5), Weighting(1.0, 2.0, True, x.shape[-1]), found
-    )
+    plan = dataclasses.replace(grid_plan([16], 4, 5))  # no other call uses its tables
+    weighting = Weighting(1.0, 2.0, True, x.shape[-1])
+    call = triton_kernels.prepare_grid_pool_backward(launch.CallSpec(x, found, plan, weighting, grad))
     far = (1 << 31) // (4 * 5 * 3) + 1
     call.gradients += far * 4 * 5 * 3
     tables = call.tables.tensor
-    moved = 0
+    words = tables.tolist()
+    for stage in stages_of(words):
+        if stage.mosaic:
+            entries_of(tables, stage)[:, 0] -= far
+    offsets = words[gradient_section(words).consumers :][: 16 + Header.of(words).summaries + 1]
+    consumers = tables[offsets[0] : offsets[-1]].view(-1, CONSUMER_WORDS)
+    consumers[:, 0] += far
+    moved = len(consumers)
     for one in call.launches:
-        if one.kernel is backward.pair_gradient_kernel:
-            first = one.arguments[one.kernel.arg_names[one.tensors :].index("entries")]
-            for entry in tables[first:].split(9)[: one.grid[0] // (2 * 3)]:
-                if entry[0] < 0:
-                    entry[0] -= far
-                consumers = tables[entry[2] : entry[2] + 2 * entry[3]]
-                consumers[::2] += far
-                moved += int(entry[3])
+        if one.kernel is fused_backward.window_gradient_kernel and one.arguments[one.kernel.arg_names.index("MOSAIC")]:
+            # offsets are found by the number of a summary
+            one.arguments[one.kernel.arg_names.index("consumers")] -= far
     assert moved > 0
     call(x, found, 0, capturing=False, grad=grad)
     assert_same_bits(found, expected)
@@ -432,10 +471,14 @@ def test_norm_pool_reads_every_token_once() -> None:
 @pytest.mark.parametrize("frame_counts", [[64], [32, 8, 24], [4] * 16, [256]], ids=str)
 @pytest.mark.parametrize("levels", range(4))
 def test_launches(levels: int, frame_counts: list[int]) -> None:
+    """At most one for rows, one for windows and one for each level; one where no frame is shrunk."""
     arguments = {"frame_strides": (2, 4, 8)[:levels], "frame_counts": frame_counts}
     shape = (sum(frame_counts), 27, 27, 3584)
-    assert len(prepared("grid_pool", shape, **arguments).launches) <= 1 + levels
+    kernels = [one.kernel for one in prepared("grid_pool", shape, **arguments).launches]
+    assert kernels.count(fused.mosaics_kernel) <= levels
+    assert len(kernels) <= (2 + levels if levels else 1)
     assert len(prepared("grid_pool", shape, kernel_size=3, **arguments).launches) <= 1 + levels
+    assert len(prepared("norm_pool", shape, frame_counts=frame_counts).launches) == 1
 
 
 def scratch_bytes(op: str, shape: tuple[int, ...], **arguments: Any) -> int:
@@ -457,10 +500,10 @@ def test_scratch_is_at_most_a_fifth_of_the_input(shape: tuple[int, ...], argumen
 
 
 def test_scratch_formulas() -> None:
-    """As docs/kernels.md has them: a thumbnail per shrunk node, or a frame per summary."""
+    """The formulas of docs/kernels.md: a thumbnail per slot, or a frame per summary."""
     h, w, C = 14, 14, 896
-    # raw: 32 sampled frames; summaries that are sampled: 8 of level 1, 4 of level 2
-    assert scratch_bytes("grid_pool", (64, 27, 27, C)) == (32 + 8 + 4) * h * w * C * 2
+    # 32 frames are sampled, then 8 summaries of level 1; the 4 of level 2 take slots that level 1 has read
+    assert scratch_bytes("grid_pool", (64, 27, 27, C)) == (32 + 8) * h * w * C * 2
     # every summary that is not replaced unread: 8 + 4 + 2
     assert scratch_bytes("grid_pool", (64, 27, 27, C), kernel_size=3) == 14 * 27 * 27 * C * 2
     assert scratch_bytes("temporal_grid", (64, 27, 27, C)) == 14 * 27 * 27 * C * 2
@@ -471,34 +514,26 @@ def test_scratch_formulas() -> None:
 def test_launches_depend_on_nothing_that_packing_changes() -> None:
     """A video's frames go through the same kernels, tiles and walks whatever comes with it."""
 
-    strides = {"x_video", "out_video", "grad_video"}
-    integers = {
-        "n",
-        "first",
-        "sources",
-        "runs",
-        "entries",
-        "walked",
-        "row_starts",
-        "nodes",
-        "windows",
-        "of_windows",
-        "T",
-        "norm_channels",
+    varying = {
+        *("entries", "cells", "T", "weights", "consumers", "frames", "of_windows", "first", "count", "level"),
+        *("summary_rows", "summary_cols"),
     }
 
     def recipe(call: launch.PreparedCall) -> list[Any]:
         found = []
         for one in call.launches:
-            names = one.kernel.arg_names[one.tensors :]
+            names = one.kernel.arg_names
             # compiled code must not depend on them either
-            assert set(one.kernel.kwargs["do_not_specialize"]) == integers & set(names)
-            arguments = zip(names, one.arguments, strict=True)
-            found.append({k: v for k, v in arguments if k not in integers | strides})
+            assert set(one.kernel.kwargs["do_not_specialize"]) == varying & set(names)
+            arguments = dict(zip(names, one.arguments, strict=True))
+            strides = {name: given[2:] for name, given in arguments.items() if isinstance(given, Tokens)}
+            found.append({name: given for name, given in (arguments | strides).items() if name not in varying})
         return found
 
     alone = recipe(prepared("grid_pool", (32, 27, 27, 3584)))
     assert recipe(prepared("grid_pool", (1600, 27, 27, 3584), frame_counts=[32] * 50)) == alone
+    alone = recipe(prepared("temporal_grid", (32, 27, 27, 3584)))
+    assert recipe(prepared("temporal_grid", (1600, 27, 27, 3584), frame_counts=[32] * 50)) == alone
     # a video too short for a summary, beside one that has some
     alone = recipe(prepared("grid_pool", (3, 27, 27, 3584), kernel_size=3))
     assert recipe(prepared("grid_pool", (35, 27, 27, 3584), kernel_size=3, frame_counts=[3, 32]))[-1:] == alone
@@ -531,47 +566,117 @@ def test_rows_say_why() -> None:
     assert all(row.reason for row in config.ROWS)
 
 
+@pytest.mark.parametrize("row_cells", [1, 2, 5, 6, 7, 14, 40])
+@pytest.mark.parametrize("rows", [1, 3, 14, 112, 264, 265, 448, 1568, 100_000])
+def test_cells_of_a_program(rows: int, row_cells: int) -> None:
+    """Programs are few enough to run at once, unless some would walk far while the GPU has places left."""
+    for places in (1, 132, 264, 264 * 8):
+        cells = config.FusedConfig(8).cells(rows, row_cells, places, False)
+        programs = rows * -(-row_cells // cells)
+        assert cells == config.FusedConfig(8).cells(rows, row_cells, places, True)
+        assert 1 <= cells <= row_cells
+        one_wave = min(max(1, -(-rows * row_cells // places)), row_cells)
+        if one_wave <= config.LONGEST_WALK:
+            assert cells == one_wave
+        else:
+            assert cells <= config.LONGEST_WALK or programs >= places
+            # a walk is shortened no further than that takes
+            assert cells == one_wave or rows * -(-row_cells // (cells + 1)) < places
+
+
+def test_given_cells_of_a_program() -> None:
+    given = config.FusedConfig(8, frame_cells=3, mosaic_cells=99)
+    assert [given.cells(1000, 14, 264, mosaic) for mosaic in (False, True)] == [3, 14]
+
+
+KERNELS = {
+    name: value
+    for module in (backward, fused, fused_backward, pool, summaries, token_norm)
+    for name, value in vars(module).items()
+    if name.endswith("_kernel")
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_has_few_parameters(name: str) -> None:
+    assert 5 < len(KERNELS[name].arg_names) <= 25
+
+
+def test_every_kernel_is_known() -> None:
+    """Every kernel of the folder is among those whose parameters are counted."""
+    sources = "".join(file.read_text() for file in Path(launch.__file__).parent.glob("*.py"))
+    assert sorted(KERNELS) == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+
+
 # ---- between the call and the device ----
 
 
-@pytest.mark.parametrize("call", ["grid_pool-published", "grid_pool-overlapping", "norm_pool-published"])
-def test_a_warm_call_is_short_before_its_first_launch(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Python does between a call and the device, in function calls, which no busy machine makes more of.
+def entered_before_the_launch(monkeypatch: pytest.MonkeyPatch, call: str) -> list[Path]:
+    """Return the file of every function that a warm call enters, from the op up to its first launch."""
+    entered: list[Path] = []
+    before_the_launch: list[Path] = []
 
-    `TRITON_INTERPRET=1 make bench ARGS="-k launches"` says what they take.
-    """
-    reached: list[int] = []
-    calls = 0
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            entered.append(Path(frame.f_code.co_filename))
 
-    def count(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal calls
-        calls += event == "call"
+    def reach(*given: Any) -> None:
+        before_the_launch.extend(entered if not before_the_launch else ())
 
-    monkeypatch.setattr(launch.Launch, "__call__", lambda *args: reached.append(calls))
+    monkeypatch.setattr(launch.Launch, "__call__", reach)
     op, arguments = CALLS[call]
     x = tokens(64, 9, 9, 16, dtype=torch.bfloat16)
     public = getattr(torch.ops.stgp, op)
     arguments = {k: [v] * 2 if k in ("kernel_size", "stride", "padding") else v for k, v in arguments.items()}
     with stgridpool_kernels.use_backend("triton"):
         public(x, **arguments)
-        reached.clear()
+        before_the_launch.clear()
         before = sys.getprofile()
-        sys.setprofile(count)
+        sys.setprofile(note)
         try:
             public(x, **arguments)
         finally:
             sys.setprofile(before)
-    print(f"{call}: {reached[0]} function calls")
-    assert 0 < reached[0] <= 60
+    return before_the_launch
+
+
+warm_calls = pytest.mark.parametrize("call", ["grid_pool-published", "grid_pool-overlapping", "norm_pool-published"])
+
+
+@warm_calls
+def test_a_warm_call_is_short_before_its_first_launch(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm call enters few functions, a number that does not depend on the load of the machine.
+
+    `TRITON_INTERPRET=1 make bench ARGS="-k launches"` takes times.
+    """
+    entered = entered_before_the_launch(monkeypatch, call)
+    print(f"{call}: {len(entered)} function calls")
+    assert 0 < len(entered) <= 60
+
+
+@warm_calls
+def test_a_warm_call_passes_through_few_files(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader follows a warm call through at most 8 files of the package, with at most 8 moves from file to file.
+
+    Two of them, and two moves, are those of the kernel: its own file and that of the functions it calls, tiles.py.
+    """
+    package = Path(stgridpool_kernels.__file__).parent
+    kernel = fused if call.endswith("published") else pool
+    entered = [*entered_before_the_launch(monkeypatch, call), Path(kernel.__file__), Path(tiles.__file__)]
+    files = [str(file.relative_to(package)) for file in entered if package in file.parents]
+    moves = [file for file, _ in groupby(files)]
+    print(f"{call}: {' → '.join(moves)}")
+    assert moves[0] == "ops.py"
+    assert len(set(moves)) <= 8, moves
+    assert len(moves) - 1 <= 8, moves
 
 
 def test_prepared_calls_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MAX_CALLS", 3)
     for T in (8, 9, 10, 8, 11):
         run("grid_pool", tokens(T, 2, 2, 3))
-    kept = [key[3][0][0] for key in launch._calls]
-    assert kept == [10, 8, 11]  # 9 was used longest ago
-    assert len(device_tables._tables) == 3
+    kept = [call.plan.frame_counts for call in launch._calls.values()]
+    assert kept == [(10,), (8,), (11,)]  # 9 was used longest ago
 
 
 def test_calls_share_the_tables_of_a_plan() -> None:
@@ -579,75 +684,7 @@ def test_calls_share_the_tables_of_a_plan() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for temperature in (1.0, 2.0):
             run("grid_pool", x.to(dtype), temperature=temperature)
-    assert (len(launch._calls), len(device_tables._tables)) == (4, 1)
-
-
-class FakeEvent:
-    """An event whose upload ends when it is told so."""
-
-    def __init__(self, log: list[Any], **options: bool) -> None:
-        self.log, self.over = log, False
-        assert options == {"external": True}
-
-    def record(self, stream: Any) -> None:
-        self.log.append(("record", stream.cuda_stream))
-
-    def query(self) -> bool:
-        return self.over
-
-
-@pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A stand-in for torch.cuda as Tables uses it: the current stream, and what it was told to do."""
-    log: list[Any] = []
-    fake = SimpleNamespace(current=7, log=log)
-
-    def current_stream(device: Any) -> SimpleNamespace:
-        number = fake.current
-        wait = lambda event: log.append(("wait", number))  # noqa: E731
-        return SimpleNamespace(cuda_stream=number, device=device, wait_event=wait)
-
-    monkeypatch.setattr(torch.cuda, "Event", lambda **options: FakeEvent(log, **options))
-    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: log.append("pin") or self)
-    monkeypatch.setattr(
-        Tensor,
-        "to",
-        lambda self, device, non_blocking: log.append(("upload", non_blocking)) or self,
-    )
-    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: log.append(("keep", stream.cuda_stream)))
-    return fake
-
-
-def test_streams_wait_for_the_upload_of_tables(streams: SimpleNamespace) -> None:
-    tables = device_tables.Tables([1, 2, 3], torch.device("cuda", 0))
-    assert streams.log == ["pin", ("upload", True), ("record", 7)]
-    streams.log.clear()
-    tables.use(7, capturing=False)
-    assert streams.log == []  # the stream that uploads is in order by itself
-    streams.current = 8
-    tables.use(8, capturing=False)
-    tables.use(8, capturing=False)
-    assert streams.log == [("wait", 8), ("keep", 8)]
-    streams.log.clear()
-    tables.uploaded.over = True
-    streams.current = 9
-    tables.use(9, capturing=False)
-    assert streams.log == [("keep", 9)]
-    assert tables.uploaded is None
-
-
-def test_captured_tables_are_kept(streams: SimpleNamespace) -> None:
-    """A graph may be replayed on any stream, so it waits by itself while the upload may still be under way."""
-    tables = device_tables.Tables([1, 2, 3], torch.device("cuda", 0))
-    streams.log.clear()
-    tables.use(7, capturing=True)
-    assert streams.log == [("wait", 7)]
-    assert tables in device_tables._captured
-    tables.uploaded.over = True
-    tables.use(7, capturing=False)
-    assert tables.uploaded is not None, "the graph waits for it at every replay"
+    assert (len(launch._calls), len({call.tables for call in launch._calls.values()})) == (4, 1)
 
 
 def test_call_that_failed_is_no_warm_up() -> None:
