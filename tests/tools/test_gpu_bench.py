@@ -17,7 +17,10 @@ pytest.importorskip("triton", reason="no Triton")
 from benchmarks.measure import LATE, LOST
 from benchmarks.provider import Provider
 from benchmarks.results import BenchRow, encode
-from stgridpool_kernels.backends.triton_kernels import config
+from benchmarks.workloads import WORKLOADS
+from stgridpool_kernels import grid_plan
+from stgridpool_kernels.backends.triton_kernels import config, launch, prepare_grid_pool
+from stgridpool_kernels.backends.weighting import Weighting
 from tools import gpu_bench
 from tools.gpu_bench import COUNTERS, TUNED
 from tools.gpu_check import Lines
@@ -90,6 +93,42 @@ def test_tuning_goes_on_without_what_was_wrong_or_ended_a_process(lines: Lines, 
         lines.append(encode(make_row(f"grid_pool:cuda {name}", 1.0, workload=TUNED[0], check=check)))
     gpu_bench.tune("cuda")
     assert [name for shape, name in asked if shape == TUNED[0]] == ["grid_pool:cuda", "grid_pool:cuda cells=7"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "arguments", "by_triton", "by_cuda"),
+    [
+        (64, {}, 5, 4),
+        (8, {"ceil_mode": True}, 3, 2),
+        (4, {"frame_strides": (1,)}, 2, 2),  # every frame is shrunk
+        (7, {}, 1, 1),
+        (64, {"frame_strides": ()}, 1, 1),
+    ],
+)
+def test_number_of_launches(frames: int, arguments: dict[str, Any], by_triton: int, by_cuda: int) -> None:
+    plan = grid_plan([frames], 27, 27, **arguments)
+    x = torch.empty(frames, 27, 27, 64, device="meta")
+    spec = launch.CallSpec(x, x.new_empty(frames, *plan.pooled_size, 64), plan, Weighting(1.0, 2.0, True, 64))
+    assert gpu_bench.count_launches(plan, "triton") == by_triton == len(prepare_grid_pool(spec).launches)
+    assert gpu_bench.count_launches(plan, "cuda") == by_cuda
+
+
+def test_every_choice_is_prepared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prepared call of another choice is not taken for one of this choice."""
+    prepared: list[object] = []
+    monkeypatch.setattr(launch, "run", lambda prepare, *given: prepared.append(prepare))
+    workload = WORKLOADS[TUNED[0]]
+    plan = workload.plan("grid_pool")
+    x = torch.empty(*workload.shape, dtype=torch.bfloat16, device="meta")
+    spec = launch.CallSpec(x, x.new_empty(len(x), *plan.pooled_size, x.shape[-1]), plan, Weighting(1.0, 2.0, True, 8))
+    grids = []
+    for choice in ({"mosaic_cells": 1}, {"mosaic_cells": 7}):
+        variant = gpu_bench.variant(workload, "triton", choice)
+        variant.call(x)
+        variant.call(x)
+        grids.append([one.grid for one in prepared[-1](spec).launches])
+    assert prepared[0] is prepared[1] is not prepared[2] is prepared[3]
+    assert [grid[-1] for grid in grids] == [(28, 14, 1), (28, 2, 1)]
 
 
 def test_counters_are_read(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
