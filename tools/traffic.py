@@ -130,8 +130,9 @@ def count_launches(plan: GridPlan, gradient: bool = False, channels: int = 1) ->
     x = torch.ones(T, plan.height, plan.width, 1, dtype=torch.bfloat16)
     result = torch.ones(T, *plan.pooled_size, 1, dtype=x.dtype)
     out = torch.empty_like(x) if gradient else result
-    call = prepared(x, result, plan, gradient)
-    of_all_channels = prepared(*(t.to("meta").expand(-1, -1, -1, channels) for t in (x, result)), plan, gradient)
+    call = prepared(x, result, plan, gradient, (8, 0))  # whose launches do not overlap, which is not interpreted
+    tokens = (t.to("meta").expand(-1, -1, -1, channels) for t in (x, result))
+    of_all_channels = prepared(*tokens, plan, gradient, H100)
     for launch, like in zip(call.launches, of_all_channels.launches, strict=True):
         launch.grid = like.grid
         for place, name in enumerate(launch.kernel.arg_names):
@@ -170,16 +171,16 @@ def count_launches(plan: GridPlan, gradient: bool = False, channels: int = 1) ->
     return counts
 
 
-def prepared(x: Tensor, result: Tensor, plan: GridPlan, gradient: bool) -> Any:
-    """Return grid_pool of tokens like x as it is prepared for an H100, or its gradient."""
+def prepared(x: Tensor, result: Tensor, plan: GridPlan, gradient: bool, capability: tuple[int, int]) -> Any:
+    """Return grid_pool of tokens like x, or its gradient, as it is prepared for a GPU of this compute capability."""
     from stgridpool_kernels.backends import triton_kernels
     from stgridpool_kernels.backends.triton_kernels.launch import CallSpec
 
     weighting = Weighting(1.0, 2.0, True, x.shape[-1])
     if gradient:
-        spec = CallSpec(x, torch.empty_like(x), plan, weighting, result, capability=H100)
+        spec = CallSpec(x, torch.empty_like(x), plan, weighting, result, capability=capability)
         return triton_kernels.prepare_grid_pool_backward(spec)
-    return triton_kernels.prepare_grid_pool(CallSpec(x, result, plan, weighting, capability=H100))
+    return triton_kernels.prepare_grid_pool(CallSpec(x, result, plan, weighting, capability=capability))
 
 
 def loads_without_carrying(plan: GridPlan) -> int:
