@@ -382,7 +382,7 @@ def _launch_windows(
 def _shared(spec: CallSpec) -> tuple[FusedConfig, Arguments]:
     """Return the configuration of a call, and the arguments that all its launches share."""
     arguments = spec.arguments()
-    channels = arguments["weights"].channels or spec.size.C
+    channels = int(arguments["weights"].channels or spec.size.C)
     block = fused_block(spec.size.C, channels)
     config = fused_config(block, spec.x.element_size(), spec.capability)
     OH, OW = spec.pooled_size
