@@ -557,7 +557,7 @@ def test_configurations_fit(C: int, value_bytes: int) -> None:
     for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
         if C <= config.MAX_BLOCK:
             chosen = config.fused_config(C, value_bytes, capability)
-            block = config.fused_block(C)
+            block = config.fused_block(C, C)
             assert C <= block <= max(16, 2 * C)
             assert 4 * block <= 64 * 32 * chosen.num_warps
 
