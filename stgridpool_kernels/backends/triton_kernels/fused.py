@@ -70,7 +70,7 @@ def rows_kernel(
     if OVERLAPS:
         gdc_launch_dependents()
     entry = tables + entries + tl.program_id(0) // SIZE.h * ENTRY
-    i, first = tl.program_id(0) % SIZE.h, tl.program_id(1) * cells
+    i, first = tl.program_id(0) % SIZE.h, tl.program_id(1) * (cells if SIZE.W % 2 == 1 else 1)
     image = x.pointer + frame_places(tl.load(entry), T, x)
     where = (entry, image, i, first, cells)
     walk(x, out, scratch, tables, where, T, OH, OW, weights, SIZE, NORM, BLOCK, STAGES, POOLS, OVERLAPS, False)
@@ -96,7 +96,7 @@ def mosaics_kernel(
 ):
     """The work of `rows_kernel` for summaries, each a mosaic of four thumbnails."""
     entry = tables + entries + tl.program_id(0) // SIZE.h * ENTRY
-    i, first = tl.program_id(0) % SIZE.h, tl.program_id(1) * cells
+    i, first = tl.program_id(0) % SIZE.h, tl.program_id(1) * (cells if SIZE.W % 2 == 1 else 1)
     if OVERLAPS:
         gdc_launch_dependents()
     where = (entry, scratch, i, first, cells)
@@ -129,9 +129,8 @@ def windows_kernel(
     frame, i, j = program // (OH * OW), program // OW % OH, program % OW
     if entries is not None:
         frame = tl.load(tables + entries + frame * ENTRY + 1)
-    rows, cols = 2 * i + token // 2, 2 * j + token % 2
-    taken = (rows < SIZE.H) & (cols < SIZE.W)
-    places = places_in(rows, cols, tables, x, SIZE, False)
+    taken = (2 * i + token // 2 < SIZE.H) & (2 * j + token % 2 < SIZE.W)
+    places = places_in(i, j, token // 2, token % 2, tables, x, SIZE, False)
     image = x.pointer + frame_places(frame, T, x)
     tile = load_tile(image, places, taken, channels, x, SIZE, False)
     shares = weigh_tile(tile, taken, channels, weights, SIZE.C, NORM)
@@ -182,7 +181,7 @@ def walk(
     carried = tl.zeros((BLOCK,), tl.float32)
     if SIZE.W % 2 == 1 and first > 0:
         beside = tl.where(first < live, SIZE.H, 0)
-        carried = sum_column(image, entry, i, 2 * first - 1, beside, channels, x, SIZE, MOSAIC)
+        carried = sum_column(image, entry, i, first, beside, channels, x, SIZE, MOSAIC)
     if SIZE.W % 2 == 0 or SIZE.C > BLOCK:
         if first < stop:
             walk_cell(node, out, target, first, carried, channels, T, OW, weights, SIZE, NORM, BLOCK, POOLS, MOSAIC)
@@ -218,9 +217,8 @@ def walk_cell(
     x, image, entry, i, live, _ = node
     HALO: tl.constexpr = SIZE.H % 2 == 1 or SIZE.W % 2 == 1
     token = tl.arange(0, 4)
-    rows, cols = 2 * i + token // 2, 2 * j + token % 2
-    taken = (rows < SIZE.H) & (cols < SIZE.W)
-    places = places_in(rows, cols, entry, x, SIZE, MOSAIC)
+    taken = (2 * i + token // 2 < SIZE.H) & (2 * j + token % 2 < SIZE.W)
+    places = places_in(i, j, token // 2, token % 2, entry, x, SIZE, MOSAIC)
     tile = load_tile(image, places, taken, channels, x, SIZE, MOSAIC)
     shares = tl.zeros((4, 1), tl.float32)
     if POOLS and HALO and target >= 0:  # first: a halo leaves no registers for the sums below as well
@@ -241,9 +239,7 @@ def walk_cell(
                 in_out = more < tl.where(j < OW, SIZE.C, 0)
                 store_token(out, target, i, j, T, more, in_out, tl.sum(shares * tile, 0))
             beside = tl.where((j > 0) & (j < live), SIZE.H, 0)
-            column = (
-                sum_column(image, entry, i, 2 * j - 1, beside, more, x, SIZE, MOSAIC) if SIZE.W % 2 == 1 else carried
-            )
+            column = sum_column(image, entry, i, j, beside, more, x, SIZE, MOSAIC) if SIZE.W % 2 == 1 else carried
             shrink_tile(node, tile, j, column, more, SIZE, BLOCK, MOSAIC)
     return carried
 
@@ -261,7 +257,7 @@ def shrink_tile(node, tile, j, carried, channels, SIZE: tl.constexpr, BLOCK: tl.
     if SIZE.H % 2 == 1:
         two = tl.arange(0, 2)
         over = 2 * j + two < tl.where((i > 0) & (j < live), SIZE.W, 0)
-        above = places_in(2 * i - 1 + 0 * two, 2 * j + two, entry, x, SIZE, MOSAIC)
+        above = places_in(i, j, 0 * two - 1, two, entry, x, SIZE, MOSAIC)
         columns += load_tile(image, above, over, channels, x, SIZE, MOSAIC)
     if SIZE.W % 2 == 1:
         left, right = tl.split(tl.trans(columns))
@@ -286,27 +282,34 @@ def inverse(n):
 
 
 @triton.jit
-def places_in(rows, cols, entry, x, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
-    """Return where tokens start: in a frame of x, or in scratch for the mosaic of the four thumbnails of an entry."""
+def places_in(i, j, down, right, entry, x, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
+    """Return where tokens start that are `down` rows and `right` columns from the first token of window (i, j).
+
+    They are in a frame of x, or in scratch for the mosaic of the four thumbnails of an entry. In a frame, the distances
+    between them are constants, which loads add to one address.
+    """
     if MOSAIC:
+        rows, cols = 2 * i + down, 2 * j + right
         below, beside = (rows >= SIZE.h).to(tl.int32), (cols >= SIZE.w).to(tl.int32)
         slots = tl.load(entry + 4 + 2 * below + beside).to(tl.int64)
         places = ((slots * SIZE.h + rows - below * SIZE.h) * SIZE.w + cols - beside * SIZE.w) * SIZE.C
     else:
-        places = rows.to(tl.int64) * x.row + cols.to(tl.int64) * x.col
+        first = (2 * i).to(tl.int64) * x.row + (2 * j).to(tl.int64) * x.col
+        places = first + down.to(tl.int64) * x.row + right.to(tl.int64) * x.col
     return places
 
 
 @triton.jit
-def sum_column(image, entry, i, col, bottom, channels, x, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
-    """The sum of a column's tokens in the rows of cell i above `bottom`, added in the order of a walk."""
-    rows = 2 * i + tl.arange(0, 2)
-    places = places_in(rows, col + 0 * rows, entry, x, SIZE, MOSAIC)
-    total = tl.sum(load_tile(image, places, rows < bottom, channels, x, SIZE, MOSAIC), 0)
+def sum_column(image, entry, i, j, bottom, channels, x, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
+    """The sum of the tokens left of cell (i, j), in its rows above `bottom`, added in the order of a walk."""
+    down = tl.arange(0, 2)
+    places = places_in(i, j, down, 0 * down - 1, entry, x, SIZE, MOSAIC)
+    total = tl.sum(load_tile(image, places, 2 * i + down < bottom, channels, x, SIZE, MOSAIC), 0)
     if SIZE.H % 2 == 1:
-        row = 2 * i - 1 + tl.arange(0, 1)
-        places = places_in(row, col + 0 * row, entry, x, SIZE, MOSAIC)
-        total += tl.sum(load_tile(image, places, (row >= 0) & (row < bottom), channels, x, SIZE, MOSAIC), 0)
+        up = tl.arange(0, 1) - 1
+        places = places_in(i, j, up, 0 * up - 1, entry, x, SIZE, MOSAIC)
+        taken = (2 * i + up >= 0) & (2 * i + up < bottom)
+        total += tl.sum(load_tile(image, places, taken, channels, x, SIZE, MOSAIC), 0)
     return total
 
 

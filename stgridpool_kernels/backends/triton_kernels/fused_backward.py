@@ -74,7 +74,7 @@ def window_gradient_kernel(
     found = tl.zeros((4, BLOCK), tl.float32)
     if (target >= 0) & (i < OH) & (j < OW):
         image = scratch if MOSAIC else x.pointer + frame_places(node, T, x)
-        places = places_in(rows, cols, entry, x, SIZE, MOSAIC)
+        places = places_in(i, j, token // 2, token % 2, entry, x, SIZE, MOSAIC)
         tile = load_tile(image, places, inside, channels, x, SIZE, MOSAIC)
         places = token_places(target, i, j, T, grad) + channels.to(tl.int64) * grad.channel
         upstream = tl.load(grad.pointer + places, mask=channels < SIZE.C, other=0.0, eviction_policy="evict_first")
