@@ -89,13 +89,13 @@ class Case:
     def of_gradient(self) -> Case:
         return replace(self, gradient=True)
 
-    def enough_warps(self, shape: Shape, dtype: str, arch: int) -> int:
-        """Return how many warps have to fit on a multiprocessor: more in a forward that carries no column."""
+    def enough_warps(self, kernel: str, shape: Shape, dtype: str, arch: int) -> int:
+        """Return how many warps of a kernel have to fit on a multiprocessor: more in a forward without a halo."""
         if not self.published:
             return 0
-        no_column = self.op == "norm_pool" or shape[2] % 2 == 0
+        no_halo = kernel == "windows_kernel" or (shape[1] % 2 == 0 and shape[2] % 2 == 0)
         small = dtype != "fp32" and shape[3] <= 4096 and arch < 100
-        return MORE_WARPS if small and no_column and not self.gradient else ENOUGH_WARPS
+        return MORE_WARPS if small and no_halo and not self.gradient else ENOUGH_WARPS
 
 
 def _with_gradients(*cases: Case) -> tuple[Case, ...]:
@@ -233,7 +233,7 @@ def compile_rows(
             launches=launches,
             block_warps=[warps],
             resident=dict(zip(("by registers", "by shared memory"), fit, strict=True)),
-            enough_warps=max(case.enough_warps(shape, dtype, arch) for case, _ in runs),
+            enough_warps=max(case.enough_warps(kernel.name, shape, dtype, arch) for case, _ in runs),
             limits={"divisions of integers": 0},
         )
     calls = [

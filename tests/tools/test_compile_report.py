@@ -226,22 +226,24 @@ def test_errors_name_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, mes
 
 
 @pytest.mark.parametrize(
-    ("case", "shape", "dtype", "arch", "expected"),
+    ("case", "kernel", "shape", "dtype", "arch", "expected"),
     [
-        (Case("norm_pool", {}, published=True), (64, 27, 27, 3584), "bf16", 90, 24),
-        (Case("norm_pool", {}, published=True), (64, 27, 27, 3584), "bf16", 100, 16),
-        (Case("grid_pool", {}, published=True), (64, 27, 24, 4096), "fp16", 90, 24),
-        (Case("grid_pool", {}, published=True), (64, 24, 27, 3584), "bf16", 90, 16),
-        (Case("grid_pool", {}, published=True), (64, 24, 24, 3584), "bf16", 100, 16),
-        (Case("norm_pool", {}, published=True), (64, 24, 24, 4104), "bf16", 90, 16),
-        (Case("norm_pool", {}, published=True), (64, 24, 24, 1152), "fp32", 90, 16),
-        (Case("norm_pool", {}, published=True, gradient=True), (64, 24, 24, 1152), "bf16", 90, 16),
-        (Case("norm_pool", {"kernel_size": 3}), (64, 24, 24, 1152), "bf16", 90, 0),
+        (Case("norm_pool", {}, published=True), "windows_kernel", (64, 27, 27, 3584), "bf16", 90, 24),
+        (Case("norm_pool", {}, published=True), "windows_kernel", (64, 27, 27, 3584), "bf16", 100, 16),
+        (Case("grid_pool", {}, published=True), "rows_kernel", (64, 24, 24, 4096), "fp16", 90, 24),
+        (Case("grid_pool", {}, published=True), "rows_kernel", (64, 27, 24, 4096), "fp16", 90, 16),
+        (Case("grid_pool", {}, published=True), "mosaics_kernel", (64, 24, 27, 3584), "bf16", 90, 16),
+        (Case("grid_pool", {}, published=True), "windows_kernel", (64, 24, 27, 3584), "bf16", 90, 24),
+        (Case("grid_pool", {}, published=True), "rows_kernel", (64, 24, 24, 3584), "bf16", 100, 16),
+        (Case("norm_pool", {}, published=True), "windows_kernel", (64, 24, 24, 4104), "bf16", 90, 16),
+        (Case("norm_pool", {}, published=True), "windows_kernel", (64, 24, 24, 1152), "fp32", 90, 16),
+        (Case("norm_pool", {}, published=True, gradient=True), "any", (64, 24, 24, 1152), "bf16", 90, 16),
+        (Case("norm_pool", {"kernel_size": 3}), "any", (64, 24, 24, 1152), "bf16", 90, 0),
     ],
     ids=str,
 )
-def test_enough_warps(case: Case, shape: tuple[int, ...], dtype: str, arch: int, expected: int) -> None:
-    assert case.enough_warps(shape, dtype, arch) == expected
+def test_enough_warps(case: Case, kernel: str, shape: tuple[int, ...], dtype: str, arch: int, expected: int) -> None:
+    assert case.enough_warps(kernel, shape, dtype, arch) == expected
 
 
 # ---- the backend cuda ----

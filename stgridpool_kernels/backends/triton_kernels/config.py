@@ -29,7 +29,7 @@ class FusedConfig:
     num_warps: warps of 32 threads per program. stages: depth of the pipeline of a program's walk over cells if W is
         odd; from 2 on, tokens of later steps are copied to shared memory in advance.
     window_registers, even_registers, odd_registers: maximum number of registers per thread, None for no limit: of
-        windows, and of walks if W is even and if W is odd. The first two apply to the forward only.
+        windows, of walks if H and W are even, and of walks with a halo. The first two apply to the forward only.
     frame_cells, mosaic_cells: cells per program of a walk over frames of x and over mosaics if W is odd, where a column
         is carried from cell to cell. None chooses a number by which every program runs at once. If W is even, it is 1.
     """

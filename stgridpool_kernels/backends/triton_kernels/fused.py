@@ -361,7 +361,8 @@ def _launch_walks(spec: CallSpec, stage: Stage, walked: int, pools: bool, overla
     """Return the launch for `walked` entries of a stage. overlaps: as in `rows_kernel`. early: as in `CallSpec`."""
     config, arguments = _shared(spec)
     size, odd = spec.size, spec.size.W % 2 == 1
-    registers = _most_registers(spec, config.odd_registers if odd else config.even_registers, odd)
+    halo = odd or size.H % 2 == 1
+    registers = _most_registers(spec, config.odd_registers if halo else config.even_registers, halo)
     places = resident_blocks(spec.x.device, spec.capability, config.num_warps, registers)
     carries = odd and arguments["BLOCK"] >= size.C
     cells = config.cells(walked * size.h, size.w, places, bool(stage.mosaic)) if carries else 1
@@ -392,12 +393,12 @@ def _shared(spec: CallSpec) -> tuple[FusedConfig, Arguments]:
     return config, arguments | {"OH": OH, "OW": OW, "BLOCK": block}
 
 
-def _most_registers(spec: CallSpec, limit: int | None, carries: bool) -> int | None:
+def _most_registers(spec: CallSpec, limit: int | None, halo: bool) -> int | None:
     """Maximum number of registers per thread, None for no limit.
 
-    Powers take about 240 registers and would spill with a limit. So would some of the kernels that carry no column, if
-    they cannot read tokens 16 bytes at a time or their norm runs over some of the channels; others need fewer than 80,
-    but with a limit the compiler uses up to the limit.
+    Powers take about 240 registers and would spill with a limit. So would some of the kernels without a halo, if they
+    cannot read tokens 16 bytes at a time or their norm runs over some of the channels; others need fewer than 80, but
+    with a limit the compiler uses up to the limit.
     """
     arguments = spec.arguments()
     if arguments["NORM"].kind == "power":
@@ -405,4 +406,4 @@ def _most_registers(spec: CallSpec, limit: int | None, carries: bool) -> int | N
     *strides, step = spec.x.stride()
     some_channels = arguments["weights"].channels is not None
     narrow = spec.grad is not None or some_channels or step != 1 or any(stride % 16 for stride in strides)
-    return limit if carries or not narrow else None
+    return limit if halo or not narrow else None
