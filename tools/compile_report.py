@@ -293,11 +293,14 @@ FLAGS = ("-std=c++17", "-O3", "-cubin")
 CHANNELS = (1152, 3584, 4096)
 """The channels of SigLIP, of LLaVA-Video and of a 24 × 24 tower, for whose blocks warps are counted."""
 
-FUSED = re.compile(r"grid_pool(_backward)?_kernel<(\w+), \(Access\)0, true, (true|false), (true|false), false>")
+FUSED = re.compile(
+    r"(frames|level|windows|grid_pool_backward)_kernel<(\w+), \(Access\)0, true"
+    r"(?:, (true|false))?(?:, (?:true|false), false)?>"
+)
 """Matches the kernels of the published settings on tokens in 128-bit pieces.
 
-Template arguments say that p is 2, whether frames are mosaics, whether walks have a halo, and that norms run over all
-channels.
+Template arguments say that p is 2 and, in the forward, that norms run over all channels, and whether cells have a halo;
+in the backward also whether frames are mosaics, and last that norms run over all channels.
 """
 
 
@@ -306,11 +309,12 @@ def with_blocks(row: KernelUsage) -> KernelUsage:
     found = FUSED.fullmatch(row.kernel)
     if found is None:
         return row
-    backward, dtype, *walk = found.groups()
+    kernel, dtype, halo = found.groups()
+    backward = kernel == "grid_pool_backward"
     # blocks of the backward have a power of two of warps whatever the type
     warps = {C: block_threads(C, 4 if backward or dtype == "float" else 2) // 32 for C in CHANNELS}
     # the carried sums of a walk over odd sizes take 64 bytes a thread
-    carried = 0 if backward or walk != ["false", "true"] else 64 * 32
+    carried = 0 if backward or halo != "true" else 64 * 32
     fit = {C: min(resident_warps(row.arch, n, row.registers, row.shared + carried * n)) for C, n in warps.items()}
     return replace(
         row,

@@ -25,10 +25,6 @@
 namespace stgp::cuda {
 namespace {
 
-struct Sum {
-  __device__ __forceinline__ float operator()(float left, float right) const { return left + right; }
-};
-
 constexpr int QUAD = PER_VEC<float>;  // channels of a summary's gradient that are moved at the same time
 
 // sign(value) * magnitude, where sign(0) is 0.
@@ -153,7 +149,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __
   };
   float highest[1] = {-INFINITY};
   for (int64_t n = threadIdx.x; n < size; n += blockDim.x) highest[0] = fmaxf(highest[0], logit_at(n));
-  join_block([](float a, float b) { return fmaxf(a, b); }, highest, 0);
+  join_block(Highest{}, highest, 0);
 
   const T* grad = p.grad.token(p.grad.frame(frame), i, j);
   // The sums are float64: the mean of equal products must be equal to them, because temperature magnifies differences.
@@ -173,14 +169,14 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __
       if (row < 0 || row >= H || col < 0 || col >= W) continue;
       tokens[q] = p.nodes.token(node, row, col, &stride);
     }
-    for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+    for_each_vec<T>(C, [&](int32_t channel) {
       const Vec of_grad = load_vec<A, CacheHint::keep>(grad, channel, C, p.grad.strides.channel);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         if (tokens[q] == nullptr) continue;
         found[q] = add_dot<T>(found[q], of_grad, load_vec<A, CacheHint::keep>(tokens[q], channel, C, stride));
       }
-    }
+    });
     join_block(Sum{}, found, buffer);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
@@ -254,7 +250,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
         const auto row_of = [&](int q) { return top + static_cast<int32_t>((n + q) / width); };
         const auto col_of = [&](int q) { return left + static_cast<int32_t>((n + q) % width); };
         float dots[4] = {};
-        for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+        for_each_vec<T>(C, [&](int32_t channel) {
           const Vec vec = load_vec<A, CacheHint::keep>(token, channel, C, stride);
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
@@ -263,7 +259,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
             dots[q] =
                 add_dot<T>(dots[q], load_vec<A, CacheHint::keep>(of_window, channel, C, p.grad.strides.channel), vec);
           }
-        }
+        });
         join_block(Sum{}, dots, buffer);
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
@@ -274,10 +270,10 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
       }
       float largest[1] = {};
       if (p.norm == Norm::max) {
-        for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+        for_each_vec<T>(C, [&](int32_t channel) {
           const Vec vec = load_vec<A, CacheHint::keep>(token, channel, C, stride);
           largest[0] = add_largest<T>(largest[0], vec, norm, p.norm_channels - channel);
-        }
+        });
         join_block(Sum{}, largest, buffer);
       }
       of_token = slope_of_token(p.norm, p.temperature * factor, norm, p.inv_count, largest[0]);
@@ -287,7 +283,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
   const int32_t* consumers = p.tables + p.gradient[G_CONSUMERS] + (p.of_summary ? p.frames + number : number);
   T* out = p.of_summary ? p.out.base : p.out.token(p.out.frame(number), row, col);
   float* summary = p.summaries + ((static_cast<int64_t>(number) * H + row) * W + col) * C;
-  for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+  for_each_vec<T>(C, [&](int32_t channel) {
     float sum[PER_VEC<T>] = {};
     if (owns) {
       add_grads(channel, sum);
@@ -344,7 +340,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
       }
       store_vec<A, CacheHint::stream>(out, channel, C, p.out.strides.channel, vec);
     }
-  }
+  });
 }
 
 // Returns whether tokens of x, grad and out can all be moved 128 bits at a time.
@@ -367,7 +363,7 @@ cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, con
   Gradients<T> p{};
   p.nodes = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), tables[H_HEIGHT], tables[H_WIDTH],
              static_cast<int32_t>(call.C)};
-  p.grad = {static_cast<const T*>(call.grad), call.grad_strides, static_cast<int32_t>(call.T)};
+  p.grad = {static_cast<const T*>(call.grad), call.grad_strides, Divisor(call.T)};
   p.out = frames_of_out<T>(call);
   p.summaries = scratch.summaries;
   p.tables = device_tables;
@@ -430,9 +426,13 @@ cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, con
 // Limit of the registers of a thread: a multiprocessor has room for 16 warps, in blocks of a power of two of warps.
 constexpr int FUSED_REGISTERS = 128;
 
+// 1 / n for a cell of n = 1, 2 or 3 rows or columns. The constants save a division.
+__device__ __forceinline__ float inverse(int32_t n) { return n == 3 ? 1.0f / 3.0f : n == 2 ? 0.5f : 1.0f; }
+
 template <class T>
 struct FusedGradients {
   Frames<const T> x;
+  Distances distances;  // in x
   Frames<const T> grad;
   Frames<T> out;
   const T* scratch;          // thumbnails: (slots, h, w, C)
@@ -443,7 +443,7 @@ struct FusedGradients {
   int32_t H, W, h, w, OH, OW, C, frames;
   Norm norm;
   float inv_count, temperature;
-  int32_t norm_channels, norm_threads;  // as in the forward
+  int32_t norm_channels;  // as in the forward
 };
 
 // Stores the gradients of the tokens of window (i, j) of an entry, which is also cell (i, j) of its thumbnail.
@@ -454,7 +454,7 @@ struct FusedGradients {
 template <class T, Access A, bool L2_NORM, bool MOSAIC, bool HALO, bool PART>
 __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __grid_constant__ FusedGradients<T> p) {
   // The tokens are kept in registers, or else loaded at each use, because they would take too many registers.
-  constexpr bool KEEPS = A == Access::vector && !PART && (sizeof(T) == 2 || !MOSAIC || L2_NORM);
+  constexpr bool KEEPS = A == Access::vector && !PART && (sizeof(T) == 2 || L2_NORM);
   constexpr bool KEEPS_GRAD = KEEPS && sizeof(T) == 2;
   constexpr int HELD = KEEPS ? VECS<T> : 1, GRADS = KEEPS_GRAD ? VECS<T> : 1, CELLS = HALO ? 4 : 1;
   constexpr CacheHint HINT = MOSAIC || !KEEPS ? CacheHint::keep : CacheHint::stream;
@@ -465,21 +465,26 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
   const int32_t node = entry[E_NODE], target = entry[E_TARGET];
   const bool pools = target >= 0 && i < p.OH && j < p.OW;
 
-  const auto channel = [&](int k) { return static_cast<int32_t>((k * blockDim.x + threadIdx.x) * PER_VEC<T>); };
+  const auto channel = [&](int k) { return first_channel<T>() + k * VEC_STEP<T>; };
   const auto taken = [&](int q) { return 2 * i + q / 2 < p.H && 2 * j + q % 2 < p.W; };
 
   Vec tile[4][HELD] = {}, grad[GRADS] = {};
   float weights[4] = {}, slopes[4] = {}, norms[4] = {};
-  const Image<T, MOSAIC, FusedGradients<T>> image(p, entry);
-  const int64_t x_channel = MOSAIC ? 1 : p.x.strides.channel;
+  const auto rows = [&] {
+    if constexpr (MOSAIC) {
+      return MosaicRows<T>(p.scratch, entry, p.h, p.w, p.C, i, j);
+    } else {
+      return FrameRows<T, A, FusedGradients<T>>(p, node, i, j);
+    }
+  }();
   const T* of_window = pools ? p.grad.token(p.grad.frame(target), i, j) : p.grad.base;
   const auto load = [&](int k) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       tile[q][k % HELD] = Vec{};
       if (taken(q)) {
-        const T* token = image.token(2 * i + q / 2, 2 * j + q % 2);
-        tile[q][k % HELD] = load_vec<A, HINT>(token, channel(k), p.C, x_channel);
+        tile[q][k % HELD] =
+            load_vec<A, HINT>(rows.at(q / 2, q % 2), k * VEC_STEP<T>, p.C - first_channel<T>(), rows.channel());
       }
     }
   };
@@ -488,6 +493,7 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
   };
   if (pools) {
     float dots[4] = {};
+    Total<T> found[4];
 #pragma unroll
     for (int k = 0; k < HELD && KEEPS; ++k) load(k);
 #pragma unroll HELD
@@ -496,22 +502,17 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
       load_grad(k);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        if constexpr (!PART) norms[q] = add_vec<T>(norm, norms[q], tile[q][k % HELD]);
+        const Vec& vec = tile[q][k % HELD];
+        found[q].add(norm, PART ? first_of_vec<T>(vec, p.norm_channels - channel(k)) : vec);
         dots[q] = add_dot<T>(dots[q], tile[q][k % HELD], grad[k % GRADS]);
       }
     }
-    if constexpr (PART) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        if (!taken(q)) continue;
-        const T* token = image.token(2 * i + q / 2, 2 * j + q % 2);
-        norms[q] = add_channels<T, A>(norm, token, p.norm_channels, x_channel, p.norm_threads);
-      }
-    }
-    join_block(Join{norm}, norms, 0);
+    for (int q = 0; q < 4; ++q) norms[q] = found[q].of_thread(norm);
+    const float own = finish_norm(norm, join_lanes(Join{norm}, norms, 0), p.inv_count);
+    spread(own, norms);
+    spread(weigh(own, taken(threadIdx.x % WARP / SHARERS), p.temperature), weights);
     join_block(Sum{}, dots, 1);
-#pragma unroll
-    for (int q = 0; q < 4; ++q) norms[q] = finish_norm(norm, norms[q], p.inv_count);
     float largest[4] = {};
     if (norm == Norm::max) {
 #pragma unroll HELD
@@ -525,11 +526,9 @@ __global__ void __maxnreg__(FUSED_REGISTERS) grid_pool_backward_kernel(const __g
       }
       join_block(Sum{}, largest, 0);
     }
-    const bool window[4] = {taken(0), taken(1), taken(2), taken(3)};
-    weigh(norms, window, p.temperature, weights);
     float mean = 0.0f;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) mean = window[q] ? fmaf(weights[q], dots[q], mean) : mean;
+    for (int q = 0; q < 4; ++q) mean = taken(q) ? fmaf(weights[q], dots[q], mean) : mean;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const float factor = p.temperature * weights[q] * (dots[q] - mean);
@@ -647,7 +646,8 @@ cudaError_t run_fused(const int32_t* tables, const int32_t* device_tables, const
                       const GradientScratch& scratch, cudaStream_t stream) {
   FusedGradients<T> p{};
   p.x = frames_of_x<T>(call);
-  p.grad = {static_cast<const T*>(call.grad), call.grad_strides, static_cast<int32_t>(call.T)};
+  p.distances = Distances(call.x_strides, sizeof(T));
+  p.grad = {static_cast<const T*>(call.grad), call.grad_strides, Divisor(call.T)};
   p.out = frames_of_out<T>(call);
   p.scratch = static_cast<const T*>(call.scratch);
   p.summaries = scratch.summaries;
@@ -664,9 +664,7 @@ cudaError_t run_fused(const int32_t* tables, const int32_t* device_tables, const
   p.norm = norm_kind(call.norm_type);
   p.inv_count = inv_count_of_norm(call);
   p.temperature = call.temperature;
-
   p.norm_channels = static_cast<int32_t>(channels_of_norm(call));
-  p.norm_threads = block_threads(p.norm_channels, sizeof(float));
 
   const bool halo = p.H % 2 == 1 || p.W % 2 == 1;
   const bool is_vector = all_vectorized(tables, call, true) && p.norm_channels % PER_VEC<T> == 0;

@@ -1,4 +1,5 @@
-// Functions that the forward and the backward kernel of the fused form share: tokens of an entry, weights of a window.
+// The fused form: its parameters, the places of its blocks, and the window that a block holds in registers. rows.cuh and
+// windows.cuh have what blocks do, fused.cu the kernels and their launches.
 
 #pragma once
 
@@ -6,55 +7,208 @@
 
 namespace stgp::cuda {
 
-// 1 / n for a cell of n = 1, 2 or 3 rows or columns. The constants save a division.
-__device__ __forceinline__ float inverse(int32_t n) { return n == 3 ? 1.0f / 3.0f : n == 2 ? 0.5f : 1.0f; }
+// How blocks share the rows of entries: a block takes `length` neighbouring cells or windows of a row.
+struct Spans {
+  int32_t length;
+  Divisor spans;  // blocks of a row
+  Divisor rows;   // rows of an entry
 
-// The tokens of an entry's node: a frame of x, or the mosaic of four thumbnails. The parameters P of a kernel must have
-// x, scratch, h, w and C.
-template <class T, bool MOSAIC, class P>
-struct Image {
-  const P& p;
-  const T* frame;
-  int32_t slots[4];
+  struct Place {
+    int32_t entry, row, first;
+  };
 
-  __device__ __forceinline__ Image(const P& p, const int32_t* entry) : p(p) {
-    if constexpr (MOSAIC) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) slots[n] = entry[E_SOURCES + n];
-    } else {
-      frame = p.x.frame(entry[E_NODE]);
-    }
+  __device__ __forceinline__ Place place(int32_t block) const {
+    const int32_t row = spans.quotient(block), entry = rows.quotient(row);
+    return {entry, row - entry * rows.value, (block - row * spans.value) * length};
   }
+};
 
-  __device__ __forceinline__ const T* token(int32_t row, int32_t col) const {
-    if constexpr (MOSAIC) {
-      const bool below = row >= p.h, beside = col >= p.w;
-      const int64_t slot = below ? (beside ? slots[3] : slots[2]) : (beside ? slots[1] : slots[0]);
-      if (below) row -= p.h;
-      if (beside) col -= p.w;
-      return p.scratch + ((slot * p.h + row) * p.w + col) * p.C;
-    } else {
-      return p.x.token(frame, row, col);
+// The channel stride of frames. Vector access is for neighbouring channels alone.
+template <Access A, class T>
+__device__ __forceinline__ int64_t channel_stride(const Frames<T>& frames) {
+  return A == Access::vector ? 1 : frames.strides.channel;
+}
+
+// Distances in bytes from the first token of a window, (2i, 2j), to tokens of rows 2i - 1, 2i and 2i + 1. They are
+// arguments of the kernels, so that an address is one addition.
+struct Distances {
+  int64_t of[3][5];  // rows 2i - 1, 2i and 2i + 1; columns 2j - 2, ..., 2j + 2
+
+  Distances() = default;
+
+  Distances(const Strides& strides, int64_t bytes) {
+    for (int r = 0; r < 3; ++r) {
+      for (int c = 0; c < 5; ++c) of[r][c] = ((r - 1) * strides.row + (c - 2) * strides.col) * bytes;
     }
   }
 };
 
-// The weights of the four tokens of a window: softmax(temperature * norm). Tokens outside the frame are not `taken`;
-// their weight is 0.
-__device__ __forceinline__ void weigh(const float (&norms)[4], const bool (&taken)[4], float temperature,
-                                      float (&weights)[4]) {
-  float highest = -INFINITY;
+template <class T>
+struct Fused {
+  Frames<const T> x;
+  Frames<T> out;
+  Distances distances;     // in x
+  T* scratch;              // thumbnails: (slots, h, w, C)
+  const int32_t* tables;   // base of the offsets in entries
+  const int32_t* walked;   // entries whose rows this launch walks
+  const int32_t* windows;  // entries of frames without a thumbnail, whose windows this launch pools
+  int32_t walk_blocks, window_blocks;
+  Spans of_walks, of_windows;
+  int32_t H, W, h, w, OH, OW, C;
+  bool pools;  // whether windows are pooled; else only thumbnails are stored
+  Norm norm;
+  float inv_count, temperature;
+  int32_t norm_channels;  // number of channels that the norm runs over
+  float inverses[3][3];   // 1 / (r c) for cells of r = 1, 2, 3 rows and c = 1, 2, 3 columns
+};
+
+// Rows 2i - 1, 2i and 2i + 1 of a frame, from the thread's first channel on. The parameters P of a kernel have x and its
+// distances.
+template <class T, Access A, class P = Fused<T>>
+struct FrameRows {
+  static constexpr bool MOSAIC = false;
+  const P& p;
+  const T* token;  // token (2i, 2j)
+
+  __device__ __forceinline__ FrameRows(const P& p, int32_t frame, int32_t i, int32_t j)
+      : p(p), token(p.x.token(p.x.frame(frame), 2 * i, 2 * j) + first_channel<T>() * channel_stride<A>(p.x)) {}
+
+  // Token (2i + r, 2j + c).
+  __device__ __forceinline__ const T* at(int r, int c) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(token) + p.distances.of[r + 1][c + 2]);
+  }
+  __device__ __forceinline__ int64_t channel() const { return channel_stride<A>(p.x); }
+  __device__ __forceinline__ void advance() { token = at(0, 2); }
+};
+
+// The same rows of the mosaic of four thumbnails. All lanes of a warp must call `at` together.
+template <class T>
+struct MosaicRows {
+  static constexpr bool MOSAIC = true;
+  const char* scratch;
+  // Where a row starts in a tile, as a number of tokens: lanes 0, 1 and 2 have it for rows 2i - 1, 2i and 2i + 1 in a left
+  // tile, lanes 3, 4 and 5 for the right one. Every lane having all of them would take more registers than there are.
+  uint32_t start;
+  int32_t col, w;
+  uint32_t token_bytes;
+
+  __device__ __forceinline__ MosaicRows(const T* scratch, const int32_t* entry, int32_t h, int32_t w, int32_t C,
+                                        int32_t i, int32_t j)
+      : scratch(reinterpret_cast<const char*>(scratch + first_channel<T>())),
+        col(2 * j),
+        w(w),
+        token_bytes(static_cast<uint32_t>(C) * sizeof(T)) {
+    const int32_t lane = threadIdx.x % WARP % 6, right = lane / 3, row = 2 * i - 1 + lane % 3, below = row >= h;
+    const int32_t tile_row = entry[E_SOURCES + 2 * below + right] * h + row - below * h;
+    start = static_cast<uint32_t>(tile_row - right) * static_cast<uint32_t>(w);
+  }
+
+  __device__ __forceinline__ const T* at(int r, int c) const {
+    const uint32_t row = __shfl_sync(ALL_LANES, start, (col + c < w ? 1 : 4) + r);
+    const uint64_t distance = static_cast<uint64_t>(row + static_cast<uint32_t>(col + c)) * token_bytes;
+    return reinterpret_cast<const T*>(scratch + distance);
+  }
+  __device__ __forceinline__ int64_t channel() const { return 1; }
+  __device__ __forceinline__ void advance() { col += 2; }
+};
+
+// The four tokens of a window, row-major. A thread keeps its channels packed in registers. With scalar access they would
+// take too many registers, and so would 32-bit mosaics, which are in the L2 cache: these are loaded at each use. PLAIN: the
+// norm is that of p = 2 over all channels.
+template <class T, Access A, bool PLAIN, class Rows>
+struct Window {
+  static constexpr bool KEEPS = A == Access::vector && (sizeof(T) == 2 || !Rows::MOSAIC);
+  static constexpr CacheHint HINT = Rows::MOSAIC ? CacheHint::keep : CacheHint::stream;
+  static constexpr int HELD = KEEPS ? VECS<T> : 1;
+
+  Rows rows;
+  int32_t taken;          // the token that this lane weighs is inside the frame in windows before this one
+  int32_t left, in_norm;  // numbers of channels from the thread's first on: of a token, and of its norm
+  bool below;             // whether row 2i + 1 is inside the frame
+  Vec vecs[4][HELD];
+
+  __device__ __forceinline__ Window(const Fused<T>& p, const Rows& rows, bool below)
+      : rows(rows),
+        left(p.C - first_channel<T>()),
+        in_norm(p.norm_channels - first_channel<T>()),
+        below(below),
+        vecs{} {
+    const int32_t q = threadIdx.x % WARP / SHARERS;
+    taken = q >= 2 && !below ? 0 : q % 2 == 1 ? p.W / 2 : p.W;
+  }
+
+  // Loads vec k of a token, of which `limit` channels are wanted from the thread's first on. A vec that is kept stays as it
+  // is if it is beyond them: it is 0 throughout.
+  __device__ __forceinline__ void load(Vec& vec, const T* token, int k, int32_t limit) const {
+    if constexpr (KEEPS) {
+      load_if<HINT>(vec, k * VEC_STEP<T> < limit, token + k * VEC_STEP<T>);
+    } else {
+      vec = load_vec<A, HINT>(token, k * VEC_STEP<T>, limit, rows.channel());
+    }
+  }
+
+  // Loads vec k of the tokens of a window. beside: whether its second column is inside the frame.
+  __device__ __forceinline__ void load(int k, bool beside) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      if (q % 2 == 0 || beside) {
+        load(vecs[q][k % HELD], rows.at(q / 2, q % 2), k, q < 2 || below ? left : 0);
+      } else {
+        vecs[q][k % HELD] = Vec{};
+      }
+    }
+  }
+
+  // Sums this thread's part of the norms of the window's tokens.
+  __device__ __forceinline__ void sum_norms(const Fused<T>& p, bool beside, float (&totals)[4]) {
+    const Norm norm = PLAIN ? Norm::l2 : p.norm;
+    const auto part = [&](int q, int k) {
+      const Vec& vec = vecs[q][k % HELD];
+      return PLAIN ? vec : first_of_vec<T>(vec, in_norm - k * VEC_STEP<T>);
+    };
+    Total<T> found[4];
+#pragma unroll HELD
+    for (int k = 0; k < VECS<T>; ++k) {
+      if constexpr (!KEEPS) load(k, beside);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) found[q].add(norm, part(q, k));
+    }
+#pragma unroll
+    for (int q = 0; q < 4; ++q) totals[q] = found[q].of_thread(norm);
+  }
+
+  // Finds the weights of the tokens of window j from the results of sum_norms.
+  __device__ __forceinline__ void weigh_tokens(const Fused<T>& p, int32_t j, const float (&totals)[4],
+                                               float (&weights)[4]) {
+    const Norm norm = PLAIN ? Norm::l2 : p.norm;
+    const float own = finish_norm(norm, join_lanes(Join{norm}, totals, j & 1), p.inv_count);
+    spread(weigh(own, j < taken, p.temperature), weights);
+    if constexpr (KEEPS) {
+#pragma unroll
+      for (int token = 0; token < 4; ++token) {
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) keep_packed(vecs[token][k]);
+      }
+    }
+  }
+
+  // Unpacks word w of vec k of all tokens.
+  __device__ __forceinline__ void unpack_word(int k, int w, float (&values)[4][PER_WORD<T>]) const {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) unpack<T>(vecs[q][k % HELD].word[w], values[q]);
+  }
+};
+
+// The weighted sum of the tokens of a window, for the channels of a word.
+template <class T>
+__device__ __forceinline__ uint32_t pool_word(const float (&values)[4][PER_WORD<T>], const float (&weights)[4]) {
+  float sum[PER_WORD<T>] = {};
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    weights[q] = taken[q] ? logit(temperature, norms[q]) : -INFINITY;
-    highest = fmaxf(highest, weights[q]);
+#pragma unroll
+    for (int e = 0; e < PER_WORD<T>; ++e) sum[e] = fmaf(weights[q], values[q][e], sum[e]);
   }
-#pragma unroll
-  for (int q = 0; q < 4; ++q) weights[q] = expf(weights[q] - highest);
-  // The order of this sum is that of join_block, by which pool.cu adds the four powers of such a window.
-  const float total = (weights[0] + weights[2]) + (weights[1] + weights[3]);
-#pragma unroll
-  for (int q = 0; q < 4; ++q) weights[q] = __fdividef(weights[q], total);
+  return pack<T>(sum);
 }
 
 }  // namespace stgp::cuda

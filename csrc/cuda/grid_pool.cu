@@ -46,7 +46,9 @@ Norm norm_kind(double norm_type) {
 }
 
 bool takes_fused(const int32_t* tables, const Call& call) {
-  return has_fused_form(tables) && call.C <= MAX_CHANNELS && norm_kind(call.norm_type) != Norm::power;
+  const int64_t h = (int64_t{tables[H_HEIGHT]} + 1) / 2, w = (int64_t{tables[H_WIDTH]} + 1) / 2;
+  return has_fused_form(tables) && call.C <= MAX_CHANNELS && norm_kind(call.norm_type) != Norm::power &&
+         product({tables[H_SLOTS], h, w}) <= std::numeric_limits<int32_t>::max();  // the kernels count tokens in int32
 }
 
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call) {

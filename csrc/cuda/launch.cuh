@@ -10,7 +10,6 @@
 
 namespace stgp::cuda {
 
-constexpr int32_t WARP = 32;                                     // threads of a warp
 constexpr int32_t MAX_THREADS = 512;                             // limit of the threads of a block
 constexpr int32_t MAX_CHANNELS = MAX_THREADS * THREAD_CHANNELS;  // limit of the channels in the registers of a block
 
@@ -46,12 +45,12 @@ inline bool is_vectorized(const int32_t* tables, const Call& call, int64_t rows,
 
 template <class T>
 Frames<const T> frames_of_x(const Call& call) {
-  return {static_cast<const T*>(call.x), call.x_strides, static_cast<int32_t>(call.T)};
+  return {static_cast<const T*>(call.x), call.x_strides, Divisor(call.T)};
 }
 
 template <class T>
 Frames<T> frames_of_out(const Call& call) {
-  return {static_cast<T*>(call.out), call.out_strides, static_cast<int32_t>(call.T)};
+  return {static_cast<T*>(call.out), call.out_strides, Divisor(call.T)};
 }
 
 // Launches kernel(parameters) on `blocks` blocks with `shared_bytes` bytes of dynamic shared memory. If the launch

@@ -54,10 +54,11 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
   // The maximum may lose a NaN. The sum does not.
   float highest[1] = {-INFINITY}, total[1] = {};
   for (int64_t n = threadIdx.x; n < size; n += blockDim.x) highest[0] = fmaxf(highest[0], logit_of(n));
-  join_block([](float left, float right) { return fmaxf(left, right); }, highest, 0);
+  join_block(Highest{}, highest, 0);
   for (int64_t n = threadIdx.x; n < size; n += blockDim.x) total[0] += expf(logit_of(n) - highest[0]);
-  join_block([](float left, float right) { return left + right; }, total, 1);
+  join_block(Sum{}, total, 1);
 
+  const int32_t start = chunk * blockDim.x * THREAD_CHANNELS + first_channel<T>();
   float sum[VECS<T>][PER_VEC<T>] = {};
   for (int64_t from = 0; from < size; from += WEIGHTS) {
     const int32_t count = static_cast<int32_t>(min(size - from, static_cast<int64_t>(WEIGHTS)));
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
       const T* token = p.nodes.token(node, row, col, &stride);
 #pragma unroll
       for (int k = 0; k < VECS<T>; ++k) {
-        const int32_t channel = ((chunk * VECS<T> + k) * blockDim.x + threadIdx.x) * PER_VEC<T>;
+        const int32_t channel = start + k * VEC_STEP<T>;
         const Vec vec = load_vec<A, CacheHint::keep>(token, channel, C, stride);
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
   T* to = p.out.token(p.out.frame(frame), i, j);
 #pragma unroll
   for (int k = 0; k < VECS<T>; ++k) {
-    const int32_t channel = ((chunk * VECS<T> + k) * blockDim.x + threadIdx.x) * PER_VEC<T>;
+    const int32_t channel = start + k * VEC_STEP<T>;
     Vec result;
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {

@@ -33,15 +33,18 @@ __global__ void __launch_bounds__(MAX_THREADS) token_norm_kernel(const __grid_co
   if constexpr (POWER) {
     // Powers are float64: if |t|^p is far from 1, rounding errors of log2 would be visible in float32. Threads have the
     // same channels as with vecs.
-    for (int32_t channel = threadIdx.x * PER_VEC<T>; channel < C; channel += blockDim.x * PER_VEC<T>) {
+    for_each_vec<T>(C, [&](int32_t channel) {
 #pragma unroll 1
       for (int32_t k = channel; k < min(channel + PER_VEC<T>, C); ++k) {
         const double magnitude = fabsf(static_cast<float>(token[k * stride]));
         total[0] += static_cast<float>(exp2(p.p * log2(magnitude)));
       }
-    }
+    });
   } else {
-    total[0] = add_channels<T, A>(p.norm, token, C, stride, blockDim.x);
+    Total<T> found;
+    for_each_vec<T>(
+        C, [&](int32_t channel) { found.add(p.norm, load_vec<A, CacheHint::keep>(token, channel, C, stride)); });
+    total[0] = found.of_thread(p.norm);
   }
   join_block(Join{p.norm}, total, 0);
   if (threadIdx.x != 0) return;
@@ -66,7 +69,7 @@ cudaError_t find(int32_t frames, int32_t H, int32_t W, const Call& call, const i
   Norms<T> p{};
   p.nodes = {frames_of_x<T>(call), static_cast<const T*>(call.scratch), H, W, static_cast<int32_t>(call.C)};
   p.final = final;
-  p.norms = {norms, norm_strides, static_cast<int32_t>(call.T)};
+  p.norms = {norms, norm_strides, Divisor(call.T)};
   p.channels = static_cast<int32_t>(channels_of_norm(call));
   p.norm = norm_kind(call.norm_type);
   p.mean = call.normalize_norm;

@@ -1,5 +1,6 @@
 // Tokens in memory and in registers. All kernels spread the channels of a token over a block in the same way, so that
-// sums over channels have one order: vec k of thread t starts at channel (k * threads + t) * PER_VEC<T>.
+// sums over channels have one order, whatever the number of warps: warp n has channels n * WARP_CHANNELS and following,
+// and vec k of lane l starts (k * WARP + l) * PER_VEC<T> channels after the first of them.
 
 #pragma once
 
@@ -11,12 +12,15 @@
 #include <cstring>
 
 #include "../grid_pool.h"
+#include "divisor.cuh"
 
 namespace stgp::cuda {
 
-constexpr int VEC_BYTES = 16;         // bytes of a Vec
-constexpr int WORDS = VEC_BYTES / 4;  // 32-bit words of a Vec
-constexpr int THREAD_CHANNELS = 16;   // channels of a token that a thread holds
+constexpr int WARP = 32;                               // threads of a warp
+constexpr int VEC_BYTES = 16;                          // bytes of a Vec
+constexpr int WORDS = VEC_BYTES / 4;                   // 32-bit words of a Vec
+constexpr int THREAD_CHANNELS = 16;                    // channels of a token that a thread holds
+constexpr int WARP_CHANNELS = WARP * THREAD_CHANNELS;  // channels of a token that a warp holds
 
 // Consecutive channels of a token, 128 bits. They stay packed until they are used: unpacked 16-bit values would take
 // twice the registers.
@@ -30,6 +34,24 @@ template <class T>
 constexpr int PER_VEC = VEC_BYTES / static_cast<int>(sizeof(T));  // channels of a Vec
 template <class T>
 constexpr int VECS = THREAD_CHANNELS / PER_VEC<T>;  // vecs of a thread
+template <class T>
+constexpr int VEC_STEP = WARP * PER_VEC<T>;  // channels from one vec of a thread to the next
+
+// The first channel of this thread.
+template <class T>
+__device__ __forceinline__ int32_t first_channel() {
+  return static_cast<int32_t>(threadIdx.x / WARP * WARP_CHANNELS + threadIdx.x % WARP * PER_VEC<T>);
+}
+
+// Calls visit(channel) with the first channel of each vec of this thread in a token of C channels, for blocks that may
+// hold fewer channels at a time. All lanes of a warp visit together; some of their vecs may be beyond the token.
+template <class T, class Visit>
+__device__ __forceinline__ void for_each_vec(int32_t C, Visit visit) {
+  const int32_t lane = threadIdx.x % WARP * PER_VEC<T>;
+  for (int32_t base = threadIdx.x / WARP * WARP_CHANNELS; base < C; base += blockDim.x * THREAD_CHANNELS) {
+    for (int32_t k = 0; k < VECS<T>; ++k) visit(base + k * VEC_STEP<T> + lane);
+  }
+}
 
 template <class To, class From>
 __device__ __forceinline__ To same_bits(const From& from) {
@@ -40,8 +62,8 @@ __device__ __forceinline__ To same_bits(const From& from) {
 }
 
 __device__ __forceinline__ void unpack(uint32_t word, float (&values)[2], __nv_bfloat16) {
-  values[0] = __uint_as_float(word << 16);
-  values[1] = __uint_as_float(word & 0xffff0000u);
+  values[0] = __uint_as_float(__byte_perm(word, 0, 0x1044));
+  values[1] = __uint_as_float(__byte_perm(word, 0, 0x3244));
 }
 
 __device__ __forceinline__ void unpack(uint32_t word, float (&values)[2], __half) {
@@ -55,6 +77,26 @@ __device__ __forceinline__ void unpack(uint32_t word, float (&values)[1], float)
 template <class T>
 __device__ __forceinline__ void unpack(uint32_t word, float (&values)[PER_WORD<T>]) {
   unpack(word, values, T{});
+}
+
+// Unpacks magnitudes. A kernel that unpacks a word for its norm and once more for a sum must do it by other instructions:
+// the compiler would keep equal results in registers, of which there are not enough.
+__device__ __forceinline__ void unpack_magnitudes(uint32_t word, float (&values)[2], __nv_bfloat16) {
+  values[0] = fabsf(__uint_as_float(word << 16));
+  values[1] = fabsf(__uint_as_float(word & 0xffff0000u));
+}
+
+__device__ __forceinline__ void unpack_magnitudes(uint32_t word, float (&values)[2], __half) {
+  unpack(same_bits<uint32_t>(__habs2(same_bits<__half2>(word))), values, __half{});
+}
+
+__device__ __forceinline__ void unpack_magnitudes(uint32_t word, float (&values)[1], float) {
+  values[0] = fabsf(__uint_as_float(word));
+}
+
+template <class T>
+__device__ __forceinline__ void unpack_magnitudes(uint32_t word, float (&values)[PER_WORD<T>]) {
+  unpack_magnitudes(word, values, T{});
 }
 
 __device__ __forceinline__ uint32_t pack(const float (&values)[2], __nv_bfloat16) {
@@ -105,6 +147,26 @@ __device__ __forceinline__ Vec load_vec(const T* token, int32_t channel, int32_t
   return vec;
 }
 
+// Loads 128 bits at `from` into `vec` if `wanted`; else leaves it as it is. The load is predicated: a branch around it
+// would be instructions that every lane takes.
+template <CacheHint U>
+__device__ __forceinline__ void load_if(Vec& vec, bool wanted, const void* from) {
+#ifdef __CUDACC__
+#define STGP_LOAD(HINT)                                                                                    \
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %4, 0; @p ld.global" HINT ".v4.u32 {%0, %1, %2, %3}, [%5];}" \
+               : "+r"(vec.word[0]), "+r"(vec.word[1]), "+r"(vec.word[2]), "+r"(vec.word[3])                \
+               : "r"(static_cast<int32_t>(wanted)), "l"(from))
+  if constexpr (U == CacheHint::stream) {
+    STGP_LOAD(".cs");
+  } else {
+    STGP_LOAD("");
+  }
+#undef STGP_LOAD
+#else
+  if (wanted) memcpy(&vec, from, sizeof(Vec));
+#endif
+}
+
 // Stores the channels of a token from `channel` on, except channels from C on.
 template <Access A, CacheHint U, class T>
 __device__ __forceinline__ void store_vec(T* token, int32_t channel, int32_t C, int64_t stride, const Vec& vec) {
@@ -138,15 +200,16 @@ __device__ __forceinline__ void keep_packed(Vec& vec) {
   for (uint32_t& word : vec.word) asm volatile("" : "+r"(word));
 }
 
-// An array (videos, T_frames, rows, columns, C) with any strides. T is const for x.
+// An array (videos, T, rows, columns, C) with any strides. The element type is const for x.
 template <class T>
 struct Frames {
   T* base;
   Strides strides;
-  int32_t T_frames;  // number of frames of a video
+  Divisor frames;  // number of frames of a video
 
   __device__ __forceinline__ T* frame(int32_t number) const {
-    return base + number / T_frames * strides.video + number % T_frames * strides.frame;
+    const int32_t video = frames.quotient(number);
+    return base + video * strides.video + (number - video * frames.value) * strides.frame;
   }
 
   __device__ __forceinline__ T* token(T* frame, int32_t row, int32_t col) const {

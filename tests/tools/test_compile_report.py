@@ -264,14 +264,16 @@ def test_every_cuda_kernel(tmp_path: Path) -> None:
     """No kernel misses a limit, and every architecture has every kernel."""
     rows = report(tmp_path, "--backend", "cuda")
     assert missed(rows) == []
-    kernels = {"grid_pool_kernel", "token_norm_kernel", "summary_kernel", "final_frames_kernel", "norm_pool_kernel"}
+    kernels = {"frames_kernel", "level_kernel", "windows_kernel"}
+    kernels |= {"token_norm_kernel", "summary_kernel", "final_frames_kernel", "norm_pool_kernel"}
     kernels |= {"grid_pool_backward_kernel", "window_statistics_kernel", "token_gradient_kernel", "ends_kernel"}
     for arch in ARCHITECTURES:
         here = [row for row in rows if row.arch == arch]
         assert {re.split("[<(]", row.kernel)[0] for row in here} == kernels
         assert len({row.kernel for row in here}) == len(here)
         published = [row for row in here if row.published]
-        assert len(published) == 2 * 3 * 2 * 2  # forward or backward, types, frames or mosaics, even or odd sizes
+        walks = 2 * 3 * 2 * 2  # forward or backward, types, frames or mosaics, even or odd sizes
+        assert len(published) == walks + 3  # windows alone, in every type
 
 
 @pytest.mark.slow
@@ -307,12 +309,12 @@ def changed(folder: Path, name: str, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("fused.cu", "!PART ? 80 : 128", "!PART ? 48 : 128"), "of local memory"),
+        (("fused.cu", "PLAIN ? 80 : 128", "PLAIN ? 48 : 128"), "of local memory"),
         (
             (
                 "tokens.cuh",
-                "vec = same_bits<Vec>(U == CacheHint::stream ? __ldcs(from) : *from);",
-                "for (int w = 0; w < WORDS; ++w) vec.word[w] = reinterpret_cast<const uint32_t*>(from)[w];",
+                '"{.reg .pred p; setp.ne.s32 p, %4, 0; @p ld.global" HINT ".v4.u32 {%0, %1, %2, %3}, [%5];}"',
+                '"{.reg .pred p; setp.ne.s32 p, %4, 0; @p ld.global" HINT ".u32 %0, [%5];}"',
             ),
             "no loads of tokens",
         ),
@@ -325,8 +327,9 @@ def test_what_is_wrong_in_cuda_is_seen(tmp_path: Path, change: tuple[str, str, s
 
 
 CODE = Code({"32": 5, "128": 20}, {}, {"128": 4}, atomics=0, spills=0, barriers=1, divisions=4, instructions=99)
-WALK = "grid_pool_kernel<__half, (Access)0, true, false, true, false>"
-EVEN = "grid_pool_kernel<__half, (Access)0, true, false, false, false>"
+WALK = "frames_kernel<__half, (Access)0, true, true>"
+EVEN = "level_kernel<__half, (Access)0, true, false>"
+WINDOWS = "windows_kernel<__half, (Access)0, true>"
 BACKWARD = "grid_pool_backward_kernel<__half, (Access)0, true, true, true, false>"
 
 
@@ -342,6 +345,7 @@ def few(*warps: int) -> list[str]:
         (WALK, 88, 512, 5, ["room for 14 warps with 3584 channels"]),
         (WALK, 80, 100 << 10, 5, few(6, 7, 8)),
         (EVEN, 80, 100 << 10, 5, few(6, 14)),
+        (WINDOWS, 80, 100 << 10, 5, few(6, 14)),
         (BACKWARD, 128, 512, 24, []),
         (BACKWARD, 128, 512, 25, ["25 loads of 32 bits, more than 24"]),
         (BACKWARD, 129, 512, 24, few(12, 8, 8)),

@@ -43,12 +43,26 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
+// A device of few multiprocessors, so that the blocks of small calls compute several cells each.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 2;
+  return cudaSuccess;
+}
+
 extern dim3 threadIdx, blockIdx, blockDim;  // of the fiber that runs
 
 namespace emulation {
 
 void barrier();
 uint32_t exchange(uint32_t value, unsigned lane_of_source);
+// Stands for mma.m16n8k8 of bfloat16 with float32 sums. A product is exact; eight of them and the former sum are added
+// and rounded once, towards 0 as tensor cores do.
+void multiply_add(float (&sum)[4], uint32_t upper, uint32_t lower, uint32_t b);
 void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 
 }  // namespace emulation
@@ -78,6 +92,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int n = 0; n < 4; ++n) result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * n & 7) & 0xff) << 8 * n;
+  return result;
+}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
+
 inline void __syncthreads() { emulation::barrier(); }
 
 inline uint32_t __float_as_uint(float value) {
@@ -99,6 +121,7 @@ inline float __shfl_xor_sync(unsigned, float value, int lanes) {
 inline float __shfl_sync(unsigned, float value, int lane) {
   return __uint_as_float(emulation::exchange(__float_as_uint(value), lane));
 }
+inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) { return emulation::exchange(value, lane); }
 
 // x86 and ARM round these correctly, as the functions that they stand for do; expf and log2 are the C library's.
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
@@ -42,6 +43,8 @@ struct Fiber {
   State state;
   uint32_t value;
   unsigned source;
+  uint32_t matrices[2][3];  // of two consecutive calls of multiply_add: a lane may be one call ahead of another
+  unsigned multiplied = 0;  // number of these calls
   bool started = false;
   jmp_buf here;
   ucontext_t first;
@@ -157,6 +160,27 @@ uint32_t exchange(uint32_t value, unsigned source) {
   return current->value;
 }
 
+void multiply_add(float (&sum)[4], uint32_t upper, uint32_t lower, uint32_t b) {
+  Fiber& self = *current;
+  const unsigned call = self.multiplied++ % 2, lane = self.thread % WARP, first = self.thread - lane;
+  const uint32_t words[3] = {upper, lower, b};
+  std::copy(words, words + 3, self.matrices[call]);
+  exchange(0, lane);
+  const auto value = [&](unsigned lane, int matrix, unsigned half) {
+    return __uint_as_float(fibers[first + lane]->matrices[call][matrix] >> 16 * half << 16);
+  };
+  for (unsigned n = 0; n < 4; ++n) {
+    const unsigned row = lane / 4 * 4,
+                   col = (lane % 4 * 2 + n % 2) * 4;  // the first lanes that have this row and column
+    double total = sum[n];
+    for (unsigned k = 0; k < 8; ++k) {
+      total += static_cast<double>(value(row + k / 2, n / 2, k % 2)) * value(col + k / 2, 2, k % 2);
+    }
+    sum[n] = static_cast<float>(total);
+    if (std::abs(static_cast<double>(sum[n])) > std::abs(total)) sum[n] = std::nextafter(sum[n], 0.0f);
+  }
+}
+
 void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
   static const std::vector<char> untouched(sizeof stgp::cuda::dynamic_shared_memory, '\xff');
   static std::mutex one_at_a_time;
@@ -175,6 +199,7 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std:
     std::memset(__start_shared_memory, 0xff, __stop_shared_memory - __start_shared_memory);
     for (unsigned t = 0; t < threads; ++t) {
       fibers[t]->thread = t;
+      fibers[t]->multiplied = 0;
       fibers[t]->state = State::runs;
     }
     run_block(threads);
