@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from stgridpool_kernels.backends.triton_kernels.config import MULTIPROCESSORS
 from stgridpool_kernels.backends.triton_kernels.launch import Launch
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.plan.dataflow import Dataflow, live_cells
@@ -110,8 +111,8 @@ def _with_any(*kinds: Programs) -> list[Programs]:
 
 # ---- the backend cuda ----
 
-CELLS = 4
-"""The number of cells or windows that a block of csrc/cuda/fused.cu walks where it carries no column."""
+CELLS = 7
+"""Limit of the cells or windows that a block of csrc/cuda/fused.cu takes where it carries no column."""
 
 
 @dataclass(frozen=True)
@@ -127,24 +128,51 @@ class CudaLaunch:
     programs: list[Programs]
 
 
-def cuda_launches(plan: GridPlan, cpp_type: str, block_warps: int) -> list[CudaLaunch]:
+def cuda_launches(
+    plan: GridPlan, cpp_type: str, block_warps: int, multiprocessors: int = MULTIPROCESSORS[9, 0]
+) -> list[CudaLaunch]:
     """Return the launches of grid_pool by `plan` at the published settings, on tokens in pieces of 16 bytes.
 
     cpp_type: the C++ type of a channel. block_warps: warps of a block, which follow from the type and the channels.
+    multiprocessors: those of the GPU.
     """
     halo, odd_width = plan.height % 2 == 1 or plan.width % 2 == 1, plan.width % 2 == 1
-    width = -(-plan.width // 2)
-    launches = []
-    for stage in stages(plan):
-        mosaic = stage.kind == "mosaics"
-        windows = 1 if mosaic else CELLS
-        cells = width if odd_width and not mosaic else windows
-        flags = ", ".join(str(flag).lower() for flag in (True, mosaic, halo, False))
+    h, width, (rows, cols) = -(-plan.height // 2), -(-plan.width // 2), plan.pooled_size
+    # as many warps as have room at 128 registers a thread for float, at 80 for the others
+    places = multiprocessors * max((16 if cpp_type == "float" else 24) // block_warps, 1)
+    every = stages(plan)
+    walks = [[*stage.shrunk, *(stage.pooled if stage.kind == "mosaics" else ())] for stage in every]
+    alone = every[0].pooled
+    of_windows = share(len(alone) // h * rows * cols, cols, places, CELLS)
+
+    launches: list[CudaLaunch] = []
+    walked = pooled = 0
+    for stage, of_stage in zip(every, walks, strict=True):
+        walked += len(of_stage)
+        # a launch pools the share of the windows that it has of the walks
+        end = -(-len(alone) // h * walked // max(sum(map(len, walks)), 1)) if any(walks) else len(alone) // h
+        cells, height = (width, h) if stage.shrunk else (cols, rows)
+        most = cells if odd_width else CELLS
+        length = share(len(of_stage) // h * height * cells, cells, places, most)
         programs = _with_any(
-            row_programs(stage.kind, stage.shrunk, width, cells),
-            window_programs(stage.kind if mosaic else "windows", stage.pooled, windows),
+            row_programs(stage.kind, [row for n, row in enumerate(of_stage) if n % h < height], cells, length),
+            window_programs("windows", alone[pooled * h : end * h], of_windows),
         )
+        pooled = end
+        flags = ", ".join([cpp_type, "(Access)0", "true", str(halo).lower()])
+        name = {"rows": "frames_kernel", "mosaics": "level_kernel"}[stage.kind]
+        kernel = f"{name}<{flags}>" if of_stage else f"windows_kernel<{cpp_type}, (Access)0, true>"
         # the carried sums of 16 channels of a thread, in float32
-        shared = 16 * 4 * 32 * block_warps if halo and not mosaic else 0
-        launches.append(CudaLaunch(f"grid_pool_kernel<{cpp_type}, (Access)0, {flags}>", block_warps, shared, programs))
+        shared = 16 * 4 * 32 * block_warps if halo and of_stage else 0
+        if programs:
+            launches.append(CudaLaunch(kernel, block_warps, shared, programs))
     return launches
+
+
+def share(cells: int, row_cells: int, places: int, most: int) -> int:
+    """Return how many of `cells` cells or windows a block takes, in rows of `row_cells`, as `share` of fused.cu does.
+
+    places: number of blocks that run at once. most: limit of a block.
+    """
+    longest = max(1, min(-(-cells // places), row_cells, most))
+    return -(-row_cells // -(-row_cells // longest))
