@@ -29,6 +29,7 @@ constexpr int32_t resident_warps(int registers) { return 65536 / (WARP * registe
 // Blocks that walk rows of frames come first, since they take longest.
 template <class T, Access A, bool PLAIN, bool HALO>
 __global__ void __maxnreg__((REGISTERS<T, A, PLAIN>)) frames_kernel(const __grid_constant__ Fused<T> p) {
+  allow_next_launch();
   const int32_t block = blockIdx.x;
   if (block < p.walk_blocks) {
     const Spans::Place place = p.of_walks.place(block);
@@ -37,12 +38,14 @@ __global__ void __maxnreg__((REGISTERS<T, A, PLAIN>)) frames_kernel(const __grid
     walk_row<T, A, PLAIN, HALO>(p, entry, i, first, [&] { return FrameRows<T, A>(p, entry[E_NODE], i, first); });
   } else {
     pool_windows<T, A, PLAIN>(p, block - p.walk_blocks);
+    wait_for_launch_before();
   }
 }
 
 // Blocks that pool windows come first: they can start while the launch before is running.
 template <class T, Access A, bool PLAIN, bool HALO>
 __global__ void __maxnreg__((REGISTERS<T, A, PLAIN>)) level_kernel(const __grid_constant__ Fused<T> p) {
+  allow_next_launch();
   const int32_t block = static_cast<int32_t>(blockIdx.x) - p.window_blocks;
   if (block >= 0) {
     const Spans::Place place = p.of_walks.place(block);
@@ -52,12 +55,15 @@ __global__ void __maxnreg__((REGISTERS<T, A, PLAIN>)) level_kernel(const __grid_
                                 [&] { return MosaicRows<T>(p.scratch, entry, p.h, p.w, p.C, i, first); });
   } else {
     pool_windows<T, A, PLAIN>(p, blockIdx.x);
+    wait_for_launch_before();
   }
 }
 
 template <class T, Access A, bool PLAIN>
 __global__ void __maxnreg__((REGISTERS<T, A, PLAIN>)) windows_kernel(const __grid_constant__ Fused<T> p) {
+  allow_next_launch();
   pool_windows<T, A, PLAIN>(p, blockIdx.x);
+  wait_for_launch_before();
 }
 
 template <class T>
@@ -115,6 +121,7 @@ struct Launcher {
   Kernels<T> kernels;
   int32_t threads, cells;  // of a block; Call::cells
   int64_t shared, places;
+  bool is_first;  // whether no kernel of this call has been launched: the first one waits for all work before the call
   cudaStream_t stream;
 
   // Sets how blocks share walks and windows. Returns the blocks of an entry.
@@ -140,9 +147,10 @@ struct Launcher {
       p.walk_blocks = static_cast<int32_t>(walks * of_walk);
       p.window_blocks = static_cast<int32_t>(pools * of_window);
       const auto kernel = walks == 0 ? kernels.windows : mosaic ? kernels.level : kernels.frames;
-      const cudaError_t error =
-          launch(kernel, int64_t{p.walk_blocks} + p.window_blocks, threads, stream, p, walks > 0 ? shared : 0);
+      const cudaError_t error = launch(kernel, int64_t{p.walk_blocks} + p.window_blocks, threads, stream, p,
+                                       walks > 0 ? shared : 0, !is_first);
       if (error != cudaSuccess) return error;
+      is_first = false;
       walked = {walked.entries + walks * ENTRY_WORDS, walked.count - walks};
       windows = {windows.entries + pools * ENTRY_WORDS, windows.count - pools};
     }
@@ -211,6 +219,7 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   launcher.threads = block_threads(p.C, sizeof(T));
   launcher.cells = call.cells;
   launcher.shared = halo ? launcher.threads * THREAD_CHANNELS * int64_t{sizeof(float)} : 0;
+  launcher.is_first = true;
   launcher.stream = stream;
   cudaError_t error = resident_blocks(launcher.kernels.registers, launcher.threads, &launcher.places);
   const int32_t count = tables[H_NUM_STAGES];

@@ -53,17 +53,49 @@ Frames<T> frames_of_out(const Call& call) {
   return {static_cast<T*>(call.out), call.out_strides, Divisor(call.T)};
 }
 
-// Launches kernel(parameters) on `blocks` blocks with `shared_bytes` bytes of dynamic shared memory. If the launch
-// fails, CUDA's last error is cleared, so that a later check does not report it again.
+// Between the launches of a call a kernel may start before the one before it has ended, from compute capability 9.0 on. It
+// must wait for that one before it reads or overwrites what that one writes or reads, and before it ends: the next kernel
+// relies on all before it, while it waits for one alone. These functions do nothing in a kernel that was not launched so.
+
+// Waits until the launch before is complete, and what it wrote is visible.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next launch start as soon as all blocks of this one have called this function or ended.
+__device__ __forceinline__ void allow_next_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Returns whether wait_for_launch_before waits in this kernel, on the current device. That depends on the architecture
+// which the kernel was compiled for: a newer device can run code for an older one.
+template <class Parameters>
+bool waits(void (*kernel)(Parameters)) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
+// Launches kernel(parameters) on `blocks` blocks with `shared_bytes` bytes of dynamic shared memory. If `early`, it may
+// start before the launch before has ended. If the launch fails, CUDA's last error is cleared, so that a later check does
+// not report it again.
 template <class Parameters>
 cudaError_t launch(void (*kernel)(Parameters), int64_t blocks, int32_t threads, cudaStream_t stream,
-                   const Parameters& parameters, int64_t shared_bytes = 0) {
+                   const Parameters& parameters, int64_t shared_bytes = 0, bool early = false) {
   if (blocks == 0) return cudaSuccess;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early && waits(kernel) ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters);
   if (error != cudaSuccess) cudaGetLastError();
   return error;

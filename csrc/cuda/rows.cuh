@@ -160,6 +160,7 @@ __device__ __forceinline__ void walk_row(const Fused<T>& p, const int32_t* entry
   const int32_t target = p.pools ? entry[E_TARGET] : -1, live = p.tables[entry[E_LIVE] + i];
   const int32_t pooled = target >= 0 && i < p.OH ? p.OW : 0;  // number of windows
   const int32_t stop = min(max(live, pooled), first + p.of_walks.length);
+  wait_for_launch_before();  // its thumbnails may be read here, and it may read slots that are overwritten here
   if (first >= stop) return;
 
   using Rows = std::decay_t<decltype(make_rows())>;

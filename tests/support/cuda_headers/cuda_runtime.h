@@ -56,6 +56,22 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 
 extern dim3 threadIdx, blockIdx, blockDim;  // of the fiber that runs
 
+// Blocks run one after the other, and so do launches: no kernel waits for the launch before.
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaFuncAttributes {
+  int ptxVersion = 80;
+};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+
 namespace emulation {
 
 void barrier();
@@ -71,6 +87,8 @@ struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 namespace emulation {
@@ -84,7 +102,7 @@ template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Parameters&... parameters) {
   if (config->gridDim.x == 0 || config->gridDim.x > 0x7fffffffu || config->blockDim.x == 0 ||
-      config->blockDim.x > 1024 || config->dynamicSmemBytes > 48 << 10) {
+      config->blockDim.x > 1024 || config->dynamicSmemBytes > 48 << 10 || config->numAttrs > 0) {
     return cudaErrorInvalidConfiguration;
   }
   if (emulation::is_listed(reinterpret_cast<const void*>(kernel), *config)) return cudaSuccess;
