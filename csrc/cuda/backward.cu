@@ -164,7 +164,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) window_statistics_kernel(const __
       const int32_t row = top + static_cast<int32_t>((n + q) / width),
                     col = left + static_cast<int32_t>((n + q) % width);
       if (n + q >= size) continue;
-      powers[q] = expf(logit_of(row, col) - highest[0]);
+      powers[q] = power_of_e(logit_of(row, col) - highest[0]);
       total += powers[q];
       if (row < 0 || row >= H || col < 0 || col >= W) continue;
       tokens[q] = p.nodes.token(node, row, col, &stride);
@@ -221,7 +221,7 @@ __global__ void __maxnreg__(GENERAL_REGISTERS) token_gradient_kernel(const __gri
   };
   const auto weight_of = [&](int32_t i, int32_t j) {
     const float* of_window = statistics(i, j);
-    return __fdividef(expf(logit(p.temperature, norm) - of_window[0]), of_window[1]);
+    return divide_by_total(power_of_e(logit(p.temperature, norm) - of_window[0]), of_window[1]);
   };
   // Adds the sum of a g over these windows.
   const auto add_grads = [&](int32_t channel, float (&sum)[PER_VEC<T>]) {

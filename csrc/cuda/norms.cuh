@@ -189,11 +189,11 @@ __device__ __forceinline__ void join_block(Join join, float (&values)[N], int32_
   }
 }
 
-// The square root, which may be off in the last place.
+// The square root, which may be off in the last place. A value below 1e-38 counts as 0.
 __device__ __forceinline__ float approximate_sqrt(float value) {
 #ifdef __CUDACC__
   float root;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(value));
   return root;
 #else
   return sqrtf(value);
@@ -212,17 +212,41 @@ __device__ __forceinline__ float finish_norm(Norm norm, float total, float inv_c
 // could differ from 0 for the largest logit.
 __device__ __forceinline__ float logit(float temperature, float norm) { return __fmul_rn(temperature, norm); }
 
+// e^value for a value of at most 0. Where the power is far from 1 it is off in more than its last place, but by less than
+// the last place of 1, and the weights of a window add up to 1. A power below 1e-38 counts as 0.
+__device__ __forceinline__ float power_of_e(float value) {
+  const float exponent = value * 1.4426950408889634f;
+#ifdef __CUDACC__
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+#else
+  return exp2f(exponent);
+#endif
+}
+
+// power / total for a total of at least 1, which may be off in the last places.
+__device__ __forceinline__ float divide_by_total(float power, float total) {
+#ifdef __CUDACC__
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(total));
+  return power * inverse;
+#else
+  return power / total;
+#endif
+}
+
 // The weight of a token of a window of four, softmax(temperature * norm), where lanes 8q, ..., 8q + 7 have the norm of
 // token q. Tokens outside the frame are not `taken`; their weight is 0.
 __device__ __forceinline__ float weigh(float norm, bool taken, float temperature) {
   const float own = taken ? logit(temperature, norm) : -INFINITY;
   float highest = fmaxf(own, __shfl_xor_sync(ALL_LANES, own, 2 * SHARERS));
   highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, SHARERS));
-  const float power = expf(own - highest);
+  const float power = power_of_e(own - highest);
   // The order of this sum is that of join_block, by which pool.cu adds the four powers of such a window.
   float total = power + __shfl_xor_sync(ALL_LANES, power, 2 * SHARERS);
   total += __shfl_xor_sync(ALL_LANES, total, SHARERS);
-  return __fdividef(power, total);
+  return divide_by_total(power, total);
 }
 
 }  // namespace stgp::cuda

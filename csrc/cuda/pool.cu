@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
   float highest[1] = {-INFINITY}, total[1] = {};
   for (int64_t n = threadIdx.x; n < size; n += blockDim.x) highest[0] = fmaxf(highest[0], logit_of(n));
   join_block(Highest{}, highest, 0);
-  for (int64_t n = threadIdx.x; n < size; n += blockDim.x) total[0] += expf(logit_of(n) - highest[0]);
+  for (int64_t n = threadIdx.x; n < size; n += blockDim.x) total[0] += power_of_e(logit_of(n) - highest[0]);
   join_block(Sum{}, total, 1);
 
   const int32_t start = chunk * blockDim.x * THREAD_CHANNELS + first_channel<T>();
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
     const int32_t count = static_cast<int32_t>(min(size - from, static_cast<int64_t>(WEIGHTS)));
     __syncthreads();
     for (int32_t n = threadIdx.x; n < count; n += blockDim.x) {
-      weights[n] = __fdividef(expf(logit_of(from + n) - highest[0]), total[0]);
+      weights[n] = divide_by_total(power_of_e(logit_of(from + n) - highest[0]), total[0]);
     }
     __syncthreads();
     for (int32_t n = 0; n < count; ++n) {

@@ -144,7 +144,6 @@ inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) { return emulati
 // x86 and ARM round these correctly, as the functions that they stand for do; expf and log2 are the C library's.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fdividef(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
 
 template <class A>
