@@ -67,7 +67,7 @@ struct Call {
   // with a channel stride of 1.
   const void* grad = nullptr;
   Strides grad_strides{};
-  // For CUDA: the number of neighbouring cells or windows in a row that a block computes one after another. 0 leaves
+  // For CUDA: the limit of the neighbouring cells or windows in a row that a block computes one after another. 0 leaves
   // the choice to the kernel. The number changes the time of a call, and no bit of its result.
   int32_t cells = 0;
 };

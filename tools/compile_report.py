@@ -295,12 +295,12 @@ CHANNELS = (1152, 3584, 4096)
 
 FUSED = re.compile(
     r"(frames|level|windows|grid_pool_backward)_kernel<(\w+), \(Access\)0, true"
-    r"(?:, (true|false))?(?:, (?:true|false), false)?>"
+    r"(?:, (true|false))?(?:, (?:true|false))?>"
 )
 """Matches the kernels of the published settings on tokens in 128-bit pieces.
 
-Template arguments say that p is 2 and, in the forward, that norms run over all channels, and whether cells have a halo;
-in the backward also whether frames are mosaics, and last that norms run over all channels.
+Template arguments say that p is 2 and norms run over all channels, in the backward whether frames are mosaics, and whether
+cells have a halo.
 """
 
 

@@ -99,16 +99,16 @@ cudaError_t resident_blocks(int32_t registers, int32_t threads, int64_t* blocks)
   return error;
 }
 
-// Shares `entries` x `rows` rows of `cells` cells among blocks that walk `most` cells at most: few enough that all of
-// `places` blocks have work, and about as many in each.
+// Shares `entries` x `rows` rows of `cells` cells among blocks: each walks few enough that all of `places` blocks have
+// work, at most `most`, and about as many as the others of its row.
 Spans share(int64_t entries, int32_t rows, int32_t cells, int64_t places, int32_t most) {
-  const int64_t every = (entries * rows * cells + places - 1) / places;
+  const int64_t every = (product({entries, rows, cells}) - 1) / places + 1;
   const int64_t longest = std::clamp<int64_t>(every, 1, std::min(cells, most));
   const int64_t spans = (cells + longest - 1) / longest;
   return {static_cast<int32_t>((cells + spans - 1) / spans), Divisor(spans), Divisor(rows)};
 }
 
-// The entries of a launch: from those that are walked, and from the frames whose windows are pooled.
+// Entries that a launch walks, or whose windows it pools.
 struct Range {
   const int32_t* entries;
   int64_t count;
@@ -119,7 +119,8 @@ template <class T>
 struct Launcher {
   Fused<T> p;
   Kernels<T> kernels;
-  int32_t threads, cells;  // of a block; Call::cells
+  int32_t threads;  // of a block
+  int32_t cells;    // Call::cells
   int64_t shared, places;
   bool is_first;  // whether no kernel of this call has been launched: the first one waits for all work before the call
   cudaStream_t stream;
@@ -157,8 +158,8 @@ struct Launcher {
     return cudaSuccess;
   }
 
-  // Runs the stage of frames number `first` and the levels that follow it, up to stage `last`. Each launch pools a share
-  // of the windows of frames without a thumbnail that follows its share of the walks.
+  // Runs the stage of frames number `first` and the levels that follow it, up to stage `last`. Each launch pools a
+  // share of the windows of frames without a thumbnail that follows its share of the walks.
   cudaError_t run_stages(const int32_t* tables, const int32_t* device_tables, int32_t first, int32_t last) {
     const auto stage = [&](int32_t number) { return tables + tables[H_STAGES] + number * STAGE_WORDS; };
     const auto walked_of = [](const int32_t* s) { return s[S_MOSAIC] != 0 ? s[S_COUNT] : s[S_SHRUNK]; };

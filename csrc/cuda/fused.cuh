@@ -1,5 +1,5 @@
-// The fused form: its parameters, the places of its blocks, and the window that a block holds in registers. rows.cuh and
-// windows.cuh have what blocks do, fused.cu the kernels and their launches.
+// The fused form: its parameters, the places of its blocks, and the window that a block holds in registers. rows.cuh
+// and windows.cuh have what blocks do, fused.cu the kernels and their launches.
 
 #pragma once
 
@@ -62,8 +62,8 @@ struct Fused {
   float inverses[3][3];   // 1 / (r c) for cells of r = 1, 2, 3 rows and c = 1, 2, 3 columns
 };
 
-// Rows 2i - 1, 2i and 2i + 1 of a frame, from the thread's first channel on. The parameters P of a kernel have x and its
-// distances.
+// Rows 2i - 1, 2i and 2i + 1 of a frame, from the thread's first channel on. The parameters P of a kernel have x and
+// its distances.
 template <class T, Access A, class P = Fused<T>>
 struct FrameRows {
   static constexpr bool MOSAIC = false;
@@ -86,8 +86,9 @@ template <class T>
 struct MosaicRows {
   static constexpr bool MOSAIC = true;
   const char* scratch;
-  // Where a row starts in a tile, as a number of tokens: lanes 0, 1 and 2 have it for rows 2i - 1, 2i and 2i + 1 in a left
-  // tile, lanes 3, 4 and 5 for the right one. Every lane having all of them would take more registers than there are.
+  // Where a row starts in a tile, as a number of tokens: lanes 0, 1 and 2 have it for rows 2i - 1, 2i and 2i + 1 in a
+  // left tile, lanes 3, 4 and 5 for the right one. Every lane having all of them would take more registers than there
+  // are.
   uint32_t start;
   int32_t col, w;
   uint32_t token_bytes;
@@ -112,9 +113,9 @@ struct MosaicRows {
   __device__ __forceinline__ void advance() { col += 2; }
 };
 
-// The four tokens of a window, row-major. A thread keeps its channels packed in registers. With scalar access they would
-// take too many registers, and so would 32-bit mosaics, which are in the L2 cache: these are loaded at each use. PLAIN: the
-// norm is that of p = 2 over all channels.
+// The four tokens of a window, row-major. A thread keeps its channels packed in registers. With scalar access they
+// would take too many registers, and so would 32-bit mosaics, which are in the L2 cache: these are loaded at each use.
+// PLAIN: the norm is that of p = 2 over all channels.
 template <class T, Access A, bool PLAIN, class Rows>
 struct Window {
   static constexpr bool KEEPS = A == Access::vector && (sizeof(T) == 2 || !Rows::MOSAIC);
@@ -137,8 +138,8 @@ struct Window {
     taken = q >= 2 && !below ? 0 : q % 2 == 1 ? p.W / 2 : p.W;
   }
 
-  // Loads vec k of a token, of which `limit` channels are wanted from the thread's first on. A vec that is kept stays as it
-  // is if it is beyond them: it is 0 throughout.
+  // Loads vec k of a token, of which `limit` channels are wanted from the thread's first on. A vec that is kept stays
+  // as it is if it is beyond them: it is 0 throughout.
   __device__ __forceinline__ void load(Vec& vec, const T* token, int k, int32_t limit) const {
     if constexpr (KEEPS) {
       load_if<HINT>(vec, k * VEC_STEP<T> < limit, token + k * VEC_STEP<T>);

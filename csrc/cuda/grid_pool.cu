@@ -3,7 +3,7 @@
 //   grid_pool      fused.cu if takes_fused() is true; else summaries.cu, token_norm.cu and pool.cu
 //   temporal_grid  summaries.cu
 //   token_norm     token_norm.cu
-//   ..._backward   backward.cu, after the kernels that compute thumbnails or summaries again
+//   ..._backward   fused_backward.cu or backward.cu, after the kernels that compute thumbnails or summaries again
 
 #include <cmath>
 #include <limits>

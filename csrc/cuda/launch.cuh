@@ -53,9 +53,10 @@ Frames<T> frames_of_out(const Call& call) {
   return {static_cast<T*>(call.out), call.out_strides, Divisor(call.T)};
 }
 
-// Between the launches of a call a kernel may start before the one before it has ended, from compute capability 9.0 on. It
-// must wait for that one before it reads or overwrites what that one writes or reads, and before it ends: the next kernel
-// relies on all before it, while it waits for one alone. These functions do nothing in a kernel that was not launched so.
+// Between the launches of a call a kernel may start before the one before it has ended, from compute capability 9.0 on.
+// It must wait for that one before it reads or overwrites what that one writes or reads, and before it ends: the next
+// kernel relies on all before it, while it waits for one alone. These functions do nothing in a kernel that was not
+// launched so.
 
 // Waits until the launch before is complete, and what it wrote is visible.
 __device__ __forceinline__ void wait_for_launch_before() {
@@ -80,8 +81,8 @@ bool waits(void (*kernel)(Parameters)) {
 }
 
 // Launches kernel(parameters) on `blocks` blocks with `shared_bytes` bytes of dynamic shared memory. If `early`, it may
-// start before the launch before has ended. If the launch fails, CUDA's last error is cleared, so that a later check does
-// not report it again.
+// start before the launch before has ended. If the launch fails, CUDA's last error is cleared, so that a later check
+// does not report it again.
 template <class Parameters>
 cudaError_t launch(void (*kernel)(Parameters), int64_t blocks, int32_t threads, cudaStream_t stream,
                    const Parameters& parameters, int64_t shared_bytes = 0, bool early = false) {

@@ -6,9 +6,10 @@
 
 namespace stgp::cuda {
 
-// Adds the products of matrices A (16 x 8) and B (8 x 8) of bfloat16 to a 16 x 8 matrix of float32, on the tensor cores.
-// All lanes of a warp take part: lane l has row l / 4 of A and, in the second word, the row 8 below, columns 2 (l % 4)
-// and 2 (l % 4) + 1; the same part of column l / 4 of B; and the same columns of these rows of the sum, two by two.
+// Adds the products of matrices A (16 x 8) and B (8 x 8) of bfloat16 to a 16 x 8 matrix of float32, on the tensor
+// cores. All lanes of a warp take part: lane l has row l / 4 of A and, in the second word, the row 8 below, columns 2
+// (l % 4) and 2 (l % 4) + 1; the same part of column l / 4 of B; and the same columns of these rows of the sum, two by
+// two.
 __device__ __forceinline__ void multiply_add(float (&sum)[4], uint32_t upper, uint32_t lower, uint32_t b) {
 #ifdef __CUDACC__
   asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
@@ -19,8 +20,8 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], uint32_t upper, ui
 #endif
 }
 
-// Adds |value|^p to a sum; for p = infinity, updates the largest |value|. Magnitudes are compared as integers, in which NaN
-// is above infinity: a maximum of floats could lose it.
+// Adds |value|^p to a sum; for p = infinity, updates the largest |value|. Magnitudes are compared as integers, in which
+// NaN is above infinity: a maximum of floats could lose it.
 __device__ __forceinline__ float add_magnitude(Norm norm, float sum, float magnitude) {
   if (norm == Norm::l2) return fmaf(magnitude, magnitude, sum);
   if (norm == Norm::l1) return sum + magnitude;
@@ -50,7 +51,8 @@ struct Total {
 };
 
 // In bfloat16 the tensor cores sum squares: a word of every lane, as a matrix, times its transpose has the sums of
-// squares of four lanes on its diagonal. Products are exact, and sums are float32. All lanes of a warp must add together.
+// squares of four lanes on its diagonal. Products are exact, and sums are float32. All lanes of a warp must add
+// together.
 template <>
 struct Total<__nv_bfloat16> {
   float even[4] = {}, odd[4] = {};  // of words of even and of odd number; of other norms than p = 2, even[0] is the sum
@@ -67,8 +69,8 @@ struct Total<__nv_bfloat16> {
     }
   }
 
-  // The lane that has an element of the diagonal returns it; the others return 0. Words of even number are the upper rows
-  // of the matrix, words of odd number the lower ones.
+  // The lane that has an element of the diagonal returns it; the others return 0. Words of even number are the upper
+  // rows of the matrix, words of odd number the lower ones.
   __device__ __forceinline__ float of_thread(Norm norm) const {
     if (norm != Norm::l2) return even[0];
     const int32_t row = threadIdx.x % WARP / 4, pair = threadIdx.x % 4;
@@ -127,8 +129,8 @@ static __device__ __forceinline__ Exchange& exchange() {
 
 // Joins N values (1 or 4) of each thread over all threads of a block. Of four values, lanes 8q, ..., 8q + 7 get the
 // result for value q; of a single value, all lanes get it. It takes one barrier, or none if the block is a single warp.
-// Consecutive calls must alternate between buffers 0 and 1: a thread that has passed the barrier of one call has finished
-// reading the buffer of the call before.
+// Consecutive calls must alternate between buffers 0 and 1: a thread that has passed the barrier of one call has
+// finished reading the buffer of the call before.
 //
 // Warps are joined as a tree: a value of warp n with that of warp n + 8, these as the lanes of a warp are. Warps that a
 // block does not have count as the identity, so that the order does not depend on their number.
@@ -200,8 +202,8 @@ __device__ __forceinline__ float approximate_sqrt(float value) {
 #endif
 }
 
-// (total * inv_count)^(1/p) for p = 1 and 2, total for infinity. `total` is a result of a join; inv_count is 1 / C, or 1
-// for norms that are not normalized.
+// (total * inv_count)^(1/p) for p = 1 and 2, total for infinity. `total` is a result of a join; inv_count is 1 / C, or
+// 1 for norms that are not normalized.
 __device__ __forceinline__ float finish_norm(Norm norm, float total, float inv_count) {
   if (norm == Norm::max) return total;
   const float mean = __fmul_rn(total, inv_count);

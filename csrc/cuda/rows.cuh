@@ -22,10 +22,11 @@ struct Walk {
   const Fused<T>& p;
   const bool below;  // whether row 2i + 1 is inside the frame
   Tokens window;
-  const bool odd_W, over;                 // whether cells reach into column 2j - 1, and into row 2i - 1
-  Vec above[2][HALO ? HELD : 1];          // tokens of row 2i - 1
-  int32_t whole = 0, stop = 0, live = 0;  // cells: those before `whole` have two columns inside the frame; ...
-  T *to = nullptr, *cell = nullptr;       // where the pooled token and the cell are stored
+  const bool odd_W, over;            // whether cells reach into column 2j - 1, and into row 2i - 1
+  Vec above[2][HALO ? HELD : 1];     // tokens of row 2i - 1
+  int32_t stop = 0, live = 0;        // the cell that the walk stops before; number of live cells of the row
+  int32_t whole = 0;                 // cells before this one have two columns inside the frame
+  T *to = nullptr, *cell = nullptr;  // where the pooled token and the cell are stored
 
   __device__ __forceinline__ Walk(const Fused<T>& p, const Rows& rows, int32_t i)
       : p(p),
@@ -35,8 +36,8 @@ struct Walk {
         over(HALO && p.H % 2 == 1 && i > 0),
         above{} {}
 
-  // Sums of the last column of a cell, of two channels of this thread. A walk carries them to the next cell if W is odd. They
-  // are in shared memory, because registers have no room for them.
+  // Sums of the last column of a cell, of two channels of this thread. A walk carries them to the next cell if W is
+  // odd. They are in shared memory, because registers have no room for them.
   __device__ __forceinline__ float2& carried(int k, int pair) const {
     auto* of_warp = reinterpret_cast<float2*>(dynamic_shared_memory) + threadIdx.x / WARP * (WARP_CHANNELS / 2);
     return of_warp[(k * (PER_VEC<T> / 2) + pair) * WARP + threadIdx.x % WARP];
@@ -73,8 +74,8 @@ struct Walk {
     }
   }
 
-  // Loads vec k of the tokens of row 2i - 1 above cell j. Tokens outside the frame are 0. ahead: whether the window's rows
-  // are those of the next cell already.
+  // Loads vec k of the tokens of row 2i - 1 above cell j. Tokens outside the frame are 0. ahead: whether the window's
+  // rows are those of the next cell already.
   __device__ __forceinline__ void load_above(int32_t j, int k, bool ahead) {
     const T *left = window.rows.at(-1, ahead ? -2 : 0), *right = window.rows.at(-1, ahead ? -1 : 1);
     Vec &of_left = above[0][k % HELD], &of_right = above[1][k % HELD];
@@ -153,14 +154,15 @@ struct Walk {
   __device__ __forceinline__ int64_t out_channel() const { return channel_stride<A>(p.out); }
 };
 
-// Walks cells first, ... of row i of an entry. make_rows() returns the rows of the walk's first window.
+// Walks up to `length` cells of row i of an entry, from cell `first` on. make_rows() returns the rows of the first
+// window.
 template <class T, Access A, bool PLAIN, bool HALO, class MakeRows>
 __device__ __forceinline__ void walk_row(const Fused<T>& p, const int32_t* entry, int32_t i, int32_t first,
                                          MakeRows make_rows) {
   const int32_t target = p.pools ? entry[E_TARGET] : -1, live = p.tables[entry[E_LIVE] + i];
   const int32_t pooled = target >= 0 && i < p.OH ? p.OW : 0;  // number of windows
   const int32_t stop = min(max(live, pooled), first + p.of_walks.length);
-  wait_for_launch_before();  // its thumbnails may be read here, and it may read slots that are overwritten here
+  wait_for_launch_before();  // its thumbnails are read from here on, and slots that it reads may be overwritten
   if (first >= stop) return;
 
   using Rows = std::decay_t<decltype(make_rows())>;

@@ -79,8 +79,8 @@ __device__ __forceinline__ void unpack(uint32_t word, float (&values)[PER_WORD<T
   unpack(word, values, T{});
 }
 
-// Unpacks magnitudes. A kernel that unpacks a word for its norm and once more for a sum must do it by other instructions:
-// the compiler would keep equal results in registers, of which there are not enough.
+// Unpacks magnitudes. A kernel that unpacks a word for its norm and once more for a sum must do it by other
+// instructions: the compiler would keep equal results in registers, of which there are not enough.
 __device__ __forceinline__ void unpack_magnitudes(uint32_t word, float (&values)[2], __nv_bfloat16) {
   values[0] = fabsf(__uint_as_float(word << 16));
   values[1] = fabsf(__uint_as_float(word & 0xffff0000u));

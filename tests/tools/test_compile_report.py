@@ -330,7 +330,7 @@ CODE = Code({"32": 5, "128": 20}, {}, {"128": 4}, atomics=0, spills=0, barriers=
 WALK = "frames_kernel<__half, (Access)0, true, true>"
 EVEN = "level_kernel<__half, (Access)0, true, false>"
 WINDOWS = "windows_kernel<__half, (Access)0, true>"
-BACKWARD = "grid_pool_backward_kernel<__half, (Access)0, true, true, true, false>"
+BACKWARD = "grid_pool_backward_kernel<__half, (Access)0, true, true, true>"
 
 
 def few(*warps: int) -> list[str]:
