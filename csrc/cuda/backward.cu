@@ -10,21 +10,6 @@ namespace {
 
 constexpr int GENERAL_REGISTERS = 128;  // limit of the registers of a thread, for blocks of MAX_THREADS threads
 
-// ends[s] = the output frame whose node is summary s, or -1
-struct Ends {
-  const int32_t* final;
-  int32_t* ends;
-  int32_t frames, summaries;
-};
-
-__global__ void __launch_bounds__(MAX_THREADS) ends_kernel(const __grid_constant__ Ends p) {
-  for (int32_t s = threadIdx.x; s < p.summaries; s += blockDim.x) p.ends[s] = -1;
-  __syncthreads();
-  for (int32_t f = threadIdx.x; f < p.frames; f += blockDim.x) {
-    if (p.final[f] < 0) p.ends[~p.final[f]] = f;
-  }
-}
-
 template <class T>
 struct Gradients {
   Nodes<T> nodes;
@@ -33,7 +18,7 @@ struct Gradients {
   float* summaries;  // gradients of summaries: (summaries, H, W, C)
   const int32_t* tables;
   const int32_t* final;
-  const int32_t* ends;
+  const int32_t* ends;      // the output frame that holds each frame of x, then each summary, or -1
   const int32_t* rows;      // window rows: OH starts, then OH counts
   const int32_t* cols;      // window cols: OW starts, then OW counts
   const int32_t* gradient;  // the gradient section of the tables
@@ -127,7 +112,7 @@ struct TokenGradient {
 
   __device__ __forceinline__ TokenGradient(const Gradients<T>& p, int32_t number, int32_t row, int32_t col)
       : p(p), H(p.nodes.H), W(p.nodes.W), C(p.nodes.C), row(row), col(col), number(number) {
-    frame = p.of_summary ? p.ends[number] : p.final[number] == number ? number : -1;
+    frame = p.ends[p.of_summary ? p.frames + number : number];
     top = row, height = frame >= 0 ? 1 : 0, left = col, width = 1;
     if constexpr (POOLED) {
       const int32_t* rows = p.tables + p.gradient[G_WINDOW_ROWS];
@@ -306,7 +291,7 @@ cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, con
   p.summaries = scratch.summaries;
   p.tables = device_tables;
   p.final = device_tables + tables[H_OUTPUTS];
-  p.ends = scratch.ends;
+  p.ends = device_tables + tables[tables[H_GRADIENT] + G_ENDS];
   p.rows = device_tables + tables[H_WINDOW_ROWS];
   p.cols = device_tables + tables[H_WINDOW_COLS];
   p.gradient = device_tables + tables[H_GRADIENT];
@@ -325,11 +310,6 @@ cudaError_t run_general(const int32_t* tables, const int32_t* device_tables, con
   const int32_t threads = block_threads(call.C, sizeof(T));
   const bool is_vector = all_vectorized(tables, call, pooled);
   cudaError_t error = cudaSuccess;
-  if (tables[H_SUMMARIES] > 0) {
-    const Ends ends{p.final, scratch.ends, p.frames, tables[H_SUMMARIES]};
-    error = launch(ends_kernel, 1, MAX_THREADS, stream, ends);
-    if (error != cudaSuccess) return error;
-  }
   if (pooled) {
     const auto kernel =
         is_vector ? window_statistics_kernel<T, Access::vector> : window_statistics_kernel<T, Access::scalar>;

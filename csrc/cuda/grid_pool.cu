@@ -27,7 +27,6 @@ GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool p
   GradientScratch scratch{};
   scratch.summaries = reinterpret_cast<float*>(take({summaries, H, W, call.C}));
   if (fused) return scratch;
-  scratch.ends = reinterpret_cast<int32_t*>(take({summaries}));
   if (!pooled) return scratch;
   scratch.norms = reinterpret_cast<float*>(take({frames, H, W}));
   scratch.statistics = reinterpret_cast<float*>(take({frames, OH, OW, 3}));

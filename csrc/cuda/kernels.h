@@ -52,7 +52,6 @@ struct GradientScratch {
   // The general form alone has these.
   float* norms;       // norms of the tokens of the output frames: (frames, H, W)
   float* statistics;  // statistics of the windows: (frames, OH, OW, 3)
-  int32_t* ends;      // the output frame of each summary, or -1: (summaries)
 };
 
 // Gradients of grid_pool in the fused form. Scratch must hold the thumbnails.
