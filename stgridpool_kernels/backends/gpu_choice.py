@@ -32,11 +32,15 @@ class Row:
     reason: str
 
 
-ROWS: tuple[Row, ...] = ()
-"""The first row that fits is used."""
+ROWS = (
+    Row((9, 0), 2, (513, 8192), None, "cuda", "counted for bfloat16: fewer warp instructions (docs/kernels.md)"),
+    Row((9, 0), 4, (2049, 4096), True, "cuda", "counted: fewer warp instructions (docs/kernels.md)"),
+    Row((9, 0), 4, (513, 8192), False, "cuda", "counted: fewer warp instructions (docs/kernels.md)"),
+)
+"""Choices in order: the first row that fits a call is used, if its backend can run here."""
 
-OTHERS = Row((0, 0), 0, (1, 1 << 62), None, "triton", "nobody has counted or measured")
-"""Choice where no row fits."""
+OTHERS = Row((0, 0), 0, (1, 1 << 62), None, "triton", "counted: no fewer warp instructions in cuda, or not counted")
+"""Choice for a call that no row fits."""
 
 
 def choose(x: Tensor, plan: GridPlan | None) -> Row:
