@@ -217,7 +217,7 @@ cudaError_t pool(const int32_t* tables, const int32_t* device_tables, const Call
   const bool is_vector = is_vectorized(tables, call, p.OH, p.OW) && p.norm_channels % PER_VEC<T> == 0;
   const bool halo = p.H % 2 == 1 || p.W % 2 == 1 || !plain || !is_vector;
   launcher.kernels = choose_kernels<T>(is_vector, plain, halo);
-  launcher.threads = block_threads(p.C, sizeof(T));
+  launcher.threads = block_threads(p.C > MAX_CHANNELS ? p.norm_channels : p.C, sizeof(T));
   launcher.cells = call.cells;
   launcher.shared = halo ? launcher.threads * THREAD_CHANNELS * int64_t{sizeof(float)} : 0;
   launcher.is_first = true;

@@ -32,13 +32,13 @@ __device__ __forceinline__ int64_t channel_stride(const Frames<T>& frames) {
 // Distances in bytes from the first token of a window, (2i, 2j), to tokens of rows 2i - 1, 2i and 2i + 1. They are
 // arguments of the kernels, so that an address is one addition.
 struct Distances {
-  int64_t of[3][5];  // rows 2i - 1, 2i and 2i + 1; columns 2j - 2, ..., 2j + 2
+  int64_t of[3][6];  // rows 2i - 1, 2i and 2i + 1; columns 2j - 3, ..., 2j + 2
 
   Distances() = default;
 
   Distances(const Strides& strides, int64_t bytes) {
     for (int r = 0; r < 3; ++r) {
-      for (int c = 0; c < 5; ++c) of[r][c] = ((r - 1) * strides.row + (c - 2) * strides.col) * bytes;
+      for (int c = 0; c < 6; ++c) of[r][c] = ((r - 1) * strides.row + (c - 3) * strides.col) * bytes;
     }
   }
 };
@@ -75,7 +75,7 @@ struct FrameRows {
 
   // Token (2i + r, 2j + c).
   __device__ __forceinline__ const T* at(int r, int c) const {
-    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(token) + p.distances.of[r + 1][c + 2]);
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(token) + p.distances.of[r + 1][c + 3]);
   }
   __device__ __forceinline__ int64_t channel() const { return channel_stride<A>(p.x); }
   __device__ __forceinline__ void advance() { token = at(0, 2); }
@@ -197,6 +197,38 @@ struct Window {
   __device__ __forceinline__ void unpack_word(int k, int w, float (&values)[4][PER_WORD<T>]) const {
 #pragma unroll
     for (int q = 0; q < 4; ++q) unpack<T>(vecs[q][k % HELD].word[w], values[q]);
+  }
+};
+
+// Sums over a window and over its cell for a vec of channels that a block does not hold. There are such channels where
+// a token has more than MAX_CHANNELS, and the norm runs over the first of them alone.
+template <class T>
+struct Unheld {
+  float pooled[PER_VEC<T>] = {};
+  float columns[3][PER_VEC<T>] = {};  // sums of the columns of the cell: 2j - 1, 2j and 2j + 1
+
+  // Adds a token of column 2j + c. If it is one of the window's (`pools`), it has this weight.
+  __device__ __forceinline__ void add(const Vec& vec, int c, bool pools, float weight) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      float values[PER_WORD<T>];
+      unpack<T>(vec.word[w], values);
+#pragma unroll
+      for (int e = 0; e < PER_WORD<T>; ++e) {
+        const int n = w * PER_WORD<T> + e;
+        if (pools) pooled[n] = fmaf(weight, values[e], pooled[n]);
+        columns[c + 1][n] += values[e];
+      }
+    }
+  }
+
+  __device__ __forceinline__ Vec pack_pooled() const { return pack_vec<T>(pooled); }
+
+  __device__ __forceinline__ Vec pack_mean(float inv_count) const {
+    float mean[PER_VEC<T>];
+#pragma unroll
+    for (int n = 0; n < PER_VEC<T>; ++n) mean[n] = ((columns[0][n] + columns[1][n]) + columns[2][n]) * inv_count;
+    return pack_vec<T>(mean);
   }
 };
 

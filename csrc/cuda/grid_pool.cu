@@ -13,11 +13,19 @@
 namespace stgp::cuda {
 namespace {
 
+// The limit of the channels in the fused form, whose kernels count the bytes of a token in uint32.
+constexpr int64_t MOST_FUSED = int64_t{1} << 28;
+
+// Returns whether gradients take the fused form, of which a block holds all channels.
+bool takes_fused_gradient(const int32_t* tables, const Call& call) {
+  return takes_fused(tables, call) && call.C <= MAX_CHANNELS;
+}
+
 // The arrays of scratch of a gradient. `bytes` is set to the size of all scratch.
 GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool pooled, int64_t* bytes) {
   const int64_t summaries = tables[H_SUMMARIES], frames = tables[H_FRAMES];
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS];
-  const bool fused = pooled && takes_fused(tables, call);
+  const bool fused = pooled && takes_fused_gradient(tables, call);
   *bytes = fused ? thumbnail_bytes(tables, call) : pooled ? summary_bytes(tables, call) : 0;
   const auto take = [&](std::initializer_list<int64_t> words) {
     const int64_t start = *bytes;
@@ -46,7 +54,8 @@ Norm norm_kind(double norm_type) {
 
 bool takes_fused(const int32_t* tables, const Call& call) {
   const int64_t h = (int64_t{tables[H_HEIGHT]} + 1) / 2, w = (int64_t{tables[H_WIDTH]} + 1) / 2;
-  return has_fused_form(tables) && call.C <= MAX_CHANNELS && norm_kind(call.norm_type) != Norm::power &&
+  return has_fused_form(tables) && channels_of_norm(call) <= MAX_CHANNELS && norm_kind(call.norm_type) != Norm::power &&
+         call.C <= MOST_FUSED &&
          product({tables[H_SLOTS], h, w}) <= std::numeric_limits<int32_t>::max();  // the kernels count tokens in int32
 }
 
@@ -89,7 +98,7 @@ int grid_pool_backward(const int32_t* tables, const int32_t* device_tables, cons
   const auto queue = static_cast<cudaStream_t>(stream);
   int64_t bytes = 0;
   const GradientScratch scratch = gradient_scratch(tables, call, true, &bytes);
-  if (takes_fused(tables, call)) {
+  if (takes_fused_gradient(tables, call)) {
     const cudaError_t error = pool_fused(tables, device_tables, call, false, queue);
     return error != cudaSuccess ? error : grid_pool_backward_fused(tables, device_tables, call, scratch, queue);
   }

@@ -146,9 +146,41 @@ struct Walk {
         }
       }
     }
+    if constexpr (!PLAIN) finish_unheld<POOLS>(j, weights, inv_count);
     if constexpr (!KEEPS) window.rows.advance();
     to += p.out.strides.col;
     if (shrinks) cell += p.C;
+  }
+
+  // Computes the channels of cell j, and of window j if POOLS, that the block does not hold.
+  template <bool POOLS>
+  __device__ __forceinline__ void finish_unheld(int32_t j, const float (&weights)[4], float inv_count) {
+    constexpr int back = KEEPS ? -2 : 0;  // the window's rows are those of the next cell already if KEEPS
+    const int32_t held = blockDim.x * THREAD_CHANNELS;
+#pragma unroll 1
+    for (int32_t first = held; first < p.C; first += held) {
+#pragma unroll 1
+      for (int k = 0; k < VECS<T>; ++k) {
+        const int32_t channel = first + k * VEC_STEP<T>;
+        Unheld<T> sums;
+#pragma unroll
+        for (int r = -1; r < 2; ++r) {
+#pragma unroll
+          for (int c = -1; c < 2; ++c) {
+            const T* token = window.rows.at(r, c + back);
+            const bool in_cell = (r == -1 ? over : r == 0 || below) && (c == -1 ? odd_W && j > 0 : c == 0 || inside(j));
+            if (!in_cell) continue;
+            const bool in_window = POOLS && r >= 0 && c >= 0;
+            sums.add(load_vec<A, CacheHint::keep>(token, channel, window.left, window.rows.channel()), c, in_window,
+                     in_window ? weights[r * 2 + c] : 0.0f);
+          }
+        }
+        if constexpr (POOLS) {
+          store_vec<A, CacheHint::stream>(to, channel, window.left, out_channel(), sums.pack_pooled());
+        }
+        if (j < live) store_vec<A, CacheHint::keep>(cell, channel, window.left, 1, sums.pack_mean(inv_count));
+      }
+    }
   }
 
   __device__ __forceinline__ int64_t out_channel() const { return channel_stride<A>(p.out); }

@@ -114,6 +114,20 @@ __device__ __forceinline__ uint32_t pack(const float (&values)[PER_WORD<T>]) {
   return pack(values, T{});
 }
 
+// Rounds and packs all channels of a vec.
+template <class T>
+__device__ __forceinline__ Vec pack_vec(const float (&values)[PER_VEC<T>]) {
+  Vec vec;
+#pragma unroll
+  for (int w = 0; w < WORDS; ++w) {
+    float some[PER_WORD<T>];
+#pragma unroll
+    for (int e = 0; e < PER_WORD<T>; ++e) some[e] = values[w * PER_WORD<T> + e];
+    vec.word[w] = pack<T>(some);
+  }
+  return vec;
+}
+
 // The access to channels in memory. vector: every token is aligned to 16 bytes, and 128 bits are moved at a time.
 // scalar: strides and alignment are arbitrary, and one channel is moved at a time.
 enum class Access { vector, scalar };

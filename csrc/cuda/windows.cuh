@@ -6,6 +6,29 @@
 
 namespace stgp::cuda {
 
+// Pools the channels of a window that the block does not hold. BACK: the column of the window in its rows.
+template <int BACK, class T, Access A, bool PLAIN, class Rows>
+__device__ __forceinline__ void pool_unheld(const Fused<T>& p, const Window<T, A, PLAIN, Rows>& window, bool beside,
+                                            const float (&weights)[4], T* to) {
+  const int32_t held = blockDim.x * THREAD_CHANNELS;
+#pragma unroll 1
+  for (int32_t first = held; first < p.C; first += held) {
+#pragma unroll 1
+    for (int k = 0; k < VECS<T>; ++k) {
+      const int32_t channel = first + k * VEC_STEP<T>;
+      Unheld<T> sums;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        if ((q >= 2 && !window.below) || (q % 2 == 1 && !beside)) continue;
+        const T* token = window.rows.at(q / 2, q % 2 + BACK);
+        sums.add(load_vec<A, CacheHint::stream>(token, channel, window.left, window.rows.channel()), 0, true,
+                 weights[q]);
+      }
+      store_vec<A, CacheHint::stream>(to, channel, window.left, channel_stride<A>(p.out), sums.pack_pooled());
+    }
+  }
+}
+
 // out[t, i, j] = sum of a[r, c] * x[t, r, c] over window (i, j), where a = softmax(temperature * norm) over the window
 //
 // A block pools neighbouring windows of a row. A vec of the next window is loaded as soon as its registers are free.
@@ -50,6 +73,7 @@ __device__ __forceinline__ void pool_windows(const Fused<T>& p, int32_t block) {
         }
       }
     }
+    if constexpr (!PLAIN) pool_unheld<Tokens::KEEPS ? -2 : 0>(p, window, inside(j), weights, to);
     if constexpr (!Tokens::KEEPS) window.rows.advance();
     to += p.out.strides.col;
   }

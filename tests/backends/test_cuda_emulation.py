@@ -126,6 +126,32 @@ def test_norms_of_some_channels_are_summed_as_those_of_a_slice(norm_type, C, nor
     assert_same_bits(found[..., :norm_channels], pooled(x[..., :norm_channels], **arguments))
 
 
+def scratch_bytes(x, general=False, norm_channels=None, **arguments):
+    """Return the bytes of scratch that grid_pool takes for one video, which differ between the two forms."""
+    T, H, W, C = x.shape
+    tables = plan_tables(grid_plan([T], H, W, **arguments))
+    words = (ctypes.c_int32 * len(tables))(*tables)
+    words[NUM_STEPS] *= not general
+    call = cuda_emulation.Call(DTYPES.index(x.dtype), T, C, norm_type=2.0, norm_channels=norm_channels or C)
+    return cuda_emulation.load().stgp_scratch_bytes(0, words, ctypes.byref(call))
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(5, 7), (4, 6)], ids=["odd", "even"])
+def test_channels_that_no_block_holds(size, dtype):
+    """They follow when the weights are known, if the norm runs over channels that a block holds."""
+    x = tokens(9, *size, 8216, dtype=dtype)
+    x[2, 1, 1], x[3, 2, 2, 8210] = -0.0, math.nan
+    arguments = {"frame_strides": (1, 2), "ceil_mode": True}
+    assert scratch_bytes(x, **arguments) == scratch_bytes(x, general=True, **arguments)
+    arguments["norm_channels"] = 520
+    assert scratch_bytes(x, **arguments) != scratch_bytes(x, general=True, **arguments)
+    expected = pooled(x, general=True, **arguments)
+    for cells in (0, 1, 3):
+        assert_same_bits(pooled(x, cells=cells, **arguments), expected)
+    assert_same_bits(pooled(misaligned(x), **arguments), expected)
+
+
 @dtypes
 @pytest.mark.parametrize("C", [13, 16])
 def test_norms_of_some_channels_of_tokens_with_gaps(C, dtype):
