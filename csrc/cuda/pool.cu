@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
       weights[n] = divide_by_total(power_of_e(logit_of(from + n) - highest[0]), total[0]);
     }
     __syncthreads();
+#pragma unroll 2  // more copies would take more registers than there are
     for (int32_t n = 0; n < count; ++n) {
       const int32_t row = top + static_cast<int32_t>((from + n) / width);
       const int32_t col = left + static_cast<int32_t>((from + n) % width);
