@@ -63,6 +63,12 @@ Shape = tuple[int, ...]
 SHAPES = ((64, 27, 27, 3584), (64, 24, 24, 4096), (64, 27, 27, 1152))
 """The (T, H, W, C) of LLaVA-Video, of a 24 × 24 tower with 4096 channels, and of SigLIP tokens before projection."""
 
+WIDE = (32, 20, 36, 16384)
+"""The (T, H, W, C) of Qwen3-VL-8B, whose tokens are joined with those of three levels along the channels."""
+
+WIDE_NORM = 4096
+"""The number of channels of the norm in calls on tokens that have more channels than a block of the fused kernels."""
+
 ENOUGH_WARPS, MORE_WARPS = 16, 24
 """With 64 values of 16 bits a thread, 16 warps hold 64 KiB: twice what has to be in flight to hide memory latency.
 
@@ -262,6 +268,16 @@ def executed(case: Case, x: Tensor, rows: Sequence[KernelUsage]) -> ExecutedCall
     return ExecutedCall(f"{rows[0].title}, {case.name}", plan, x.shape[-1], x.element_size(), launches)
 
 
+def wide(case: Case) -> Case:
+    """Return a call whose fused kernels take tokens of more channels than a block, if it is a published one.
+
+    Its gradient takes general kernels.
+    """
+    if not case.published:
+        return case
+    return replace(case, arguments={**case.arguments, "norm_channels": WIDE_NORM}, published=not case.gradient)
+
+
 def triton_tables(
     given: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> Iterator[tuple[list[KernelUsage], list[ExecutedCall]]]:
@@ -277,9 +293,10 @@ def triton_tables(
         except OSError as error:
             parser.error(f"--cubins: {error}")
         for shape, dtype in product(given.shape, given.dtype):
+            of_shape = [wide(case) if shape[3] > MAX_BLOCK else case for case in cases]
             try:
                 with Console(stderr=True).status(f"compiling {show_shape(shape)} {dtype}"):
-                    found = [compile_rows(cases, shape, dtype, arch, cubins) for arch in given.arch]
+                    found = [compile_rows(of_shape, shape, dtype, arch, cubins) for arch in given.arch]
             except ValueError as error:
                 parser.error(f"{show_shape(shape)}: {error}")
             yield [row for rows, _ in found for row in rows], [call for _, calls in found for call in calls]
@@ -433,7 +450,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
     parser.add_argument("--arch", nargs="+", type=int, choices=MULTIPROCESSORS, default=ARCHITECTURES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there, and the executed instructions")
-    parser.add_argument("--shape", nargs="+", type=read_shape, default=SHAPES, metavar="TxHxWxC")
+    parser.add_argument("--shape", nargs="+", type=read_shape, default=(*SHAPES, WIDE), metavar="TxHxWxC")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     add = parser.add_argument_group("backend triton").add_argument
     calls = "grid_pool alone; all at the published settings; these and some others; these and all norms"

@@ -26,6 +26,7 @@ from tools.compile_report import (
     NORMS,
     PUBLISHED,
     SHAPES,
+    WIDE,
     Case,
     block_threads,
     compile_file,
@@ -92,6 +93,14 @@ def test_published_settings(tmp_path: Path, shapes: list[tuple[int, ...]], archi
     assert missed(rows) == []
     assert max(row.registers for row in rows if row.name == "grid_pool 1") > 96
     assert any(row.code.copies for row in rows if row.name == "grid_pool 1")
+
+
+@pytest.mark.slow
+def test_tokens_of_several_blocks(tmp_path: Path) -> None:
+    """The fused kernels take more channels than a block holds, within the limits, if the norm runs over 4096 of them."""
+    rows = report(tmp_path, "--calls", "published", "--shape", show_shape(WIDE), "--dtype", "bf16", "fp16")
+    assert {row.kernel for row in rows if row.published} == {"rows_kernel", "windows_kernel", "mosaics_kernel"}
+    assert missed(rows) == []
 
 
 @pytest.mark.slow
