@@ -60,7 +60,7 @@ struct Call {
   bool normalize_norm = true;  // whether the norm has the mean over channels; else it has the sum
   int64_t norm_channels = 0;   // number of channels that the norm runs over, the first ones; 0 stands for all C
   // For tables of a chunk of streams: the slots of thumbnails, (slots, h, w, C). They hold thumbnails of earlier
-  // chunks, and grid_pool adds those of this chunk. On CUDA it fails if its fused kernel does not take the number of
+  // chunks, and grid_pool adds those of this chunk. On CUDA it fails if the fused kernels do not take the number of
   // channels or the norm.
   void* thumbnails = nullptr;
   // For gradients: the gradient of the result, in the shape of the result. out is the gradient of x, (B, T, H, W, C),

@@ -28,8 +28,8 @@
 //                           in any order
 //   entries[][ENTRY_WORDS]  a node: it is pooled into `target`, and shrunk into thumbnail slot `slot`
 //
-// Gradient section, in tables for the functions ..._backward: who reads what. Each node that is shrunk has its own
-// slot then, and each frame and each summary has an entry.
+// Gradient section, in tables for the functions ..._backward: the readers of each node, row and column. Each node
+// that is shrunk has its own slot then, and each frame and each summary has an entry.
 //
 //   consumers               F + S + 1 offsets: node number n of 0, ..., F - 1, ~0, ..., ~(S - 1) is read by the triples
 //                           (summary, level, tile) from offset n up to offset n + 1

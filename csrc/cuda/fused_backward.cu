@@ -1,5 +1,5 @@
-// Gradients in the fused form: windows are 2 x 2 at stride 2, and grids are 2 x 2 and shrunk by area. One launch for
-// the summaries of each level, from the last, then one for the frames of x. gradients.cuh has the formulas.
+// Gradients in the fused form: windows are 2 x 2 at stride 2, and grids are 2 x 2 and shrunk by area. There is one
+// launch for the summaries of each level, from the last, then one for the frames of x. gradients.cuh has the formulas.
 
 #include "fused.cuh"
 #include "gradients.cuh"
@@ -31,7 +31,7 @@ struct FusedGradients {
 };
 
 // The gradients of the tokens of window (i, j) of an entry, which is also cell (i, j) of its thumbnail. Tokens and the
-// gradient of the window are kept packed in registers, or else loaded at each use, because they would take too many.
+// gradient of the window are kept packed in registers, or loaded at each use where they would take too many.
 template <class T, Access A, bool PLAIN, bool MOSAIC, bool HALO>
 struct WindowGradient {
   using Parameters = FusedGradients<T>;

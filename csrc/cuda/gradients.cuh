@@ -1,5 +1,5 @@
-// Gradients of grid_pool, norm_pool and temporal_grid in x: what both forms have in common. backward.cu has the general
-// form, fused_backward.cu the fused form.
+// Gradients of grid_pool, norm_pool and temporal_grid in x: formulas and functions that both forms have in common.
+// backward.cu has the general form, fused_backward.cu the fused form.
 //
 // The gradient of a node has two parts: the gradient from the windows that read it (for temporal_grid: the gradient of
 // the output frame that it is copied to), and a part of the gradients of the summaries that read it. Every token

@@ -23,7 +23,7 @@ inline float inv_count_of_norm(const Call& call) {
   return call.normalize_norm ? 1.0f / static_cast<float>(channels_of_norm(call)) : 1.0f;
 }
 
-// Returns whether the fused kernel computes a call. The answer is the same for a video alone and packed with others.
+// Returns whether the fused kernels compute a call. The answer is the same for a video alone and packed with others.
 bool takes_fused(const int32_t* tables, const Call& call);
 
 // The fused form: computes out from x, and stores thumbnails in scratch. Without `pools` it only stores the thumbnails.

@@ -16,7 +16,7 @@ constexpr int32_t MAX_CHANNELS = MAX_THREADS * THREAD_CHANNELS;  // limit of the
 constexpr int64_t MAX_BLOCKS = (int64_t{1} << 31) - 1;  // limit of CUDA for the blocks of a launch
 
 // The number of threads of a block that holds a token, THREAD_CHANNELS channels each. For 32-bit values it is a power
-// of two of warps: a thread of the fused kernel takes up to 128 registers, so that a multiprocessor has room for 16
+// of two of warps: a thread of the fused kernels takes up to 128 registers, so that a multiprocessor has room for 16
 // warps, which only such blocks fill. A thread takes fewer registers for 16-bit values, and a warp without channels
 // would only cost instructions.
 inline int32_t block_threads(int64_t C, int64_t bytes) {
@@ -53,12 +53,12 @@ Frames<T> frames_of_out(const Call& call) {
   return {static_cast<T*>(call.out), call.out_strides, Divisor(call.T)};
 }
 
-// Between the launches of a call a kernel may start before the one before it has ended, from compute capability 9.0 on.
-// It must wait for that one before it reads or overwrites what that one writes or reads, and before it ends: the next
-// kernel relies on all before it, while it waits for one alone. These functions do nothing in a kernel that was not
-// launched so.
+// From compute capability 9.0 on, a launch of a call may start before the launch before it has ended. It must wait for
+// that one before it reads or overwrites memory which that one writes or reads, and before it ends: the next launch
+// relies on all launches before it, and waits for one alone. These functions do nothing in a kernel that was not
+// launched early.
 
-// Waits until the launch before is complete, and what it wrote is visible.
+// Waits until the launch before is complete and its stores are visible.
 __device__ __forceinline__ void wait_for_launch_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
