@@ -56,7 +56,8 @@ _NO_POOLING: Arguments = {
     "output_size": None,
 }
 
-_OF_BACKEND = {"norm_pool": "grid_pool"}  # by a plan without levels; other ops have a method of their name
+# norm_pool is grid_pool by a plan without levels; a backend has a method of the name of every other op.
+_OF_BACKEND = {"norm_pool": "grid_pool"}
 _FORWARD = {name: attrgetter(_OF_BACKEND.get(name, name)) for name in ARGUMENTS}
 _BACKWARD = {name: attrgetter(f"{_OF_BACKEND.get(name, name)}_backward") for name in ARGUMENTS}
 

@@ -316,8 +316,8 @@ FUSED = re.compile(
 )
 """Matches the kernels of the published settings on tokens in 128-bit pieces.
 
-Template arguments say that p is 2 and norms run over all channels, in the backward whether frames are mosaics, and whether
-cells have a halo.
+Template arguments say that p is 2 and norms run over all channels, whether the nodes of a backward are summaries, and
+whether cells have a halo.
 """
 
 
@@ -401,6 +401,7 @@ def cuda_tables(
 
 
 CPP_TYPES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
+"""The C++ type of a channel by the name of the dtype in this report."""
 
 
 def executed_by_cuda(

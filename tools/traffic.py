@@ -130,7 +130,7 @@ def count_launches(plan: GridPlan, gradient: bool = False, channels: int = 1) ->
     x = torch.ones(T, plan.height, plan.width, 1, dtype=torch.bfloat16)
     result = torch.ones(T, *plan.pooled_size, 1, dtype=x.dtype)
     out = torch.empty_like(x) if gradient else result
-    call = prepared(x, result, plan, gradient, (8, 0))  # whose launches do not overlap, which is not interpreted
+    call = prepared(x, result, plan, gradient, (8, 0))  # the interpreter runs no launches that overlap
     tokens = (t.to("meta").expand(-1, -1, -1, channels) for t in (x, result))
     of_all_channels = prepared(*tokens, plan, gradient, H100)
     for launch, like in zip(call.launches, of_all_channels.launches, strict=True):
@@ -234,7 +234,7 @@ GRADIENT_COLUMNS = {
 def launch_table(
     counts: Sequence[Counts], workload: Workload, names: Sequence[str], columns: Mapping[str, str] = COLUMNS
 ) -> Table:
-    """Return a table in MB with a row for every launch, by name, and their sum. columns: as above, fields by name."""
+    """Return a table in MB with a row for every launch, by name, and their sum. columns: fields by column."""
     table = Table("launch", box=box.MARKDOWN)
     for name in ("programs", *columns, "tables, KB"):
         table.add_column(name, justify="right")

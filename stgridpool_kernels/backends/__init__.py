@@ -34,7 +34,7 @@ class Backend:
     opt_in_reason(): why `auto` skips the backend even though it can run, or None.
     fused_channels(norm_type): the largest number of channels of a norm with which grid_pool can be fused, 0 if none is.
     pool_chunk(x, words, …, slots, out): pools and shrinks a chunk of streams in one pass, by tables of a chunk. `slots`
-        holds the streams' thumbnails, (slots, ⌈H/2⌉, ⌈W/2⌉, C), between calls. None without fused kernels.
+        holds the streams' thumbnails, (slots, ⌈H/2⌉, ⌈W/2⌉, C), between calls. It is None without fused kernels.
     """
 
     name: str

@@ -37,14 +37,14 @@ refuse_second(hasattr(torch.ops.stgp, "_grid_pool_by_tables"))
 _library = torch.library.Library("stgp", "FRAGMENT")
 _PLAN = "Tensor tables, Tensor? device_tables"
 _NORM = "float norm_type, bool normalize_norm, int norm_channels"
-# `cells` is the number of cells per thread block of the fused CUDA kernel, 0 for its default.
+# `cells` is the maximum number of cells or windows per thread block of the fused CUDA kernels, 0 for their choice.
 _library.define(
     f"_grid_pool_by_tables(Tensor x, {_PLAN}, float temperature, {_NORM}, Tensor(a!) out, int cells=0) -> ()"
 )
 _library.define(
     f"_pool_chunk_by_tables(Tensor x, {_PLAN}, float temperature, {_NORM}, Tensor(a!) thumbnails, Tensor(b!) out) -> ()"
 )
-# tables for gradients have a gradient section; out is the gradient of x
+# Tables for gradients have a gradient section. `out` is the gradient of x.
 _library.define(
     f"_grid_pool_backward_by_tables(Tensor grad, Tensor x, {_PLAN}, float temperature, {_NORM}, Tensor(a!) out) -> ()"
 )
@@ -57,7 +57,6 @@ _library.define(f"_token_norm_compiled(Tensor x, {_NORM}, Tensor(a!) out) -> ()"
 
 LARGEST = 1 << 24
 """Exclusive limit of the rows and of the columns, in tokens, of frames and of results, since tables hold int32."""
-
 
 FUSED_CHANNELS = 8192
 """Maximum number of channels of the fused CUDA kernels, whose blocks hold all channels of a token."""

@@ -90,6 +90,7 @@ class GradientSection(NamedTuple):
 HEADER_WORDS = len(Header._fields)
 ENTRY_WORDS = 8
 CONSUMER_WORDS = 3
+"""The numbers of words of the header, of an entry and of a consumer, as in csrc/tables.h."""
 
 
 def levels_of(words: Words) -> list[LevelRecord]:
@@ -115,7 +116,7 @@ def gradient_section(words: Words) -> GradientSection:
 
 
 def plan_tables(plan: GridPlan, *, frames_per_stage: int | None = None, gradient: bool = False) -> array[int]:
-    """The tables of a plan.
+    """Return the tables of a plan.
 
     frames_per_stage: the least number of frames that a stage reads before the summaries that they complete are made.
         Few thumbnails are kept at a time then, which suits a CPU's cache. With None all frames are read first and
@@ -231,7 +232,7 @@ class ChunkEntry:
 def chunk_entries(
     liveness: EndlessLiveness, frame: int, row: int, groups: list[dict[int, int]], free: Iterator[int]
 ) -> Iterator[tuple[int, ChunkEntry]]:
-    """(level, entry) of the next frame of a stream, with level −1, and of each summary that replaces that frame.
+    """Yield (level, entry) of the next frame of a stream, with level −1, and of each summary that replaces that frame.
 
     A node that nothing depends on has no entry. row: the frame's row in the chunk. groups: for every level, the slots
     that the open group occupies, by place in its mosaic; they are updated. free: slots that may be written to.
@@ -254,7 +255,7 @@ def chunk_entries(
 
 
 def chunk_tables(plan: GridPlan, frames: int, stages: Sequence[Sequence[ChunkEntry]], slots: int) -> tuple[int, ...]:
-    """The tables of a chunk of streams. They have the fused form alone.
+    """Return the tables of a chunk of streams, which have the fused form alone.
 
     plan: a plan of the streams' settings, whose frames are not used. stages: the frames of the chunk first, then the
     summaries level by level. A slot is written at most once, and never if it holds a thumbnail from before the chunk.

@@ -221,7 +221,7 @@ def test_registers_are_limited_where_that_fits_more_warps() -> None:
 
 
 def test_tables_of_other_kernels_for_the_same_plan() -> None:
-    """The same plan is followed by the fused kernel or by the general ones, as the number of channels has it."""
+    """The fused kernels or the general ones follow the same plan, by the number of channels."""
     long = tokens(8, 2, 2, config.MAX_BLOCK + 1)
     for x in (long[..., :3].contiguous(), long):
         assert_accurate(run("grid_pool", x), "grid_pool", x)

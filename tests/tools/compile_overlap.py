@@ -33,6 +33,7 @@ INSTRUCTION = re.compile(r"\b(PREEXIT|ACQBULK|EXIT|BRA|LDG\.E(?=\s)|LDG|LDGSTS|S
 
 
 def order(kernel: Any) -> list[str]:
+    """Return the accesses and branches of a compiled kernel in the order of its machine code."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

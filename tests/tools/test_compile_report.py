@@ -288,7 +288,7 @@ def test_every_cuda_kernel(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_nvcc
 def test_executed_instructions_of_cuda(capsys: pytest.CaptureFixture[str]) -> None:
-    """The page has what nvcc 13.0 compiles. Every type and call has its kernels."""
+    """The page has the counts of what nvcc 13.0 compiles. Every type and call has its kernels."""
     kernels = {(row.arch, row.kernel): row for row in compile_file(KERNELS / "fused.cu", 90)}
     calls = [executed_by_cuda(PUBLISHED[0], shape, "bf16", kernels) for shape in SHAPES[:2]]
     show(calls)

@@ -18,7 +18,7 @@ LISTING = (HERE / "small_kernel.sm_90.sass").read_text(encoding="utf-8")
 """What nvdisasm prints of small_kernel.cu, compiled by nvcc 13.0 for sm_90."""
 
 ROWS = Programs("rows", programs=10, busy=8, steps=50, pooled=20, shrunk=30, longest=7)
-"""Programs of a kernel of which two have no step, and of whose steps some do not pool or do not shrink."""
+"""The programs of a kernel, two of which have no step. Some of their steps do not pool, or do not shrink."""
 
 
 def test_a_kernel_counted_by_hand() -> None:
@@ -127,7 +127,7 @@ def test_the_longer_side_of_a_condition_counts() -> None:
 
 
 def test_a_step_that_is_compiled_with_and_without_a_token() -> None:
-    """Each side of the loop stores a cell, where a condition has it. A side is only for steps that pool, or do not."""
+    """Both sides of the loop store a cell under a condition. One is for steps that pool, one for those that do not."""
     cell = ("@!P2 BRA `(.L_{0})", "STG.E.128 [R6.64], R4", ".L_{0}:")
     pools = ("FADD R1, R1, R2", "MUFU.EX2 R1, R1", "STG.E.EF.128 [R2.64], R4", *(line.format("a") for line in cell))
     plain = (*["FMUL R1, R1, R2"] * 9, *(line.format("b") for line in cell))
@@ -144,7 +144,7 @@ def test_a_loop_inside_a_step_counts_once_a_step() -> None:
 
 
 def test_paths_that_warps_do_not_take() -> None:
-    """Nothing behind a trap is executed, nor what a warp that has diverged at a shuffle takes."""
+    """Nothing behind a trap counts, and no code for a warp that has diverged at a shuffle."""
     graph = read_graph(
         listing(
             *("BRA.DIV UR4, `(.L_slow)", "SHFL.BFLY R1, R2, 0x1", ".L_back:", "STG.E.EF [R2], R1", "EXIT"),

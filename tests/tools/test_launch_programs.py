@@ -49,7 +49,7 @@ def total(launches: Sequence[Sequence[Programs]], field: str) -> int:
 
 
 def test_a_row_that_is_cut() -> None:
-    """A row of 7 cells of which 5 are live and 3 are pooled, one with fewer live cells than windows, an empty one."""
+    """The first row has 5 live cells and 3 windows, the second fewer live cells than windows, the third neither."""
     rows = [Row(cells=5, windows=3), Row(cells=1, windows=4), Row(cells=0, windows=0)]
     assert row_programs("rows", rows, width=7, cells=7) == Programs(
         "rows", 3, 2, steps=9, pooled=7, shrunk=6, longest=5
@@ -61,7 +61,7 @@ def test_a_row_that_is_cut() -> None:
 
 
 EMULATED = 2
-"""The number of multiprocessors of the GPU that tests/support/cuda_headers stands in for."""
+"""The number of multiprocessors of the GPU that tests/support/cuda_headers imitates."""
 
 
 @plans

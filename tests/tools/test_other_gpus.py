@@ -34,7 +34,7 @@ def test_fused_kernels_compile_for_amd() -> None:
 
 @pytest.fixture
 def rocm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine with a torch for ROCm, and no GPU that could run anything."""
+    """Imitate a machine with a torch for ROCm, whose GPU cannot run anything."""
     cached = (
         triton_backend._untried,
         triton_backend._missing_here,

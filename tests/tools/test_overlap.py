@@ -15,7 +15,7 @@ Launches = dict[str, list[tuple[str, bool, list[str]]]]
 
 @pytest.fixture(scope="module")
 def compiled() -> Launches:
-    """The launches of some calls, as `tests.tools.compile_overlap` prints them."""
+    """Return the launches of some calls, as `tests.tools.compile_overlap` prints them."""
     found: Launches = json.loads(run("tests.tools.compile_overlap").stdout)
     return found
 

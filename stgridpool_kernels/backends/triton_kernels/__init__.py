@@ -1,9 +1,9 @@
 """Triton kernels for every op, and the choice of kernels for a call. Each file has kernels, then their launches.
 
-fused: grid_pool and norm_pool at the published settings, fused_backward: their gradient. summaries: temporal_grid with
-any settings. pool: grid_pool and norm_pool with any settings. token_norm: token_norm. backward: gradients with any
-settings. The kernels share the arithmetic in tiles and slopes, the block sizes in config, and the execution of prepared
-calls in launch.
+fused has the kernels of grid_pool and norm_pool at the published settings, fused_backward those of their gradient.
+With any settings, summaries has those of temporal_grid, pool those of grid_pool and norm_pool, token_norm those of
+token_norm, and backward those of gradients. They share the arithmetic in tiles and slopes, the block sizes in config,
+and the execution of prepared calls in launch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from . import backward, config, fused, fused_backward, pool, summaries, token_no
 from .launch import CallSpec, PreparedCall, run
 
 __all__ = [
-    "FUSED_CHANNELS",
     "INTERPRETED",
     "prepare_grid_pool",
     "prepare_grid_pool_backward",
@@ -29,7 +28,7 @@ INTERPRETED = not isinstance(fused.rows_kernel, triton.JITFunction)
 
 
 def is_fused(spec: CallSpec) -> bool:
-    """Return whether the kernels of the published settings run a call, not a gradient."""
+    """Return whether the kernels of the published settings run a call. A gradient also needs a token in one block."""
     if spec.chunk is not None:
         return True
     assert spec.plan is not None

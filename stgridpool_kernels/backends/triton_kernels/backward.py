@@ -44,18 +44,18 @@ from .tiles import (
 CONSUMER: tl.constexpr = tl.constexpr(CONSUMER_WORDS)
 LEVEL: tl.constexpr = tl.constexpr(len(LevelRecord._fields))
 SECTION: tl.constexpr = tl.constexpr(len(GradientSection._fields))
-"""Numbers of int32 in a consumer, in a level, and at the start of the gradient section of the tables."""
+"""The numbers of int32 in a consumer, in a level, and at the start of the gradient section of the tables."""
 
 FRAMES: tl.constexpr = tl.constexpr(Header._fields.index("frames"))
 LEVELS: tl.constexpr = tl.constexpr(Header._fields.index("levels"))
 GRADIENT: tl.constexpr = tl.constexpr(Header._fields.index("gradient"))
-"""Places in the header of the tables."""
+"""Places of numbers in the header of the tables, counted in int32."""
 
 CONSUMERS: tl.constexpr = tl.constexpr(GradientSection._fields.index("consumers"))
 ENDS: tl.constexpr = tl.constexpr(GradientSection._fields.index("ends"))
 ROW_WINDOWS: tl.constexpr = tl.constexpr(GradientSection._fields.index("window_rows"))
 COL_WINDOWS: tl.constexpr = tl.constexpr(GradientSection._fields.index("window_cols"))
-"""Places in the gradient section."""
+"""Places of offsets in the gradient section of the tables, counted in int32."""
 
 
 @triton.jit(do_not_specialize=["of_windows", "T", "weights"])  # one compilation serves all values of these
@@ -108,7 +108,7 @@ def window_weights_kernel(
     number = step_of[:, None] * TOKENS + position[None, :]
     taken = number < taken_tokens
     shares = softmax(logits_of(norms, weights), taken)
-    # in float64: of equal products the mean is exactly one of them, and a temperature magnifies what is not
+    # The mean is computed in float64, since it must be equal to products that are all equal: τ magnifies a difference.
     mean = (tl.sum(shares.to(tl.float64) * dots) / tl.sum(shares.to(tl.float64))).to(tl.float32)
     place = gradients + of_windows + (tl.program_id(0).to(tl.int64) * room + number) * 2
     tl.store(place, shares, mask=taken)
@@ -123,7 +123,7 @@ def token_gradient_kernel(
     scratch,  # summaries: (S, H, W, C)
     tables,
     grad,  # (…, T, OH, OW, C)
-    gradients,  # of summaries, float32: (S, H, W, C); from `of_windows` on, as above
+    gradients,  # of summaries, float32: (S, H, W, C); from `of_windows` on, α and γ as of window_weights_kernel
     first,  # the first node of this launch; they count down if MOSAIC, up if not
     of_windows,
     room,
@@ -203,7 +203,7 @@ def token_gradient_kernel(
 
 @triton.jit
 def load_image(image, taken, channels, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
-    """Tokens of a node as float32, 0 where not taken."""
+    """Return tokens of a node as float32, 0 where not taken."""
     x, summaries, nodes, rows, cols, T = image
     return load_tokens(x, summaries, nodes, rows, cols, taken, channels, T, SIZE, MOSAIC).to(tl.float32)
 
@@ -220,7 +220,7 @@ def norms_of_tokens(
     TOKENS: tl.constexpr,
     MOSAIC: tl.constexpr,
 ):
-    """The norms of a node's tokens and, for "max", the number of elements as large as the norm, else 0."""
+    """Return the norms of a node's tokens and, for "max", the number of elements as large as the norm, else 0."""
     total = no_norms(TOKENS, NORM)
     for chunk in range(CHUNKS):
         channels = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -238,7 +238,7 @@ def norms_of_tokens(
 
 @triton.jit
 def windows_around(tables, section, ends, rows, cols, SIZE: tl.constexpr):
-    """Which tokens windows read, and the first row and column of these windows with the numbers of both."""
+    """Return whether windows read tokens, and the first row and column of these windows with the numbers of both."""
     of_rows, of_cols = tables + tl.load(section + ROW_WINDOWS) + rows, tables + tl.load(section + COL_WINDOWS) + cols
     top, height = tl.load(of_rows, mask=ends, other=0), tl.load(of_rows + SIZE.H, mask=ends, other=0)
     left, width = tl.load(of_cols, mask=ends, other=0), tl.load(of_cols + SIZE.W, mask=ends, other=0)
@@ -247,7 +247,7 @@ def windows_around(tables, section, ends, rows, cols, SIZE: tl.constexpr):
 
 @triton.jit
 def places_in_windows(tables, window, rows, cols, taken, room, OH: tl.constexpr, OW: tl.constexpr):
-    """Where α of tokens (row, col) in windows (frame, i, j) is; γ follows it."""
+    """Return the places of α of tokens (row, col) in windows (frame, i, j). γ follows α."""
     frame, i, j = window
     of_rows, of_cols = tables + tl.load(tables + WINDOW_ROWS), tables + tl.load(tables + WINDOW_COLS)
     top, left = tl.load(of_rows + i, mask=taken, other=0), tl.load(of_cols + j, mask=taken, other=0)
@@ -258,7 +258,7 @@ def places_in_windows(tables, window, rows, cols, taken, room, OH: tl.constexpr,
 
 @triton.jit
 def load_upstream(grad, frame, rows, cols, taken, channels, T, SIZE: tl.constexpr):
-    """The gradient of tokens (row, col) of the result's frame as float32, 0 where not taken."""
+    """Return the gradient of tokens (row, col) of the result's frame as float32, 0 where not taken."""
     places = channel_places(token_places(frame + 0 * rows, rows, cols, T, grad), channels, grad)
     return tl.load(grad.pointer + places, mask=taken[:, None] & (channels < SIZE.C)[None, :], other=0.0).to(tl.float32)
 

@@ -28,8 +28,9 @@ class FusedConfig:
 
     num_warps: warps of 32 threads per program. stages: depth of the pipeline of a program's walk over cells if W is
         odd; from 2 on, tokens of later steps are copied to shared memory in advance.
-    window_registers, even_registers, odd_registers: maximum number of registers per thread, None for no limit: of
-        windows, of walks if H and W are even, and of walks with a halo. The first two apply to the forward only.
+    window_registers, even_registers, odd_registers: maximum number of registers per thread of three kinds of programs:
+        those that pool a window, walks if H and W are even, and walks with a halo. None stands for no limit. The first
+        two apply to the forward only.
     frame_cells, mosaic_cells: cells per program of a walk over frames of x and over mosaics if W is odd, where a column
         is carried from cell to cell. None chooses a number by which every program runs at once. If W is even, it is 1.
     """
@@ -99,7 +100,10 @@ MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
 """Number of multiprocessors by compute capability of an A100, an H100 and a B200, for calls that are only compiled."""
 
 MAX_BLOCK = ROWS[-1].block
-"""Maximum number of channels per block. Longer tokens are read twice, block by block: for the norm and for the sum."""
+"""Maximum number of channels per block, and of the norm of a fused call.
+
+Outside the fused kernels longer tokens are read twice, block by block: for the norm and for the sum.
+"""
 
 LONG_BLOCK = 4096
 """Minimum number of channels of a block if a token takes several."""
@@ -109,9 +113,10 @@ TILE = 4 * 4096
 
 
 def fused_block(C: int, norm_channels: int) -> int:
-    """Number of channels of a block of the fused kernels, which holds all that the norm runs over.
+    """Return the number of channels of a block of the fused kernels.
 
-    It holds all C channels of a token if there are at most `MAX_BLOCK`, and else at least `LONG_BLOCK`.
+    A block holds all C channels of a token if there are at most `MAX_BLOCK`. Else the first block of a token holds the
+    channels of the norm, and a block has at least `LONG_BLOCK` channels.
     """
     return _block(C if C <= MAX_BLOCK else max(norm_channels, LONG_BLOCK), MAX_BLOCK)
 
@@ -126,7 +131,11 @@ def fused_config(C: int, value_bytes: int, capability: tuple[int, int] | None) -
 def resident_blocks(
     device: torch.device, capability: tuple[int, int] | None, num_warps: int, registers: int | None
 ) -> int:
-    """Return the number of programs that a GPU runs at once, by the registers of a thread, which by default are 128."""
+    """Return the number of programs of `num_warps` warps that a GPU runs at once.
+
+    registers: maximum number of registers per thread; None stands for 128. A device other than "cuda" stands for the
+    GPU of `MULTIPROCESSORS` with this compute capability, and None for the A100.
+    """
     if device.type == "cuda":
         multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
     else:
@@ -156,5 +165,5 @@ def _block(C: int, most: int) -> int:
 
 
 def _warps(values: int) -> int:
-    """Number of warps for 64 values per thread, between 1 and 16."""
+    """Return the number of warps for 64 values per thread, between 1 and 16."""
     return min(max(1, values // 2048), 16)

@@ -94,7 +94,7 @@ def mosaics_kernel(
     POOLS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """The work of `rows_kernel` for summaries, each a mosaic of four thumbnails."""
+    """Do for the summaries of a level, each a mosaic of four thumbnails, what `rows_kernel` does for frames of x."""
     entry = tables + entries + tl.program_id(0) // SIZE.h * ENTRY
     i, first = tl.program_id(0) % SIZE.h, tl.program_id(1) * (cells if SIZE.W % 2 == 1 else 1)
     if OVERLAPS:
@@ -166,8 +166,8 @@ def walk(
     """Pool and shrink cells `first`, … of row i of an entry, a cell a step, if something depends on them.
 
     where: (entry, image, i, first, cells) with the place where the entry's frame starts or, for a MOSAIC, where
-    thumbnails do, and with the maximum number of steps. There is one step unless a column is carried: if W is even, or
-    tokens take several blocks.
+    thumbnails do, and with the maximum number of steps. There is one step if W is even or tokens take several blocks,
+    since no column is carried then.
     STAGES: from 2 on, tokens of later steps are copied to shared memory in advance.
     """
     entry, image, i, first, cells = where
@@ -277,7 +277,7 @@ def shrink_tile(node, tile, j, carried, channels, SIZE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def inverse(n):
-    """1 / n of the 1, 2 or 3 rows or columns of a cell: rounded once, exact for 1 and 2, and no division."""
+    """Return 1 / n for a cell of n = 1, 2 or 3 rows or columns, rounded once and without a division."""
     return tl.where(n == 3, 1 / 3, tl.where(n == 2, 0.5, 1.0))
 
 
@@ -301,7 +301,7 @@ def places_in(i, j, down, right, entry, x, SIZE: tl.constexpr, MOSAIC: tl.conste
 
 @triton.jit
 def sum_column(image, entry, i, j, bottom, channels, x, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
-    """The sum of the tokens left of cell (i, j), in its rows above `bottom`, added in the order of a walk."""
+    """Return the sum of the tokens left of cell (i, j), in its rows above `bottom`, added in the order of a walk."""
     down = tl.arange(0, 2)
     places = places_in(i, j, down, 0 * down - 1, entry, x, SIZE, MOSAIC)
     total = tl.sum(load_tile(image, places, 2 * i + down < bottom, channels, x, SIZE, MOSAIC), 0)
@@ -315,7 +315,11 @@ def sum_column(image, entry, i, j, bottom, channels, x, SIZE: tl.constexpr, MOSA
 
 @triton.jit
 def load_tile(image, places, taken, channels, x, SIZE: tl.constexpr, MOSAIC: tl.constexpr):
-    """Tokens as float32, 0 where not taken. Of x, only the row above a walk is read twice; thumbnails may be often."""
+    """Return tokens as float32, 0 where not taken.
+
+    Tokens of x are the first to leave the cache, as only those of the row above a walk are read twice. Thumbnails stay,
+    as they may be read often.
+    """
     mask = taken[:, None] & (channels < SIZE.C)[None, :]
     if MOSAIC:
         tile = tl.load(image + places[:, None] + channels[None, :], mask=mask, other=0.0)
@@ -394,7 +398,7 @@ def _shared(spec: CallSpec) -> tuple[FusedConfig, Arguments]:
 
 
 def _most_registers(spec: CallSpec, limit: int | None, halo: bool) -> int | None:
-    """Maximum number of registers per thread, None for no limit.
+    """Return the maximum number of registers per thread, None for no limit.
 
     Powers take about 240 registers and would spill with a limit. So would some of the kernels without a halo, if they
     cannot read tokens 16 bytes at a time or their norm runs over some of the channels; others need fewer than 80, but

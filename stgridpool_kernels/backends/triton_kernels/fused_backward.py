@@ -1,4 +1,4 @@
-"""Gradient of grid_pool at the published settings. `backward` has the formula.
+"""Gradient of grid_pool and norm_pool at the published settings. The file backward.py has the formula.
 
 The thumbnails are computed again by the kernels of the forward. Then one launch a level, from the last to the first,
 computes the gradients of its summaries in float32, and a last launch those of all frames of x.
@@ -29,7 +29,7 @@ from .tiles import (
 )
 
 CONSUMER: tl.constexpr = tl.constexpr(CONSUMER_WORDS)
-"""Number of int32 in a consumer of the tables: a summary, its level, and the tile of its mosaic that reads the node."""
+"""The number of int32 in a consumer of the tables: a summary, its level, and the tile that the node is."""
 
 
 @triton.jit(do_not_specialize=["entries", "consumers", "frames", "T", "weights"])  # one compilation serves all of these
@@ -95,7 +95,7 @@ def window_gradient_kernel(
 
 @triton.jit
 def own_gradient(tile, upstream, inside, channels, weights, SIZE: tl.constexpr, NORM: tl.constexpr):
-    """The gradient of a window's tokens from the gradient of its pooled token: (4, BLOCK)"""
+    """Return the gradient of a window's tokens, (4, BLOCK), from the gradient of its pooled token."""
     total = partial_norms(tile, channels, weights, NORM)
     norms = finish_norms(total, weights, SIZE.C, NORM, False)
     dots = tl.sum(tile * upstream[None, :], 1)[:, None]

@@ -70,8 +70,8 @@ class CallSpec:
     def gridded(self) -> bool:
         """Return whether the settings replace frames by summaries, even if these videos are too short for any.
 
-        What changes the order of summation depends on it rather than on whether there is a summary: a video must give
-        the same bits alone and packed with a longer one.
+        Kernels that add in another order are chosen by it rather than by whether there is a summary, because a video
+        must give the same bits alone and packed with a longer one.
         """
         return self.plan is not None and bool(self.plan.levels)
 
@@ -232,7 +232,7 @@ _lock = threading.Lock()
 _calls: OrderedDict[Hashable, PreparedCall] = OrderedDict()
 
 Prepare = Callable[[CallSpec], PreparedCall]
-"""Function that prepares the launches of an op or of its gradient."""
+"""The type of the functions that prepare the launches of an op or of its gradient."""
 
 
 def run(

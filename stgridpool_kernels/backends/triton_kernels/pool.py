@@ -26,7 +26,7 @@ from .tiles import (
 OUTPUTS: tl.constexpr = tl.constexpr(Header._fields.index("outputs"))
 WINDOW_ROWS: tl.constexpr = tl.constexpr(Header._fields.index("window_rows"))
 WINDOW_COLS: tl.constexpr = tl.constexpr(Header._fields.index("window_cols"))
-"""Places in the header of the tables, where kernels find the offsets that depend on the videos."""
+"""Places in the header of the tables, counted in int32, where kernels find the offsets that depend on the videos."""
 
 
 @triton.jit(do_not_specialize=["T", "weights"])  # one compilation serves all values of these
@@ -90,7 +90,7 @@ def norm_pool_kernel(
 
 @triton.jit
 def find_window(tables, OH: tl.constexpr, OW: tl.constexpr, SUMMARIES: tl.constexpr):
-    """This program's frame and window (i, j), the frame's node, and (top, left, height, width) of the window."""
+    """Return this program's frame and window (i, j), the frame's node, and (top, left, height, width) of the window."""
     program = tl.program_id(0)
     frame, i, j = program // (OH * OW), program // OW % OH, program % OW
     node = tl.load(tables + tl.load(tables + OUTPUTS) + frame) if SUMMARIES else frame
@@ -100,7 +100,7 @@ def find_window(tables, OH: tl.constexpr, OW: tl.constexpr, SUMMARIES: tl.conste
 
 @triton.jit
 def load_window(image, window, number, channels, SIZE: tl.constexpr, SUMMARIES: tl.constexpr):
-    """Tokens of these numbers in a (top, left, height, width) window as float32; those in the padding are 0."""
+    """Return tokens of these numbers in a (top, left, height, width) window as float32; those in the padding are 0."""
     x, summaries, node, T = image
     top, left, height, width = window
     rows, cols = top + number // width, left + number % width

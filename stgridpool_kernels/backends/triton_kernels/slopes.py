@@ -10,9 +10,9 @@ from .tiles import reciprocal
 
 @triton.jit
 def norm_slopes(tile, norms, largest, weights, C: tl.constexpr, NORM: tl.constexpr):
-    """∂‖t‖/∂t_c, of channels that the norm runs over, of tokens with these norms: 0 where ‖t‖ or t_c is.
+    """Return ∂‖t‖/∂t_c of tokens with these norms, for channels that the norm runs over; it is 0 where ‖t‖ or t_c is 0.
 
-    largest: how many elements are as large as the norm, for "max".
+    largest: number of elements that are as large as the norm, for "max".
     """
     M: tl.constexpr = C if NORM.mean and weights.channels is None else 1
     if NORM.kind == "l2":
@@ -34,7 +34,7 @@ def norm_slopes(tile, norms, largest, weights, C: tl.constexpr, NORM: tl.constex
 
 @triton.jit
 def count_largest(tile, norms, channels, weights, C: tl.constexpr):
-    """The number of elements, among those that the norm runs over, that are as large as the norm, the maximum."""
+    """Return the number of elements that are as large as the norm, among those that the norm, a maximum, runs over."""
     taken = channels < C
     if weights.channels is not None:
         taken = channels < tl.cast(weights.channels, tl.int32)

@@ -15,7 +15,7 @@ from .tiles import channel_places, load_tokens, reciprocal, stored_places, token
 SOURCES: tl.constexpr = tl.constexpr(LevelRecord._fields.index("sources"))
 ROW_RUNS: tl.constexpr = tl.constexpr(LevelRecord._fields.index("row_runs"))
 COL_RUNS: tl.constexpr = tl.constexpr(LevelRecord._fields.index("col_runs"))
-"""Places in a level's record: of the offsets of its nodes, and of the starts, then the counts, of its runs."""
+"""Places in the record of a level, in int32, of the offsets of its nodes, its runs of rows and its runs of columns."""
 
 
 @triton.jit(do_not_specialize=["count", "first", "level", "T"])  # arguments that vary with the videos

@@ -74,7 +74,10 @@ class Norm(NamedTuple):
 
 @triton.jit
 def frame_places(frames, T, x):
-    """Where frames of x start that are numbered through all videos of T; where T is None, all are `x.frame` apart."""
+    """Return the places where frames of x start, which are numbered through all videos, of T frames each.
+
+    Where T is None, all frames are `x.frame` apart.
+    """
     if T is None:
         places = frames.to(tl.int64) * x.frame
     else:
@@ -84,25 +87,25 @@ def frame_places(frames, T, x):
 
 @triton.jit
 def token_places(frames, rows, cols, T, x):
-    """Where tokens of x start."""
+    """Return the places where tokens of x start."""
     return frame_places(frames, T, x) + rows.to(tl.int64) * x.row + cols.to(tl.int64) * x.col
 
 
 @triton.jit
 def channel_places(places, channels, x):
-    """Where channels of tokens of x are that start at `places`: (tokens, channels)."""
+    """Return the places of channels of tokens of x that start at `places`: (tokens, channels)."""
     return places[:, None] + channels.to(tl.int64)[None, :] * x.channel
 
 
 @triton.jit
 def stored_places(nodes, rows, cols, SIZE: tl.constexpr):
-    """Where tokens of summaries ~0, ~1, … start in an array of summaries in full: (S, H, W, C)."""
+    """Return the places where tokens of summaries ~0, ~1, … start in an array of full summaries: (S, H, W, C)."""
     return (((-1 - nodes).to(tl.int64) * SIZE.H + rows) * SIZE.W + cols) * SIZE.C
 
 
 @triton.jit
 def load_tokens(x, summaries, nodes, rows, cols, taken, channels, T, SIZE: tl.constexpr, SUMMARIES: tl.constexpr):
-    """Tokens (row, col) of nodes: frame t of x for t ≥ 0, summary s in full for ~s, if SUMMARIES. In x.dtype."""
+    """Return tokens (row, col) of nodes in x.dtype. Node t ≥ 0 is frame t of x, ~s is full summary s, if SUMMARIES."""
     wanted = taken[:, None] & (channels < SIZE.C)[None, :]
     places = channel_places(token_places(nodes, rows, cols, T, x), channels, x)
     if SUMMARIES:
@@ -118,7 +121,7 @@ def load_tokens(x, summaries, nodes, rows, cols, taken, channels, T, SIZE: tl.co
 
 @triton.jit
 def in_norm(values, channels, weights):
-    """Values of a block, with 0 in channels that the norm does not run over."""
+    """Return the values of a block, with 0 in channels that the norm does not run over."""
     if weights.channels is not None:
         values = tl.where((channels < tl.cast(weights.channels, tl.int32))[None, :], values, 0.0)
     return values
@@ -126,7 +129,7 @@ def in_norm(values, channels, weights):
 
 @triton.jit
 def partial_norms(tile, channels, weights, NORM: tl.constexpr):
-    """Σ_c |t_c|^p of every token, or the bits of max_c |t_c|: to be joined over channels, then finished."""
+    """Return Σ_c |t_c|^p of every token, or the bits of max_c |t_c|, to be joined over channels and then finished."""
     tile = in_norm(tile, channels, weights)
     if NORM.kind == "l2":
         partial = tl.sum(tile * tile, 1)
@@ -144,19 +147,19 @@ def partial_norms(tile, channels, weights, NORM: tl.constexpr):
 
 @triton.jit
 def no_norms(TOKENS: tl.constexpr, NORM: tl.constexpr):
-    """`partial_norms` of no channels."""
+    """Return the `partial_norms` of no channels."""
     return tl.zeros((TOKENS,), tl.int32 if NORM.kind == "max" else tl.float32)
 
 
 @triton.jit
 def join_norms(left, right, NORM: tl.constexpr):
-    """`partial_norms` of all the channels of two."""
+    """Return the `partial_norms` of two sets of channels together."""
     return tl.maximum(left, right) if NORM.kind == "max" else left + right
 
 
 @triton.jit
 def finish_norms(total, weights, C: tl.constexpr, NORM: tl.constexpr, EXACT: tl.constexpr):
-    """‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean, from `partial_norms` of all channels.
+    """Return ‖t‖ = (mean_c |t_c|^p)^(1/p), or the sum in place of the mean, from `partial_norms` of all channels.
 
     EXACT: division and root round correctly. They call functions then, for which a kernel that holds a window of tokens
     has no registers left; for weights, an error in the last place or two does as well.
@@ -183,7 +186,7 @@ def finish_norms(total, weights, C: tl.constexpr, NORM: tl.constexpr, EXACT: tl.
 
 @triton.jit
 def softmax(logits, taken):
-    """e^l / Σ e^l over the tokens taken, 0 for the others."""
+    """Return e^l / Σ e^l over the tokens taken, and 0 for the others."""
     logits = tl.where(taken, logits, float("-inf"))
     powers = tl.exp(logits - tl.max(logits))
     return powers / tl.sum(powers)  # to round this division correctly would take registers
@@ -191,7 +194,7 @@ def softmax(logits, taken):
 
 @triton.jit
 def softmax_of_tile(logits, taken):
-    """e^l / Σ e^l over the tokens taken of one tile, 0 for the others, as a column: (tokens, 1).
+    """Return e^l / Σ e^l over the tokens taken of one tile, and 0 for the others, as a column: (tokens, 1).
 
     A vector would be moved to other threads and back for it, through shared memory and two barriers (Triton 3.6).
     """
@@ -202,7 +205,7 @@ def softmax_of_tile(logits, taken):
 
 @triton.jit
 def logits_of(norms, weights):
-    """temperature · ‖t‖, rounded, as the sum of a product and 0.
+    """Return temperature · ‖t‖, rounded, as the sum of a product and 0.
 
     The compiler fuses a plain product with the subtraction of the largest logit where it can prove that a token is
     taken, and rounds it elsewhere: bits would depend on how a row is cut. To fuse it everywhere is no way out: the
@@ -213,14 +216,14 @@ def logits_of(norms, weights):
 
 @triton.jit
 def reciprocal(n):
-    """1 / n of an integer or of integers, rounded once: for powers of 2 it is exact."""
+    """Return 1 / n for an integer or for integers, rounded once."""
     n = n.to(tl.float32)
     return tl.div_rn(n * 0 + 1, n)
 
 
 @triton.jit
 def weigh_tile(tile, taken, channels, weights, C: tl.constexpr, NORM: tl.constexpr):
-    """α = softmax(temperature · ‖t‖) of the tokens taken, 0 of the others: (tokens, 1)"""
+    """Return α = softmax(temperature · ‖t‖) of the tokens taken, and 0 of the others: (tokens, 1)."""
     total = partial_norms(tile, channels, weights, NORM)
     norms = finish_norms(total, weights, C, NORM, False)
     return softmax_of_tile(logits_of(norms, weights), taken)
@@ -228,9 +231,9 @@ def weigh_tile(tile, taken, channels, weights, C: tl.constexpr, NORM: tl.constex
 
 @triton.jit
 def store_token(out, frame, row, col, T, channels, mask, token):
-    """out[frame, row, col] = token, for T frames per video.
+    """Store token at out[frame, row, col], with T frames per video.
 
-    No kernel reads it again: it makes room in the cache first, for tokens and thumbnails that will be.
+    No kernel reads it again, so that it is the first to leave the cache, in favour of values that are.
     """
     places = token_places(frame, row, col, T, out) + channels.to(tl.int64) * out.channel
     tl.store(out.pointer + places, token.to(out.pointer.dtype.element_ty), mask=mask, eviction_policy="evict_first")
