@@ -80,7 +80,7 @@ _lock = threading.Lock()
 def tables_of(
     plan: GridPlan, device: torch.device, *, frames_per_stage: int | None = None, gradient: bool = False
 ) -> Tables:
-    """Return the tables of a plan on a device. They live with the plan. The other arguments are of `plan_tables`."""
+    """Return the tables of a plan on a device. They live with the plan. The other arguments are as in `plan_tables`."""
     key = (device, frames_per_stage, gradient)
     tables: Tables | None = plan.uploads.get(key)
     if tables is None:

@@ -205,7 +205,7 @@ def test_a_plan_has_three_caches() -> None:
 
 
 class Watched(TorchDispatchMode):
-    """A record of the tables that ops of the compiled library check and follow."""
+    """Mode that records the tables that ops of the compiled library check and follow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def test_damaged_tables_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class FakeEvent:
-    """An event whose upload ends when it is told so."""
+    """Imitation of an event of torch.cuda. `over` tells whether the work before it has ended."""
 
     def __init__(self, log: list[Any], **options: bool) -> None:
         self.log, self.over = log, False
@@ -286,7 +286,7 @@ class FakeEvent:
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A stand-in for torch.cuda as Tables uses it: the current stream, and what it was told to do."""
+    """Replace torch.cuda as Tables uses it; return the current stream's number, and a log of what streams were told."""
     log: list[Any] = []
     fake = SimpleNamespace(current=7, log=log)
 
