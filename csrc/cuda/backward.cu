@@ -232,16 +232,8 @@ struct TokenGradient {
         store_vec<A, CacheHint::keep>(summary, channel + quad, C, 1, vec);
       }
     } else {
-      Vec vec;
-#pragma unroll
-      for (int w = 0; w < WORDS; ++w) {
-        float values[PER_WORD<T>];
-#pragma unroll
-        for (int e = 0; e < PER_WORD<T>; ++e) values[e] = sum[w * PER_WORD<T> + e];
-        vec.word[w] = pack<T>(values);
-      }
       T* out = p.out.token(p.out.frame(number), row, col);
-      store_vec<A, CacheHint::stream>(out, channel, C, p.out.strides.channel, vec);
+      store_vec<A, CacheHint::stream>(out, channel, C, p.out.strides.channel, pack_vec<T>(sum));
     }
   }
 };

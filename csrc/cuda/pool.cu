@@ -95,16 +95,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_pool_kernel(const __grid_con
   T* to = p.out.token(p.out.frame(frame), i, j);
 #pragma unroll
   for (int k = 0; k < VECS<T>; ++k) {
-    const int32_t channel = start + k * VEC_STEP<T>;
-    Vec result;
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w) {
-      float values[PER_WORD<T>];
-#pragma unroll
-      for (int e = 0; e < PER_WORD<T>; ++e) values[e] = sum[k][w * PER_WORD<T> + e];
-      result.word[w] = pack<T>(values);
-    }
-    store_vec<A, CacheHint::stream>(to, channel, C, p.out.strides.channel, result);
+    store_vec<A, CacheHint::stream>(to, start + k * VEC_STEP<T>, C, p.out.strides.channel, pack_vec<T>(sum[k]));
   }
 }
 

@@ -57,15 +57,9 @@ __global__ void __launch_bounds__(THREADS) summary_kernel(const __grid_constant_
 #pragma unroll
       for (int e = 0; e < PER_VEC<T>; ++e) total[e] += column[e];
     }
-    Vec mean;
 #pragma unroll
-    for (int w = 0; w < WORDS; ++w) {
-      float values[PER_WORD<T>];
-#pragma unroll
-      for (int e = 0; e < PER_WORD<T>; ++e) values[e] = total[w * PER_WORD<T> + e] * inv_count;
-      mean.word[w] = pack<T>(values);
-    }
-    store_vec<A, CacheHint::keep>(summary, channel, C, 1, mean);
+    for (int e = 0; e < PER_VEC<T>; ++e) total[e] *= inv_count;
+    store_vec<A, CacheHint::keep>(summary, channel, C, 1, pack_vec<T>(total));
   }
 }
 
