@@ -273,7 +273,7 @@ def test_state_is_bounded(name: str, backend: str, device: torch.device) -> None
 
 
 def kept_frames(frames: int, H: int = 4, W: int = 6, **arguments: Any) -> list[float]:
-    """How many frames a stream keeps after each of so many, where frames are kept as they are."""
+    """Return how many frames a stream keeps after each of `frames` frames, where they are kept as they are."""
     stream = GridPoolStream(backend="reference", **arguments)
     found = []
     for frame in tokens(frames, H, W, 2):
@@ -531,7 +531,7 @@ def test_state_that_is_none(state: Any) -> None:
 
 
 def test_nothing_is_built_for_frames_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan of so many rows would take minutes, and the memory of this machine."""
+    """A plan of 10⁸ rows would take minutes, and the memory of this machine."""
     source = GridPoolStream()
     source.push(tokens(3, 5, 7, 8))
     state = source.state_dict()
@@ -776,7 +776,7 @@ def test_failed_push_leaves_the_state(
 
 @pytest.mark.needs("library")
 def test_a_push_that_cannot_give_memory_back_leaves_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a long chunk took is given back last: where that fails, the push has not happened."""
+    """The memory of a long chunk is given back last, and if that fails, the state is that from before the push."""
     x = tokens(128, 5, 7, 8)
     stream = GridPoolStream(backend="cpu")
     stream.push(x[:5])
@@ -842,8 +842,8 @@ def test_inference_mode_may_come_and_go(name: str, backend: str, device: torch.d
 
 @two_calls
 def test_default_device_is_not_used(name: str, backend: str, device: torch.device) -> None:
-    """What a stream keeps is where its frames are; 13 channels, as tables of an earlier call may be there already."""
-    x = video(backend, device, C=13)
+    """A stream keeps thumbnails where its frames are, whatever the default device is."""
+    x = video(backend, device, C=13)  # so that no call of another test has been prepared for it
     device_tables.tables_of_chunk.cache_clear()
     with torch.device("meta"):
         result = pushed(GridPoolStream(backend=backend, **CALLS[name]), x.split(5))

@@ -74,6 +74,7 @@ class ExecutedCall:
 
     @property
     def instructions(self) -> int:
+        """The warp instructions of all launches."""
         return sum(sum(launch.instructions) for launch in self.launches)
 
     @property

@@ -59,7 +59,7 @@ LARGEST = 1 << 24
 """Exclusive limit of the rows and of the columns, in tokens, of frames and of results, since tables hold int32."""
 
 FUSED_CHANNELS = 8192
-"""Maximum number of channels of the fused CUDA kernels, whose blocks hold all channels of a token."""
+"""Maximum number of channels of a norm in the fused CUDA kernels, whose blocks hold these channels of a token."""
 
 
 def _load() -> ModuleType | None:
@@ -98,7 +98,7 @@ def missing_library() -> str | None:
 
 
 def unsupported_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
-    """Why the CPU kernels cannot run the call, or None. With x None: why they cannot run on this machine.
+    """Return why the CPU kernels cannot run the call, or None. With x None: why they cannot run on this machine.
 
     The reason is `missing_library()` only if they could run the call otherwise.
     """
@@ -112,7 +112,7 @@ def unsupported_on_cpu(x: Tensor | None, plan: GridPlan | None) -> str | None:
 
 
 def unsupported_on_cuda(x: Tensor | None, plan: GridPlan | None) -> str | None:
-    """Why the CUDA kernels cannot run the call, or None. With x None: why they cannot run on this machine.
+    """Return why the CUDA kernels cannot run the call, or None. With x None: why they cannot run on this machine.
 
     The reason is `missing_library()` or `NO_CUDA_KERNELS` only if they could run the call otherwise.
     """

@@ -24,7 +24,7 @@ LARGEST_WINDOW = 1 << 16
 
 
 def unsupported_reason(x: Tensor | None, plan: GridPlan | None) -> str | None:
-    """Why the kernels cannot run the call, or None. With x None: why they cannot run on this machine."""
+    """Return why the kernels cannot run the call, or None. With x None: why they cannot run on this machine."""
     reason = _missing_here(os.environ.get("TRITON_INTERPRET") == "1")
     if reason is not None or x is None:
         return reason
@@ -85,7 +85,7 @@ def _untried() -> str | None:
 
 
 def opt_in_reason() -> str | None:
-    """Why `auto` skips the backend even though it can run, or None."""
+    """Return why `auto` skips the backend even though it can run, or None."""
     if _untried() is not None:
         return _untried()
     return "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly" if _kernels().INTERPRETED else None

@@ -119,7 +119,7 @@ def extents_behind(plan: GridPlan, level: Level, tokens: Iterable[Extent], tile:
 
 
 def row_counts(plan: GridPlan, extents: Iterable[Extent]) -> tuple[int, ...]:
-    """Per row of a thumbnail, the number of cells that average some token of a union of extents of its frame.
+    """Return, for each row of a thumbnail, the number of cells that average a token of a union of extents of its frame.
 
     Cell i averages rows 2i and 2i + 1; in a frame of an odd size, every cell but the first averages row 2i − 1 too.
     """

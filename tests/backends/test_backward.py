@@ -62,7 +62,7 @@ FEWER = settings(max_examples=settings.default.max_examples // 3)
 
 
 def gradient(backend: str, op: str, x: Tensor, grad: Tensor, **arguments: Any) -> Tensor:
-    """Of `op(x, **arguments)` in x on `backend`, where `grad` is that of the result."""
+    """Return the gradient of `op(x, **arguments)` in x on `backend`, where `grad` is that of the result."""
     leaf = x.detach().requires_grad_()
     result = run(backend, op, leaf, **arguments)
     (found,) = torch.autograd.grad(result, leaf, grad)
@@ -143,7 +143,7 @@ def test_random_gradient_of_grid_pool(
 def test_random_gradient_at_the_published_windows(
     data: st.DataObject, dtype: torch.dtype, backend: str, device: torch.device, size: Size
 ) -> None:
-    """What the fused kernels take: 2 × 2 windows and grids, any strides, any norm."""
+    """The fused kernels take 2 × 2 windows and grids, any strides and any norm."""
     x = data.draw(inputs(dtype, device, size))
     H, W = x.shape[-3:-1]
     arguments = (
@@ -291,7 +291,7 @@ def test_layouts(op: str, arguments: Arguments, layout: str, backend: str, devic
 
 
 def test_expanded_gradient(backend: str, device: torch.device, size: Size) -> None:
-    """Of a sum: one element in memory for all."""
+    """The gradient of a sum has one element in memory for all."""
     x = tokens(*size, 24, device=device)
     grad = torch.ones((), device=device).expand(like_result("grid_pool", x).shape)
     assert_same_bits(gradient(backend, "grid_pool", x, grad), gradient(backend, "grid_pool", x, grad.contiguous()))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.needs("compiler")
 DTYPES = cuda_emulation.DTYPES
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 NUM_STEPS = 16
-"""Where tables say how many steps the fused form has; 0 is none."""
+"""The place in tables of the number of stages of the fused form, which is 0 if there is no such form."""
 
 
 def tokens(*shape, dtype):
@@ -139,7 +139,7 @@ def scratch_bytes(x, general=False, norm_channels=None, **arguments):
 @dtypes
 @pytest.mark.parametrize("size", [(5, 7), (4, 6)], ids=["odd", "even"])
 def test_channels_that_no_block_holds(size, dtype):
-    """They follow when the weights are known, if the norm runs over channels that a block holds."""
+    """Such channels are pooled when the weights are known, if the norm runs over channels that a block holds."""
     x = tokens(9, *size, 8216, dtype=dtype)
     x[2, 1, 1], x[3, 2, 2, 8210] = -0.0, math.nan
     arguments = {"frame_strides": (1, 2), "ceil_mode": True}
@@ -198,7 +198,7 @@ def test_long_walks(dtype):
 
 
 def gradient(x, grad, general=False, norm_type=2.0, norm_channels=None, **arguments):
-    """Of grid_pool of one video, by the fused form where there is one, or by the general form."""
+    """Return the gradient of grid_pool of one video, by the fused form where there is one, or by the general form."""
     T, H, W, C = x.shape
     plan = grid_plan(arguments.pop("frame_counts", [T]), H, W, **arguments)
     tables = plan_tables(plan, gradient=True)

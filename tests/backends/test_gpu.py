@@ -177,7 +177,7 @@ SMALL = {
 @pytest.mark.parametrize(("op", "shape", "arguments"), SMALL.values(), ids=SMALL.keys())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_small_calls(dtype: torch.dtype, op: str, shape: tuple[int, ...], arguments: Arguments) -> None:
-    """For a tool that watches every access to memory, which takes its time."""
+    """Calls are small, for a slow tool that checks every access to memory."""
     x = random_tokens(shape, dtype, "cuda", 0)
     expected = run(op, x.cpu(), backend="reference", **arguments)
     largest = expected.abs().max().item()
@@ -464,7 +464,7 @@ def test_no_memory_is_kept() -> None:
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """Of processes that share the GPU one at a time runs such a test, since each takes 12 GB and more."""
+    """Let one process at a time run a test on a GPU that several share, since each test takes 12 GB and more."""
     with Path(tempfile.gettempdir(), f"stgp-gpu-memory-{os.getuid()}").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

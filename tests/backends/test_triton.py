@@ -64,7 +64,7 @@ def forget_calls() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated for scratch, and for results, holds NaN."""
+    """Fill memory that is allocated for scratch and for results with NaN."""
     empty, new_empty = torch.empty, Tensor.new_empty
 
     def fill(tensor: Tensor) -> Tensor:

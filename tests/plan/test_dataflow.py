@@ -146,7 +146,7 @@ endless = pytest.mark.parametrize("arguments", ENDLESS.values(), ids=ENDLESS.key
 
 
 def periods(plan: GridPlan, count: int) -> GridPlan:
-    """Return the plan of so many periods of a video, in which all levels begin again at once."""
+    """Return the plan of `count` periods of a video. In a period, all levels begin again at once."""
     return dataclasses.replace(plan, frame_counts=(count * EndlessLiveness(plan).period,))
 
 

@@ -1,4 +1,4 @@
-"""What a call executes is added up over its launches, and times follow from it as the page says."""
+"""The instructions of a call are added up over its launches, and times follow from them as the page says."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tools.machine_code import ARCHITECTURES, find_tool, read_cubin, search_tool
 
 HERE = Path(__file__).parent
 LISTING = (HERE / "small_kernel.sm_90.sass").read_text(encoding="utf-8")
-"""What nvdisasm prints of small_kernel.cu, compiled by nvcc 13.0 for sm_90."""
+"""The listing that nvdisasm prints of small_kernel.cu, compiled by nvcc 13.0 for sm_90."""
 
 ROWS = Programs("rows", programs=10, busy=8, steps=50, pooled=20, shrunk=30, longest=7)
 """The programs of a kernel, two of which have no step. Some of their steps do not pool, or do not shrink."""
