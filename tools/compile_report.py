@@ -268,14 +268,15 @@ def executed(case: Case, x: Tensor, rows: Sequence[KernelUsage]) -> ExecutedCall
     return ExecutedCall(f"{rows[0].title}, {case.name}", plan, x.shape[-1], x.element_size(), launches)
 
 
-def wide(case: Case) -> Case:
-    """Return a call whose fused kernels take tokens of more channels than a block, if it is a published one.
+def wide(cases: Iterable[Case]) -> list[Case]:
+    """Return calls on tokens of more channels than a block: the published ones with a norm that the fused kernels take.
 
-    Its gradient takes general kernels.
+    The gradients of these take general kernels, and are left out.
     """
-    if not case.published:
-        return case
-    return replace(case, arguments={**case.arguments, "norm_channels": WIDE_NORM}, published=not case.gradient)
+    norm = {"norm_channels": WIDE_NORM}
+    published = [case for case in cases if case.published and not case.gradient]
+    others = [case for case in cases if not case.published]
+    return [*(replace(case, arguments={**case.arguments, **norm}) for case in published), *others]
 
 
 def triton_tables(
@@ -293,7 +294,7 @@ def triton_tables(
         except OSError as error:
             parser.error(f"--cubins: {error}")
         for shape, dtype in product(given.shape, given.dtype):
-            of_shape = [wide(case) if shape[3] > MAX_BLOCK else case for case in cases]
+            of_shape = wide(cases) if shape[3] > MAX_BLOCK else cases
             try:
                 with Console(stderr=True).status(f"compiling {show_shape(shape)} {dtype}"):
                     found = [compile_rows(of_shape, shape, dtype, arch, cubins) for arch in given.arch]

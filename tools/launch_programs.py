@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from stgridpool_kernels.backends.triton_kernels.config import MULTIPROCESSORS
+from stgridpool_kernels.backends.triton_kernels.config import LONGEST_WALK, MULTIPROCESSORS
 from stgridpool_kernels.backends.triton_kernels.launch import Launch
 from stgridpool_kernels.plan import GridPlan
 from stgridpool_kernels.plan.dataflow import Dataflow, live_cells
@@ -175,4 +175,7 @@ def share(cells: int, row_cells: int, places: int, most: int) -> int:
     places: number of blocks that run at once. most: limit of a block.
     """
     longest = max(1, min(-(-cells // places), row_cells, most))
-    return -(-row_cells // -(-row_cells // longest))
+    spans = -(-row_cells // longest)
+    while cells // row_cells * spans < places and -(-row_cells // spans) > LONGEST_WALK:
+        spans += 1
+    return -(-row_cells // spans)

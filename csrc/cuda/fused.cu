@@ -99,12 +99,16 @@ cudaError_t resident_blocks(int32_t registers, int32_t threads, int64_t* blocks)
   return error;
 }
 
+// Limit of the cells of a block while there are fewer blocks than places.
+constexpr int32_t LONGEST = 5;
+
 // Shares `entries` x `rows` rows of `cells` cells among blocks: each walks few enough that all of `places` blocks have
 // work, at most `most`, and about as many as the others of its row.
 Spans share(int64_t entries, int32_t rows, int32_t cells, int64_t places, int32_t most) {
   const int64_t every = (product({entries, rows, cells}) - 1) / places + 1;
   const int64_t longest = std::clamp<int64_t>(every, 1, std::min(cells, most));
-  const int64_t spans = (cells + longest - 1) / longest;
+  int64_t spans = (cells + longest - 1) / longest;
+  while (product({entries, rows, spans}) < places && (cells + spans - 1) / spans > LONGEST) ++spans;
   return {static_cast<int32_t>((cells + spans - 1) / spans), Divisor(spans), Divisor(rows)};
 }
 
