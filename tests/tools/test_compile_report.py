@@ -97,7 +97,7 @@ def test_published_settings(tmp_path: Path, shapes: list[tuple[int, ...]], archi
 
 @pytest.mark.slow
 def test_tokens_of_several_blocks(tmp_path: Path) -> None:
-    """The fused kernels keep their limits where tokens have more channels than a block, and the norm has 4096 of them."""
+    """The fused kernels keep their limits where tokens have more channels than a block, and the norm has 4096."""
     rows = report(tmp_path, "--calls", "published", "--shape", show_shape(WIDE), "--dtype", "bf16", "fp16")
     assert {row.kernel for row in rows if row.published} == {"rows_kernel", "windows_kernel", "mosaics_kernel"}
     assert missed(rows) == []
