@@ -84,7 +84,8 @@ class _Format:
 
     def on(self, backend: Backend, arguments: Mapping[str, Any]) -> _Format:
         """This format with `backend` chosen, for a stream with these arguments."""
-        fused = backend.is_fused(self.plan, Weighting.of(arguments, self.like.shape[-1]))
+        channels = self.like.shape[-1]
+        fused = backend.is_fused(self.plan, channels, Weighting.of(arguments, channels))
         return replace(self, backend=backend.name, fused=fused)
 
 

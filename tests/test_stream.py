@@ -327,6 +327,14 @@ def test_a_push_is_one_pass_where_kernels_are_fused(
     assert ([name for name, _ in called] == ["pool_chunk"] * 3) == (backend != "reference")
 
 
+def test_norm_of_some_of_many_channels(backend: str, device: torch.device) -> None:
+    """Some backends' fused kernels have a limit for the channels of a norm, and some for those of a token."""
+    x = tokens(5, 2, 3, 8200, device=device)
+    arguments = {"frame_strides": (1,), "norm_channels": 8}
+    stream = GridPoolStream(backend=backend, **arguments)
+    assert_same_bits(pushed(stream, x.split([3, 2])), run(backend, "grid_pool", x, **arguments))
+
+
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("arguments", [{"frame_strides": (1, 2)}, CALLS["adaptive"]], ids=["fused", "not fused"])
 def test_whole_periods_of_a_chunk_are_a_video(

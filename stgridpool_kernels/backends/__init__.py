@@ -32,7 +32,8 @@ class Backend:
     grid_pool_backward, temporal_grid_backward, token_norm_backward: write the gradient with respect to x into `grad_x`,
         a contiguous tensor like x, from the gradient `grad` of the result.
     opt_in_reason(): why `auto` skips the backend even though it can run, or None.
-    fused_channels(norm_type): the largest number of channels of a norm with which grid_pool can be fused, 0 if none is.
+    can_fuse(plan, channels, weighting): whether the fused kernels take tokens of this many channels by a plan that is
+        `fusable`.
     pool_chunk(x, words, …, slots, out): pools and shrinks a chunk of streams in one pass, by tables of a chunk. `slots`
         holds the streams' thumbnails, (slots, ⌈H/2⌉, ⌈W/2⌉, C), between calls. It is None without fused kernels.
     """
@@ -46,15 +47,15 @@ class Backend:
     temporal_grid_backward: Callable[[Tensor, Tensor, GridPlan, Tensor], None]
     token_norm_backward: Callable[[Tensor, Tensor, Weighting, Tensor], None] = reference.token_norm_backward
     opt_in_reason: Callable[[], str | None] = lambda: None
-    fused_channels: Callable[[float], int] = lambda norm_type: 0
+    can_fuse: Callable[[GridPlan, int, Weighting], bool] = lambda plan, channels, weighting: False
     pool_chunk: Callable[[Tensor, tuple[int, ...], Weighting, Tensor, Tensor], None] | None = None
 
-    def is_fused(self, plan: GridPlan, weighting: Weighting) -> bool:
+    def is_fused(self, plan: GridPlan, channels: int, weighting: Weighting) -> bool:
         """Return whether grid_pool tiles summaries from thumbnails, by the settings and the number of channels alone.
 
         Its results may then differ in some bits from those through temporal_grid, so streams use `pool_chunk`.
         """
-        return plan.fusable and weighting.norm_channels <= self.fused_channels(weighting.norm_type)
+        return plan.fusable and self.can_fuse(plan, channels, weighting)
 
 
 def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:
@@ -85,7 +86,7 @@ TRITON = Backend(
     grid_pool_backward=triton_backend.grid_pool_backward,
     temporal_grid_backward=triton_backend.temporal_grid_backward,
     opt_in_reason=triton_backend.opt_in_reason,
-    fused_channels=triton_backend.fused_channels,
+    can_fuse=triton_backend.can_fuse,
     pool_chunk=triton_backend.pool_chunk,
 )
 
@@ -98,12 +99,12 @@ CUDA, CPU = (
         token_norm=compiled.token_norm,
         grid_pool_backward=compiled.grid_pool_backward,
         temporal_grid_backward=compiled.temporal_grid_backward,
-        fused_channels=fused_channels,
+        can_fuse=can_fuse,
         pool_chunk=compiled.pool_chunk,
     )
-    for name, unsupported_reason, fused_channels in (
-        ("cuda", compiled.unsupported_on_cuda, compiled.fused_channels_on_cuda),
-        ("cpu", compiled.unsupported_on_cpu, compiled.fused_channels_on_cpu),
+    for name, unsupported_reason, can_fuse in (
+        ("cuda", compiled.unsupported_on_cuda, compiled.can_fuse_on_cuda),
+        ("cpu", compiled.unsupported_on_cpu, compiled.can_fuse_on_cpu),
     )
 )
 

@@ -190,14 +190,14 @@ def _checked(tables: Tables) -> tuple[Tensor, Tensor | None]:
     return tables.words, tables.use_now() if tables.tensor.is_cuda else None
 
 
-def fused_channels_on_cpu(norm_type: float) -> int:
-    """Return the largest number of channels of a norm with which grid_pool on the CPU is fused: any number."""
-    return sys.maxsize
+def can_fuse_on_cpu(plan: GridPlan, channels: int, weighting: Weighting) -> bool:
+    """Return True: grid_pool on the CPU is fused for any number of channels and any norm."""
+    return True
 
 
-def fused_channels_on_cuda(norm_type: float) -> int:
-    """Return the largest number of channels of a norm with which csrc/cuda/grid_pool.cu takes the fused kernels."""
-    return FUSED_CHANNELS if norm_type in (1.0, 2.0, math.inf) else 0
+def can_fuse_on_cuda(plan: GridPlan, channels: int, weighting: Weighting) -> bool:
+    """Return whether csrc/cuda/grid_pool.cu takes the fused kernels. All channels of a token count, not the norm's."""
+    return channels <= FUSED_CHANNELS and weighting.norm_type in (1.0, 2.0, math.inf)
 
 
 def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:

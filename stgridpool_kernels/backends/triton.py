@@ -100,9 +100,9 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-def fused_channels(norm_type: float) -> int:
-    """Return the largest number of channels of a norm with which grid_pool is fused: those that a block holds."""
-    return int(_kernels().config.MAX_BLOCK)
+def can_fuse(plan: GridPlan, channels: int, weighting: Weighting) -> bool:
+    """Return whether grid_pool by a fusable plan is fused. A token may have more channels than its norm runs over."""
+    return bool(_kernels().can_fuse(plan, weighting))
 
 
 def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:

@@ -234,6 +234,14 @@ def test_channels_beyond_a_tile() -> None:
     assert prepared("grid_pool", (8, 4, 4, 8193)).launches[-1].kernel is pool.norm_pool_kernel
 
 
+def test_rows_of_more_cells_than_a_launch_has_room_for() -> None:
+    """Rows are shared along the second dimension of a launch, of which CUDA allows 65535 blocks."""
+    widest = prepared("grid_pool", (8, 2, 131070, 1))
+    assert widest.launches[0].kernel is fused.rows_kernel
+    assert max(launch.grid[1] for launch in widest.launches) == 65535
+    assert prepared("grid_pool", (8, 2, 131071, 1)).launches[-1].kernel is pool.norm_pool_kernel
+
+
 axes = pytest.mark.parametrize("axis", range(4), ids=["frame", "row", "column", "channel"])
 
 

@@ -289,6 +289,6 @@ def backend() -> Backend:
         grid_pool_backward=grid_pool_backward,
         temporal_grid_backward=temporal_grid_backward,
         opt_in_reason=lambda: "the emulation runs the kernels on the CPU, slowly",
-        fused_channels=compiled.fused_channels_on_cuda,
+        can_fuse=compiled.can_fuse_on_cuda,
         pool_chunk=pool_chunk,
     )

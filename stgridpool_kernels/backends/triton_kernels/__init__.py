@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import triton
 
+from ...plan import GridPlan
+from ..weighting import Weighting
 from . import backward, config, fused, fused_backward, pool, summaries, token_norm
 from .launch import CallSpec, PreparedCall, run
 
 __all__ = [
     "INTERPRETED",
+    "can_fuse",
     "prepare_grid_pool",
     "prepare_grid_pool_backward",
     "prepare_temporal_grid",
@@ -27,13 +30,18 @@ INTERPRETED = not isinstance(fused.rows_kernel, triton.JITFunction)
 """True if the kernels run in Triton's interpreter on the CPU, because TRITON_INTERPRET=1 was set on import."""
 
 
+def can_fuse(plan: GridPlan, weighting: Weighting) -> bool:
+    """Return whether the fused kernels take a fusable plan: a block holds the norm, and a launch has room for a row."""
+    return weighting.norm_channels <= config.MAX_BLOCK and plan.width <= 2 * config.MAX_ROW_PROGRAMS
+
+
 def is_fused(spec: CallSpec) -> bool:
     """Return whether the kernels of the published settings run a call. A gradient also needs a token in one block."""
     if spec.chunk is not None:
         return True
     assert spec.plan is not None
     assert spec.weighting is not None
-    return spec.plan.fusable and spec.weighting.norm_channels <= config.MAX_BLOCK
+    return spec.plan.fusable and can_fuse(spec.plan, spec.weighting)
 
 
 def prepare_grid_pool(spec: CallSpec) -> PreparedCall:

@@ -105,6 +105,9 @@ MAX_BLOCK = ROWS[-1].block
 Outside the fused kernels longer tokens are read twice, block by block: for the norm and for the sum.
 """
 
+MAX_ROW_PROGRAMS = (1 << 16) - 1
+"""Maximum number of programs that share a row of cells: CUDA's limit for the second dimension of a launch."""
+
 LONG_BLOCK = 4096
 """Minimum number of channels of a block if a token takes several."""
 
