@@ -16,9 +16,9 @@ from ..plan.tables import plan_tables
 class Tables:
     """Tables as tensors of int32: `words` on the CPU, and `tensor` on a device, which are one tensor for the CPU.
 
-    The upload is asynchronous. Every CUDA stream that uses the tables waits for it unless it is known to be complete,
-    and is recorded so that their memory is not reused too early. A captured graph reads them at every replay, so they
-    are kept from then on.
+    The upload is asynchronous, except on ROCm. Every stream that uses the tables waits for it unless it is known to be
+    complete, and is recorded so that their memory is not reused too early. A captured graph reads them at every replay,
+    so they are kept from then on.
 
     checked: whether the compiled library has checked the words. Raises RuntimeError while a CUDA graph is captured.
     """
@@ -45,8 +45,11 @@ class Tables:
     def _upload(self, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
             self.tensor = self.words.pin_memory().to(stream.device, non_blocking=True)
-            self.uploaded = torch.cuda.Event(external=True)  # captures that do not contain it may wait for it
-            self.uploaded.record(stream)
+            if torch.version.hip is not None:
+                stream.synchronize()  # ROCm has no external events
+            else:
+                self.uploaded = torch.cuda.Event(external=True)  # captures that do not contain it may wait for it
+                self.uploaded.record(stream)
         self.streams.add(stream.cuda_stream)
 
     def use(self, stream: int, capturing: bool) -> None:

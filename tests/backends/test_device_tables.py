@@ -293,7 +293,8 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def current_stream(device: Any) -> SimpleNamespace:
         number = fake.current
         wait = lambda event: log.append(("wait", number))  # noqa: E731
-        return SimpleNamespace(cuda_stream=number, device=device, wait_event=wait)
+        synchronize = lambda: log.append(("synchronize", number))  # noqa: E731
+        return SimpleNamespace(cuda_stream=number, device=device, wait_event=wait, synchronize=synchronize)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: FakeEvent(log, **options))
@@ -349,3 +350,16 @@ def test_first_tables_under_capture_are_refused(of_chunk: bool, monkeypatch: pyt
         with pytest.raises(RuntimeError, match="warm up first"):
             device_tables.tables_of_chunk((1, 2, 3), device) if of_chunk else device_tables.tables_of(refused, device)
     assert refused.uploads == {}
+
+
+def test_on_rocm_an_upload_is_complete_at_once(streams: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm refuses external events, and a capture may not wait for any other event from outside of it."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: pytest.fail("an event was made"))
+    tables = device_tables.Tables([1, 2, 3], torch.device("cuda", 0))
+    assert streams.log == ["pin", ("upload", True), ("synchronize", 7)]
+    streams.log.clear()
+    streams.current = 8
+    tables.use(8, capturing=False)
+    tables.use(8, capturing=True)
+    assert streams.log == [("keep", 8)]
