@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..backends import backend_reasons, compiled, gpu_choice, requested_backend
+from ..backends import BACKENDS, backend_reasons, compiled, gpu_choice, requested_backend
 from ..version import __version__
 from .machine import cpu_name
 from .options import add_command
@@ -121,9 +121,11 @@ def _backends_table() -> Table:
     table.add_column("backend")
     table.add_column("state", overflow="fold")
     reasons = backend_reasons()
-    taken = next((name for name, reason in reasons.items() if reason is None), None)
+    opt_in = {backend.name: backend.opt_in_reason() for backend in BACKENDS if reasons.get(backend.name) is None}
+    taken = next((name for name, reason in reasons.items() if reason is None and opt_in.get(name) is None), None)
     for name, reason in reasons.items():
         state = "can run" if reason is None else f"cannot run: {reason}"
+        state += f"; auto passes it over: {opt_in[name]}" if opt_in.get(name) is not None else ""
         state += "; auto takes it first" if name == taken else ""
         table.add_row(Text(name), Text(printable(state), style="green" if reason is None else "yellow"))
     return table

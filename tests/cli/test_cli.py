@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import stgridpool_kernels
+from stgridpool_kernels import backends
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.cli import demo, info, options, pool
 from stgridpool_kernels.cli import inspect as inspect_command
@@ -516,6 +518,16 @@ def test_info_shows_versions_packages_and_backends(
     assert rows["no-such-package"] == "not found (nothing)"
     assert rows["STGP_BACKEND"] == "not set: auto"
     assert rows["fast"] == "cannot run: no fast device"
+    assert rows["reference"] == "can run; auto takes it first"
+
+
+def test_info_shows_what_auto_passes_over(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that runs by name alone is not the one that auto takes."""
+    by_name = dataclasses.replace(backends.REFERENCE, name="by-name", opt_in_reason=lambda: "nobody tried it")
+    monkeypatch.setattr(info, "BACKENDS", [by_name, backends.REFERENCE])
+    monkeypatch.setattr(info, "backend_reasons", lambda: {"by-name": None, "reference": None})
+    rows = info_rows(capsys)
+    assert rows["by-name"] == "can run; auto passes it over: nobody tried it"
     assert rows["reference"] == "can run; auto takes it first"
 
 
