@@ -17,17 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stgridpool_kernels import grid_plan
 from stgridpool_kernels.plan import GridPlan, Runs, save_tables, tables
 from stgridpool_kernels.plan.dataflow import Dataflow, live_cells
-from stgridpool_kernels.plan.tables import GradientSection, Header, LevelRecord, plan_tables
+from stgridpool_kernels.plan.tables import (
+    ChunkEntry,
+    GradientSection,
+    Header,
+    LevelRecord,
+    chunk_tables,
+    plan_tables,
+    stages_of,
+)
 from tests.support.steps import steps
 from tests.support.strategies import gridding_arguments, window_arguments
 
 HEADER = Path(__file__).parents[2] / "csrc" / "tables.h"
+
+SLOTS_ARE_REUSED = grid_plan([64], 27, 27)
+"""The third of its levels samples summaries, whose thumbnails are made after the last use of those of frames."""
+
+TILES_ARE_DEAD = grid_plan([4], 3, 3, frame_strides=(1,))
+"""No pooled token depends on three of the four thumbnails of its mosaic."""
 
 
 def constants(text: str) -> dict[str, int]:
@@ -196,6 +210,7 @@ def test_general_form_is_the_plan(plan: GridPlan, frames_per_stage: int | None) 
 
 
 @given(plans())
+@example(SLOTS_ARE_REUSED)
 def test_gradient_section_is_the_converse(plan: GridPlan) -> None:
     """Consumers invert the sources of levels, ends the output nodes, and inverse runs the runs and the windows."""
     words = plan_tables(plan, gradient=True)
@@ -250,6 +265,8 @@ def test_gradient_section_is_the_converse(plan: GridPlan) -> None:
 
 
 @given(plans(), frames_per_stage)
+@example(SLOTS_ARE_REUSED, None)
+@example(TILES_ARE_DEAD, None)
 def test_stages_compute_every_frame_once(plan: GridPlan, frames_per_stage: int | None) -> None:
     reader = Reader(plan_tables(plan, frames_per_stage=frames_per_stage))
     graph, stages = Dataflow.of(plan), reader.stages()
@@ -291,6 +308,18 @@ def test_stages_side_by_side_do_not_disturb_each_other(plan: GridPlan, frames_pe
         for other in stages[stage.after : number]:
             assert not set(stage.writes) & (other.reads | set(other.writes))
             assert not stage.reads & set(other.writes)
+
+
+def test_stages_of_a_chunk_follow_one_another() -> None:
+    """Each level reads thumbnails of the stages before it, so that threads must wait for all of them."""
+    plan = grid_plan((), 4, 4)
+    stages = [
+        [ChunkEntry(0, -1, 0, (2, 2)), ChunkEntry(1, 1, -1, ())],
+        [],
+        [ChunkEntry(-1, -1, 1, (2, 2), (0, -1, -1, -1))],
+        [ChunkEntry(-2, 0, -1, (), (1, -1, -1, -1))],
+    ]
+    assert [stage.after for stage in stages_of(chunk_tables(plan, 2, stages, 2))] == [0, 1, 2]
 
 
 @given(plans())
