@@ -238,7 +238,7 @@ def test_what_is_in_other_channels_stays_there(
 
 
 def test_norms_of_some_channels_of_tokens_that_no_block_holds(backend: str, device: torch.device) -> None:
-    """The general kernels pool four levels of Qwen3-VL-8B, 4 · 4096 channels; tokens of 4096 alone are fused."""
+    """Four levels of Qwen3-VL-8B have 4 · 4096 channels, more than a block holds; the norm runs over the first 4096."""
     x = tokens(8, 2, 2, 4 * 4096, dtype=torch.bfloat16, device=device)
     arguments: Arguments = {"frame_strides": (1, 2), "temperature": 4.0}
     found = run(backend, "grid_pool", x, norm_channels=4096, **arguments)

@@ -163,6 +163,41 @@ def test_tokens_longer_than_a_tile(
     assert_accurate(run(op, x, **arguments), op, x, **arguments)
 
 
+@pytest.mark.parametrize("norm_channels", [13, 40])
+@pytest.mark.parametrize("size", [(3, 5), (4, 3), (5, 4)], ids=str)
+def test_norms_of_some_channels_of_tokens_of_several_blocks(
+    size: tuple[int, int], norm_channels: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """The first block of channels holds the norm, the others follow: as for more than 8192 channels."""
+    monkeypatch.setattr(config, "MAX_BLOCK", 64)
+    monkeypatch.setattr(config, "LONG_BLOCK", 16)
+    launch._calls.clear()
+    x = tokens(9, *size, 100)
+    for arguments in ({"frame_counts": [8, 1]}, {"ceil_mode": True, "frame_counts": [9]}):
+        given: Arguments = {"frame_strides": (1, 2), "temperature": 3.0, "norm_channels": norm_channels, **arguments}
+        assert_accurate(run("grid_pool", x, **given), "grid_pool", x, **given)
+    kernels = {each.kernel for call in launch._calls.values() for each in call.launches}
+    assert kernels == {fused.rows_kernel, fused.windows_kernel, fused.mosaics_kernel}
+
+
+@pytest.mark.parametrize("C", [20, 100], ids=["one block", "several blocks"])
+@pytest.mark.parametrize("size", [(3, 5), (5, 4)], ids=str)
+def test_nothing_is_written_beside_the_results(size: tuple[int, int], C: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk goes on behind the last window of its row, where cells are live; programs there may run in any order."""
+    monkeypatch.setattr(config, "MAX_BLOCK", 64)
+    monkeypatch.setattr(config, "LONG_BLOCK", 16)
+    launch._calls.clear()
+    x = tokens(9, *size, C)
+    arguments: Arguments = {"frame_strides": (1, 2), "frame_counts": [8, 1], "norm_channels": 13}
+    OH, OW = grid_plan([9], *size).pooled_size
+    room = torch.full((9, OH + 1, OW + 1, C + 1), 7.0)
+    out = room[:, :OH, :OW, :C]
+    stgridpool_kernels.grid_pool(x, out=out, backend="triton", **arguments)
+    assert_accurate(out, "grid_pool", x, **arguments)
+    out.fill_(7.0)
+    assert torch.equal(room, torch.full_like(room, 7.0))
+
+
 CUTS: list[dict[str, Any]] = [
     {"frame_cells": 1, "mosaic_cells": 2},
     {"frame_cells": 2, "mosaic_cells": 5},
