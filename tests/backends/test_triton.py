@@ -730,6 +730,27 @@ def test_calls_share_the_tables_of_a_plan() -> None:
     assert (len(launch._calls), len({call.tables for call in launch._calls.values()})) == (4, 1)
 
 
+def test_a_prepared_call_is_for_one_layout() -> None:
+    """Kernels are compiled for the alignment and the strides of tensors, and run without another look at them."""
+    room = torch.zeros(4096, dtype=torch.bfloat16)
+    start = -room.data_ptr() % 64 // 2
+
+    def view(offset: int, *strides: int) -> Tensor:
+        return room.as_strided((1, 2, 2, 16), strides or (64, 32, 16, 1), start + offset)
+
+    def run_into(x: Tensor, offset: int) -> int:
+        out = room.as_strided((1, 1, 1, 16), (16, 16, 16, 1), start + 1024 + offset)
+        stgridpool_kernels.grid_pool(x, out=out, backend="triton")
+        return len(launch._calls)
+
+    launch._calls.clear()
+    assert run_into(view(0), 0) == 1
+    assert run_into(view(32), 8) == 1  # other memory, as well aligned
+    assert run_into(view(1), 0) == 2
+    assert run_into(view(0), 1) == 3
+    assert run_into(view(0, 128, 64, 16, 1), 0) == 4
+
+
 def test_call_that_failed_is_no_warm_up() -> None:
     call = launch.PreparedCall(None, [], 0, None)
     launch._find("failed", lambda: call, capturing=False)
