@@ -328,7 +328,7 @@ def test_a_push_is_one_pass_where_kernels_are_fused(
 
 
 def test_norm_of_some_of_many_channels(backend: str, device: torch.device) -> None:
-    """Some backends' fused kernels have a limit for the channels of a norm, and some for those of a token."""
+    """Tokens may have more channels than a block of the fused kernels holds, if the norm runs over fewer."""
     x = tokens(5, 2, 3, 8200, device=device)
     arguments = {"frame_strides": (1,), "norm_channels": 8}
     stream = GridPoolStream(backend=backend, **arguments)

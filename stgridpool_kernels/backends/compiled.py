@@ -62,6 +62,10 @@ FUSED_CHANNELS = 8192
 """Maximum number of channels of a norm in the fused CUDA kernels, whose blocks hold these channels of a token."""
 
 
+MOST_FUSED_CHANNELS = 1 << 28
+"""Maximum number of channels of a token in the fused CUDA kernels, which count its bytes in 32 bits."""
+
+
 def _load() -> ModuleType | None:
     """Return the compiled library, None if there is none. Raises ImportError with the cause if it does not load."""
     name = "stgridpool_kernels._C"
@@ -196,8 +200,9 @@ def can_fuse_on_cpu(plan: GridPlan, channels: int, weighting: Weighting) -> bool
 
 
 def can_fuse_on_cuda(plan: GridPlan, channels: int, weighting: Weighting) -> bool:
-    """Return whether csrc/cuda/grid_pool.cu takes the fused kernels. All channels of a token count, not the norm's."""
-    return channels <= FUSED_CHANNELS and weighting.norm_type in (1.0, 2.0, math.inf)
+    """Return whether csrc/cuda/grid_pool.cu takes the fused kernels, by the channels of a token and by the norm."""
+    holds = weighting.norm_channels <= FUSED_CHANNELS and channels <= MOST_FUSED_CHANNELS
+    return holds and weighting.norm_type in (1.0, 2.0, math.inf)
 
 
 def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
