@@ -93,9 +93,9 @@ void check_tables_once(const Tensor& tables) {
 const int32_t* checked_words(const Tensor& tables, const Tensor& x, const Tensor& out, bool pooled) {
   check_form(tables);
   const int32_t* t = words_of(tables);
-  STD_TORCH_CHECK(tables.numel() >= HEADER_WORDS && t[H_MAGIC] == MAGIC && t[H_VERSION] == VERSION &&
-                      t[H_WORDS] == tables.numel(),
-                  "these are no tables of a plan");
+  STD_TORCH_CHECK(
+      tables.numel() >= HEADER_WORDS && t[H_MAGIC] == MAGIC && t[H_VERSION] == VERSION && t[H_WORDS] == tables.numel(),
+      "these are no tables of a plan");
   const int64_t rank = x.dim();
   const int64_t frames = frames_of(x);
   STD_TORCH_CHECK(t[H_FRAMES] == frames && t[H_HEIGHT] == x.sizes()[rank - 3] && t[H_WIDTH] == x.sizes()[rank - 2],
