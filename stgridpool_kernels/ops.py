@@ -215,7 +215,7 @@ def _run(name: str, x: Tensor, a: Arguments, out: Tensor | None) -> Tensor:
     else:
         _check_out(out, x, pooled)
         _check_memory(out, x)
-    backend = choose_backend(x, plan)
+    backend = choose_backend(x, plan, a.get("norm_type", 2.0))
     if out.numel():
         _FORWARD[name](backend)(x, *_backend_arguments(x, plan, a), out)
     return out
@@ -283,7 +283,7 @@ def _implement(name: str) -> None:
         a = defaults | given
         plan = _plan(name, x, a)
         with use_backend(backend_names()[int(backend)]):
-            chosen = choose_backend(x, plan)
+            chosen = choose_backend(x, plan, a.get("norm_type", 2.0))
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         if x.numel():
             _BACKWARD[name](chosen)(grad, x, *_backend_arguments(x, plan, a), grad_x)

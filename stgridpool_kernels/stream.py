@@ -254,7 +254,7 @@ class GridPoolStream:
         if len(x) == 0:
             return out
         with use_backend(form.backend) if form.backend != "auto" else nullcontext():
-            backend = choose_backend(x, form.plan)
+            backend = choose_backend(x, form.plan, self.arguments["norm_type"])
         form = form.on(backend, self.arguments)
         work = self._work(pieces, form.liveness)
         pool = self._pool_fused if form.fused else self._pool_frames

@@ -165,10 +165,13 @@ def requested_backend() -> str:
     return name
 
 
-def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Backend:
-    """Return the backend that runs a call now. Raises RuntimeError with the reason if the requested one cannot."""
+def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None, norm_type: float = 2.0) -> Backend:
+    """Return the backend that runs a call now. norm_type: p of the call's norm; any number for a call without one.
+
+    Raises RuntimeError with the reason if the requested backend cannot run the call.
+    """
     requested = requested_backend()
-    for backend in _tried(x, plan) if requested == "auto" else BACKENDS:
+    for backend in _tried(x, plan, norm_type) if requested == "auto" else BACKENDS:
         if requested not in ("auto", backend.name):
             continue
         reason = backend.unsupported_reason(x, plan)
@@ -185,11 +188,11 @@ def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None) -> Bac
     raise RuntimeError("no backend can run this call")
 
 
-def _tried(x: Tensor | None, plan: GridPlan | None) -> list[Backend]:
+def _tried(x: Tensor | None, plan: GridPlan | None, norm_type: float) -> list[Backend]:
     """Return the backends in the order in which `auto` tries them for a call."""
     if x is None or not x.is_cuda:
         return BACKENDS
-    first = gpu_choice.choose(x, plan).backend
+    first = gpu_choice.choose(x, plan, norm_type).backend
     return sorted(BACKENDS, key=lambda backend: backend.name != first)
 
 

@@ -43,9 +43,12 @@ OTHERS = Row((0, 0), 0, (1, 1 << 62), None, "triton", "counted: no fewer warp in
 """Choice for a call that no row fits."""
 
 
-def choose(x: Tensor, plan: GridPlan | None) -> Row:
-    """Return the row for a call on a CUDA tensor. plan: None for token_norm. A backward has the row of its forward."""
-    if plan is None or not plan.fusable or torch.version.hip is not None:
+def choose(x: Tensor, plan: GridPlan | None, norm_type: float) -> Row:
+    """Return the row for a call on a CUDA tensor. plan: None for token_norm. norm_type: p; rows are for p = 2.
+
+    A backward has the row of its forward, since it has the same arguments.
+    """
+    if plan is None or not plan.fusable or norm_type != 2.0 or torch.version.hip is not None:
         return OTHERS
     return find_row(torch.cuda.get_device_capability(x.device), x.element_size(), x.shape[-1], plan.width % 2 == 1)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..backends import BACKENDS, backend_reasons, compiled, gpu_choice, requested_backend
+from ..backends import BACKENDS, Backend, backend_reasons, compiled, gpu_choice, requested_backend
 from ..version import __version__
 from .machine import cpu_name
 from .options import add_command
@@ -116,12 +116,20 @@ def _environment() -> str:
     return f"{name}: calls run on {'the fastest that can' if name == 'auto' else name} unless they ask for another"
 
 
+def _opt_in_reason(backend: Backend) -> str | None:
+    """Return why auto passes a backend over, None if it does not. An import that fails is a reason to show, too."""
+    try:
+        return backend.opt_in_reason()
+    except Exception as error:
+        return f"every call fails: {error}"
+
+
 def _backends_table() -> Table:
     table = Table(title="backends, in the order auto tries them", title_justify="left")
     table.add_column("backend")
     table.add_column("state", overflow="fold")
     reasons = backend_reasons()
-    opt_in = {backend.name: backend.opt_in_reason() for backend in BACKENDS if reasons.get(backend.name) is None}
+    opt_in = {backend.name: _opt_in_reason(backend) for backend in BACKENDS if reasons.get(backend.name) is None}
     taken = next((name for name, reason in reasons.items() if reason is None and opt_in.get(name) is None), None)
     for name, reason in reasons.items():
         state = "can run" if reason is None else f"cannot run: {reason}"

@@ -56,9 +56,12 @@ def test_first_row_that_fits(
 
 def test_settings_without_fused_kernels_have_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert gpu_choice.choose(on_gpu(), ANY_PLAN).backend == "cuda"
-    assert gpu_choice.choose(on_gpu(), None) is OTHERS  # token_norm
-    assert gpu_choice.choose(on_gpu(), stgp.grid_plan([8], 4, 4, kernel_size=3)) is OTHERS
+    assert gpu_choice.choose(on_gpu(), ANY_PLAN, 2.0).backend == "cuda"
+    assert gpu_choice.choose(on_gpu(), None, 2.0) is OTHERS  # token_norm
+    assert gpu_choice.choose(on_gpu(), stgp.grid_plan([8], 4, 4, kernel_size=3), 2.0) is OTHERS
+    assert gpu_choice.choose(on_gpu(), ANY_PLAN, 3.0) is OTHERS  # other kernels take p = 3 in C++
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert gpu_choice.choose(on_gpu(), ANY_PLAN, 2.0) is OTHERS
 
 
 @pytest.mark.parametrize(
@@ -73,23 +76,25 @@ def test_auto_takes_the_preferred_backend_that_can_run(
         return SimpleNamespace(name=name, unsupported_reason=lambda x, plan: reason, opt_in_reason=lambda: None)
 
     monkeypatch.setattr(backends, "BACKENDS", [stub(name) for name in ("triton", "cuda", "cpu", "reference")])
-    monkeypatch.setattr(gpu_choice, "choose", lambda x, plan: Row((9, 0), 2, (1, 2), None, preferred, "chosen"))
+    monkeypatch.setattr(
+        gpu_choice, "choose", lambda x, plan, norm_type: Row((9, 0), 2, (1, 2), None, preferred, "chosen")
+    )
     with stgp.use_backend("auto"):
         assert backends.choose_backend(on_gpu(), ANY_PLAN).name == taken
 
 
 def test_a_backward_chooses_by_what_its_forward_chose_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice depends on x and on the plan alone, which are the same in both."""
+    """The choice depends on x, on the plan and on the norm alone, which are the same in both."""
     seen = []
     choose = ops.choose_backend
 
-    def recorded(x: Any, plan: Any) -> Any:
-        seen.append((x.shape, x.dtype, x.device, plan))
-        return choose(x, plan)
+    def recorded(x: Any, plan: Any, norm_type: float) -> Any:
+        seen.append((x.shape, x.dtype, x.device, plan, norm_type))
+        return choose(x, plan, norm_type)
 
     monkeypatch.setattr(ops, "choose_backend", recorded)
     x = tokens(8, 4, 4, 3).requires_grad_()
-    stgp.grid_pool(x).sum().backward()
+    stgp.grid_pool(x, norm_type=1.0).sum().backward()
     assert len(seen) == 2
     assert seen[0] == seen[1]
 

@@ -511,6 +511,22 @@ def test_norm_pool_reads_every_token_once() -> None:
     assert traffic.loaded == x[:, :6, :6].numel() * 2
 
 
+@pytest.mark.parametrize("op", ["grid_pool", "norm_pool"])
+def test_tokens_of_several_blocks_ask_for_the_same_bytes(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is carried, every channel is loaded and stored as often as by a block that holds all of them."""
+    x = tokens(32, 4, 6, 100, dtype=torch.bfloat16)
+    with counted_traffic() as in_a_block:
+        run(op, x, norm_channels=10)
+    launch._calls.clear()
+    monkeypatch.setattr(config, "MAX_BLOCK", 16)
+    monkeypatch.setattr(config, "LONG_BLOCK", 16)
+    with counted_traffic() as in_blocks:
+        run(op, x, norm_channels=10)
+    (call,) = launch._calls.values()
+    assert {one.kernel for one in call.launches} <= {fused.rows_kernel, fused.windows_kernel, fused.mosaics_kernel}
+    assert in_blocks == in_a_block
+
+
 @pytest.mark.parametrize("frame_counts", [[64], [32, 8, 24], [4] * 16, [256]], ids=str)
 @pytest.mark.parametrize("levels", range(4))
 def test_launches(levels: int, frame_counts: list[int]) -> None:
