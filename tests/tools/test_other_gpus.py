@@ -33,28 +33,24 @@ def test_fused_kernels_compile_for_amd() -> None:
 
 
 @pytest.fixture
-def rocm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Imitate a machine with a torch for ROCm, whose GPU cannot run anything."""
-    cached = (
-        triton_backend._untried,
-        triton_backend._missing_here,
-        triton_backend._kernels,
-        triton_backend._device_type,
-    )
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Patches that describe another machine; what the backend remembers of one is forgotten before and after."""
+    remembered = [value for value in vars(triton_backend).values() if hasattr(value, "cache_clear")]
+    assert len(remembered) >= 4
 
-    def clear() -> None:
-        for function in cached:
+    def forget() -> None:
+        for function in remembered:
             function.cache_clear()
 
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    clear()
-    yield
+    forget()
+    yield monkeypatch
     monkeypatch.undo()
-    clear()
+    forget()
 
 
-def test_rocm_runs_by_name_with_one_warning(rocm: None) -> None:
+def test_rocm_runs_by_name_with_one_warning(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.version, "hip", "7.0")
+    machine.setattr(torch.cuda, "is_available", lambda: True)
     reason = "the kernels compile for ROCm (gfx942), and have never run there"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -66,8 +62,8 @@ def test_rocm_runs_by_name_with_one_warning(rocm: None) -> None:
     assert [str(warning.message) for warning in caught] == [f"backend 'triton': {reason}"]
 
 
-def test_xpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert triton_backend._untried.__wrapped__() == "the kernels have never been compiled for XPU, nor run there"
-    assert triton_backend._missing_here.__wrapped__(False) in (None, "triton is not installed")
+def test_xpu_is_known(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.xpu, "is_available", lambda: True)
+    machine.setattr(torch.cuda, "is_available", lambda: False)
+    assert TRITON.opt_in_reason() == "the kernels have never been compiled for XPU, nor run there"
+    assert triton_backend._missing_here(False) in (None, "triton is not installed")
