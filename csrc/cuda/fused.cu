@@ -191,23 +191,13 @@ struct Launcher {
 template <class T>
 Fused<T> parameters(const int32_t* tables, const int32_t* device_tables, const Call& call, bool pools) {
   Fused<T> p{};
+  static_cast<FusedCall&>(p) = fused_call(tables, call);
   p.x = frames_of_x<T>(call);
   p.out = frames_of_out<T>(call);
   p.distances = Distances(call.x_strides, sizeof(T));
   p.scratch = static_cast<T*>(call.thumbnails != nullptr ? call.thumbnails : call.scratch);
   p.tables = device_tables;
-  p.H = tables[H_HEIGHT];
-  p.W = tables[H_WIDTH];
-  p.h = (p.H + 1) / 2;
-  p.w = (p.W + 1) / 2;
-  p.OH = tables[H_OUT_ROWS];
-  p.OW = tables[H_OUT_COLS];
-  p.C = static_cast<int32_t>(call.C);
   p.pools = pools;
-  p.norm = norm_kind(call.norm_type);
-  p.inv_count = inv_count_of_norm(call);
-  p.temperature = call.temperature;
-  p.norm_channels = static_cast<int32_t>(channels_of_norm(call));
   for (int n = 0; n < 9; ++n) p.inverses[n / 3][n % 3] = (1.0f / (n / 3 + 1)) * (1.0f / (n % 3 + 1));
   return p;
 }

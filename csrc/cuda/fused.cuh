@@ -43,8 +43,31 @@ struct Distances {
   }
 };
 
+// The sizes of a call in the fused form, and its norm.
+struct FusedCall {
+  int32_t H, W, h, w, OH, OW, C;
+  Norm norm;
+  float inv_count, temperature;
+  int32_t norm_channels;  // number of channels that the norm runs over
+};
+
+inline FusedCall fused_call(const int32_t* tables, const Call& call) {
+  const int32_t H = tables[H_HEIGHT], W = tables[H_WIDTH];
+  return {H,
+          W,
+          (H + 1) / 2,
+          (W + 1) / 2,
+          tables[H_OUT_ROWS],
+          tables[H_OUT_COLS],
+          static_cast<int32_t>(call.C),
+          norm_kind(call.norm_type),
+          inv_count_of_norm(call),
+          call.temperature,
+          static_cast<int32_t>(channels_of_norm(call))};
+}
+
 template <class T>
-struct Fused {
+struct Fused : FusedCall {
   Frames<const T> x;
   Frames<T> out;
   Distances distances;     // in x
@@ -54,12 +77,8 @@ struct Fused {
   const int32_t* windows;  // entries of frames without a thumbnail, whose windows this launch pools
   int32_t walk_blocks, window_blocks;
   Spans of_walks, of_windows;
-  int32_t H, W, h, w, OH, OW, C;
-  bool pools;  // whether windows are pooled; else only thumbnails are stored
-  Norm norm;
-  float inv_count, temperature;
-  int32_t norm_channels;  // number of channels that the norm runs over
-  float inverses[3][3];   // 1 / (r c) for cells of r = 1, 2, 3 rows and c = 1, 2, 3 columns
+  bool pools;            // whether windows are pooled; else only thumbnails are stored
+  float inverses[3][3];  // 1 / (r c) for cells of r = 1, 2, 3 rows and c = 1, 2, 3 columns
 };
 
 // Rows 2i - 1, 2i and 2i + 1 of a frame, from the thread's first channel on. The parameters P of a kernel have x and
@@ -157,6 +176,16 @@ struct Window {
       } else {
         vecs[q][k % HELD] = Vec{};
       }
+    }
+  }
+
+  // Loads vec k of the tokens of window j, the next one of a block that stops before `stop`. Windows before `whole` have
+  // two columns inside the frame.
+  __device__ __forceinline__ void load_next(int k, int32_t j, int32_t whole, int32_t stop) {
+    if (j < whole) {
+      load(k, true);
+    } else if (j < stop) {
+      load(k, false);
     }
   }
 

@@ -14,7 +14,7 @@ constexpr int FUSED_REGISTERS = 128;
 __device__ __forceinline__ float inverse(int32_t n) { return n == 3 ? 1.0f / 3.0f : n == 2 ? 0.5f : 1.0f; }
 
 template <class T>
-struct FusedGradients {
+struct FusedGradients : FusedCall {
   Frames<const T> x;
   Distances distances;  // in x
   Frames<const T> grad;
@@ -24,10 +24,7 @@ struct FusedGradients {
   const int32_t* tables;     // base of the offsets of consumers
   const int32_t* entries;    // entries of this launch
   const int32_t* consumers;  // frames + summaries + 1 offsets
-  int32_t H, W, h, w, OH, OW, C, frames;
-  Norm norm;
-  float inv_count, temperature;
-  int32_t norm_channels;  // as in the forward
+  int32_t frames;
 };
 
 // The gradients of the tokens of window (i, j) of an entry, which is also cell (i, j) of its thumbnail. Tokens and the
@@ -264,6 +261,7 @@ template <class T>
 cudaError_t run_fused(const int32_t* tables, const int32_t* device_tables, const Call& call,
                       const GradientScratch& scratch, cudaStream_t stream) {
   FusedGradients<T> p{};
+  static_cast<FusedCall&>(p) = fused_call(tables, call);
   p.x = frames_of_x<T>(call);
   p.distances = Distances(call.x_strides, sizeof(T));
   p.grad = {static_cast<const T*>(call.grad), call.grad_strides, Divisor(call.T)};
@@ -272,18 +270,7 @@ cudaError_t run_fused(const int32_t* tables, const int32_t* device_tables, const
   p.summaries = scratch.summaries;
   p.tables = device_tables;
   p.consumers = device_tables + tables[tables[H_GRADIENT] + G_CONSUMERS];
-  p.H = tables[H_HEIGHT];
-  p.W = tables[H_WIDTH];
-  p.h = (p.H + 1) / 2;
-  p.w = (p.W + 1) / 2;
-  p.OH = tables[H_OUT_ROWS];
-  p.OW = tables[H_OUT_COLS];
-  p.C = static_cast<int32_t>(call.C);
   p.frames = tables[H_FRAMES];
-  p.norm = norm_kind(call.norm_type);
-  p.inv_count = inv_count_of_norm(call);
-  p.temperature = call.temperature;
-  p.norm_channels = static_cast<int32_t>(channels_of_norm(call));
 
   const bool halo = p.H % 2 == 1 || p.W % 2 == 1, plain = p.norm == Norm::l2 && p.norm_channels == p.C;
   const bool is_vector = all_vectorized(tables, call, true) && p.norm_channels % PER_VEC<T> == 0;

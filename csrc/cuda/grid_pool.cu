@@ -34,8 +34,7 @@ GradientScratch gradient_scratch(const int32_t* tables, const Call& call, bool p
   };
   GradientScratch scratch{};
   scratch.summaries = reinterpret_cast<float*>(take({summaries, H, W, call.C}));
-  if (fused) return scratch;
-  if (!pooled) return scratch;
+  if (fused || !pooled) return scratch;
   scratch.norms = reinterpret_cast<float*>(take({frames, H, W}));
   scratch.statistics = reinterpret_cast<float*>(take({frames, OH, OW, 3}));
   return scratch;

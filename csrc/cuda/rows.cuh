@@ -130,7 +130,7 @@ struct Walk {
     if constexpr (POOLS) window.weigh_tokens(p, j, totals, weights);
     if constexpr (KEEPS) window.rows.advance();
     const float inv_count = HALO ? p.inverses[below + over][inside(j) + (odd_W && j > 0)] : 0.25f;
-#pragma unroll KEEPS ? VECS < T> : 1
+#pragma unroll Tokens::HELD
     for (int k = 0; k < VECS<T>; ++k) {
       if constexpr (!KEEPS) window.load(k, inside(j));
       if constexpr (HALO && !AHEAD) load_above(j, k, KEEPS);
@@ -138,13 +138,7 @@ struct Walk {
       finish<POOLS>(k, weights, inv_count, pooled, mean);
       if constexpr (POOLS) store_vec<A, CacheHint::stream>(to, k * VEC_STEP<T>, window.left, out_channel(), pooled);
       if (shrinks) store_vec<A, CacheHint::keep>(cell, k * VEC_STEP<T>, window.left, 1, mean);
-      if constexpr (KEEPS) {
-        if (j + 1 < whole) {
-          window.load(k, true);
-        } else if (j + 1 < stop) {
-          window.load(k, false);
-        }
-      }
+      if constexpr (KEEPS) window.load_next(k, j + 1, whole, stop);
     }
     if constexpr (!PLAIN) finish_unheld<POOLS>(j, weights, inv_count);
     if constexpr (!KEEPS) window.rows.advance();

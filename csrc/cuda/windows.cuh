@@ -65,13 +65,7 @@ __device__ __forceinline__ void pool_windows(const Fused<T>& p, int32_t block) {
         result.word[w] = pool_word<T>(values, weights);
       }
       store_vec<A, CacheHint::stream>(to, k * VEC_STEP<T>, window.left, channel, result);
-      if constexpr (Tokens::KEEPS) {
-        if (j + 1 < whole) {
-          window.load(k, true);
-        } else if (j + 1 < stop) {
-          window.load(k, false);
-        }
-      }
+      if constexpr (Tokens::KEEPS) window.load_next(k, j + 1, whole, stop);
     }
     if constexpr (!PLAIN) pool_unheld<Tokens::KEEPS ? -2 : 0>(p, window, inside(j), weights, to);
     if constexpr (!Tokens::KEEPS) window.rows.advance();

@@ -129,7 +129,7 @@ class GridPlan:
 
     @cached_property
     def is_2x2_pooling(self) -> bool:
-        """Whether the windows are 2 × 2 at stride 2, the last ones possibly cut by the frame's edge."""
+        """Return whether the windows are 2 × 2 at stride 2, the last ones possibly cut by the frame's edge."""
         return all(
             runs.start == tuple(range(0, 2 * len(runs), 2))
             and runs.count == tuple(min(2, size - s) for s in runs.start)
@@ -138,7 +138,7 @@ class GridPlan:
 
     @property
     def is_2x2_area(self) -> bool:
-        """Whether every summary is tiled 2 × 2 from area-shrunk thumbnails, so that a node has one thumbnail.
+        """Return whether every summary is tiled 2 × 2 from area-shrunk thumbnails, so that a node has one thumbnail.
 
         It depends on the settings alone, not on whether the videos are long enough for every level: kernels sum in
         another order where it does not hold, and a video must give the same bits alone and packed with a longer one.
@@ -147,7 +147,7 @@ class GridPlan:
 
     @property
     def fusable(self) -> bool:
-        """Whether one kernel can pool and shrink in the same pass: its tables have the fused form."""
+        """Return whether one kernel can pool and shrink in the same pass: its tables have the fused form."""
         return self.is_2x2_pooling and self.is_2x2_area
 
     def _level(self, frame_stride: int, rows: int, cols: int) -> Level:

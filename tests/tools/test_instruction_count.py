@@ -86,7 +86,7 @@ def test_kinds_of_programs_are_told_apart() -> None:
 
 
 def test_one_loop_for_both_kinds() -> None:
-    """Without a side for windows, they take the steps of the loop that store no cell."""
+    """In code that does not tell windows from rows, a window counts as a step of the loop that stores no cell."""
     graph = read_graph(listing(*DISPATCH[2:15], *DISPATCH[-3:]))
     windows = Programs("windows", programs=7, busy=7, steps=20, pooled=20, shrunk=0, longest=3)
     assert count_instructions(graph, windows) == 7 * 2 + 7 * 1 + 20 * (2 + 1 + 1 + 2)
