@@ -160,9 +160,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--quick", action="store_true", help="small shapes and few samples, for a small machine")
     several(
-        "--shape", "S", "workloads of --list, or shapes as in 64x27x27x3584 and 8x32x27x27x896 (a batch), followed by "
-        "any of :fp16, :fp32, :ceil, :gradients, :stream, :prefill and :pruning; default: all poolings that fit into "
-        "memory"
+        "--shape", "S", "workloads or groups of --list, or shapes as in 64x27x27x3584 and 8x32x27x27x896 (a batch), "
+        "followed by any of :fp16, :fp32, :ceil, :plain, :gradients, :stream, :prefill and :pruning; default: all "
+        "poolings that fit into memory"
     )  # fmt: skip
     several(
         "--provider", "P", "providers to time: names of --list, their parts before a colon, or patterns as in '*avg*'; "

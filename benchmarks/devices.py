@@ -35,8 +35,9 @@ class Cpu:
     """The CPU, with the threads of torch.
 
     A sample is one call. Before it a buffer larger than the caches is read, so that x comes from memory, and so that
-    caches and threads are in the same state whatever ran before. The time excludes freeing the result. Under
-    `python -m benchmarks`, OpenMP pins each thread to a core.
+    caches and threads are in the same state whatever ran before. For warm caches the same call is made before it
+    instead, as in a loop of calls. The time excludes freeing the result. Under `python -m benchmarks`, OpenMP pins each
+    thread to a core.
     """
 
     type = torch_device = "cpu"
@@ -80,12 +81,15 @@ class Cpu:
             limits["ceiling"] = ([partial(self.probe.pool, frames, out, self.threads)], moved)
         return limits
 
-    def sampler(self, calls: Sequence[Call], captures: bool = True) -> tuple[Sampler, int]:
-        """Return a sampler, and the number of calls per sample."""
+    def sampler(self, calls: Sequence[Call], captures: bool = True, warm: bool = False) -> tuple[Sampler, int]:
+        """Return a sampler, and the number of calls per sample. warm: whether caches are left as a call leaves them."""
         (call,) = calls
 
         def sample() -> float:
-            self.evict()
+            if warm:
+                call()
+            else:
+                self.evict()
             begin = time.perf_counter()
             result = call()
             end = time.perf_counter()
@@ -155,11 +159,11 @@ class Gpu:
     def limits(self, x: Tensor, pooled: tuple[int, int]) -> dict[str, tuple[list[Call], Traffic]]:
         return {}
 
-    def sampler(self, calls: Sequence[Call], captures: bool = True) -> tuple[Sampler, int]:
+    def sampler(self, calls: Sequence[Call], captures: bool = True, warm: bool = False) -> tuple[Sampler, int]:
         """Return a sampler, and the number of calls per sample, a multiple of the number of `calls`.
 
         captures: whether to capture the calls in a CUDA graph, or else make them from Python. Every call must have been
-        made before.
+        made before. warm: has no effect, since rotating inputs take the place of emptied caches.
         """
         repeats = min(max(1, math.ceil(GRAPH_US / (self.returns_us(calls) * len(calls)))), 8)
         repeated = list(calls) * repeats

@@ -44,6 +44,8 @@ class SampleBudget:
 
 
 QUICK = SampleBudget(most=15, least=3, seconds=0.6)
+WARM = SampleBudget(most=301, least=7, seconds=0.25)
+"""Budget of a call on warm caches, by which the sweep of the group "plain" takes minutes on a small machine."""
 
 
 def measure(
@@ -59,6 +61,8 @@ def measure(
 ) -> list[BenchRow]:
     """Measure a workload; return the rows of the copy, of the probes of a CPU, and of every provider of `timed`.
 
+    On warm caches there are no rows of the copy and the probes, whose rates are those of memory.
+
     report: called with each row of a provider before its first call, when its result has been checked, and when it has
     been timed, so that a process that ends early loses only the current row. extras: whether to count launches, by a
     profiler.
@@ -71,7 +75,7 @@ def measure(
         return [replace(provider_row(run, workload, provider), check=reason) for provider in timed]
     others = device.others_cores()
     xs = device.inputs(workload)
-    rows, samplers = time_limits(workload, device, run, xs)
+    rows, samplers = ({}, {}) if workload.warm else time_limits(workload, device, run, xs)
     contenders: dict[str, Contender] = {}
     expected = Expected(xs)
     for provider in timed:
@@ -83,7 +87,7 @@ def measure(
                 contender.prepare(device, row)
                 if "overhead" in workload.groups:
                     row.overhead_us = overhead_us(device, contender.calls[0])
-                samplers[name], row.calls_per_sample = device.sampler(contender.calls, provider.captures)
+                samplers[name], row.calls_per_sample = device.sampler(contender.calls, provider.captures, workload.warm)
                 if device.type == "cuda":
                     samplers[name]()  # a replay that hangs or fails must do so while its row is reported
                 contenders[name] = contender
@@ -280,6 +284,8 @@ def take_turns(
 
     turns: for each sampler, its number of calls per sample, and a number that the number of samples is a multiple of.
     """
+    if not samplers:
+        return {}
     first = next(iter(samplers.values()))
     begin = time.perf_counter()
     while time.perf_counter() - begin < warm_up_s:

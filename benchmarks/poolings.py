@@ -32,6 +32,12 @@ def poolings(workload: Workload, device: str) -> list[Provider]:
     return found
 
 
+def plain(workload: Workload, device: str) -> list[Provider]:
+    """Return the ops on the package's own kernels, and the plain average of the same windows, `avg_pool2d`."""
+    ours = [provider for provider in our_ops(workload, device) if not provider.name.endswith(":reference")]
+    return [*ours, *(provider for provider in plain_poolings(workload) if provider.name == "avg_pool2d")]
+
+
 def gradients(workload: Workload, device: str) -> list[Provider]:
     """Return the ops, and providers of their gradients with respect to x for a random gradient of the result."""
     w, found = workload, our_ops(workload, device)
@@ -130,15 +136,15 @@ def _backward(op: str, backend: str, grad: Tensor, x: Tensor, settings: dict[str
 
 
 def plain_poolings(workload: Workload) -> Iterator[Provider]:
-    """Yield poolings without weights and summaries: as engines call them, and on channels-last views without a copy."""
+    """Yield poolings without weights and summaries: on channels-last views without a copy, and as engines call them."""
     w, size = workload, workload.plan("norm_pool").pooled_size
 
-    def provider(name: str, pool: Pool, memory: float = 0.5, note: str = "") -> Provider:
+    def provider(name: str, pool: Callable[..., Tensor], memory: float = 0.5, **more: Any) -> Provider:
         def exact(x: Tensor) -> Tensor:
             return pool(x.float()).to(x.dtype)
 
         framewise, oracle = (partial(on_frames, function) for function in (pool, exact))
-        return Provider(name, "norm_pool", framewise, oracle, op_by_op_ulps(w), memory=memory, note=note)
+        return Provider(name, "norm_pool", framewise, oracle, op_by_op_ulps(w), memory=memory, **more)
 
     def view(pool: Pool) -> Pool:
         return lambda x: pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -147,11 +153,23 @@ def plain_poolings(workload: Workload) -> Iterator[Provider]:
         k, ceil = w.kernel_size, tuple(math.ceil(side / w.kernel_size) for side in w.grid)
         settings: dict[str, Any] = {"kernel_size": k, "ceil_mode": w.ceil_mode}
         note = f"pools to {ceil[0]} × {ceil[1]}" if ceil != size else ""
+        yield provider("avg_pool2d", partial(channels_last_avg_pool, **settings), takes_out=True)
         yield provider("llava_avg_pool", partial(baselines.llava_avg_pool, **settings), 1.5)
-        yield provider("llava_bilinear_pool", partial(baselines.llava_bilinear_pool, kernel_size=k), 1.5, note)
-        yield provider("avg_pool2d", view(partial(F.avg_pool2d, **settings)))
+        yield provider("llava_bilinear_pool", partial(baselines.llava_bilinear_pool, kernel_size=k), 1.5, note=note)
         yield provider("max_pool2d", view(partial(F.max_pool2d, **settings)))
     yield provider("adaptive_avg_pool2d", view(partial(F.adaptive_avg_pool2d, output_size=size)))
+
+
+def channels_last_avg_pool(x: Tensor, kernel_size: int, ceil_mode: bool, out: Tensor | None = None) -> Tensor:
+    """Return the plain averages of the windows of x (T, H, W, C), by `avg_pool2d` on a view without a copy.
+
+    out: contiguous memory of the result, (T, OH, OW, C); without it the result is new.
+    """
+    average: Callable[..., Tensor] = F.avg_pool2d  # its types leave out `out`, which it takes
+    if out is None:
+        return average(x.permute(0, 3, 1, 2), kernel_size, ceil_mode=ceil_mode).permute(0, 2, 3, 1)
+    average(x.permute(0, 3, 1, 2), kernel_size, ceil_mode=ceil_mode, out=out.permute(0, 3, 1, 2))
+    return out
 
 
 def naive_code(workload: Workload, device: str) -> Iterator[Provider]:
@@ -197,8 +215,14 @@ def op_by_op_ulps(workload: Workload) -> float:
     return 8 if workload.dtype.itemsize == 2 else 64
 
 
-def on_frames(pool: Pool, x: Tensor) -> Tensor:
-    """Apply `pool`, which takes (T, H, W, C), to the frames of a video or a batch at once, as engines do."""
+def on_frames(pool: Callable[..., Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Apply `pool`, which takes (T, H, W, C), to the frames of a video or a batch at once, as engines do.
+
+    out: memory of the result; only for a `pool` that takes `out`.
+    """
+    if out is not None:
+        pool(x.flatten(0, -4), out=out.flatten(0, -4))
+        return out
     pooled = pool(x.flatten(0, -4))
     return pooled.unflatten(0, x.shape[:-3]) if x.dim() == 5 else pooled
 

@@ -9,13 +9,14 @@ from benchmarks import poolings, prefill, pruning, stream
 from benchmarks.provider import Provider
 from benchmarks.workloads import Workload
 
-BASELINE = "llava_avg_pool"
+BASELINE = "avg_pool2d"
 """Provider whose time others are compared with by default."""
 PATIENCE_BYTES = 100_000_000
 """Maximum size of the tokens in bytes for which slow providers are timed by default."""
 
 PROVIDERS = {
     "pooling": poolings.poolings,
+    "plain": poolings.plain,
     "gradients": poolings.gradients,
     "stream": stream.pushes,
     "prefill": prefill.prefills,

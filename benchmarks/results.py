@@ -50,7 +50,8 @@ class BenchRow:
     on `rotating_sets` inputs in turn.
     gb_per_s: the lower bound over the median time, in 10⁹ bytes per second. percent_of_copy, percent_of_ceiling: that
     as a share of the bandwidth of the copy, and of the ceiling probe, between the same samples.
-    times_baseline: median time of the provider `baseline` over that of this one, above 1 if this one is faster.
+    times_baseline: median time of the provider `baseline` over that of this one, above 1 if this one is faster. If this
+    one writes into given memory, so does the baseline, unless it cannot.
     extra_peak_bytes: peak memory of a call beyond the input and the result. state_bytes: maximum memory that a stream
     keeps between two calls. launches: number of kernels that a call launches on a GPU.
     overhead_us: median time in µs until a call on warm caches returns. others_cores: mean number of CPU cores that
@@ -254,7 +255,9 @@ def add_rates(rows: Sequence[BenchRow], baseline: str) -> None:
             row.gb_per_s = round(rates[row.provider], 3)
             row.percent_of_copy = _ratio(100 * rates[row.provider], rates.get("copy"), 2)
             row.percent_of_ceiling = _ratio(100 * rates[row.provider], rates.get("ceiling"), 2)
-            row.times_baseline = _ratio(timed[baseline].us, row.us, 4) if baseline in timed else None
+            given = f"{baseline}:out" if row.provider.endswith(":out") else baseline
+            unit = timed.get(given) or timed.get(baseline)
+            row.times_baseline = _ratio(unit.us, row.us, 4) if unit else None
 
 
 def _ratio(value: float, unit: float | None, digits: int) -> float | None:

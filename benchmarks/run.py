@@ -17,13 +17,13 @@ from rich.table import Table
 
 from benchmarks.devices import Cpu, Device, open_device
 from benchmarks.machine import new_run
-from benchmarks.measure import LATE, LOST, QUICK, SampleBudget, measure
+from benchmarks.measure import LATE, LOST, QUICK, WARM, SampleBudget, measure
 from benchmarks.plot import refuse_existing, save_plots
 from benchmarks.providers import BASELINE, chosen, providers, select
 from benchmarks.report import machine_line, workload_table
 from benchmarks.results import FOLDER, BenchRow, Results, Run, append, encode, file_name, load
 from benchmarks.workloads import QUICK as QUICK_NAMES
-from benchmarks.workloads import WORKLOADS, Workload, parse_workload
+from benchmarks.workloads import WORKLOADS, Workload, parse_workloads
 from stgridpool_kernels.cli.machine import busy_note
 from stgridpool_kernels.cli.terminal import print_whole
 
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     pictures that exist.
     """
     default = QUICK_NAMES if options.quick else [w.name for w in WORKLOADS.values() if w.kind == "pooling"]
-    workloads = [parse_workload(text) for text in options.shape or default]
+    workloads = [workload for text in options.shape or default for workload in parse_workloads(text)]
     if options.plot is not None:
         refuse_existing(options.plot, options.force)
     device = open_device(options.device, options.threads)
@@ -109,15 +109,15 @@ def measure_all(
     early: called with a row as soon as it has any value.
     """
     progress = Console(stderr=True, highlight=False)
-    effort = QUICK if options.quick else SampleBudget()
-    if options.samples is not None:
-        effort = replace(effort, most=options.samples, least=options.samples)
     for number, workload in enumerate(workloads, 1):
         timed = chosen(workload, device.type, options.provider, options.skip)
         timed = [provider for provider in timed if not is_known(workload.name, provider.name, known)]
         if known and not timed:
             continue
         progress.print(f"{workload.name}, {number} of {len(workloads)}", style="dim", soft_wrap=True)
+        effort = QUICK if options.quick else WARM if workload.warm else SampleBudget()
+        if options.samples is not None:
+            effort = replace(effort, most=options.samples, least=options.samples)
         given: dict[str, Any] = {"baseline": options.baseline, "effort": effort, "extras": not options.times_only}
         with limited(options.limit):
             yield measure(workload, timed, device, run.run, report=early, **given)

@@ -1,4 +1,7 @@
-"""Workloads: tokens of models, long, packed and batched videos, sweeps, gradients, streams, prefills and pruning."""
+"""Workloads: tokens of models, long, packed and batched videos, sweeps, gradients, streams, prefills and pruning.
+
+A sweep of small and large shapes, the group "plain", compares the ops with a plain average.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from benchmarks.lower_bound import Traffic, lower_bound
 from stgridpool_kernels.plan import GridPlan, grid_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KINDS = ("pooling", "gradients", "stream", "prefill", "pruning")
+KINDS = ("pooling", "plain", "gradients", "stream", "prefill", "pruning")
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,10 @@ class Workload:
     """Shape and dtype of tokens, and the settings of their pooling.
 
     The shape is (sum(frame_counts), *grid, channels), or (batch, T, *grid, channels) if frame_counts is batch times T.
-    kind: calls that are timed: the ops and the poolings that they replace, the ops' gradients, pushes to a stream, the
-    prefill of a language model after the pooling, or vLLM's pruning of tokens. groups: "main", or the sweeps that it is
-    a point of, or its kind. goal: whether goals are set for the shape. torch.compile is timed on such shapes only,
-    since it takes long.
+    kind: calls that are timed: the ops and the poolings that they replace, the ops and a plain average on warm caches,
+    the ops' gradients, pushes to a stream, the prefill of a language model after the pooling, or vLLM's pruning of
+    tokens. groups: "main", or the sweeps that it is a point of, or its kind. goal: whether goals are set for the shape.
+    torch.compile is timed on such shapes only, since it takes long.
     """
 
     name: str
@@ -55,6 +58,11 @@ class Workload:
     @property
     def input_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def warm(self) -> bool:
+        """True if caches are timed as the call before left them, False if other memory is read before every sample."""
+        return self.kind == "plain"
 
     @property
     def windows(self) -> dict[str, Any]:
@@ -131,6 +139,22 @@ def _sweeps() -> list[Workload]:
     return [*narrow, *wide, *channels, *windows, *budgets]
 
 
+def _plain() -> list[Workload]:
+    return [
+        Workload(
+            f"{frames}x27x27x{channels}:{dtype}:plain",
+            (frames,),
+            channels=channels,
+            dtype=DTYPES[dtype],
+            kind="plain",
+            groups=("plain",),
+        )
+        for dtype in DTYPES
+        for channels in (64, 128, 384, 896, 1152, 3584, 4096)
+        for frames in (1, 8, 16, 32, 64)
+    ]
+
+
 def _others() -> list[Workload]:
     stream = Workload("stream", (64,), channels=3584, kind="stream", groups=("stream",))
     pruning = Workload("pruning", (32,), channels=3584, kind="pruning", groups=("pruning",))
@@ -150,17 +174,25 @@ def _others() -> list[Workload]:
     ]
 
 
-WORKLOADS = {workload.name: workload for workload in (*_models(), *_sweeps(), *_others())}
+WORKLOADS = {workload.name: workload for workload in (*_models(), *_sweeps(), *_others(), *_plain())}
 
 QUICK = ("16x27x27x3584", "8x27x27x896", "16x27x27x896", "32x27x27x896", "llava-video-0.5b", "1x9x9x384")
 """Names of workloads that take two minutes in total on a small machine."""
+
+
+def parse_workloads(text: str) -> list[Workload]:
+    """Return the workloads of the group that a text names, or else the one of `parse_workload`."""
+    if text in WORKLOADS:
+        return [WORKLOADS[text]]
+    of_group = [workload for workload in WORKLOADS.values() if text in workload.groups]
+    return of_group or [parse_workload(text)]
 
 
 def parse_workload(text: str) -> Workload:
     """Return the workload that a text names.
 
     text: a key of WORKLOADS, or a shape like 64x27x27x3584 or 8x32x27x27x896 (a batch), each followed by any of :bf16,
-    :fp16, :fp32, :ceil, :gradients, :stream, :prefill and :pruning. Raises ValueError for other texts.
+    :fp16, :fp32, :ceil, :plain, :gradients, :stream, :prefill and :pruning. Raises ValueError for other texts.
     """
     if text in WORKLOADS:
         return WORKLOADS[text]
@@ -169,9 +201,12 @@ def parse_workload(text: str) -> Workload:
     kinds, dtypes = [flag for flag in flags if flag in KINDS[1:]], [flag for flag in flags if flag in DTYPES]
     known = {"ceil", *kinds, *dtypes}
     if found is None or not set(flags) <= known or len(kinds) > 1 or len(dtypes) > 1:
+        groups = dict.fromkeys(group for workload in WORKLOADS.values() for group in workload.groups)
+        names = [name for name, workload in WORKLOADS.items() if workload.kind != "plain"]
         raise ValueError(
-            f"shape must be TxHxWxC or BxTxHxWxC, or one of {', '.join(WORKLOADS)}, followed by "
-            f"{', '.join(f':{flag}' for flag in (*DTYPES, 'ceil', *KINDS[1:]))} if need be; got {text!r}"
+            f"shape must be TxHxWxC or BxTxHxWxC, or one of {', '.join(names)}, followed by "
+            f"{', '.join(f':{flag}' for flag in (*DTYPES, 'ceil', *KINDS[1:]))} if need be, "
+            f"or a group among {', '.join(groups)}; got {text!r}"
         )
     kind = kinds[0] if kinds else found.kind
     return replace(

@@ -21,6 +21,7 @@ from benchmarks.provider import Provider
 from benchmarks.providers import chosen, providers
 from benchmarks.results import BenchRow
 from benchmarks.workloads import WORKLOADS, Workload
+from stgridpool_kernels.backends.compiled import LIBRARY
 
 TINY = Workload("tiny", (64,), (5, 5), 96)
 SMALL = Workload("small", (9,), (5, 5), 8)
@@ -81,6 +82,16 @@ def test_a_copy_moves_as_many_bytes() -> None:
     assert [2 * target.nbytes for target in targets] == [4096] * 3
     assert len({target.data_ptr() for target in targets}) == 3
     assert all(target.std() > 0 for target in targets)  # not the ones that were there before
+
+
+def test_no_copy_is_timed_on_warm_caches(cpu: Cpu) -> None:
+    """Memory that is given is given to all, and a workload of which nothing is right has no times."""
+    workload = replace(SMALL, kind="plain")
+    rows = rows_on(cpu, workload, providers(workload, "cpu"), baseline="avg_pool2d")
+    ours = [f"{op}:cpu" for op in ("norm_pool", "grid_pool") if LIBRARY is not None]
+    assert list(rows) == [f"{name}{out}" for name in (*ours, "avg_pool2d") for out in (":out", "")]
+    assert {row.check for row in rows.values()} == {"ok"}
+    assert_no_times(rows_on(cpu, workload, [pooling("bad", returns_nan)])["bad"])
 
 
 def test_overhead_is_taken_of_one_workload(cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +228,15 @@ def test_a_sample_is_one_call_on_empty_caches(cpu: Cpu, monkeypatch: pytest.Monk
     sample, calls = cpu.sampler([call])
     assert (sample(), calls) == (250_000, 1)
     assert now[0] == 1100.25
+
+
+def test_a_sample_on_warm_caches_is_the_second_of_two_calls(cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([1.0, 1.5])
+    calls: list[str] = []
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: (calls.append("clock"), next(now))[1])
+    monkeypatch.setattr(cpu, "evict", lambda: pytest.fail("caches were emptied"))
+    sample, _ = cpu.sampler([lambda: calls.append("call")], warm=True)
+    assert (sample(), calls) == (500_000, ["call", "clock", "call", "clock"])
 
 
 def test_memory_of_a_call(cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,9 @@ def test_rates_and_ratios() -> None:
     assert [row.percent_of_ceiling for row in rows[:2]] == pytest.approx([100 * copied / read, 100], abs=0.01)
     assert (rows[3].gb_per_s, rows[3].percent_of_copy, rows[3].percent_of_ceiling) == (None, None, None)
     assert [row.times_baseline for row in rows] == [1.0, 2.0, 2.5, None]
+    given = [make_row("a:out", 4.0), make_row("a", 8.0), make_row("b:out", 2.0), make_row("b", 2.5)]
+    add_rates(given, "a")
+    assert [row.times_baseline for row in given] == [1.0, 1.0, 2.0, 3.2]  # given memory is compared with given memory
     add_rates(rows, "b")
     assert {(row.baseline, row.times_baseline) for row in rows} == {("b", None)}
 

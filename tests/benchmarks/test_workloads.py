@@ -15,7 +15,7 @@ from benchmarks.lower_bound import lower_bound, tokens_read
 from benchmarks.poolings import op_by_op_grid_pool
 from benchmarks.provider import mismatch
 from benchmarks.providers import BASELINE, chosen, providers, select
-from benchmarks.workloads import QUICK, WORKLOADS, Workload, parse_workload, random_tokens
+from benchmarks.workloads import QUICK, WORKLOADS, Workload, parse_workload, parse_workloads, random_tokens
 from stgridpool_kernels import grid_plan
 from stgridpool_kernels.backends import compiled
 
@@ -62,12 +62,26 @@ def test_texts_name_workloads() -> None:
     assert (found.kind, found.groups, found.goal, found.ceil_mode) == ("gradients", ("gradients",), False, True)
 
 
+def test_groups_name_all_their_workloads() -> None:
+    """A workload with the name of a group comes first. The sweep next to a plain average has every size and dtype."""
+    assert parse_workloads("stream") == [WORKLOADS["stream"]]
+    assert parse_workloads("prefill") == [WORKLOADS["prefill-0.5b"], WORKLOADS["prefill-7b"]]
+    assert parse_workloads("4x5x6x64:plain") == [parse_workload("4x5x6x64:plain")]
+    found = parse_workloads("plain")
+    assert all(workload.warm and workload.groups == ("plain",) for workload in found)
+    assert len({(workload.frames, workload.channels, workload.dtype) for workload in found}) == 5 * 7 * 3
+    assert WORKLOADS["16x27x27x384:fp32:plain"].shape == (16, 27, 27, 384)
+    assert not any(workload.warm for workload in WORKLOADS.values() if workload.kind != "plain")
+
+
 @pytest.mark.parametrize(
     "text", ["", "llava", "4x5x6", "0x5x6x64", "4x5x6x64:fp64", "4x5x6x64:fp16:bf16", "4x5x6x6.4", "4x5x6x64:",
              " 4x5x6x64", "4x5x6x64:stream:prefill"],
 )  # fmt: skip
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^shape must be TxHxWxC.*llava-video-7b,.*:fp16.*:ceil.*; got ") as caught:
+    with pytest.raises(
+        ValueError, match=r"^shape must be TxHxWxC.*llava-video-7b,.*:fp16.*:ceil.*plain.*; got "
+    ) as caught:
         parse_workload(text)
     assert str(caught.value).endswith(repr(text))
 
@@ -136,12 +150,13 @@ def test_every_provider_is_right(workload: Workload) -> None:
     before = x.clone()
     timed = [*providers(workload, "cpu"), *providers(replace(workload, kind="gradients"), "cpu")]
     ours = [f"{op}:{backend}" for op in ("norm_pool", "grid_pool") for backend in [*CPU, "reference"]]
-    plain = ["llava_avg_pool", "llava_bilinear_pool", "avg_pool2d", "max_pool2d"]
+    plain = ["avg_pool2d", "llava_avg_pool", "llava_bilinear_pool", "max_pool2d"]
     naive = ["naive_norm_pool", "naive_grid_pool"]
     others = ["adaptive_avg_pool2d"] if workload.output_size else [*plain, "adaptive_avg_pool2d", *naive]
     backward = [name.replace(":", "_backward:") for name in ours]
     assert [provider.name for provider in timed] == [*ours, *others, *ours, *backward]
-    assert {provider.name for provider in timed if provider.takes_out} == {name for name in ours if ":cpu" in name}
+    of_the_package = {name for name in ours if ":cpu" in name}
+    assert {provider.name for provider in timed if provider.takes_out} == of_the_package | {"avg_pool2d"} & {*others}
     wrong = {}
     for provider in timed:
         expected = provider.definition(x)
@@ -199,6 +214,13 @@ def test_code_for_torch_compile_pools_right() -> None:
         expected = stgp.grid_pool(x, **workload.settings, backend="reference")
         assert mismatch(op_by_op_grid_pool(workload.plan("grid_pool"), "cpu")(x), expected, 2) is None
         assert named(replace(workload, goal=True)).keys() - named(workload) == {"compiled_grid_pool"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_plain_average_is_compared_with_the_kernels_alone(device: str) -> None:
+    found = [provider.name for provider in providers(WORKLOADS["8x27x27x896:bf16:plain"], device)]
+    kernels = CPU if device == "cpu" else [name for name in stgp.available_backends() if name in ("triton", "cuda")]
+    assert found == [f"{op}:{name}" for op in ("norm_pool", "grid_pool") for name in kernels] + ["avg_pool2d"]
 
 
 def test_providers_of_a_gpu() -> None:

@@ -52,7 +52,7 @@ class StandIn(Gpu):
 
     def __init__(self, device: str = "cuda") -> None: ...
 
-    def sampler(self, calls: Sequence[Call], captures: bool = True) -> tuple[Sampler, int]:
+    def sampler(self, calls: Sequence[Call], captures: bool = True, warm: bool = False) -> tuple[Sampler, int]:
         for call in calls:
             call()
         return (lambda: 100.0), len(calls)
