@@ -60,6 +60,11 @@ class Workload:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
+    def result_bytes(self) -> int:
+        rows, cols = self.plan("norm_pool").pooled_size
+        return self.frames * rows * cols * self.channels * self.dtype.itemsize
+
+    @property
     def warm(self) -> bool:
         """True if caches are timed as the call before left them, False if other memory is read before every sample."""
         return self.kind == "plain"

@@ -154,7 +154,7 @@ def test_promises_fit_into_the_time(check: Check) -> None:
 
 
 def test_a_faulty_provider_costs_its_own_times(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One provider is wrong, and then one hangs, one dies and one makes the device useless: each costs a process."""
+    """One provider is wrong, and then one dies, one hangs and one makes the device useless: each costs a process."""
     faults = {"norm_pool:triton": "wrong", "llava_avg_pool": "hangs", "avg_pool2d": "dies", "naive_grid_pool": "sticky"}
     said = {"wrong": "wrong: off by", "hangs": LOST, "dies": LOST, "sticky": "failed: RuntimeError"}
     monkeypatch.setenv("STGP_STAND_INS", "tests.tools.gpu_stand_ins")
@@ -163,7 +163,7 @@ def test_a_faulty_provider_costs_its_own_times(check: Check, monkeypatch: pytest
     assert {*GOALS, "--provider", "llava_avg_pool"} < {*stage.command}
     command = (*stage.command[: stage.command.index("--shape") + 1], SHAPE, "--provider", *faults, "max_pool2d")
     found = check.run_stage(Stage("goals", 45, command), 500)
-    assert (found["status"], found["codes"]) == ("failed", [None, -6, 1, 0]), check.log.read_text()
+    assert (found["status"], found["codes"]) == ("failed", [-6, None, 1, 0]), check.log.read_text()
     last = {row.provider: row for results in load(check.results) for row in results.rows}
     for name, fault in faults.items():
         assert last.pop(name).check.startswith(said[fault])
