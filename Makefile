@@ -54,7 +54,7 @@ bench-pruning: $(BUILT) build/with_vllm/installed ## vLLM's pruning of tokens ne
 	$(call cpu_torchvision,build/with_vllm)
 	build/with_vllm/bin/python -m benchmarks --shape pruning pruning-20x36 --baseline evs $(ARGS)
 
-performance: $(BUILT) ## docs/performance.md and its pictures from benchmarks/results
+performance: $(BUILT) ## docs/performance.md, its details and pictures from benchmarks/results
 	$(VENV)/bin/python -m benchmarks page $(ARGS)
 
 fuzz: $(BUILT) ## 5 minutes of random calls of the CPU kernels against the reference

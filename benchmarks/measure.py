@@ -44,7 +44,7 @@ class SampleBudget:
 
 
 QUICK = SampleBudget(most=15, least=3, seconds=0.6)
-WARM = SampleBudget(most=301, least=7, seconds=0.25)
+WARM = SampleBudget(most=201, least=7, seconds=0.15)
 """Budget of a call on warm caches, by which the sweep of the group "plain" takes minutes on a small machine."""
 
 

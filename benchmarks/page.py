@@ -1,85 +1,73 @@
-"""Generation of docs/performance.md, its pictures and the README's table from the results in benchmarks/results.
+"""Generation of docs/performance.md, its details and pictures, and the README's table from benchmarks/results.
 
 For every machine and kind of workload, the last measured state of the code counts. All figures come from these results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.goals import ONE_FRAME, T16, T64, goals
+from benchmarks.details import details
+from benchmarks.findings import large_calls, listed, not_measured, small_calls
+from benchmarks.goals import T16, T64, goals
 from benchmarks.plot import save_plots
 from benchmarks.report import (
     filled,
-    is_ours,
     machine_line,
-    markdown_table,
     remarks,
     show_number,
     show_time,
-    title_of,
+    state_line,
     workload_title,
 )
-from benchmarks.results import BenchRow, Results, file_name, last_state, machine_files
+from benchmarks.results import BenchRow, Results, file_name, last_states, machine_files
+from benchmarks.tables import (
+    base_of,
+    empty_table,
+    fresh_table,
+    is_shown,
+    one_frame_table,
+    plain_tables,
+    prefill_table,
+    summary_table,
+    table,
+    times_table,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 PICTURES = ROOT / "docs" / "performance"
+DETAILS = PICTURES / "details.md"
 MARK = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+README_TITLES = {
+    "avg_pool2d": "channels-last `avg_pool2d`",
+    "llava_avg_pool": "LLaVA's own call",
+    "naive_grid_pool": "ST-GridPool op by op",
+    "norm_pool:cpu": "**`norm_pool`**",
+    "grid_pool:cpu": "**`grid_pool`**",
+}
 
-INTRODUCTION = """\
-# Performance
-
-`make performance` (`python -m benchmarks page`) writes this page from the files in
-[benchmarks/results](../benchmarks/results), to which `python -m benchmarks` appends. Each section names the machine,
-the date and the commit that its figures belong to.
-
-## How it is measured
-
-- **Right first.** Every result is compared with its definition, on the tokens that it is timed on: this package's ops
-  with the reference in plain PyTorch, others with the same operation in float32, a stream with the whole video, bit by
-  bit. A provider with a wrong result is not timed.
-- **In turns.** All providers of a workload and a plain copy take turns in one process, so that changes of clocks and
-  other load affect all alike. Ratios within a run hold better than times across runs.
-- **From memory.** On a CPU a buffer larger than the caches is read before each sample, threads are pinned to cores, and
-  results that go into memory given by `out=` and into fresh memory are timed apart. The cost of fresh memory depends on
-  the C library: if it still holds memory that was freed before, there is none; if not, the system hands out and clears
-  every page, which can take twice as long as the pooling. On a GPU a sample is a CUDA graph of calls on rotating inputs
-  and outputs of at least five times the L2 cache.
-- **Against the limit.** The lower bound counts every token that the result depends on once, and the result once, for
-  all providers alike. The copy moves as many bytes; the ceiling probe, on a CPU, moves pooling's bytes in pooling's
-  order by a compiled loop without arithmetic. LLaVA avg pooling is the code that engines call: permute, contiguous,
-  `avg_pool2d`.
-- **Noise.** p20 and p80 stand beside every median; the use of the machine by other processes is recorded.
-
-Repeat it: `python -m benchmarks` (every workload that fits into memory), `python -m benchmarks --quick` (two minutes on
-a small machine), `python -m benchmarks compare A B` (the changes beyond the noise), `make bench` (microbenchmarks under
-pytest-benchmark), `make prefill`, `make bench-pruning`, `python -m benchmarks --shape stream
-llava-video-0.5b:gradients`, and on a machine with a GPU `make gpu-check`. `stgp bench` answers the first question in
-seconds, without a checkout.
-
-## How to read the tables
-
-Times are medians of a call; p20–p80 is where the middle three fifths of the samples lie. GB/s counts, for every row
-alike, the fewest bytes that the op must move. % of copy and of ceiling: those GB/s as a share of the rate at which
-`torch` copies, and at which a compiled loop moves the same bytes without arithmetic, in between the same samples. × a
-provider: its time over this one's; above 1 is faster. Extra MB: memory in use at most during the call, beyond input and
-result. Bold rows are this package's kernels.
-"""
-
-SWEEPS = {
-    "T-896": "Frames, 896 channels",
-    "T-3584": "Frames, 3584 channels",
-    "C": "Channels, 32 frames",
-    "window": "Windows, 32 frames of 3584 channels; others than 2 × 2 take the general kernels",
-    "budget": "Tokens by `output_size`, 32 frames of 3584 channels; general kernels",
+HEADS = {
+    "summary": "Times of a call in ms, each after other work has filled the caches: with given memory (`out=`), "
+    "then with a fresh result. `avg_pool2d` is called on a channels-last view, without a copy, and is a "
+    "plain average: it has no norms and no summaries. LLaVA avg pooling is the code that engines call: "
+    "permute, contiguous, `avg_pool2d`.",
+    "plain": "The time of channels-last `avg_pool2d` over that of `norm_pool`, then over that of `grid_pool`: "
+    "above 1 the op is faster, and bold is slower. Frames have 27 × 27 tokens; `norm_pool` and "
+    "`grid_pool` return 13 × 13. Calls follow one another on the same tokens, as in a loop (warm "
+    "caches).",
+    "small": "µs until a call returns: the time that a small call cannot go below. Warm: the same call was made "
+    "just before. Cold: other work has filled the caches, as between two layers of a model.",
+    "fresh": "The time of a call with a fresh result over that with given memory, on cold caches, by the size of "
+    "the result. Memory that is fresh from the system is handed out and cleared page by page while the "
+    "result is written; where the C library still holds memory that was freed before, it costs nothing. "
+    "Give `out=` where calls repeat.",
 }
 KINDS = {
+    "stream": "`push, N` gives a stream N frames at a time, `push, 1x4` one frame to each of four streams. Samples are "
+    "whole periods of 32 frames, since a push that completes a segment takes longer.",
     "gradients": "Gradients in the tokens alone, next to the ops.",
-    "stream": "`push:N` gives a stream N frames at a time, `push:1x4` one frame to each of four streams. Samples are "
-    "whole periods of 32 frames, since a push that completes a segment takes longer. State: the most memory that is "
-    "kept between two pushes.",
     "pruning": "EVS and VidCom2 are the methods by which vLLM drops tokens of videos (`--video-pruning-method`). Both "
     "are called at the rate q that keeps exactly as many tokens as `grid_pool` returns. With its default options that "
     "is a quarter, or less where windows of 2 × 2 leave out an odd row or column; the plugin for vLLM rounds up. A "
@@ -90,11 +78,6 @@ KINDS = {
     "methods are plain torch and were timed on a CPU only. What a method does to answers is not measured. `make "
     "bench-pruning` runs this in an environment that has vLLM; elsewhere the two are skipped.",
 }
-NO_GPU = """\
-## GPU
-
-No result of a GPU is in the repository yet, so there is nothing to say about speed there.
-"""
 PREFILL = """\
 ## What pooling saves a language model
 
@@ -102,122 +85,155 @@ Time until a prompt of visual tokens and a short text has gone through a decoder
 than the number of tokens, and the time of the pooling before it. Weights are random: only times mean something. Rows
 with equally many tokens differ by noise.
 """
+SWEEPS = {
+    "T-896": "Frames, 896 channels",
+    "T-3584": "Frames, 3584 channels",
+    "C": "Channels, 32 frames",
+    "window": "Windows, 32 frames of 3584 channels; others than 2 × 2 take the general kernels",
+    "budget": "Tokens by `output_size`, 32 frames of 3584 channels; general kernels",
+}
+METHOD = """\
+## How it is measured
+
+- **Right first.** Every result is compared with its definition on the tokens that it is timed on, and what is wrong is
+  not timed.
+- **In turns.** All calls on a workload take turns in one process, so that changes of clocks and other load affect all
+  alike. Ratios within a run hold better than times across runs. Times are medians; the use of cores by other processes
+  is recorded.
+- **From memory.** Unless a table says warm, a buffer larger than the caches is read before each sample. Threads are
+  pinned to cores. On a GPU a sample is a CUDA graph of calls on rotating inputs and outputs of at least five times the
+  L2 cache.
+- **Against the limit.** The ceiling probe moves the fewest bytes of the pooling in the pooling's order by a compiled
+  loop without arithmetic.
+
+`make performance` writes this page and [its details](performance/details.md) from the files in
+[benchmarks/results](../benchmarks/results), to which `python -m benchmarks` appends. Repeat it: `python -m benchmarks`
+(every workload that fits into memory), `python -m benchmarks --shape plain empty 1x9x9x384`, `python -m benchmarks
+--shape stream gradients`, `make prefill`, `make bench-pruning`, and on a machine with a GPU `make gpu-check`.
+`python -m benchmarks compare A B` shows the changes beyond the noise, `make bench` runs microbenchmarks under
+pytest-benchmark, and `stgp bench` answers the first question in seconds, without a checkout.
+"""
 
 
 def page(files: Sequence[Path]) -> str:
-    """Return the text of the page, from the files of all machines."""
+    """Return the text of the page, from the files of all machines.
+
+    The newest CPU and the newest GPU have all tables; older results of other machines follow with the first one only.
+    """
     machines = last_states(files, T64)
-    parts = [INTRODUCTION, *(part for results in machines for part in section(results))]
-    if not any(each.run.device["type"] == "cuda" for each in machines):
-        parts.append(NO_GPU)
+    latest = [next((m for m in machines if m.run.device["type"] == kind), None) for kind in ("cpu", "cuda")]
+    parts = ["# Performance\n", *sentences(files, machines)]
+    for results in latest:
+        parts += section(results, files) if results else []
+    for results in machines:
+        parts += earlier(results) if results not in latest else []
     for kind, text in KINDS.items():
-        found = last_states(files, kind)
-        parts += [f"## {kind.capitalize()}\n", f"{filled(text)}\n"] if found else []
-        parts += [part for results in found for part in workload_tables(results, kind)]
+        parts += comparison(f"## {kind.capitalize()}", text, last_states(files, kind), kind)
     prefills = last_states(files, "prefill")
-    parts += [PREFILL, *(prefill_table(results) for results in prefills)] if prefills else []
-    return "\n".join(parts).rstrip() + "\n"
-
-
-def last_states(files: Sequence[Path], part: str) -> list[Results]:
-    """Return the results of every machine that has any of the workload or group `part`."""
-    return [results for results in (last_state(path, part) for path in files) if results is not None]
-
-
-def section(results: Results) -> list[str]:
-    """Return the section of a machine: goals, overhead, pictures, every main workload, sweeps."""
-    run, folder = results.run, PICTURES / picture_folder(results)
-    parts = [f"## {run.device['name']}\n", f"{filled(machine_line(run))}.\n", "| goal | | |\n|---|---|---|"]
-    parts += [f"| {goal.name} | {goal.status} | {goal.detail} |" for goal in goals(results)]
-    parts += ["", *overhead(results)]
-    for name, text in (("ratios", "time relative to the fastest kernel"), ("time", "time against frames")):
-        if (folder / f"{name}.png").exists():
-            parts.append(f"![{text}](performance/{folder.name}/{name}.png)\n")
-    parts += workload_tables(results, "main")
+    parts += [PREFILL, *(part for results in prefills for part in prefill_tables(results))] if prefills else []
+    if any(last_states(files, group) for group in SWEEPS):
+        parts.append("## Sweeps\n")
     for group, title in SWEEPS.items():
-        parts += sweep(results, group, title)
+        parts += comparison(f"### {title}", "", last_states(files, group)[:1], group)
+    return "\n".join([*parts, METHOD]).rstrip() + "\n"
+
+
+def of_machine(found: Sequence[Results], machine: Results) -> Results | None:
+    """Return the results that are of the same machine, None if there are none."""
+    same = (each for each in found if file_name(each.run.device) == file_name(machine.run.device))
+    return next(same, None)
+
+
+def sentences(files: Sequence[Path], machines: Sequence[Results]) -> list[str]:
+    """Return the paragraphs that the page begins with: large calls, small calls, and what was not measured."""
+    cpu = next((results for results in machines if results.run.device["type"] == "cpu"), None)
+    if cpu is None:
+        return [f"{filled(not_measured(machines))}\n"] if machines else []
+    parts = {part: of_machine(last_states(files, part), cpu) for part in ("prefill", "overhead", "empty", "plain")}
+    prefill, *small = parts.values()
+    texts = [large_calls(cpu, prefill), small_calls(*small), not_measured(machines)]
+    about = {"prefill": "the language model", "overhead": "one frame", "empty": "no frames", "plain": "all shapes"}
+    states = {part: state_line(found.run) for part, found in parts.items() if found}
+    others = [f"those of {about[part]} are of {each}" for part, each in states.items() if each != state_line(cpu.run)]
+    texts.append(f"*These figures are of {state_line(cpu.run)}; {listed(others)}.*" if others else "")
+    return [f"{filled(text)}\n" for text in texts if text]
+
+
+def section(results: Results, files: Sequence[Path]) -> list[str]:
+    """Return the section of a machine: times, the sweep next to avg_pool2d, small calls, fresh memory and goals."""
+    head = f"## {results.run.device['name']}\n\n{filled(machine_line(results.run))}.\n"
+    parts = [head, *titled("Times", HEADS["summary"], [summary_table(results)])]
+    plain, empty, one_frame = (of_machine(last_states(files, part), results) for part in ("plain", "empty", "overhead"))
+    if plain:
+        parts += titled("Next to a plain average", HEADS["plain"], [*plain_tables(plain), state(plain)])
+    if empty or one_frame:
+        tables = [
+            ("A video of no frames", empty_table, empty),
+            ("One frame of 9 × 9 × 384", one_frame_table, one_frame),
+        ]
+        shown = [f"{title} ({state_line(found.run)}):\n\n{show(found)}" for title, show, found in tables if found]
+        parts += titled("Small calls", HEADS["small"], shown)
+    if of_fresh := fresh_table(results):
+        parts += titled("Fresh memory", HEADS["fresh"], [of_fresh])
+    lines = ([goal.name, goal.status, goal.detail] for goal in goals(results))
+    parts += titled(
+        "Goals", "", [table(["goal", "", "values within the limit, and the worst"], lines, of_numbers=False)]
+    )
+    folder = picture_folder(results)
+    for name, text in (("ratios", "time relative to the fastest kernel"), ("time", "time against frames")):
+        if (PICTURES / folder / f"{name}.png").exists():
+            parts.append(f"![{text}](performance/{folder}/{name}.png)\n")
     return parts
 
 
-def overhead(results: Results) -> list[str]:
-    """Return a line on the overhead of calls, which dominates the time of a call on one small frame."""
-    rows = [row for row in results.of("overhead").get(ONE_FRAME, []) if row.overhead_us is not None]
-    found = [
-        f"{title_of(row.provider)} {row.overhead_us:.0f} ({row.us:.0f})"
-        for row in rows
-        if row.is_timed and (is_ours(row.provider) or row.provider == "avg_pool2d")
-    ]
-    text = "µs of a call on one frame of 9 × 9 tokens of 384 channels on warm caches (and after other work filled them)"
-    return [f"{filled(f'{text}: ' + ', '.join(found))}.\n"] if found else []
+def earlier(results: Results) -> list[str]:
+    """Return the short section of a machine whose results are older than those of another machine."""
+    text = f"Older results than those above: {machine_line(results.run)}."
+    return [f"## {results.run.device['name']}\n\n{filled(text)}\n", f"{summary_table(results)}\n"]
 
 
-def workload_tables(results: Results, group: str) -> list[str]:
-    """Return a table for every workload of a group, each with its machine and time below."""
-    parts = []
-    for name, rows in results.of(group).items():
-        bounds = {row.op: row for row in rows if row.op}
-        moved = [
-            f"`{op}` must read {show_number(row.read_bytes / 1e6)} MB and write {show_number(row.write_bytes / 1e6)} MB"
-            for op, row in bounds.items()
-            if op != "push"
-        ]
-        title = ". ".join([workload_title(rows[0]), *([", ".join(moved)] if moved else [])])
-        parts += [f"### {name}\n", filled(f"{title}.") + "\n", markdown_table(rows)]
-        parts.append("\n" + filled(f"*{machine_line(results.run)}. Run {rows[0].run}.*") + "\n")
-        parts += ["\n".join(f"- {remark}" for remark in remarks(rows)) + "\n"] if remarks(rows) else []
+def titled(title: str, text: str, tables: Sequence[str]) -> list[str]:
+    """Return tables below a title and a text."""
+    return [f"### {title}\n", *([f"{filled(text)}\n"] if text else []), *(f"{each}\n" for each in tables)]
+
+
+def state(results: Results) -> str:
+    """Return the line below a table that names the state of the code that it is of."""
+    return f"*{state_line(results.run)}.*"
+
+
+def comparison(title: str, text: str, machines: Sequence[Results], group: str) -> list[str]:
+    """Return a table of times for every machine that has results of a group, with remarks below."""
+    parts = [f"{title}\n", *([f"{filled(text)}\n"] if text else [])] if machines else []
+    for results in machines:
+        workloads = results.of(group)
+        names = sorted(workloads, key=lambda name: (workloads[name][0].frames, workloads[name][0].shape[-1]))
+        parts += [f"{times_table(results, names)}\n", *kept_states(workloads)]
+        found = remarks([row for name in names for row in workloads[name] if is_shown(base_of(row.provider))])
+        parts += ["\n".join(f"- {remark}" for remark in dict.fromkeys(found)) + "\n"] if found else []
+        parts.append(f"{filled(f'*{machine_line(results.run)}.*')}\n")
     return parts
 
 
-def sweep(results: Results, group: str, title: str) -> list[str]:
-    """Return a table of medians with a line for every workload of a group and a column for every compared provider."""
-    workloads = {name: [row for row in rows if row.is_timed] for name, rows in results.of(group).items()}
-    sizes = {name: (rows[0].frames, rows[0].shape[-1]) for name, rows in workloads.items() if rows}
-    names = sorted(sizes, key=sizes.__getitem__)
-    others = ("ceiling", "llava_avg_pool", "avg_pool2d", "adaptive_avg_pool2d")
-    providers = dict.fromkeys(row.provider for name in names for row in workloads[name])
-    columns = [provider for provider in providers if is_ours(provider) or provider in others]
-    if not names:
-        return []
-    lines = [f"| | {' | '.join(map(title_of, columns))} |", f"|---|{'---:|' * len(columns)}"]
-    for name in names:
-        known = {row.provider: row for row in workloads[name]}
-        cells = [
-            f"{show_time(row.us)}, {show_number(row.gb_per_s or 0)} GB/s" if row else "-"
-            for row in map(known.get, columns)
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [f"### {title}\n", "\n".join(lines), f"\n*{machine_line(results.run)}.*\n"]
+def kept_states(workloads: Mapping[str, Sequence[BenchRow]]) -> list[str]:
+    """Return a line with the most memory that each stream keeps between two pushes."""
+    most = {name: max((row.state_bytes or 0 for row in rows), default=0) for name, rows in workloads.items()}
+    texts = [f"{show_number(size / 1e6)} MB ({name})" for name, size in most.items() if size]
+    return [filled(f"A stream keeps at most {listed(texts)} between two pushes.") + "\n"] if texts else []
 
 
-def prefill_table(results: Results) -> str:
-    """Return a table with a line for every pooling: remaining tokens, times of pooling and decoder, and speed-up."""
-    lines = ["| pooled by | grid | visual tokens | of all | pooling | prefill | both faster by | pooling's share |"]
-    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+def prefill_tables(results: Results) -> list[str]:
+    """Return a table for every decoder, with its sizes and the machine below."""
     parts = []
     for workload, rows in results.of("prefill").items():
-        known, table = {row.provider: row for row in rows}, list(lines)
-        unpooled = known["prefill:unpooled"]
-        for row in rows:
-            if row.op == "prefill":
-                pooling = known.get(row.provider.replace("prefill:", "pool:"))
-                table.append(f"| {' | '.join(prefill_cells(row, pooling, unpooled))} |")
-        about = f"{workload}: {workload_title(rows[0])}. {unpooled.note}. {machine_line(results.run)}, "
+        note = next(row.note for row in rows if row.provider == "prefill:unpooled")
+        about = f"{workload}: {workload_title(rows[0])}. {note}. {machine_line(results.run)}, "
         about += f"transformers {results.run.versions.get('transformers')}."
-        parts.append("\n".join([f"### {results.run.device['name']}\n", *table, "", filled(about), ""]))
-    return "\n".join(parts)
+        parts += [f"{prefill_table(rows)}\n", f"{filled(about)}\n"]
+    return parts
 
 
-def prefill_cells(row: BenchRow, pooling: BenchRow | None, unpooled: BenchRow) -> list[str]:
-    rows, cols = row.settings["grid"]
-    share = rows * cols / (row.shape[-3] * row.shape[-2])
-    cells = [f"`{row.settings['pooled_by']}`", f"{rows} × {cols}", f"{row.settings['visual_tokens']:,}"]
-    cells.append(f"{show_number(100 * share)} %")
-    if not row.is_timed or (pooling is not None and not pooling.is_timed):
-        return [*cells, "-" if pooling is None else pooling.outcome, row.outcome, "-", "-"]
-    pooling_us = pooling.us if pooling else 0.0
-    faster = f"{show_number(unpooled.us / (pooling_us + row.us))} ×" if unpooled.is_timed else "-"
-    share_of_pooling = f"{show_number(100 * pooling_us / (pooling_us + row.us))} %" if pooling else "-"
-    return [*cells, show_time(pooling_us) if pooling else "-", show_time(row.us), faster, share_of_pooling]
+# ---- files ----
 
 
 def picture_folder(results: Results) -> str:
@@ -226,21 +242,19 @@ def picture_folder(results: Results) -> str:
 
 
 def readme_table(results: Results) -> str:
-    """Return a table of medians relative to norm_pool with `out`, for 16 and 64 frames, with the machine below."""
-    ours = "norm_pool:cpu:out"
-    lines = ["| time, relative to the first row | 16 frames | 64 frames |", "|---|---|---|"]
-    for provider in dict.fromkeys([ours, *(row.provider for row in results.rows if row.workload == T64)]):
-        cells = []
-        for workload in (T16, T64):
-            row, base = results.find(workload, provider), results.find(workload, ours)
-            if row is None or base is None or not row.is_timed or not base.is_timed:
-                cells.append("-")
-            else:
-                cells.append(f"1 ({show_time(base.us)})" if provider == ours else show_number(row.us / base.us))
-        if cells != ["-", "-"]:
-            lines.append(f"| {title_of(provider)} | {' | '.join(cells)} |")
+    """Return a table of medians for 16 and 64 frames, with the machine and, if there is one, the picture below."""
+    titles = ["", "16 frames, given memory", "fresh result", "64 frames, given memory", "fresh result"]
+    lines = []
+    for provider in ("avg_pool2d", "llava_avg_pool", "naive_grid_pool", "norm_pool:cpu", "grid_pool:cpu"):
+        rows = [results.find(workload, f"{provider}{out}") for workload in (T16, T64) for out in (":out", "")]
+        cells = [show_time(row.us) if row and row.is_timed else "-" for row in rows]
+        if any(cell != "-" for cell in cells):
+            lines.append([README_TITLES[provider], *cells])
     facts = f"Frames of 27 × 27 × 3584 in bfloat16, pooled to 13 × 13; medians. {machine_line(results.run)}."
-    return "\n".join([*lines, "", filled(facts)])
+    picture = PICTURES / picture_folder(results) / "ratios.png"
+    text = "Time of the main workloads, relative to the fastest kernel"
+    shown = f"\n\n![{text}]({picture.relative_to(ROOT).as_posix()})" if picture.exists() else ""
+    return f"{table(titles, lines)}\n\n{filled(facts)}{shown}"
 
 
 def with_table(readme: str, files: Sequence[Path]) -> str:
@@ -248,19 +262,18 @@ def with_table(readme: str, files: Sequence[Path]) -> str:
     cpus = [results for results in last_states(files, T64) if results.run.device["type"] == "cpu"]
     if not cpus:
         return readme
-    table = readme_table(max(cpus, key=lambda each: each.run.utc))
     before, _, rest = readme.partition(MARK[0])
-    return f"{before}{MARK[0]}\n{table}\n{MARK[1]}{rest.partition(MARK[1])[2]}"
+    return f"{before}{MARK[0]}\n{readme_table(cpus[0])}\n{MARK[1]}{rest.partition(MARK[1])[2]}"
 
 
 def texts() -> dict[Path, str]:
-    """Return the texts of the page and the README that follow from the results."""
+    """Return the texts of the page, its details and the README that follow from the results."""
     files = machine_files()
-    return {PAGE: page(files), README: with_table(README.read_text(encoding="utf-8"), files)}
+    return {PAGE: page(files), DETAILS: details(files), README: with_table(README.read_text(encoding="utf-8"), files)}
 
 
 def write() -> list[Path]:
-    """Draw the pictures, write the page and the README, and return the files written."""
+    """Draw the pictures, write the page, its details and the README, and return the files written."""
     machines = last_states(machine_files(), T64)
     written = [path for each in machines for path in save_plots(each, PICTURES / picture_folder(each), force=True)]
     for path, text in texts().items():

@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.report import PROBES, is_ours, machine_line, show_number, show_time, title_of, workload_title
 from benchmarks.results import BenchRow, Results
+from benchmarks.tables import base_of, is_shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +25,8 @@ SMALL, NORMAL = 7.0, 8.5
 """Font sizes in points."""
 WIDTH = 9.0
 """Width of a picture in inches, about that of a page of documentation."""
-COLUMNS = 4
-"""Number of workloads per row in the picture of ratios."""
+COLUMNS, MOST_PANELS = 4, 8
+"""Number of workloads per row, and in total, in the picture of ratios."""
 BLACK, GREY, GRID, BAND = "#222222", "#666666", "#E4E4E4", "#EAF3F9"
 
 # The palette of Okabe and Ito, which colour-blind readers can distinguish, for families of providers. Members of a
@@ -48,7 +49,7 @@ def style_of(provider: str) -> dict[str, Any]:
     name = provider.split(":")[0]
     styles = {member: (colour, _LINES[i]) for colour, names in _FAMILIES.items() for i, member in enumerate(names)}
     colour, (line, marker) = styles.get(provider) or styles.get(name) or (GREY, _LINES[0])
-    if is_ours(provider) and provider.endswith((":out", ":cuda")):
+    if provider.endswith((":out", ":cuda")):
         line, marker = _LINES[1]
     fill = colour if is_ours(provider) else "white"
     return {"color": colour, "linestyle": line, "marker": marker, "markerfacecolor": fill}
@@ -117,7 +118,10 @@ def _draw_sweep(axes: Axes, rows: Sequence[BenchRow]) -> None:
     lines: dict[str, list[BenchRow]] = {}
     for row in sorted(rows, key=lambda row: row.frames):
         lines.setdefault(row.provider, []).append(row)
-    for provider, found in lines.items():
+    compared = {name: found for name, found in lines.items() if is_drawn(name) or name == "copy"}
+    for provider, found in compared.items():
+        if len(found) == 1:
+            continue
         frames, style = [row.frames for row in found], style_of(provider)
         if provider not in PROBES:
             width = 2.0 if is_ours(provider) else 1.0
@@ -158,8 +162,8 @@ def _lower_bound_us(probe: BenchRow, rows: Sequence[BenchRow]) -> float:
 def draw_ratios(results: Results) -> Figure | None:
     """Draw a panel for every main workload, or for all poolings if none is main; return None if nothing compares."""
     panels: list[tuple[list[BenchRow], BenchRow, dict[str, float]]] = []
-    for rows in (results.of("main") or results.of("pooling")).values():
-        timed = [row for row in rows if row.is_timed and row.provider != "read"]
+    for rows in list((results.of("main") or results.of("pooling")).values())[:MOST_PANELS]:
+        timed = [row for row in rows if row.is_timed and is_drawn(row.provider)]
         fastest = min((row for row in timed if is_ours(row.provider)), key=lambda row: row.us, default=None)
         if fastest is not None and len(timed) > 1:
             panels.append((rows, fastest, {row.provider: row.us / fastest.us for row in timed}))
@@ -174,8 +178,8 @@ def draw_ratios(results: Results) -> Figure | None:
     lines = -(-len(panels) // columns)
     note = (
         "Medians relative to the fastest of the package's kernels (1 ×) on a logarithmic scale: longer is slower. "
-        "grid_pool does more than the plain poolings: it also makes the summaries. Grey: moves as many bytes as "
-        "grid_pool must, and pools nothing. *: pools to another size."
+        "Paler: with a fresh result. grid_pool does more than the plain poolings: it also makes the summaries. Grey: "
+        "moves as many bytes as pooling must, and pools nothing. *: pools to another size."
     )
     figure = _figure(results, "Time relative to the fastest kernel", note, 1.0 + lines * (0.8 + 0.16 * len(providers)))
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
@@ -192,6 +196,11 @@ def draw_ratios(results: Results) -> Figure | None:
     return figure
 
 
+def is_drawn(provider: str) -> bool:
+    """Return whether a provider is one that the ops stand in for, or a limit; tables have the others."""
+    return is_shown(base_of(provider)) or provider in ("naive_grid_pool", "compiled_grid_pool")
+
+
 def _draw_panel(axes: Axes, rows: Sequence[BenchRow], ratios: dict[str, float], providers: Sequence[str]) -> None:
     noted = {row.provider for row in rows if row.note}
     for place, provider in enumerate(providers):
@@ -199,7 +208,9 @@ def _draw_panel(axes: Axes, rows: Sequence[BenchRow], ratios: dict[str, float], 
             axes.axhspan(place - 0.5, place + 0.5, color=BAND, linewidth=0, zorder=0)
         if provider in ratios:
             ratio = ratios[provider]
-            axes.barh(place, ratio - 1, left=1, height=0.66, color=style_of(provider)["color"], zorder=3)
+            alpha = 0.5 if f"{provider}:out" in ratios else 1.0  # a fresh result, paler than into given memory
+            bar = {"color": style_of(provider)["color"], "alpha": alpha}
+            axes.barh(place, ratio - 1, left=1, height=0.66, **bar, zorder=3)
             text = f" {show_number(ratio)}{' *' if provider in noted else ''}"
             axes.text(max(ratio, 1), place, text, fontsize=SMALL, va="center", color=BLACK)
     axes.axvline(1, color=BLACK, linewidth=0.9, zorder=4)

@@ -68,25 +68,32 @@ def _setting(value: Any) -> str:
 
 def machine_line(run: Run) -> str:
     """Return device, versions, date and commit of a run in one line."""
-    device, versions, source = run.device, run.versions, run.source
-    commit = str(source.get("commit") or "")[:7]
+    device, versions = run.device, run.versions
     words = [
         ("", device.get("name")),
-        ("", _plural(device.get("cores"), "core")),
-        ("", _plural(device.get("threads"), "thread")),
+        ("", plural(device.get("cores"), "core")),
+        ("", plural(device.get("threads"), "thread")),
         ("", device.get("capability")),
         ("driver ", device.get("driver")),
         ("torch ", str(versions.get("torch") or "").partition("+")[0]),
         ("CUDA ", versions.get("cuda") if device.get("type") == "cuda" else None),
         ("Triton ", versions.get("triton") if device.get("type") == "cuda" else None),
-        ("", run.utc[:10]),
-        ("commit ", f"{commit} with changes" if commit and source.get("dirty") else commit),
-        ("", "quick" if run.settings.get("quick") else None),
+        ("", state_line(run)),
     ]
     return ", ".join(f"{name}{value}" for name, value in words if value)
 
 
-def _plural(count: int | None, noun: str) -> str:
+def state_line(run: Run) -> str:
+    """Return date and commit of a run."""
+    commit = str(run.source.get("commit") or "")[:7]
+    words = [run.utc[:10], f"commit {commit}" if commit else "", "quick" if run.settings.get("quick") else ""]
+    if commit and run.source.get("dirty"):
+        words[1] += " with changes"
+    return ", ".join(word for word in words if word)
+
+
+def plural(count: int | None, noun: str) -> str:
+    """Return a number of things as in "2 cores", "" if there is none."""
     return f"{count} {noun}{'s' * (count != 1)}" if count else ""
 
 

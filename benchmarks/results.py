@@ -232,6 +232,12 @@ def last_state(path: Path, part: str | None = None) -> Results | None:
     return Results((measured or [same[-1].run])[-1], list(rows.values()))
 
 
+def last_states(paths: Sequence[Path], part: str) -> list[Results]:
+    """Load the last state of every machine that has any of the workload or group `part`, the newest machine first."""
+    found = [results for results in (last_state(path, part) for path in paths) if results is not None]
+    return sorted(found, key=lambda results: results.run.utc, reverse=True)
+
+
 def machine_files(folder: Path = FOLDER) -> list[Path]:
     """Return the files of all machines, ordered by name."""
     return sorted([*folder.glob("cpu-*.jsonl"), *folder.glob("cuda-*.jsonl")])

@@ -227,6 +227,10 @@ def test_what_is_timed_without_a_shape(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert asked == [(name, ["max_pool2d"]) for name in QUICK]
     assert main(["--device", "cpu", "--quick", "--shape", "budget-10x10", "--skip", "compiled_grid_pool"]) == 0
     capsys.readouterr()
+    asked.clear()
+    assert main(["--device", "cpu", "--shape", "pruning", "prefill", "--skip", "compiled_grid_pool"]) == 0
+    assert [name for name, _ in asked] == ["pruning", "prefill-0.5b", "prefill-7b"]
+    capsys.readouterr()
     assert main(["--list", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("│")] == list(WORKLOADS)
@@ -254,7 +258,7 @@ def test_results_are_shown_compared_drawn_and_held_to_goals(
     assert "picture: plots/ratios.png" in printed("plot", "kept.jsonl", "plots")
     assert "ratios.png exists already" in printed("plot", "kept.jsonl", "plots", code=1)
     goals = printed("goals", "--tables", "kept.jsonl", code=1)
-    assert "not measured norm_pool, out=, 1.2 times as fast as avg_pool2d: 0 of 1" in goals
+    assert "not measured norm_pool 15 times as fast as LLaVA's call: 2 not measured" in goals
     assert "109–112" in goals
     assert "nowhere.jsonl" in printed("show", "nowhere.jsonl", code=1)
     monkeypatch.setattr(command, "machine_files", list)

@@ -22,6 +22,7 @@ from benchmarks.results import (
     encode,
     file_name,
     last_state,
+    last_states,
     load,
     machine_files,
     pick,
@@ -143,6 +144,14 @@ def test_the_last_state_that_has_a_part(path: Path) -> None:
         "main": "new",
         "pruning": "elsewhere",
     }
+
+
+def test_the_newest_machine_comes_first(path: Path) -> None:
+    other = path.with_name("another.jsonl")
+    append(path, RUN, make_row("copy", 1.0))
+    append(other, run_named("later", utc="2026-12-01"), make_row("copy", 2.0, run="later", groups=("main", "C")))
+    assert [results.run.run for results in last_states([path, other], "main")] == ["later", RUN.run]
+    assert [results.run.run for results in last_states([path, other], "C")] == ["later"]
 
 
 # ---- what follows from times ----

@@ -1,0 +1,108 @@
+"""Three sentences on what the results of a CPU mean for a user: large calls, small calls, and what was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.goals import ONE_FRAME, T64
+from benchmarks.report import plural, show_number, show_time
+from benchmarks.results import BenchRow, Results
+from benchmarks.tables import LLAVA, PLAIN
+
+OPS = {"channels-last `avg_pool2d`": PLAIN, "`norm_pool`": "norm_pool:cpu", "`grid_pool`": "grid_pool:cpu"}
+"""Providers by their names in sentences. Each writes into fresh memory, or into given memory with ":out"."""
+
+
+def large_calls(results: Results, prefill: Results | None) -> str:
+    """Return the cost of 64 frames next to the poolings that the ops stand in for, and as a share of a prefill.
+
+    results: of a CPU, with the workload of 64 frames. prefill: results of prefills, if there are any.
+    """
+    device = results.run.device
+    fresh = {name: results.find(T64, provider) for name, provider in OPS.items()}
+    given = [results.find(T64, f"{provider}:out") for provider in OPS.values()]
+    times = [f"{show_time(row.us)} with {name}" for name, row in fresh.items() if row is not None]
+    text = (
+        f"On {device['name']} with {plural(device.get('threads'), 'thread')}, pooling 64 frames of LLaVA-Video "
+        f"(27 × 27 tokens of 3584 channels, bfloat16) takes {listed(times)}, each into a fresh result"
+    )
+    if any(given):
+        text += f" (into given memory: {listed([show_time(row.us) if row else 'not measured' for row in given])})"
+    if llava := results.find(T64, LLAVA):
+        text += f", and {show_time(llava.us)} with LLaVA's own call"
+    return f"{text}{share_of_prefill(prefill) if prefill else ''}."
+
+
+def share_of_prefill(results: Results) -> str:
+    """Return the shares of grid_pool and of LLaVA's own call in the time of a pooling and the prefill after it."""
+    rows = {row.provider: row for found in results.of("prefill").values() for row in found if row.is_timed}
+    shares = {}
+    for name in ("grid_pool()", LLAVA):
+        pooling, prefill = rows.get(f"pool:{name}"), rows.get(f"prefill:{name}")
+        if pooling and prefill:
+            shares[name] = f"{show_number(100 * pooling.us / (pooling.us + prefill.us))} %"
+    if len(shares) < 2:
+        return ""
+    frames, channels = rows["pool:grid_pool()"].frames, rows["pool:grid_pool()"].shape[-1]
+    return (
+        f"; of the time until a language model has read {frames} frames of {channels} channels, `grid_pool` is "
+        f"{shares['grid_pool()']} where LLaVA's own call is {shares[LLAVA]}"
+    )
+
+
+def small_calls(overhead: Results | None, empty: Results | None, plain: Results | None) -> str:
+    """Return the cost of calls on few tokens. overhead, empty, plain: results with the groups of these names."""
+    texts = []
+    pair = [overhead.find(ONE_FRAME, name) if overhead else None for name in ("grid_pool:cpu", PLAIN)]
+    if all(row is not None and row.overhead_us is not None for row in pair):
+        ours, average = (f"{show_number(row.overhead_us or 0)} µs ({show_number(row.us)} µs)" for row in pair if row)
+        texts.append(
+            f"on one frame of 9 × 9 tokens of 384 channels `grid_pool` takes {ours} where `avg_pool2d` takes "
+            f"{average}, on warm caches (and after other work has filled them)"
+        )
+    op = empty.find("empty", "empty:op") if empty else None
+    if op is not None and op.overhead_us is not None:
+        texts.append(f"a call without any frames takes {show_number(op.overhead_us)} µs")
+    if plain is not None:
+        texts.append(slower_shapes(plain))
+    text = "; ".join(texts)
+    return f"{text[0].upper()}{text[1:]}." if texts else ""
+
+
+def slower_shapes(results: Results) -> str:
+    """Return on how many shapes of the sweep avg_pool2d is faster than each op, with either kind of memory."""
+    texts, measured = [], results.of("plain")
+    worst = dict[str, float]()
+    for op in ("norm_pool", "grid_pool"):
+        slower = 0
+        for name in measured:
+            found = [ratio for out in ("", ":out") if (ratio := faster(results, name, op, out)) is not None]
+            slower += min(found, default=1.0) < 1
+            worst[name] = min([worst.get(name, 1.0), *found])
+        texts.append(f"than `{op}` on {slower}")
+    place = min(worst, key=worst.__getitem__)
+    row: BenchRow = measured[place][0]
+    most = f", most on {' × '.join(map(str, row.shape))} {row.dtype}, in {worst[place]:.2f} of the time"
+    text = f"of {len(measured)} shapes of 1 to 64 frames, `avg_pool2d` is faster {' and '.join(texts)}"
+    return text + (most if worst[place] < 1 else "")
+
+
+def faster(results: Results, workload: str, op: str, out: str) -> float | None:
+    """Return the time of avg_pool2d over that of an op, None if one was not measured."""
+    ours, plain = (results.find(workload, f"{name}{out}") for name in (f"{op}:cpu", PLAIN))
+    return None if ours is None or plain is None else plain.us / ours.us
+
+
+def not_measured(machines: Sequence[Results]) -> str:
+    """Return what no result is about. machines: results of all machines."""
+    names = [results.run.device["name"] for results in machines if results.run.device["type"] == "cpu"]
+    others = f"CPUs other than {listed(list(dict.fromkeys(names)))}" if names else "any CPU"
+    missing = [others, "what the poolings do to a model's answers"]
+    if not any(results.run.device["type"] == "cuda" for results in machines):
+        missing = ["anything on a GPU (the kernels have not run on one yet)", *missing]
+    return f"Not measured: {listed(missing)}."
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as in "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
