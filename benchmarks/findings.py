@@ -62,7 +62,7 @@ def small_calls(overhead: Results | None, empty: Results | None, plain: Results 
         )
     op = empty.find("empty", "empty:op") if empty else None
     if op is not None and op.overhead_us is not None:
-        texts.append(f"a call without any frames takes {show_number(op.overhead_us)} µs")
+        texts.append(f"a call without any frames takes {show_number(op.overhead_us)} µs ({show_number(op.us)} µs)")
     if plain is not None:
         texts.append(slower_shapes(plain))
     text = "; ".join(texts)

@@ -137,7 +137,7 @@ def ratios(times: dict[tuple[tuple[int, ...], str], float], shape: tuple[int, ..
         ours = next((time for (at, name), time in times.items() if at == shape and is_variant(name, op, out)), None)
         plain = None if shape is None else times.get((shape, f"{PLAIN}{out}"))
         ratio = None if ours is None or plain is None else plain / ours
-        shown.append("-" if ratio is None else f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}")
+        shown.append("-" if ratio is None else f"**{ratio:.2f}**" if ratio < 0.995 else f"{ratio:.2f}")
     return " / ".join(shown)
 
 
