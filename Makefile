@@ -13,7 +13,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*
 cpu_torchvision = site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
     cp tools/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 
-.PHONY: help demo quick test test-all test-transformers test-vllm test-vllm-next test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench bench-pruning performance prefill fuzz sanitize cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
+.PHONY: help demo quick test test-all test-transformers test-vllm test-vllm-next test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench bench-pruning performance prefill fuzz sanitize arm-check cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -62,6 +62,9 @@ fuzz: $(BUILT) ## 5 minutes of random calls of the CPU kernels against the refer
 
 sanitize: $(BUILT) ## the CPU kernels under sanitizers for memory, undefined behaviour and threads
 	$(VENV)/bin/python -m tools.sanitize $(ARGS)
+
+arm-check: $(BUILT) ## the CPU kernels cross-compiled for aarch64, run in an emulator of an Arm CPU
+	$(PYTEST) --slow -m aarch64 tests/backends/test_cpp_api.py $(ARGS)
 
 cuda-check: $(BUILT) ## the CUDA kernels compiled by nvcc, within limits of registers and spills
 	$(VENV)/bin/python -m tools.compile_report --backend cuda $(ARGS)

@@ -49,6 +49,9 @@ LONGEST = (
 )
 """Files whose tests take longest. They run first, so that the processes of pytest-xdist end at the same time."""
 
+MACHINES = ("gpu", "aarch64")
+"""Markers of tests that run on another kind of machine; `pytest -m` with one of them fails where it is missing."""
+
 left_out = pytest.StashKey[list[str]]()
 
 
@@ -58,12 +61,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; `pytest -m gpu` runs only these")
+    config.addinivalue_line(
+        "markers", "aarch64: runs programs for Arm CPUs; `pytest --slow -m aarch64` runs only these"
+    )
     config.addinivalue_line("markers", "slow: part of `make test-all` only; `pytest --slow` runs it")
     config.addinivalue_line("markers", "slow_interpreted: slow where Triton's interpreter runs the kernels")
     config.addinivalue_line("markers", "needs(what): left out where `ABSENT` of support/triples.py has a reason")
     config.stash[left_out] = list(LEFT_OUT)
-    if "gpu" in ABSENT and "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr:
-        raise pytest.UsageError(f"-m {config.option.markexpr!r}: {ABSENT['gpu']}: torch.cuda.is_available() is False")
+    asked = config.option.markexpr
+    for machine in MACHINES:
+        if machine in ABSENT and machine in asked and f"not {machine}" not in asked:
+            raise pytest.UsageError(f"-m {asked!r}: {ABSENT[machine]}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -84,7 +92,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, dropped = [], []
     for item in items:
         needs = [what for mark in item.iter_markers("needs") for what in mark.args]
-        needs += ["gpu"] * (item.get_closest_marker("gpu") is not None)
+        needs += [machine for machine in MACHINES if item.get_closest_marker(machine) is not None]
         slow = not config.option.slow and _is_slow(item)
         (dropped if slow or any(what in ABSENT for what in needs) else kept).append(item)
     if dropped:

@@ -1,6 +1,8 @@
-"""The C++ functions without torch and Python (tests/cpp/grid_pool_test.cpp), which must agree with the backend `cpu`.
+"""The C++ functions without torch and Python (tests/cpp/grid_pool_test.cpp), by tables that Python has saved.
 
-The program is built by CMake where setup.py builds the package, with the same definitions, those that CMAKE_ARGS holds.
+On this machine they give the bits of the backend `cpu`. The program is built by CMake where setup.py builds the
+package, with the same definitions, those that CMAKE_ARGS holds. A second build is for aarch64 and runs in an emulator.
+Products and sums fuse there, so that its results are held to the accuracy that every backend must have.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +27,60 @@ from torch import Tensor
 import stgridpool_kernels
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.plan import grid_plan, save_tables
-from tests.support.tolerance import assert_same_bits
+from tests.support import aarch64
+from tests.support.tolerance import assert_accurate, assert_gradient_accurate, assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = ("avx512", "avx2", "portable")
+OPS = ("grid_pool", "temporal_grid", "token_norm")
+WITH_GRADIENT = ("grid_pool", "temporal_grid")
+"""The ops whose gradients follow the tables."""
+WEIGHTS = {"temperature": 1.0, "norm_type": 2.0, "normalize_norm": True, "norm_channels": 0}
+"""The arguments that no table holds, which the program takes, with their defaults."""
 
-# name: (frame counts, H, W, C, dtype, arguments)
-CALLS: dict[str, tuple[list[int], int, int, int, torch.dtype, dict[str, Any]]] = {
-    "published": ([64], 9, 9, 200, torch.bfloat16, {}),
-    "published-even": ([40], 8, 6, 67, torch.float16, {}),
-    "packed": ([9, 0, 33, 16], 5, 7, 48, torch.bfloat16, {}),
-    "ceil": ([32], 7, 9, 33, torch.float32, {"ceil_mode": True}),
-    "padding": (
+Program = Sequence[str]
+"""The words of a command that starts the test program."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of every op on random tokens of videos of `counts` frames, which are packed, or equal ones in a batch."""
+
+    counts: list[int]
+    H: int
+    W: int
+    C: int
+    dtype: torch.dtype
+    arguments: dict[str, Any] = field(default_factory=dict)
+    batch: bool = False
+
+    @cached_property
+    def x(self) -> Tensor:
+        lead = (len(self.counts), self.counts[0]) if self.batch else (sum(self.counts),)
+        return tokens(*lead, self.H, self.W, self.C, dtype=self.dtype)
+
+    def arguments_of(self, op: str) -> dict[str, Any]:
+        """Return the arguments that `op` takes."""
+        names = {"temporal_grid": ("resize", "sampling"), "token_norm": tuple(WEIGHTS)[1:]}.get(op, self.arguments)
+        packed = {} if self.batch or op == "token_norm" else {"frame_counts": self.counts}
+        return packed | {name: value for name, value in self.arguments.items() if name in names}
+
+    def on_meta(self, op: str) -> Tensor:
+        """Return a tensor without data that has the shape and dtype of the result of `op`."""
+        return getattr(stgridpool_kernels, op)(self.x.to("meta"), **self.arguments_of(op))
+
+    def grad(self, op: str) -> Tensor:
+        """Return the gradient of the result of `op`, which x is for `temporal_grid`."""
+        return self.x if op == "temporal_grid" else tokens(*self.on_meta(op).shape, dtype=self.dtype, seed=1)
+
+
+CALLS = {
+    "published": Call([64], 9, 9, 200, torch.bfloat16),
+    "published-even": Call([40], 8, 6, 67, torch.float16),
+    "packed": Call([9, 0, 33, 16], 5, 7, 48, torch.bfloat16),
+    "batch": Call([16] * 3, 5, 7, 24, torch.bfloat16, batch=True),
+    "ceil": Call([32], 7, 9, 33, torch.float32, {"ceil_mode": True}),
+    "padding": Call(
         [21],
         5,
         7,
@@ -41,10 +88,10 @@ CALLS: dict[str, tuple[list[int], int, int, int, torch.dtype, dict[str, Any]]] =
         torch.bfloat16,
         {"kernel_size": 3, "stride": 2, "padding": 1, "temperature": -1.5, "norm_type": 3.0, "normalize_norm": False},
     ),
-    "adaptive": ([24], 7, 6, 40, torch.float16, {"output_size": (3, 5), "norm_type": math.inf}),
-    "bilinear": ([64], 6, 5, 24, torch.float32, {"resize": "bilinear", "sampling": "first", "temperature": 0.5}),
-    "norm_channels": ([33], 5, 8, 70, torch.bfloat16, {"norm_channels": 37}),
-    "norm_channels-general": (
+    "adaptive": Call([24], 7, 6, 40, torch.float16, {"output_size": (3, 5), "norm_type": math.inf}),
+    "bilinear": Call([64], 6, 5, 24, torch.float32, {"resize": "bilinear", "sampling": "first", "temperature": 0.5}),
+    "norm_channels": Call([33], 5, 8, 70, torch.bfloat16, {"norm_channels": 37}),
+    "norm_channels-general": Call(
         [20],
         6,
         5,
@@ -52,10 +99,13 @@ CALLS: dict[str, tuple[list[int], int, int, int, torch.dtype, dict[str, Any]]] =
         torch.float32,
         {"kernel_size": 3, "padding": 1, "norm_channels": 5, "norm_type": 0.5, "temperature": 2.0},
     ),
-    "one token": ([8], 1, 1, 1, torch.float32, {"ceil_mode": True, "norm_type": 1.0}),
+    "one token": Call([8], 1, 1, 1, torch.float32, {"ceil_mode": True, "norm_type": 1.0}),
 }
+calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+saved_tables = pytest.mark.parametrize(
+    "saved", [{}, {"frames_per_stage": 4}, {"gradient": True}], ids=["for a GPU", "for a CPU", "for gradients"]
+)
 pytestmark = pytest.mark.needs("compiler")
-WEIGHTS = ("temperature", "norm_type", "normalize_norm", "norm_channels")
 
 
 def environment() -> dict[str, str]:
@@ -64,27 +114,43 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | {"PATH": path}
 
 
-@pytest.fixture(scope="module")
-def program() -> Path:
-    """Return the test program. It is linked from the objects that a build of the package has left, if there are any."""
-    build: Path = runpy.run_path(str(ROOT / "setup.py"))["build_folder"]()
-    build.mkdir(parents=True, exist_ok=True)
-    definitions = [*shlex.split(os.environ.get("CMAKE_ARGS", "")), "-DSTGP_TESTS=ON"]
-    with open(build / "lock", "w") as lock:  # the processes of pytest-xdist share the folder
+def build(folder: Path, target: str, *definitions: str) -> Path:
+    """Build a test program in a folder of CMake, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # the processes of pytest-xdist share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *definitions],
-            ["cmake", "--build", str(build), "--target", "grid_pool_test"],
+            ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *definitions, "-DSTGP_TESTS=ON"],
+            ["cmake", "--build", str(folder), "--target", target],
         ):
             done = subprocess.run(command, env=environment(), capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
-    return build / "grid_pool_test"
+    return folder / target
 
 
-def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(program), *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=120
-    )
+@cache
+def native(target: str) -> Program:
+    """Build a test program for this machine. Objects that a build of the package has left are used again."""
+    folder: Path = runpy.run_path(str(ROOT / "setup.py"))["build_folder"]()
+    return (str(build(folder, target, *shlex.split(os.environ.get("CMAKE_ARGS", "")))),)
+
+
+@cache
+def for_aarch64(target: str) -> Program:
+    """Build a test program for aarch64; the command runs it in an emulator."""
+    return (*aarch64.run_command(), str(build(ROOT / "build" / "aarch64", target, *aarch64.DEFINITIONS)))
+
+
+builds = pytest.mark.parametrize(
+    "program_of",
+    [native, pytest.param(for_aarch64, marks=[pytest.mark.aarch64, pytest.mark.slow])],
+    ids=["native", "aarch64"],
+)
+
+
+def run(program: Program, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*program, *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def bits_of(x: Tensor) -> bytes:
@@ -95,60 +161,46 @@ def tokens(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def run_call(program: Program, call: Call, saved: dict[str, Any], folder: Path) -> None:
+    """Run every op, and gradients if `saved` asks for them, with 1 and 5 threads; results are files in `folder`."""
+    geometry = {name: value for name, value in call.arguments.items() if name not in WEIGHTS}
+    save_tables(grid_plan(call.counts, call.H, call.W, **geometry), folder / "tables", **saved)
+    (folder / "x").write_bytes(bits_of(call.x))
+    (folder / "x.grad").write_bytes(bits_of(call.grad("grid_pool")))
+    weights = (float({**WEIGHTS, **call.arguments}[name]) for name in WEIGHTS)
+    done = run(
+        program,
+        *(folder / "tables", folder / "x", folder / "out", str(call.dtype).removeprefix("torch.")),
+        *(len(call.counts) if call.batch else 1, call.C, 5, *weights),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def written(folder: Path, name: str, capability: str, like: Tensor) -> Tensor:
+    """Return a result that the program has written."""
+    content = bytearray((folder / f"out.{name}.{capability}").read_bytes())
+    return torch.frombuffer(content, dtype=like.dtype).view(like.shape)
+
+
 def gradient(op: str, x: Tensor, grad: Tensor, **given: Any) -> Tensor:
     leaf = x.detach().requires_grad_()
     return torch.autograd.grad(getattr(stgridpool_kernels, op)(leaf, backend="cpu", **given), leaf, grad)[0]
 
 
-def test_checks_in_cpp(program: Path) -> None:
-    done = run(program)
+@builds
+def test_checks_in_cpp(program_of: Callable[[str], Program]) -> None:
+    done = run(program_of("grid_pool_test"))
     assert (done.returncode, done.stdout) == (0, "all checks passed\n"), done.stderr
 
 
-@pytest.mark.parametrize(
-    "saved", [{}, {"frames_per_stage": 4}, {"gradient": True}], ids=["for a GPU", "for a CPU", "for gradients"]
-)
-@pytest.mark.parametrize(("counts", "H", "W", "C", "dtype", "arguments"), CALLS.values(), ids=CALLS.keys())
-def test_saved_plan(
-    counts: list[int],
-    H: int,
-    W: int,
-    C: int,
-    dtype: torch.dtype,
-    arguments: dict[str, Any],
-    saved: dict[str, Any],
-    program: Path,
-    tmp_path: Path,
-) -> None:
+@saved_tables
+@calls
+def test_saved_plan(call: Call, saved: dict[str, Any], tmp_path: Path) -> None:
     """Every op, with every set of instructions and with 1 or 5 threads, gives the bits that Python's call gives.
 
     So do gradients, if they were saved with the plan.
     """
-    geometry = {name: value for name, value in arguments.items() if name not in WEIGHTS}
-    save_tables(grid_plan(counts, H, W, **geometry), tmp_path / "tables", **saved)
-    x = tokens(sum(counts), H, W, C, dtype=dtype)
-    (tmp_path / "x").write_bytes(bits_of(x))
-    pooled = stgridpool_kernels.grid_pool(x.to("meta"), frame_counts=counts, **arguments)
-    grad = tokens(*pooled.shape, dtype=dtype, seed=1)
-    (tmp_path / "x.grad").write_bytes(bits_of(grad))
-    temperature, norm_type, normalize, norm_channels = (
-        arguments.get(name, default) for name, default in zip(WEIGHTS, (1.0, 2.0, True, 0), strict=True)
-    )
-    name = str(dtype).removeprefix("torch.")
-    done = run(
-        program,
-        *(tmp_path / "tables", tmp_path / "x", tmp_path / "out", name, 1, C, 5),
-        *(temperature, norm_type, int(normalize), norm_channels),
-    )
-    assert done.returncode == 0, done.stderr
-
-    gridding = {key: geometry[key] for key in ("resize", "sampling") if key in geometry}
-    norm = {key: arguments[key] for key in WEIGHTS[1:] if key in arguments}
-    calls = {
-        "grid_pool": {**arguments, "frame_counts": counts},
-        "temporal_grid": {**gridding, "frame_counts": counts},
-        "token_norm": norm,
-    }
+    run_call(native("grid_pool_test"), call, saved, tmp_path)
     before, compared = compiled.LIBRARY.cpu_capability(), 0
     try:
         for capability in CAPABILITIES:
@@ -157,42 +209,36 @@ def test_saved_plan(
                     compiled.LIBRARY.use_cpu_capability(capability)
                 continue
             compiled.LIBRARY.use_cpu_capability(capability)
-            results = {op: getattr(stgridpool_kernels, op)(x, backend="cpu", **given) for op, given in calls.items()}
+            results = {
+                op: getattr(stgridpool_kernels, op)(call.x, backend="cpu", **call.arguments_of(op)) for op in OPS
+            }
             if "gradient" in saved:
-                results |= {
-                    f"{op}_backward": gradient(op, x, of_result, **calls[op])
-                    for op, of_result in (("grid_pool", grad), ("temporal_grid", x))
-                }
-            for op, result in results.items():
-                written = bytearray((tmp_path / f"out.{op}.{capability}").read_bytes())
-                found = torch.frombuffer(written, dtype=result.dtype).view(result.shape)
-                assert_same_bits(found, result)
+                for op in WITH_GRADIENT:
+                    results[f"{op}_backward"] = gradient(op, call.x, call.grad(op), **call.arguments_of(op))
+            for name, result in results.items():
+                assert_same_bits(written(tmp_path, name, capability, result), result)
                 compared += 1
     finally:
         compiled.LIBRARY.use_cpu_capability(before)
     assert compared >= (5 if "gradient" in saved else 3)
 
 
-def test_batch(program: Path, tmp_path: Path) -> None:
-    """Videos of a batch are the frames of the tables, one video after the other."""
-    x = tokens(3, 16, 5, 7, 24, dtype=torch.bfloat16)
-    save_tables(grid_plan([16] * 3, 5, 7), tmp_path / "tables", gradient=True)
-    (tmp_path / "x").write_bytes(bits_of(x))
-    grad = tokens(3, 16, 2, 3, 24, dtype=torch.bfloat16, seed=1)
-    (tmp_path / "x.grad").write_bytes(bits_of(grad))
-    done = run(program, tmp_path / "tables", tmp_path / "x", tmp_path / "out", "bfloat16", 3, 24, 2, 1, 2, 1, 0)
-    assert done.returncode == 0, done.stderr
-    results = {
-        "grid_pool": stgridpool_kernels.grid_pool(x, backend="cpu"),
-        "grid_pool_backward": gradient("grid_pool", x, grad),
-        "temporal_grid_backward": gradient("temporal_grid", x, x),
-    }
-    for op, result in results.items():
-        assert (tmp_path / f"out.{op}.{compiled.LIBRARY.cpu_capability()}").read_bytes() == bits_of(result)
+@pytest.mark.aarch64
+@pytest.mark.slow
+@saved_tables
+@calls
+def test_saved_plan_on_aarch64(call: Call, saved: dict[str, Any], tmp_path: Path) -> None:
+    """Results and gradients are accurate, and the program finds the same bits with 1 and 5 threads."""
+    run_call(for_aarch64("grid_pool_test"), call, saved, tmp_path)
+    for op in OPS:
+        assert_accurate(written(tmp_path, op, "portable", call.on_meta(op)), op, call.x, **call.arguments_of(op))
+    for op in WITH_GRADIENT if "gradient" in saved else ():
+        found = written(tmp_path, f"{op}_backward", "portable", call.x)
+        assert_gradient_accurate(found, op, call.x, call.grad(op), **call.arguments_of(op))
 
 
-def test_file_that_holds_no_tables(program: Path, tmp_path: Path) -> None:
-    tables = tmp_path / "tables"
+def test_file_that_holds_no_tables(tmp_path: Path) -> None:
+    program, tables = native("grid_pool_test"), tmp_path / "tables"
     for content, reason in ((b"", "these are no tables of a plan"), (b"STGP" * 100, "another version")):
         tables.write_bytes(content)
         done = run(program, tables, "-", tmp_path / "out", "float32", 1, 8, 1, 1, 2, 1, 0)

@@ -118,7 +118,7 @@ struct Problem {
   float temperature;
   double norm_type;
   bool normalize;
-  int64_t norm_channels;
+  int64_t norm_channels = 0;
 
   int64_t element_size() const { return dtype == DType::float32 ? 4 : 2; }
 };

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from stgridpool_kernels.backends import compiled
-from tests.support import cuda_emulation
+from tests.support import aarch64, cuda_emulation
 from tests.support.pairwise import pairwise
 
 OPS = ("grid_pool", "temporal_grid", "norm_pool", "token_norm")
@@ -64,9 +64,11 @@ def absent() -> dict[str, str]:
     if torch.cuda.is_available():
         found["no gpu"] = "there is a GPU"
     else:
-        found["gpu"] = NO_GPU
+        found["gpu"] = f"{NO_GPU}: torch.cuda.is_available() is False"
     if cuda_emulation.find_compiler() is None:
         found["compiler"] = NO_COMPILER
+    if (reason := aarch64.why_absent()) is not None:
+        found["aarch64"] = reason
     if compiled.LIBRARY is None and os.environ.get("STGP_NO_EXT"):
         found["library"] = NO_EXTENSION
     elif compiled.LIBRARY is None and "compiler" in found:
@@ -108,7 +110,7 @@ def find_triples() -> tuple[list[Triple], list[str]]:
     left_out = [f"{backend}: {reason}" for backend, reason in reasons.items()]
     if not gpu:
         left_out.append(f"GPU tests: {NO_GPU}")
-    left_out += [f"{what}: {ABSENT[what]}" for what in ("torchvision", "encoder outputs") if what in ABSENT]
+    left_out += [f"{what}: {ABSENT[what]}" for what in ("torchvision", "encoder outputs", "aarch64") if what in ABSENT]
     triples = [Triple(*pair, dtype) for pair, dtype in product(pairs, KERNEL_DTYPES)]
     devices = ["cpu", "cuda"] if gpu else ["cpu"]
     triples += [Triple("reference", *rest) for rest in product(devices, (*KERNEL_DTYPES, torch.float64))]
