@@ -12,6 +12,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -194,6 +196,17 @@ inline void store(Float16* token, Block v, bool stream) {
   const __m128i a = _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT),
                 b = _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT);
   store_bytes(token, _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1), stream);
+}
+
+#elif defined(__aarch64__)
+
+inline Block load(const Float16* token) {
+  const float16x8_t halves = load_bytes<float16x8_t>(token);
+  return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
+}
+
+inline void store(Float16* token, Block v, bool stream) {
+  store_bytes(token, vcvt_high_f16_f32(vcvt_f16_f32(v.a), v.b), stream);
 }
 
 #else

@@ -187,9 +187,10 @@ def gradient(op: str, x: Tensor, grad: Tensor, **given: Any) -> Tensor:
     return torch.autograd.grad(getattr(stgridpool_kernels, op)(leaf, backend="cpu", **given), leaf, grad)[0]
 
 
+@pytest.mark.parametrize("target", ["grid_pool_test", "vector_test"])
 @builds
-def test_checks_in_cpp(program_of: Callable[[str], Program]) -> None:
-    done = run(program_of("grid_pool_test"))
+def test_checks_in_cpp(program_of: Callable[[str], Program], target: str) -> None:
+    done = run(program_of(target))
     assert (done.returncode, done.stdout) == (0, "all checks passed\n"), done.stderr
 
 
