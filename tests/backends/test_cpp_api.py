@@ -7,16 +7,12 @@ Products and sums fuse there, so that its results are held to the accuracy that 
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
-import runpy
-import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +23,15 @@ from torch import Tensor
 import stgridpool_kernels
 from stgridpool_kernels.backends import compiled
 from stgridpool_kernels.plan import grid_plan, save_tables
-from tests.support import aarch64
+from tests.support.cpp_programs import ROOT, Program, environment, for_aarch64, native
 from tests.support.tolerance import assert_accurate, assert_gradient_accurate, assert_same_bits
 
-ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = ("avx512", "avx2", "portable")
 OPS = ("grid_pool", "temporal_grid", "token_norm")
 WITH_GRADIENT = ("grid_pool", "temporal_grid")
 """The ops whose gradients follow the tables."""
 WEIGHTS = {"temperature": 1.0, "norm_type": 2.0, "normalize_norm": True, "norm_channels": 0}
 """The arguments that no table holds, which the program takes, with their defaults."""
-
-Program = Sequence[str]
-"""The words of a command that starts the test program."""
 
 
 @dataclass(frozen=True)
@@ -105,47 +97,12 @@ calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 saved_tables = pytest.mark.parametrize(
     "saved", [{}, {"frames_per_stage": 4}, {"gradient": True}], ids=["for a GPU", "for a CPU", "for gradients"]
 )
-pytestmark = pytest.mark.needs("compiler")
-
-
-def environment() -> dict[str, str]:
-    """Of other programs: tools that were installed for this Python come first, and nothing is loaded into them."""
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | {"PATH": path}
-
-
-def build(folder: Path, target: str, *definitions: str) -> Path:
-    """Build a test program in a folder of CMake, and return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # the processes of pytest-xdist share the folder
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (
-            ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *definitions, "-DSTGP_TESTS=ON"],
-            ["cmake", "--build", str(folder), "--target", target],
-        ):
-            done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-    return folder / target
-
-
-@cache
-def native(target: str) -> Program:
-    """Build a test program for this machine. Objects that a build of the package has left are used again."""
-    folder: Path = runpy.run_path(str(ROOT / "setup.py"))["build_folder"]()
-    return (str(build(folder, target, *shlex.split(os.environ.get("CMAKE_ARGS", "")))),)
-
-
-@cache
-def for_aarch64(target: str) -> Program:
-    """Build a test program for aarch64; the command runs it in an emulator."""
-    return (*aarch64.run_command(), str(build(ROOT / "build" / "aarch64", target, *aarch64.DEFINITIONS)))
-
-
 builds = pytest.mark.parametrize(
     "program_of",
     [native, pytest.param(for_aarch64, marks=[pytest.mark.aarch64, pytest.mark.slow])],
     ids=["native", "aarch64"],
 )
+pytestmark = pytest.mark.needs("compiler")
 
 
 def run(program: Program, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,9 @@
 //       (B, T, H, W, C), or "-" for some that are made here. If the tables have a gradient section, gradients are
 //       computed as well: of grid_pool, where the file X.grad holds that of its result, and of temporal_grid, where x
 //       stands in for it.
+//   grid_pool_test TABLES X OUT DTYPE B C THREADS TEMPERATURE NORM_TYPE NORMALIZE NORM_CHANNELS OP CAPABILITY TIMES
+//       calls one op TIMES times on tokens that are all alike, with one set of vector instructions and one thread, and
+//       neither reads X nor writes a file. tools/cpu_instructions.py counts the instructions.
 //
 // Exit code: 0 if all is well, 1 if not; what is wrong is on stderr.
 
@@ -154,9 +157,27 @@ stgp::Strides contiguous(int64_t frames, int64_t rows, int64_t cols, int64_t cha
   return {frames * rows * cols * channels, rows * cols * channels, cols * channels, channels, 1};
 }
 
-// `grad` is that of the result, for gradients.
+bool is_backward(Op op) { return op == Op::grid_pool_backward || op == Op::temporal_grid_backward; }
+
+void call_op(Op op, const Problem& p, const Call& call, const stgp::cpu::Threads& threads) {
+  const int32_t* t = p.tables.data();
+  switch (op) {
+    case Op::grid_pool:
+      return stgp::cpu::grid_pool(t, call, threads);
+    case Op::temporal_grid:
+      return stgp::cpu::temporal_grid(t, call, threads);
+    case Op::grid_pool_backward:
+      return stgp::cpu::grid_pool_backward(t, call, threads);
+    case Op::temporal_grid_backward:
+      return stgp::cpu::temporal_grid_backward(t, call, threads);
+    default:
+      return stgp::cpu::token_norm(p.videos * p.frames, p.height, p.width, call, threads);
+  }
+}
+
+// `grad` is that of the result, for gradients. Returns the result of the last of `times` calls.
 std::vector<char> run(const Problem& p, const std::vector<char>& x, Op op, const stgp::cpu::Threads& threads,
-                      const std::vector<char>& grad = {}) {
+                      const std::vector<char>& grad = {}, int times = 1) {
   const int32_t* t = p.tables.data();
   const bool norms = op == Op::token_norm, pooled = op == Op::grid_pool;
   const int64_t OH = t[stgp::H_OUT_ROWS], OW = t[stgp::H_OUT_COLS];
@@ -175,7 +196,7 @@ std::vector<char> run(const Problem& p, const std::vector<char>& x, Op op, const
   call.norm_type = p.norm_type;
   call.normalize_norm = p.normalize;
   call.norm_channels = p.norm_channels;
-  if (op == Op::grid_pool_backward || op == Op::temporal_grid_backward) {
+  if (is_backward(op)) {
     const bool of_pooled = op == Op::grid_pool_backward;
     call.grad = grad.data();
     call.grad_strides = contiguous(p.frames, of_pooled ? OH : p.height, of_pooled ? OW : p.width, p.channels);
@@ -183,22 +204,7 @@ std::vector<char> run(const Problem& p, const std::vector<char>& x, Op op, const
   }
   const Memory scratch(stgp::cpu::scratch_bytes(op, norms ? nullptr : t, call, threads));
   call.scratch = scratch.data();
-  switch (op) {
-    case Op::grid_pool:
-      stgp::cpu::grid_pool(t, call, threads);
-      break;
-    case Op::temporal_grid:
-      stgp::cpu::temporal_grid(t, call, threads);
-      break;
-    case Op::grid_pool_backward:
-      stgp::cpu::grid_pool_backward(t, call, threads);
-      break;
-    case Op::temporal_grid_backward:
-      stgp::cpu::temporal_grid_backward(t, call, threads);
-      break;
-    default:
-      stgp::cpu::token_norm(p.videos * p.frames, p.height, p.width, call, threads);
-  }
+  for (int i = 0; i < times; ++i) call_op(op, p, call, threads);
   return out;
 }
 
@@ -211,45 +217,69 @@ std::vector<char> tokens_of(const std::string& path, const Problem& p, int64_t t
   return read;
 }
 
-int run_file(char** arguments) {
+Problem read_problem(char** arguments) {
   Problem p;
   p.tables = read_tables(arguments[0]);
-  const std::string x_path = arguments[1], out_path = arguments[2], dtype = arguments[3];
+  const std::string dtype = arguments[3];
   p.dtype = dtype == "bfloat16" ? DType::bfloat16 : dtype == "float16" ? DType::float16 : DType::float32;
   p.videos = std::atoll(arguments[4]);
   p.frames = p.tables[stgp::H_FRAMES] / p.videos;
   p.height = p.tables[stgp::H_HEIGHT];
   p.width = p.tables[stgp::H_WIDTH];
   p.channels = std::atoll(arguments[5]);
-  const int count = std::atoi(arguments[6]);
   p.temperature = std::strtof(arguments[7], nullptr);
   p.norm_type = std::strtod(arguments[8], nullptr);
   p.normalize = std::atoi(arguments[9]) != 0;
   p.norm_channels = std::atoll(arguments[10]);
+  return p;
+}
 
+struct NamedOp {
+  const char* name;
+  Op op;
+};
+
+constexpr NamedOp OPS[] = {{"grid_pool", Op::grid_pool},
+                           {"temporal_grid", Op::temporal_grid},
+                           {"token_norm", Op::token_norm},
+                           {"grid_pool_backward", Op::grid_pool_backward},
+                           {"temporal_grid_backward", Op::temporal_grid_backward}};
+
+int run_file(char** arguments) {
+  const Problem p = read_problem(arguments);
+  const std::string x_path = arguments[1], out_path = arguments[2];
+  const int count = std::atoi(arguments[6]);
   const std::vector<char> x = tokens_of(x_path, p, count_tokens(p, false));
-  struct Run {
-    Op op;
-    const char* name;
-    std::vector<char> grad = {};
-  };
-  std::vector<Run> runs = {
-      {Op::grid_pool, "grid_pool"}, {Op::temporal_grid, "temporal_grid"}, {Op::token_norm, "token_norm"}};
-  if (p.tables[stgp::H_GRADIENT] > 0) {
-    const std::string path = x_path == "-" ? "-" : x_path + ".grad";
-    runs.push_back({Op::grid_pool_backward, "grid_pool_backward", tokens_of(path, p, count_tokens(p, true))});
-    runs.push_back({Op::temporal_grid_backward, "temporal_grid_backward", x});
-  }
+  const bool backward = p.tables[stgp::H_GRADIENT] > 0;
+  const std::string grad_path = x_path == "-" ? "-" : x_path + ".grad";
+  const std::vector<char> grad = backward ? tokens_of(grad_path, p, count_tokens(p, true)) : std::vector<char>{};
   for (const std::string& capability : capabilities()) {
     CHECK(stgp::cpu::use_capability(capability.c_str()));
-    for (const auto& [op, name, grad] : runs) {
-      const std::vector<char> alone = run(p, x, op, {}, grad);
-      CHECK(alone == run(p, x, op, threads_of(count), grad));
-      CHECK(alone == run(p, x, op, {count, nullptr, nullptr}, grad));  // no threads in spite of the count
+    for (const auto& [name, op] : OPS) {
+      if (is_backward(op) && !backward) continue;
+      const std::vector<char>& of_result = op == Op::temporal_grid_backward ? x : grad;
+      const std::vector<char> alone = run(p, x, op, {}, of_result);
+      CHECK(alone == run(p, x, op, threads_of(count), of_result));
+      CHECK(alone == run(p, x, op, {count, nullptr, nullptr}, of_result));  // no threads in spite of the count
       write_file(out_path + "." + name + "." + capability, alone);
     }
   }
   return failures == 0 ? 0 : 1;
+}
+
+int run_one_op(char** arguments) {
+  const Problem p = read_problem(arguments);
+  const std::string wanted = arguments[11];
+  if (!stgp::cpu::use_capability(arguments[12])) give_up(std::string("this CPU does not run ") + arguments[12]);
+  for (const auto& [name, op] : OPS) {
+    if (name != wanted) continue;
+    // These bytes are a number in every dtype. Tokens that differ would take many instructions to make.
+    const int64_t token = p.channels * p.element_size();
+    const std::vector<char> x(count_tokens(p, false) * token, '\x3c');
+    run(p, x, op, {}, x, std::atoi(arguments[13]));
+    return 0;
+  }
+  give_up("there is no op " + wanted);
 }
 
 // ---- checks that need no file ----
@@ -552,7 +582,8 @@ void test_capabilities() {
 
 int main(int argc, char** argv) {
   if (argc == 12) return run_file(argv + 1);
-  if (argc != 1) give_up("takes no arguments or 11, see the beginning of grid_pool_test.cpp");
+  if (argc == 15) return run_one_op(argv + 1);
+  if (argc != 1) give_up("takes no arguments, 11 or 14, see the beginning of grid_pool_test.cpp");
   test_capabilities();
   test_results_by_hand();
   test_a_summary_by_hand();

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from stgridpool_kernels.backends import compiled
-from tests.support import aarch64, cuda_emulation
+from tests.support import cpp_programs, cuda_emulation
 from tests.support.pairwise import pairwise
 
 OPS = ("grid_pool", "temporal_grid", "norm_pool", "token_norm")
@@ -67,7 +67,7 @@ def absent() -> dict[str, str]:
         found["gpu"] = f"{NO_GPU}: torch.cuda.is_available() is False"
     if cuda_emulation.find_compiler() is None:
         found["compiler"] = NO_COMPILER
-    if (reason := aarch64.why_absent()) is not None:
+    if (reason := cpp_programs.why_no_aarch64()) is not None:
         found["aarch64"] = reason
     if compiled.LIBRARY is None and os.environ.get("STGP_NO_EXT"):
         found["library"] = NO_EXTENSION
