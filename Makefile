@@ -64,7 +64,7 @@ sanitize: $(BUILT) ## the CPU kernels under sanitizers for memory, undefined beh
 	$(VENV)/bin/python -m tools.sanitize $(ARGS)
 
 arm-check: $(BUILT) ## the CPU kernels cross-compiled for aarch64, run in an emulator of an Arm CPU
-	$(PYTEST) --slow -m aarch64 tests/backends/test_cpp_api.py $(ARGS)
+	$(PYTEST) --slow -m aarch64 tests/backends/test_cpp_api.py tests/tools/test_cpu_instructions.py $(ARGS)
 
 cuda-check: $(BUILT) ## the CUDA kernels compiled by nvcc, within limits of registers and spills
 	$(VENV)/bin/python -m tools.compile_report --backend cuda $(ARGS)
