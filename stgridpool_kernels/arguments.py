@@ -74,10 +74,10 @@ def check_names(given: Mapping[str, object], allowed: Collection[str], what: str
 
 def warn_of_layout(x: Tensor) -> None:
     """Warn, once in a process for each layout, of tokens that probably do not have the shape (…, T, H, W, C)."""
-    H, W, C = x.shape[-3:]
+    *_, H, W, C = x.shape
     if not type(H) is type(W) is type(C) is int:  # sizes are symbolic while torch traces
         return
-    if min(H, W) >= C or H > WIDE_FRAME * W:
+    if (H >= C and W >= C) or H > WIDE_FRAME * W:
         layout, shape, remedy = "channels first", "(…, T, C, H, W)", "x.movedim(-3, -1)"
     elif W > WIDE_FRAME * H:
         layout, shape, remedy = "flattened", "(…, T, H·W, C)", "x.unflatten(-2, (rows, cols)), or call pool_flat"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,33 +12,54 @@ from torch import Tensor, nn
 
 from .arguments import check_names, check_tensor, converted, warn_of_layout
 from .backends import use_backend
-from .ops import check_arguments
+from .ops import ARGUMENTS, check_arguments, op_names
 from .plan.values import word
 
+_OPS = {name: getattr(torch.ops.stgp, op_names(name)[0]) for name in ARGUMENTS}
+_OUT_OPS = {name: getattr(torch.ops.stgp, op_names(name)[1]) for name in ARGUMENTS}
 
-def _call(name: str, x: Tensor, out: Tensor | None, backend: str, **arguments: Any) -> Tensor:
+
+def _call(name: str, x: Tensor, out: Tensor | None, backend: str, given: tuple[Any, ...]) -> Tensor:
+    """Check the arguments of a public function, and call its op with those that are not the default.
+
+    given: all arguments of the op, in its order. The dispatcher takes time for each argument that is passed on.
+    """
     if type(x) is not Tensor or (out is not None and type(out) is not Tensor):
         check_tensor(x)
         _support_dtensors(x, out)
     if type(backend) is not str:
         backend = word("backend", backend)
-    if backend != "auto" and torch.compiler.is_compiling():
+    is_compiling = torch.compiler.is_compiling()
+    if backend != "auto" and is_compiling:
         raise RuntimeError(f"the backend is chosen outside compiled functions, got backend={backend!r} inside one")
     if out is not None and not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     if out is not None and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise RuntimeError("out cannot be given while a gradient is required: use torch.no_grad(), or leave out=None")
-    if not torch.compiler.is_compiling():
-        arguments = {key: converted(key, value) for key, value in arguments.items() if value is not _DEFAULTS[key]}
-    with use_backend(backend) if backend != "auto" else nullcontext():
-        if out is None:
-            result = cast(Tensor, getattr(torch.ops.stgp, name)(x, **arguments))
-        else:
-            getattr(torch.ops.stgp, f"_{name}_out")(x, out=out, **arguments)
-            result = out
-    if not torch.compiler.is_compiling() and isinstance(x, Tensor):
+    names, defaults = _ARGUMENTS[name]
+    if is_compiling:
+        arguments = dict(zip(names, given, strict=True))
+    else:
+        arguments = {
+            key: converted(key, value)
+            for key, value, default in zip(names, given, defaults, strict=True)
+            if value is not default
+        }
+    if backend == "auto":
+        result = _call_op(name, x, out, arguments)
+    else:
+        with use_backend(backend):
+            result = _call_op(name, x, out, arguments)
+    if not is_compiling and isinstance(x, Tensor):
         warn_of_layout(x)
     return result
+
+
+def _call_op(name: str, x: Tensor, out: Tensor | None, arguments: dict[str, Any]) -> Tensor:
+    if out is None:
+        return cast(Tensor, _OPS[name](x, **arguments))
+    _OUT_OPS[name](x, out=out, **arguments)
+    return out
 
 
 def _support_dtensors(*tensors: object) -> None:
@@ -118,27 +138,10 @@ def grid_pool(
     Source: ST-GridPool (ICLR 2026, arXiv 2605.22078), sections on PTG and NSP. The defaults are the paper's settings,
     computed as in its published code.
     """
-    return _call(
-        "grid_pool",
-        x,
-        out,
-        backend,
-        frame_strides=frame_strides,
-        grid_shape=grid_shape,
-        sampling=sampling,
-        resize=resize,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=padding,
-        ceil_mode=ceil_mode,
-        count_include_pad=count_include_pad,
-        output_size=output_size,
-        temperature=temperature,
-        norm_type=norm_type,
-        normalize_norm=normalize_norm,
-        norm_channels=norm_channels,
-        frame_counts=frame_counts,
-    )
+    gridding = (frame_strides, grid_shape, sampling, resize)
+    windows = (kernel_size, stride, padding, ceil_mode, count_include_pad, output_size)
+    weights = (temperature, norm_type, normalize_norm, norm_channels)
+    return _call("grid_pool", x, out, backend, (*gridding, *windows, *weights, frame_counts))
 
 
 def temporal_grid(
@@ -156,17 +159,7 @@ def temporal_grid(
 
     Arguments, errors and source are those of `grid_pool`. Result: shape and dtype of x, contiguous, new.
     """
-    return _call(
-        "temporal_grid",
-        x,
-        out,
-        backend,
-        frame_strides=frame_strides,
-        grid_shape=grid_shape,
-        sampling=sampling,
-        resize=resize,
-        frame_counts=frame_counts,
-    )
+    return _call("temporal_grid", x, out, backend, (frame_strides, grid_shape, sampling, resize, frame_counts))
 
 
 def norm_pool(
@@ -189,22 +182,9 @@ def norm_pool(
 
     Arguments, errors and source are those of `grid_pool`. A NaN affects only the windows that contain it.
     """
-    return _call(
-        "norm_pool",
-        x,
-        out,
-        backend,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=padding,
-        ceil_mode=ceil_mode,
-        count_include_pad=count_include_pad,
-        output_size=output_size,
-        temperature=temperature,
-        norm_type=norm_type,
-        normalize_norm=normalize_norm,
-        norm_channels=norm_channels,
-    )
+    windows = (kernel_size, stride, padding, ceil_mode, count_include_pad, output_size)
+    weights = (temperature, norm_type, normalize_norm, norm_channels)
+    return _call("norm_pool", x, out, backend, (*windows, *weights))
 
 
 def token_norm(
@@ -220,23 +200,26 @@ def token_norm(
 
     Result: float32, or float64 for float64 x. Arguments, errors and source are those of `grid_pool`.
     """
-    return _call(
-        "token_norm",
-        x,
-        out,
-        backend,
-        norm_type=norm_type,
-        normalize_norm=normalize_norm,
-        norm_channels=norm_channels,
-    )
+    return _call("token_norm", x, out, backend, (norm_type, normalize_norm, norm_channels))
 
+
+def _defaults_of(function: Callable[..., Tensor]) -> dict[str, Any]:
+    """Return the arguments of the op of a public function, with their defaults, in their order."""
+    parameters = inspect.signature(function).parameters.items()
+    return {name: parameter.default for name, parameter in parameters if name not in ("x", "out", "backend")}
+
+
+_ARGUMENTS = {
+    function.__name__: (tuple(_defaults_of(function)), tuple(_defaults_of(function).values()))
+    for function in (grid_pool, temporal_grid, norm_pool, token_norm)
+}
+"""Names and defaults of the arguments of every op."""
 
 _PARAMETERS = {
     name: parameter
     for name, parameter in inspect.signature(grid_pool).parameters.items()
     if name not in ("x", "frame_counts", "out", "backend")
 }
-_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(grid_pool).parameters.items()}
 _ALWAYS_SHOWN = ("frame_strides", "grid_shape", "kernel_size", "temperature")
 
 

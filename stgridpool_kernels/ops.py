@@ -1,5 +1,7 @@
 """START HERE. The ops `torch.ops.stgp.*`. A call goes schema → checks → `GridPlan` → backend → out.
 
+Checks, plan and backend of a call are cached as a `PlannedCall`: calls that differ only in their data share it.
+
 Each public op `name` is functional. Three private ops take its arguments too: `_name_out` writes into a given tensor,
 `_name_recorded` replaces the public op while a gradient is required and also returns the requested backend, and
 `_name_backward` computes that gradient. All ops are Python: they check the arguments, plan, and call a backend.
@@ -7,15 +9,17 @@ Each public op `name` is functional. Three private ops take its arguments too: `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import backend_names, choose_backend, requested_backend, use_backend
+from .backends import backend_names, choose_backend, logger, requested_backend, requested_name, use_backend
 from .backends.weighting import Weighting
 from .once import refuse_second
 from .plan import GridPlan, grid_plan
@@ -60,6 +64,9 @@ _NO_POOLING: Arguments = {
 _OF_BACKEND = {"norm_pool": "grid_pool"}
 _FORWARD = {name: attrgetter(_OF_BACKEND.get(name, name)) for name in ARGUMENTS}
 _BACKWARD = {name: attrgetter(f"{_OF_BACKEND.get(name, name)}_backward") for name in ARGUMENTS}
+
+MAX_CALLS = 256
+"""Maximum number of planned calls that are kept, which are the last used ones. As many plans are cached."""
 
 refuse_second(hasattr(torch.ops.stgp, "grid_pool"))
 _library = torch.library.Library("stgp", "DEF")
@@ -132,9 +139,8 @@ def _check_frame_counts(x: Tensor, frame_counts: Sequence[int]) -> None:
     )
 
 
-def _check_out(out: Tensor, x: Tensor, pooled: Sequence[int] | None) -> None:
-    shape, dtype = _result(x, pooled)
-    if tuple(out.shape) != shape:
+def _check_out(out: Tensor, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if out.shape != shape:
         raise ValueError(f"out must have shape {shape}, got {tuple(out.shape)}")
     if out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
@@ -146,12 +152,8 @@ def _check_out(out: Tensor, x: Tensor, pooled: Sequence[int] | None) -> None:
 
 def _check_memory(out: Tensor, x: Tensor) -> None:
     """Check that `out` neither overlaps itself nor `x`."""
-    span = 1
-    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
-        if size > 1:
-            if stride < span:
-                raise ValueError(f"out must not overlap itself, got shape {tuple(out.shape)} of strides {out.stride()}")
-            span += (size - 1) * stride
+    if not out.is_contiguous():
+        _check_strides(out)
     (out_low, out_high), (x_low, x_high) = _extent(out), _extent(x)
     if out_low < x_high and x_low < out_high:
         raise ValueError(
@@ -160,12 +162,23 @@ def _check_memory(out: Tensor, x: Tensor) -> None:
         )
 
 
+def _check_strides(out: Tensor) -> None:
+    """Check that no two elements of `out` are at one address."""
+    span = 1
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                raise ValueError(f"out must not overlap itself, got shape {tuple(out.shape)} of strides {out.stride()}")
+            span += (size - 1) * stride
+
+
 def _extent(t: Tensor) -> tuple[int, int]:
     """Address of the first byte that a tensor's elements span, and the address one past the last."""
-    if t.numel() == 0:
-        return 0, 0
+    first = t.data_ptr()
+    if t.is_contiguous():  # as a tensor without elements is
+        return first, first + t.nbytes
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+    return first, first + (last + 1) * t.element_size()
 
 
 # ---- what each op computes ----
@@ -205,20 +218,82 @@ def _result(x: Tensor, pooled: Sequence[int] | None) -> tuple[tuple[int, ...], t
     return (*x.shape[:-3], *pooled, x.shape[-1]), x.dtype
 
 
-def _run(name: str, x: Tensor, a: Arguments, out: Tensor | None) -> Tensor:
+class PlannedCall(NamedTuple):
+    """A call whose arguments are checked, whose plan is made and whose backend is chosen. It holds no data of a caller.
+
+    shape, dtype: those of the result of the op, for a gradient too. function: the backend's function. arguments: its
+    arguments between x and the tensor that it writes into.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+
+
+class _Slot:
+    """The place of a planned call in the cache, which is empty until the call has passed its checks."""
+
+    __slots__ = ("call",)
+
+    def __init__(self) -> None:
+        self.call: PlannedCall | None = None
+
+
+@lru_cache(maxsize=MAX_CALLS)
+def _slot(*key: Hashable) -> _Slot:
+    """Return the slot of all calls that have this key."""
+    return _Slot()
+
+
+def _planned(name: str, x: Tensor, given: Arguments, requested: str, *, backward: bool = False) -> PlannedCall:
+    """Return the planned call of these arguments, from the cache if there was such a call before.
+
+    given: the arguments that the dispatcher passes on, which has turned them into the types of the schema and left out
+    those that equal the default. requested: name of the requested backend. backward: whether it is the gradient.
+
+    The key holds all that checks, plan and choice depend on and that may change in a process; the compiled library and
+    the devices do not. The number of threads is in it since the tables for the CPU follow it.
+    """
+    settings = tuple([(key, tuple(value) if type(value) is list else value) for key, value in given.items()])
+    slot = _slot(name, backward, x.shape, x.dtype, x.device, x.layout, settings, requested, torch.get_num_threads())
+    call = slot.call
+    if call is None or logger.isEnabledFor(logging.DEBUG):  # the choice of a backend is logged at every call
+        call = slot.call = _plan_call(name, x, _defaults[name] | given, requested, backward)
+    return call
+
+
+def _plan_call(name: str, x: Tensor, a: Arguments, requested: str, backward: bool) -> PlannedCall:
     _check(x, a)
     plan = _plan(name, x, a)
-    pooled = None if plan is None else plan.pooled_size
-    if out is None:
-        shape, dtype = _result(x, pooled)
-        out = x.new_empty(shape, dtype=dtype)
+    shape, dtype = _result(x, None if plan is None else plan.pooled_size)
+    norm_type = a.get("norm_type", 2.0)
+    if backward:
+        with use_backend(requested):
+            backend = choose_backend(x, plan, norm_type)
     else:
-        _check_out(out, x, pooled)
+        backend = choose_backend(x, plan, norm_type)
+    function, arguments = (_BACKWARD if backward else _FORWARD)[name](backend), tuple(_backend_arguments(x, plan, a))
+    if backend.bind is not None and not backward and 0 not in shape:
+        function, arguments = backend.bind(function, arguments)
+    return PlannedCall(shape, dtype, function, arguments)
+
+
+def _run(name: str, x: Tensor, given: Arguments, out: Tensor | None) -> Tensor:
+    shape, dtype, function, arguments = _planned(name, x, given, requested_name())
+    if out is None:
+        out = _fresh(x, shape, dtype)
+    else:
+        _check_out(out, x, shape, dtype)
         _check_memory(out, x)
-    backend = choose_backend(x, plan, a.get("norm_type", 2.0))
     if out.numel():
-        _FORWARD[name](backend)(x, *_backend_arguments(x, plan, a), out)
+        function(x, *arguments, out)
     return out
+
+
+def _fresh(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return memory for a result on the device of x."""
+    return x.new_empty(shape, dtype=dtype)
 
 
 def _symbolic_pooled_size(name: str, x: Tensor, a: Arguments) -> tuple[int, int] | None:
@@ -247,6 +322,9 @@ def gridding_plan(name: str, frame_counts: Sequence[int], given: Arguments) -> G
 
 # ---- registration ----
 
+# Key sets below autograd of dense tensors on the devices for which `_implement` alone registers kernels.
+_DENSE = [torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)]
+
 
 def op_names(name: str) -> tuple[str, str, str, str]:
     """Return the names of a public op and of its private ops: _out, _recorded and _backward."""
@@ -267,26 +345,21 @@ def _define(name: str) -> None:
 
 
 def _implement(name: str) -> None:
-    defaults = _defaults[name]
-
     def forward(x: Tensor, **given: Any) -> Tensor:
-        return _run(name, x, defaults | given, None)
+        return _run(name, x, given, None)
 
     def forward_out(x: Tensor, *, out: Tensor, **given: Any) -> None:
-        _run(name, x, defaults | given, out)
+        _run(name, x, given, out)
 
     def recorded(x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
         requested = torch.tensor(backend_names().index(requested_backend()), device="cpu")
-        return _run(name, x, defaults | given, None), requested
+        return _run(name, x, given, None), requested
 
     def backward(grad: Tensor, x: Tensor, backend: Tensor, **given: Any) -> Tensor:
-        a = defaults | given
-        plan = _plan(name, x, a)
-        with use_backend(backend_names()[int(backend)]):
-            chosen = choose_backend(x, plan, a.get("norm_type", 2.0))
+        call = _planned(name, x, given, backend_names()[int(backend)], backward=True)
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         if x.numel():
-            _BACKWARD[name](chosen)(grad, x, *_backend_arguments(x, plan, a), grad_x)
+            call.function(grad, x, *call.arguments, grad_x)
         return grad_x
 
     for op, kernel in zip(op_names(name), (forward, forward_out, recorded, backward), strict=True):
@@ -303,7 +376,7 @@ def _fake(name: str) -> None:
     def forward_out(x: Tensor, *, out: Tensor, **given: Any) -> None:
         a = defaults | given
         _check(x, a)
-        _check_out(out, x, _symbolic_pooled_size(name, x, a))
+        _check_out(out, x, *_result(x, _symbolic_pooled_size(name, x, a)))
 
     def recorded(x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
         return forward(x, **given), torch.empty((), dtype=torch.int64, device="cpu")
@@ -324,8 +397,11 @@ def _differentiate(name: str) -> None:
             raise RuntimeError(f"stgp::{name} has no forward-mode derivative")
         if torch.is_grad_enabled() and x.requires_grad:
             return cast(Tensor, recorded_op(x, **given)[0])
+        below = keyset & torch._C._after_autograd_keyset
         with torch._C._AutoDispatchBelowAutograd():
-            return cast(Tensor, op.redispatch(keyset & torch._C._after_autograd_keyset, x, **given))
+            if below.raw_repr() in _DENSE:  # no mode or transform is active: the dispatcher would call `_run` too
+                return _run(name, x, given, None)
+            return cast(Tensor, op.redispatch(below, x, **given))
 
     def setup_context(
         ctx: Any, inputs: tuple[Tensor], keyword_only_inputs: Arguments, output: tuple[Tensor, Tensor]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from stgridpool_kernels import arguments
+from stgridpool_kernels import arguments, ops
 from stgridpool_kernels.backends import BACKENDS, compiled
 from tests.support import cuda_emulation
 from tests.support.instructions import restored, usable
@@ -132,6 +132,12 @@ def _without_excuses(report: pytest.TestReport | pytest.CollectReport) -> pytest
 
 def pytest_report_header(config: pytest.Config) -> str:
     return "left out: " + ("; ".join(config.stash[left_out]) or "nothing")
+
+
+@pytest.fixture(autouse=True)
+def forget_planned_calls() -> None:
+    """Empty the cache of planned calls before each test, so that a test that replaces backends is asked again."""
+    ops._slot.cache_clear()
 
 
 @pytest.fixture(scope="module", params=usable() or ["none"])

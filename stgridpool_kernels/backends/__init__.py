@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from .weighting import Weighting
 logger = logging.getLogger("stgridpool_kernels")
 
 
+Bind = Callable[[Callable[..., None], tuple[Any, ...]], tuple[Callable[..., None], tuple[Any, ...]]]
+"""Type of a function that takes a function and arguments, and returns a function and arguments that do the same."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the ops.
@@ -31,6 +36,8 @@ class Backend:
         that does not overlap x. With a plan without levels, grid_pool is norm_pool.
     grid_pool_backward, temporal_grid_backward, token_norm_backward: write the gradient with respect to x into `grad_x`,
         a contiguous tensor like x, from the gradient `grad` of the result.
+    bind(function, arguments): takes `grid_pool`, `temporal_grid` or `token_norm` and its arguments between x and out;
+        returns what does the same with fewer look-ups while the number of threads is that of now. None if nothing does.
     opt_in_reason(): why `auto` skips the backend even though it can run, or None.
     can_fuse(plan, channels, weighting): whether the fused kernels take tokens of this many channels by a plan that is
         `fusable`.
@@ -46,6 +53,7 @@ class Backend:
     grid_pool_backward: Callable[[Tensor, Tensor, GridPlan, Weighting, Tensor], None]
     temporal_grid_backward: Callable[[Tensor, Tensor, GridPlan, Tensor], None]
     token_norm_backward: Callable[[Tensor, Tensor, Weighting, Tensor], None] = reference.token_norm_backward
+    bind: Bind | None = None
     opt_in_reason: Callable[[], str | None] = lambda: None
     can_fuse: Callable[[GridPlan, int, Weighting], bool] = lambda plan, channels, weighting: False
     pool_chunk: Callable[[Tensor, tuple[int, ...], Weighting, Tensor, Tensor], None] | None = None
@@ -101,10 +109,11 @@ CUDA, CPU = (
         temporal_grid_backward=compiled.temporal_grid_backward,
         can_fuse=can_fuse,
         pool_chunk=compiled.pool_chunk,
+        bind=bind,
     )
-    for name, unsupported_reason, can_fuse in (
-        ("cuda", compiled.unsupported_on_cuda, compiled.can_fuse_on_cuda),
-        ("cpu", compiled.unsupported_on_cpu, compiled.can_fuse_on_cpu),
+    for name, unsupported_reason, can_fuse, bind in (
+        ("cuda", compiled.unsupported_on_cuda, compiled.can_fuse_on_cuda, None),
+        ("cpu", compiled.unsupported_on_cpu, compiled.can_fuse_on_cpu, compiled.bind_on_cpu),
     )
 )
 
@@ -154,15 +163,24 @@ class use_backend:
 
 
 def requested_backend() -> str:
-    """Name of the backend that is requested now: that of `use_backend`, else of STGP_BACKEND, else "auto"."""
+    """Name of the backend that is requested now: that of `use_backend`, else of STGP_BACKEND, else "auto".
+
+    Raises ValueError if STGP_BACKEND is not the name of a backend.
+    """
+    name = requested_name()
+    if not _used.get():
+        check_backend(name, "STGP_BACKEND")
+    return name
+
+
+def requested_name() -> str:
+    """Return what `requested_backend` returns, without a check of STGP_BACKEND."""
     used = _used.get()
     if used:
         return used[-1]
-    name = os.environ.get("STGP_BACKEND")
-    if not name:
-        return "auto"
-    check_backend(name, "STGP_BACKEND")
-    return name
+    if "STGP_BACKEND" in os.environ:  # `get` is slow where a variable is not set: it raises and catches KeyError
+        return os.environ["STGP_BACKEND"] or "auto"
+    return "auto"
 
 
 def choose_backend(x: Tensor | None = None, plan: GridPlan | None = None, norm_type: float = 2.0) -> Backend:

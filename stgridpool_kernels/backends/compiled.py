@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib.machinery import PathFinder
+from itertools import chain
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,8 @@ _library.define(f"_temporal_grid_backward_by_tables(Tensor grad, {_PLAN}, Tensor
 _library.define(f"_temporal_grid_by_tables(Tensor x, {_PLAN}, Tensor(a!) out) -> ()")
 _library.define("_check_tables(Tensor tables) -> ()")
 _library.define(f"_token_norm_compiled(Tensor x, {_NORM}, Tensor(a!) out) -> ()")
+_GRID_POOL = torch.ops.stgp._grid_pool_by_tables.default
+_TEMPORAL_GRID = torch.ops.stgp._temporal_grid_by_tables.default
 
 # ---- calls that the library can run ----
 
@@ -179,11 +183,18 @@ def _run(
     """Call op(*tensors, tables, device_tables, *rest) with the tables of a plan, for a forward or for a gradient."""
     device = tensors[0].device
     is_cuda = device.type == "cuda"
-    # small stages keep thumbnails in the cache, but must have enough frames for all threads
-    frames_per_stage = None if is_cuda or gradient else 2 * torch.get_num_threads()
+    frames_per_stage = None if is_cuda or gradient else _frames_per_stage()
     with torch.cuda.device(device) if is_cuda else nullcontext():
         tables = tables_of(plan, device, frames_per_stage=frames_per_stage, gradient=gradient)
         op(*tensors, *_checked(tables), *rest)
+
+
+def _frames_per_stage() -> int:
+    """Return the number of frames of a stage on the CPU.
+
+    Small stages keep thumbnails in the cache, but must have enough frames for all threads.
+    """
+    return 2 * torch.get_num_threads()
 
 
 def _checked(tables: Tables) -> tuple[Tensor, Tensor | None]:
@@ -206,7 +217,7 @@ def can_fuse_on_cuda(plan: GridPlan, channels: int, weighting: Weighting) -> boo
 
 
 def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> None:
-    _run(torch.ops.stgp._grid_pool_by_tables.default, (x,), plan, *weighting, out)
+    _run(_GRID_POOL, (x,), plan, *weighting, out)
 
 
 def grid_pool_backward(grad: Tensor, x: Tensor, plan: GridPlan, weighting: Weighting, grad_x: Tensor) -> None:
@@ -215,7 +226,7 @@ def grid_pool_backward(grad: Tensor, x: Tensor, plan: GridPlan, weighting: Weigh
 
 
 def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
-    _run(torch.ops.stgp._temporal_grid_by_tables.default, (x,), plan, out)
+    _run(_TEMPORAL_GRID, (x,), plan, out)
 
 
 def temporal_grid_backward(grad: Tensor, x: Tensor, plan: GridPlan, grad_x: Tensor) -> None:
@@ -225,6 +236,18 @@ def temporal_grid_backward(grad: Tensor, x: Tensor, plan: GridPlan, grad_x: Tens
 def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
     _, *norm = weighting
     torch.ops.stgp._token_norm_compiled.default(x, *norm, out)
+
+
+def bind_on_cpu(
+    function: Callable[..., None], arguments: tuple[Any, ...]
+) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return the op that `grid_pool` or `temporal_grid` calls on the CPU, and its arguments, with checked tables."""
+    ops = {grid_pool: _GRID_POOL, temporal_grid: _TEMPORAL_GRID}
+    if function not in ops:
+        return function, arguments
+    plan, *weighting = arguments
+    tables = _checked(tables_of(plan, torch.device("cpu"), frames_per_stage=_frames_per_stage()))
+    return ops[function], (*tables, *chain.from_iterable(weighting))
 
 
 def pool_chunk(x: Tensor, words: tuple[int, ...], weighting: Weighting, slots: Tensor, out: Tensor) -> None:
