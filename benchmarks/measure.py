@@ -85,9 +85,12 @@ def measure(
                 refuse_without_memory(provider, xs[0], device)
                 contender = Contender(provider, expected, into_out)
                 contender.prepare(device, row)
-                if "overhead" in workload.groups:
-                    row.overhead_us = overhead_us(device, contender.calls[0])
+                if {"overhead", "empty"} & {*workload.groups}:
+                    with torch.inference_mode(provider.inference):
+                        row.overhead_us = overhead_us(device, contender.calls[0])
                 samplers[name], row.calls_per_sample = device.sampler(contender.calls, provider.captures, workload.warm)
+                if provider.inference:
+                    samplers[name] = torch.inference_mode()(samplers[name])
                 if device.type == "cuda":
                     samplers[name]()  # a replay that hangs or fails must do so while its row is reported
                 contenders[name] = contender

@@ -27,8 +27,8 @@ class Provider:
     part only or several results are right. period: number of successive calls that differ; samples are whole periods of
     them. memory: bytes that a call needs besides x, as a multiple of the bytes of x. compiles: whether the first call
     takes long. captures: whether a CUDA graph can capture a call. slow: whether a call takes seconds on large tokens.
-    state_bytes: returns the bytes that the provider keeps between calls. note: remark below the table. settings:
-    settings that distinguish the provider from others of its workload.
+    inference: whether calls are timed in inference mode. state_bytes: returns the bytes that the provider keeps between
+    calls. note: remark below the table. settings: settings that distinguish the provider from others of its workload.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Provider:
     compiles: bool = False
     captures: bool = True
     slow: bool = False
+    inference: bool = False
     memory: float = 1.0
     state_bytes: Callable[[], int] | None = None
     note: str = ""
@@ -57,6 +58,8 @@ def mismatch(result: Tensor, expected: Tensor, ulps: float) -> str | None:
     """Return why a result is not the expected one, None if it is. All values are compared, a segment at a time."""
     if result.shape != expected.shape or result.dtype != expected.dtype:
         return f"{tuple(result.shape)} {result.dtype} in place of {tuple(expected.shape)} {expected.dtype}"
+    if result.numel() == 0:
+        return None
     pairs = zip(result.flatten(0, -4).split(SEGMENT), expected.flatten(0, -4).split(SEGMENT), strict=True)
     found = [((a.float() - b.float()).abs().max().item(), b.abs().max().item()) for a, b in pairs]
     worst = max((error for error, _ in found), key=lambda error: (math.isnan(error), error))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
-from benchmarks import poolings, prefill, pruning, stream
+from benchmarks import overhead, poolings, prefill, pruning, stream
 from benchmarks.provider import Provider
 from benchmarks.workloads import Workload
 
 BASELINE = "avg_pool2d"
 """Provider whose time others are compared with by default."""
+BASELINES = {"empty": "empty:python op"}
+"""Default providers of that kind, for kinds of workloads that have others than `BASELINE`."""
 PATIENCE_BYTES = 100_000_000
 """Maximum size of the tokens in bytes for which slow providers are timed by default."""
 
@@ -21,6 +23,7 @@ PROVIDERS = {
     "stream": stream.pushes,
     "prefill": prefill.prefills,
     "pruning": pruning.prunings,
+    "empty": overhead.overheads,
 }
 
 

@@ -258,7 +258,7 @@ def add_rates(rows: Sequence[BenchRow], baseline: str) -> None:
     for row in rows:
         row.baseline = baseline
         if row.provider in timed:
-            row.gb_per_s = round(rates[row.provider], 3)
+            row.gb_per_s = round(rates[row.provider], 3) or None
             row.percent_of_copy = _ratio(100 * rates[row.provider], rates.get("copy"), 2)
             row.percent_of_ceiling = _ratio(100 * rates[row.provider], rates.get("ceiling"), 2)
             given = f"{baseline}:out" if row.provider.endswith(":out") else baseline

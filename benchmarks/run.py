@@ -19,7 +19,7 @@ from benchmarks.devices import Cpu, Device, open_device
 from benchmarks.machine import new_run
 from benchmarks.measure import LATE, LOST, QUICK, WARM, SampleBudget, measure
 from benchmarks.plot import refuse_existing, save_plots
-from benchmarks.providers import BASELINE, chosen, providers, select
+from benchmarks.providers import BASELINE, BASELINES, chosen, providers, select
 from benchmarks.report import machine_line, workload_table
 from benchmarks.results import FOLDER, BenchRow, Results, Run, append, encode, file_name, load
 from benchmarks.workloads import QUICK as QUICK_NAMES
@@ -118,7 +118,8 @@ def measure_all(
         effort = QUICK if options.quick else WARM if workload.warm else SampleBudget()
         if options.samples is not None:
             effort = replace(effort, most=options.samples, least=options.samples)
-        given: dict[str, Any] = {"baseline": options.baseline, "effort": effort, "extras": not options.times_only}
+        baseline = BASELINES.get(workload.kind, BASELINE) if options.baseline == BASELINE else options.baseline
+        given: dict[str, Any] = {"baseline": baseline, "effort": effort, "extras": not options.times_only}
         with limited(options.limit):
             yield measure(workload, timed, device, run.run, report=early, **given)
         torch._dynamo.reset()

@@ -18,7 +18,7 @@ from benchmarks.lower_bound import Traffic, lower_bound
 from stgridpool_kernels.plan import GridPlan, grid_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KINDS = ("pooling", "plain", "gradients", "stream", "prefill", "pruning")
+KINDS = ("pooling", "plain", "gradients", "stream", "prefill", "pruning", "empty")
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Workload:
 
     The shape is (sum(frame_counts), *grid, channels), or (batch, T, *grid, channels) if frame_counts is batch times T.
     kind: calls that are timed: the ops and the poolings that they replace, the ops and a plain average on warm caches,
-    the ops' gradients, pushes to a stream, the prefill of a language model after the pooling, or vLLM's pruning of
-    tokens. groups: "main", or the sweeps that it is a point of, or its kind. goal: whether goals are set for the shape.
-    torch.compile is timed on such shapes only, since it takes long.
+    the ops' gradients, pushes to a stream, the prefill of a language model after the pooling, vLLM's pruning of tokens,
+    or calls without frames. groups: "main", or the sweeps that it is a point of, or its kind. goal: whether goals are
+    set for the shape. torch.compile is timed on such shapes only, since it takes long.
     """
 
     name: str
@@ -176,6 +176,7 @@ def _others() -> list[Workload]:
         replace(prefill, name="prefill-7b", frame_counts=(64,), channels=3584),
         pruning,
         replace(pruning, name="pruning-20x36", grid=(20, 36)),  # 560 × 1008 pixels in Qwen2.5-VL
+        Workload("empty", (0,), channels=3584, kind="empty", groups=("empty",)),
     ]
 
 
@@ -203,14 +204,14 @@ def parse_workload(text: str) -> Workload:
         return WORKLOADS[text]
     base, *flags = text.split(":")
     found = WORKLOADS.get(base) or _of_shape(base)
-    kinds, dtypes = [flag for flag in flags if flag in KINDS[1:]], [flag for flag in flags if flag in DTYPES]
+    kinds, dtypes = [flag for flag in flags if flag in KINDS[1:-1]], [flag for flag in flags if flag in DTYPES]
     known = {"ceil", *kinds, *dtypes}
     if found is None or not set(flags) <= known or len(kinds) > 1 or len(dtypes) > 1:
         groups = dict.fromkeys(group for workload in WORKLOADS.values() for group in workload.groups)
         names = [name for name, workload in WORKLOADS.items() if workload.kind != "plain"]
         raise ValueError(
             f"shape must be TxHxWxC or BxTxHxWxC, or one of {', '.join(names)}, followed by "
-            f"{', '.join(f':{flag}' for flag in (*DTYPES, 'ceil', *KINDS[1:]))} if need be, "
+            f"{', '.join(f':{flag}' for flag in (*DTYPES, 'ceil', *KINDS[1:-1]))} if need be, "
             f"or a group among {', '.join(groups)}; got {text!r}"
         )
     kind = kinds[0] if kinds else found.kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -39,6 +40,8 @@ def _call(name: str, x: Tensor, out: Tensor | None, backend: str, given: tuple[A
     names, defaults = _ARGUMENTS[name]
     if is_compiling:
         arguments = dict(zip(names, given, strict=True))
+    elif all(map(operator.is_, given, defaults)):
+        arguments = {}
     else:
         arguments = {
             key: converted(key, value)

@@ -255,12 +255,16 @@ def _planned(name: str, x: Tensor, given: Arguments, requested: str, *, backward
     The key holds all that checks, plan and choice depend on and that may change in a process; the compiled library and
     the devices do not. The number of threads is in it since the tables for the CPU follow it.
     """
-    settings = tuple([(key, tuple(value) if type(value) is list else value) for key, value in given.items()])
+    settings = _hashable(given) if given else ()
     slot = _slot(name, backward, x.shape, x.dtype, x.device, x.layout, settings, requested, torch.get_num_threads())
     call = slot.call
     if call is None or logger.isEnabledFor(logging.DEBUG):  # the choice of a backend is logged at every call
         call = slot.call = _plan_call(name, x, _defaults[name] | given, requested, backward)
     return call
+
+
+def _hashable(given: Arguments) -> tuple[Hashable, ...]:
+    return tuple([(name, tuple(value) if type(value) is list else value) for name, value in given.items()])
 
 
 def _plan_call(name: str, x: Tensor, a: Arguments, requested: str, backward: bool) -> PlannedCall:
