@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels import arguments as arguments_module
+from stgridpool_kernels import functional
 from stgridpool_kernels.integrations.base import PoolOptions, require_size, tokens_per_frame, video_token_count
 from tests.support.cases import tokens
 
@@ -104,6 +106,43 @@ def test_arguments_may_have_the_types_of_numpy_and_torch(name: str, value: Any, 
     assert torch.equal(stgp.GridPoolStream(**given).push(x[:0]), expected[:0])
     if name in ("frame_strides", "grid_shape", "kernel_size", "stride", "padding", "output_size"):
         assert stgp.grid_plan([18], 6, 7, **given) == stgp.grid_plan([18], 6, 7, **plain)
+
+
+OTHER_THAN_DEFAULT: dict[str, Any] = {
+    "frame_strides": (3,),
+    "grid_shape": (1, 2),
+    "sampling": "first",
+    "resize": "bilinear",
+    "kernel_size": (3, 2),
+    "stride": (1, 3),
+    "padding": (1, 0),
+    "ceil_mode": True,
+    "count_include_pad": False,
+    "output_size": (2, 3),
+    "temperature": 3.0,
+    "norm_type": 4.0,
+    "normalize_norm": False,
+    "norm_channels": 5,
+    "frame_counts": (7, 2),
+}
+
+
+@pytest.mark.parametrize("name", ["grid_pool", "temporal_grid", "norm_pool", "token_norm"])
+@pytest.mark.parametrize("with_out", [False, True], ids=["new", "out"])
+def test_arguments_reach_the_op_by_name_unless_they_are_the_default(
+    name: str, with_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, reached = tokens(9, 6, 7, 9), list[dict[str, Any]]()
+    monkeypatch.setitem(functional._OPS, name, lambda x, **given: reached.append(given) or x)
+    monkeypatch.setitem(functional._OUT_OPS, name, lambda x, out, **given: reached.append(given))
+    function = getattr(stgp, name)
+    names = [key for key in inspect.signature(function).parameters if key in OTHER_THAN_DEFAULT]
+    every = {key: OTHER_THAN_DEFAULT[key] for key in names}
+    for given in ({}, every, *({key: value} for key, value in every.items())):
+        result = function(x, **given, **({"out": x} if with_out else {}))
+        assert result is x
+        assert reached.pop() == given
+    assert not reached
 
 
 @pytest.mark.parametrize(
