@@ -8,6 +8,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -370,6 +375,22 @@ void implement_ops(Library& library) {
 }  // namespace
 
 int64_t release_scratch() { return Scratch::release(); }
+
+// The system clears a page when it is first written, and small pages cost a fault every 4 KB. Each huge page is written
+// by one thread here: if two threads of a kernel met in it, both would clear one. A system without huge pages ignores
+// the advice, and then the loop writes to a few small pages.
+void take_huge_pages([[maybe_unused]] uintptr_t address, [[maybe_unused]] uintptr_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t HUGE_PAGE = 2 << 20;  // bytes
+  const uintptr_t page = sysconf(_SC_PAGESIZE), last = (address + bytes) / page * page;
+  const uintptr_t first = (address + page - 1) / page * page;
+  if (first >= last || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
+  const int64_t pages = (last - first) / HUGE_PAGE;
+  torch::stable::parallel_for(0, pages, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) *reinterpret_cast<volatile char*>(first + i * HUGE_PAGE) = 0;
+  });
+#endif
+}
 
 }  // namespace stgp
 

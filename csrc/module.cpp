@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -11,8 +12,10 @@
 #include "tables.h"
 
 namespace stgp {
-int64_t release_scratch();  // defined in binding.cpp
-}
+// defined in binding.cpp
+int64_t release_scratch();
+void take_huge_pages(uintptr_t address, uintptr_t bytes);
+}  // namespace stgp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of stgridpool_kernels: how they were built, and which CPU instructions they use.";
@@ -39,6 +42,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("release_scratch", &stgp::release_scratch,
         "Free the memory that is kept from one CPU call for the next, at most 64 MB. Returns its size in bytes.");
+
+  m.def("take_huge_pages", &stgp::take_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"),
+        "Have the system back fresh memory, whose contents do not matter yet, by huge pages.");
 
   m.def(
       "use_cpu_capability",

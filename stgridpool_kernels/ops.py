@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import backend_names, choose_backend, logger, requested_backend, requested_name, use_backend
+from .backends.compiled import take_huge_pages
 from .backends.weighting import Weighting
 from .once import refuse_second
 from .plan import GridPlan, grid_plan
@@ -297,7 +298,9 @@ def _run(name: str, x: Tensor, given: Arguments, out: Tensor | None) -> Tensor:
 
 def _fresh(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return memory for a result on the device of x."""
-    return x.new_empty(shape, dtype=dtype)
+    out = x.new_empty(shape, dtype=dtype)
+    take_huge_pages(out)
+    return out
 
 
 def _symbolic_pooled_size(name: str, x: Tensor, a: Arguments) -> tuple[int, int] | None:
@@ -361,7 +364,7 @@ def _implement(name: str) -> None:
 
     def backward(grad: Tensor, x: Tensor, backend: Tensor, **given: Any) -> Tensor:
         call = _planned(name, x, given, backend_names()[int(backend)], backward=True)
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_x = _fresh(x, x.shape, x.dtype)
         if x.numel():
             call.function(grad, x, *call.arguments, grad_x)
         return grad_x

@@ -56,12 +56,11 @@ Provider provider() {
 }
 
 // The least number of bytes that a thread reads or writes. Waking a thread for less takes longer than the work.
-constexpr int64_t BYTES_PER_THREAD = 128 << 10;
+constexpr int64_t BYTES_PER_THREAD = 512 << 10;
 
 // The least size, in bytes, of a result that is stored past the cache. In the cache, a large result would displace data
-// that is read again, and each cache line of it would be read before it is
-// written.
-constexpr int64_t STREAM_BYTES = 4 << 20;
+// that is read again, and each cache line of it would be read before it is written.
+constexpr int64_t STREAM_BYTES = 1 << 20;
 
 bool is_fused(Op op, const int32_t* t) { return is_pooling(op) && has_fused_form(t); }
 
@@ -115,10 +114,12 @@ struct WorkspaceSizes {
 WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
   WorkspaceSizes sizes;
   int64_t tokens = 1;  // of x that a kernel may gather at the same time
-  if (is_fused(op, t)) {
-    tokens = 9;
+  if (op == Op::token_norm) {
+    tokens = MOST_LANES;
+  } else if (is_fused(op, t)) {
+    tokens = 13;  // those of two windows, and five around a cell
     if (t[H_SLOTS] > 0 && t[H_WIDTH] % 2 == 1) sizes.carried = product({sum({call.C, WIDEST_BLOCK}), sizeof(float)});
-  } else if (op != Op::token_norm) {
+  } else {
     for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {
       const int32_t* level = t + t[H_LEVELS] + l * LEVEL_WORDS;
       const int32_t *heights = t + level[L_ROW_RUNS] + t[H_HEIGHT], *widths = t + level[L_COL_RUNS] + t[H_WIDTH];

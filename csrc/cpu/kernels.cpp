@@ -14,6 +14,10 @@ namespace stgp::cpu {
 
 namespace {
 
+// The largest number of windows of a group, and the largest size in bytes of the tokens of several windows. The tokens of
+// two groups fit into a first-level cache of 32 KB: those that are read twice, and those that are prefetched meanwhile.
+constexpr int64_t MOST_WINDOWS = 16, GROUP_BYTES = 14 << 10;
+
 // ---- loops over channels ----
 
 // sums = sum_k weights[k] * taps[k] * scale, for BLOCKS blocks from channel c on.
@@ -59,33 +63,38 @@ void weighted_sum(const T* const* taps, const float* weights, int64_t n, float s
 // A window of four tokens, which is also a cell of a thumbnail: upper left, upper right, lower left, lower right.
 template <typename T>
 struct Window {
-  const T* taps[4];
-  const T* next[4];    // taps of the window to the right, to prefetch
-  int64_t prefetched;  // channels of the upper two of them that norms have prefetched; all if nothing is pooled
+  const T* const* taps;
 
   // pooled = sum_k weights[k] * taps[k]
-  float weights[4];
-  T* pooled;
-  bool stream;  // whether `pooled` is stored past the cache
+  const float* weights;
+  T* pooled = nullptr;
+  bool stream = false;  // whether `pooled` is stored past the cache
 
   // cell = inv_count * (sum of the taps + the two tokens above them + the column to the left of all these)
-  T* cell;
-  float inv_count;
-  const T* above[2];  // nullptr if the cell has two rows
-  Block* carried;     // in: the sum of the column to the left; out: that of the right one. nullptr if W is even
+  T* cell = nullptr;
+  float inv_count = 0;
+  const T* above[2] = {};    // nullptr if the cell has two rows
+  Block* carried = nullptr;  // in: the sum of the column to the left; out: that of the right one. nullptr if W is even
+
+  const T* const* next;  // taps of a window that is read later, to prefetch
 };
 
 // POOL computes `pooled`, SHRINK computes `cell`. Both read each token once.
 template <bool POOL, bool SHRINK, typename T>
-void take_window(const Window<T>& s, int64_t C) {
+void take_window(const Window<T>& window, int64_t C) {
+  const Window<T> s = window;  // a copy: the compiler cannot know that stores leave `window` as it is
+  const T* const taps[4] = {s.taps[0], s.taps[1], s.taps[2], s.taps[3]};
+  const T* const next[4] = {s.next[0], s.next[1], s.next[2], s.next[3]};
+  Floats weights[4] = {};
+  for (int k = 0; POOL && k < 4; ++k) weights[k] = splat(s.weights[k]);
   const auto blocks = [&](int64_t c, const auto& load_at, const auto& store_at) {
     Block v[4];
-    for (int k = 0; k < 4; ++k) v[k] = load_at(s.taps[k] + c);
+    for (int k = 0; k < 4; ++k) v[k] = load_at(taps[k] + c);
     if (POOL) {
-      Block sum = {s.weights[0] * v[0].a, s.weights[0] * v[0].b};
+      Block sum = {weights[0] * v[0].a, weights[0] * v[0].b};
       for (int k = 1; k < 4; ++k) {
-        sum.a += s.weights[k] * v[k].a;
-        sum.b += s.weights[k] * v[k].b;
+        sum.a += weights[k] * v[k].a;
+        sum.b += weights[k] * v[k].b;
       }
       store_at(s.pooled + c, sum, s.stream);
     }
@@ -105,8 +114,7 @@ void take_window(const Window<T>& s, int64_t C) {
   };
   int64_t c = 0;
   for (; c + BLOCK <= C; c += BLOCK) {
-    prefetch(s.next[2] + c), prefetch(s.next[3] + c);
-    if (c >= s.prefetched) prefetch(s.next[0] + c), prefetch(s.next[1] + c);
+    for (int k = 0; k < 4; ++k) prefetch(next[k] + c);
     blocks(c, [](const T* token) { return load(token); }, [](T* token, Block v, bool past) { store(token, v, past); });
   }
   if (c < C) {
@@ -145,73 +153,129 @@ struct FusedEntry {
   bool has_row_above(int64_t i) const { return H % 2 == 1 && i > 0; }
   bool has_column_left(int64_t j) const { return carried != nullptr && j > 0; }
 
+  // A token around a window. The places before are those of the tokens of two windows.
   const T* token(int64_t r, int64_t c, int64_t place) const {
-    return gather(image.at(r, c), image.channel, call.C, workspace, FIRST_TAP + place);
+    return gather(image.at(r, c), image.channel, call.C, workspace, FIRST_TAP + 8 + place);
   }
 
   T* cell(int64_t i, int64_t j) const { return thumbnail + (i * w + j) * call.C; }
+
+  // The number of windows in a group. There is room to gather the tokens of one window.
+  int64_t windows_of_group() const {
+    const int64_t fitting = GROUP_BYTES / (4 * call.C * int64_t{sizeof(T)});
+    return image.channel != 1 || fitting < 1 ? 1 : fitting < MOST_WINDOWS ? fitting : MOST_WINDOWS;
+  }
 };
 
-// Window (i, j) of an entry, whose four tokens are in the frame: pools it and shrinks it.
+// Neighbouring windows (i, j), ..., (i, j + n - 1) of an entry. A window has four tokens: upper left, upper right, lower
+// left, lower right. Where the edge of the frame cuts it, it has the token beside that one, or above it, once more.
 template <typename T>
-void whole_window(const FusedEntry<T>& e, int64_t i, int64_t j, bool pool, bool shrink) {
-  const int64_t C = e.call.C;
-  const bool prefetches = e.image.channel == 1 && 2 * j + 4 <= e.W, above = e.has_row_above(i);
-  Window<T> window;
-  for (int k = 0; k < 4; ++k) {
-    const int64_t r = 2 * i + k / 2, c = 2 * j + k % 2;
-    window.taps[k] = e.token(r, c, k);
-    window.next[k] = prefetches ? e.image.at(r, c + 2) : window.taps[k];
-  }
-  if (pool) {
-    for (int k = 0; k < 4; ++k) {
-      const T* next = k < 2 ? window.next[k] : window.taps[k];
-      window.weights[k] = e.call.temperature * token_norm(window.taps[k], next, e.call);
+struct Group {
+  int64_t i = 0, j = 0, n = 0;
+  int64_t live = 0, pooled = 0;  // number of windows, from the first, that are shrunk, and that are pooled
+  int64_t place = 0;             // of gathered tokens
+  const T* taps[4 * MOST_WINDOWS] = {};
+  float weights[4 * MOST_WINDOWS] = {};
+};
+
+// The windows of some rows of an entry, group by group.
+template <typename T>
+struct Walk {
+  const FusedEntry<T>& e;
+  const int32_t* live;   // number of cells in each row that are stored, nullptr for none
+  int64_t OH, OW, last;  // rows and columns of windows that are pooled; the row before which the walk ends
+  int64_t most;          // windows of a group
+  int64_t i, j = 0;      // the next group
+
+  // Sets the next group and its tokens. After the last one its n is 0.
+  void next(Group<T>& group) {
+    int64_t shrunk, pooled, windows;
+    for (;; ++i, j = 0) {
+      group.n = 0;
+      if (i >= last) return;
+      shrunk = live != nullptr ? live[i] : 0, pooled = i < OH ? OW : 0;
+      windows = shrunk > pooled ? shrunk : pooled;
+      if (j < windows) break;
     }
-    softmax(window.weights, 4, 0);
+    const auto within = [&](int64_t count) { return count < j ? 0 : count - j < most ? count - j : most; };
+    group.i = i, group.j = j, group.n = within(windows), group.live = within(shrunk), group.pooled = within(pooled);
+    for (int64_t r = 0; r < 2; ++r) {
+      const typename Image<T>::Row row = e.image.at_row(2 * i + r < e.H ? 2 * i + r : e.H - 1);
+      for (int64_t k = 2 * r; k < 4 * group.n; k += 4) {
+        const int64_t c = 2 * (j + k / 4), right = c + 1 < e.W ? c + 1 : c;
+        group.taps[k] = gather(row.at(c), e.image.channel, e.call.C, e.workspace, group.place + k);
+        group.taps[k + 1] = gather(row.at(right), e.image.channel, e.call.C, e.workspace, group.place + k + 1);
+      }
+    }
+    j += group.n;
   }
-  window.prefetched = pool ? channels_of_norm(e.call) : C;
+};
+
+// Computes the weights of the pooled windows of a group.
+template <typename T>
+void weigh(const FusedEntry<T>& e, Group<T>& group) {
+  const int64_t n = 4 * group.pooled;
+  Floats sums[4 * MOST_WINDOWS];
+  norm_sums(group.taps, n, e.call, sums);
+  norms_of_sums(sums, n, e.call, group.weights);
+  for (int64_t k = 0; k < n; ++k) group.weights[k] *= e.call.temperature;
+  if (2 * group.i + 2 > e.H || 2 * (group.j + group.n) > e.W) {
+    for (int64_t k = 0; k < n; ++k) {
+      const bool is_there = 2 * group.i + k / 2 % 2 < e.H && 2 * (group.j + k / 4) + k % 2 < e.W;
+      if (!is_there) group.weights[k] = -HUGE_VALF;
+    }
+  }
+  softmax_of_fours(group.weights, group.pooled);
+}
+
+// Window g of a group, whose four tokens are in the frame: pools it and shrinks it. The tokens of group `next` are
+// prefetched meanwhile.
+template <typename T>
+void whole_window(const FusedEntry<T>& e, const Group<T>& group, int64_t g, const Group<T>& next) {
+  const int64_t C = e.call.C, i = group.i, j = group.j + g;
+  const bool pool = g < group.pooled, shrink = g < group.live, above = e.has_row_above(i);
+  Window<T> window;
+  window.taps = group.taps + 4 * g, window.weights = group.weights + 4 * g;
+  window.next = g < next.n ? next.taps + 4 * g : window.taps;
   const OutToken<T> out(e.call, pool ? e.target : 0, pool ? i : 0, pool ? j : 0, e.workspace);
   window.pooled = out.buffer;
   window.stream = e.stream;
-  window.inv_count = 1.0f / static_cast<float>((2 + above) * (2 + e.has_column_left(j)));
-  for (int k = 0; k < 2; ++k) {
-    window.above[k] = above && shrink ? e.token(2 * i - 1, 2 * j + k, 4 + k) : nullptr;
-  }
-  window.carried = e.carried;
-  if (shrink) {
-    window.cell = e.cell(i, j);
-    pool ? take_window<true, true>(window, C) : take_window<false, true>(window, C);
-  } else {
+  if (!shrink) {
     take_window<true, false>(window, C);
+    return out.finish(C);
   }
+  window.inv_count = 1.0f / static_cast<float>((2 + above) * (2 + e.has_column_left(j)));
+  for (int k = 0; k < 2; ++k) window.above[k] = above ? e.token(2 * i - 1, 2 * j + k, k) : nullptr;
+  window.carried = e.carried;
+  window.cell = e.cell(i, j);
+  pool ? take_window<true, true>(window, C) : take_window<false, true>(window, C);
   if (pool) out.finish(C);
 }
 
-// Window (i, j) of an entry at the edge of the frame, where it has one or two tokens.
+// Window g of a group at the edge of the frame, where it has one or two tokens.
 template <typename T>
-void cut_window(const FusedEntry<T>& e, int64_t i, int64_t j, bool pool, bool shrink) {
+void cut_window(const FusedEntry<T>& e, const Group<T>& group, int64_t g) {
   static constexpr float ONES[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1};
-  const int64_t C = e.call.C;
+  const int64_t C = e.call.C, i = group.i, j = group.j + g;
   const int64_t bottom = window_end(i, e.H), right = window_end(j, e.W);
   const T* taps[9];
+  float weights[4];
   int64_t n = 0;
-  for (int64_t r = 2 * i; r < bottom; ++r) {
-    for (int64_t c = 2 * j; c < right; ++c, ++n) taps[n] = e.token(r, c, n);
+  for (int64_t k = 0; k < 4; ++k) {
+    if (2 * i + k / 2 >= e.H || 2 * j + k % 2 >= e.W) continue;
+    taps[n] = group.taps[4 * g + k], weights[n++] = group.weights[4 * g + k];
   }
-  if (pool) {
-    float weights[4];
-    for (int64_t k = 0; k < n; ++k) weights[k] = e.call.temperature * token_norm(taps[k], taps[k], e.call);
-    softmax(weights, n, 0);
+  if (g < group.pooled) {
     const OutToken<T> out(e.call, e.target, i, j, e.workspace);
     weighted_sum(taps, weights, n, 1.0f, C, out.buffer, e.stream);
     out.finish(C);
   }
-  if (shrink) {
+  if (g < group.live) {
     // A cell also has the row above the window and the column to its left.
     const int64_t left = e.has_column_left(j) ? 2 * j - 1 : 2 * j;
+    int64_t place = 0;
     for (int64_t r = e.has_row_above(i) ? 2 * i - 1 : 2 * i; r < bottom; ++r) {
-      for (int64_t c = left; c < (r < 2 * i ? right : 2 * j); ++c, ++n) taps[n] = e.token(r, c, n);
+      for (int64_t c = left; c < (r < 2 * i ? right : 2 * j); ++c) taps[n++] = e.token(r, c, place++);
     }
     weighted_sum(taps, ONES, n, 1.0f / static_cast<float>(n), C, e.cell(i, j), false);
   }
@@ -221,19 +285,35 @@ void cut_window(const FusedEntry<T>& e, int64_t i, int64_t j, bool pool, bool sh
 template <typename T>
 void fused_rows(const Piece& piece, const int32_t* entry) {
   const int32_t* tables = piece.tables;
-  const int64_t OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], C = piece.call.C;
+  const int64_t C = piece.call.C;
   const FusedEntry<T> e(piece, entry);
   const bool pools = e.target >= 0 && piece.call.grad == nullptr;  // gradients need the thumbnails alone
-  for (int64_t i = piece.first; i < piece.last; ++i) {
-    const int64_t live = e.thumbnail != nullptr ? tables[entry[E_LIVE] + i] : 0, pooled = pools && i < OH ? OW : 0;
-    if (e.carried != nullptr && live > 0) __builtin_memset(e.carried, 0, (C + BLOCK - 1) / BLOCK * sizeof(Block));
-    for (int64_t j = 0; j < (live > pooled ? live : pooled); ++j) {
-      if (2 * i + 2 <= e.H && 2 * j + 2 <= e.W) {
-        whole_window(e, i, j, j < pooled, j < live);
+  Walk<T> walk{e,
+               e.thumbnail != nullptr ? tables + entry[E_LIVE] : nullptr,
+               pools ? tables[H_OUT_ROWS] : 0,
+               tables[H_OUT_COLS],
+               piece.last,
+               e.windows_of_group(),
+               piece.first};
+  Group<T> groups[2];
+  Group<T>*group = &groups[0], *next = &groups[1];
+  group->place = FIRST_TAP, next->place = FIRST_TAP + 4;
+  walk.next(*group);
+  while (group->n > 0) {
+    walk.next(*next);
+    if (group->pooled > 0) weigh(e, *group);
+    if (group->j == 0 && e.carried != nullptr && group->live > 0) {
+      __builtin_memset(e.carried, 0, (C + BLOCK - 1) / BLOCK * sizeof(Block));
+    }
+    for (int64_t g = 0; g < group->n; ++g) {
+      if (2 * group->i + 2 <= e.H && 2 * (group->j + g) + 2 <= e.W) {
+        whole_window(e, *group, g, *next);
       } else {
-        cut_window(e, i, j, j < pooled, j < live);
+        cut_window(e, *group, g);
       }
     }
+    Group<T>* const done = group;
+    group = next, next = done;
   }
   if (piece.stream) finish_stores();
 }
@@ -267,6 +347,29 @@ void summary_rows(const Piece& piece, const int32_t* level, int64_t s) {
   }
 }
 
+// Norms that are computed LANES at a time.
+template <typename T>
+struct NewNorms {
+  const Call& call;
+  int64_t n = 0;
+  const T* tokens[LANES];
+  float* places[LANES];
+
+  explicit NewNorms(const Call& call) : call(call) {}
+
+  void add(const T* token, float& norm) {
+    tokens[n] = token, places[n++] = &norm;
+    if (n == LANES) compute();
+  }
+
+  void compute() {
+    float norms[LANES];
+    if (n > 0) token_norms(tokens, n, call, norms);
+    for (int64_t k = 0; k < n; ++k) *places[k] = norms[k];
+    n = 0;
+  }
+};
+
 // Rows of windows of an output frame.
 template <typename T>
 void pooled_rows(const Piece& piece, int64_t frame) {
@@ -277,23 +380,28 @@ void pooled_rows(const Piece& piece, int64_t frame) {
   const Runs row_runs(tables, tables[H_WINDOW_ROWS], OH), col_runs(tables, tables[H_WINDOW_COLS], OW);
   const Frame<T> image = frame_of_node<T>(tables, call, tables[tables[H_OUTPUTS] + frame]);
   const T** taps = reinterpret_cast<const T**>(workspace.taps);
+  const auto norm_at = [&](int64_t r, int64_t c) -> float& { return workspace.norms[r * W + c]; };
   int64_t known = 0;  // norms of rows before this one have been computed, or are negative
   for (int64_t i = piece.first; i < piece.last; ++i) {
     const int64_t top = clamp(row_runs.start[i], H), bottom = clamp(row_runs.stop(i), H);
     known = known > top ? known : top;
     for (; known < bottom; ++known) {
-      for (int64_t c = 0; c < W; ++c) workspace.norms[known * W + c] = -1;
+      for (int64_t c = 0; c < W; ++c) norm_at(known, c) = -1;
     }
     for (int64_t j = 0; j < OW; ++j) {
       const int64_t left = clamp(col_runs.start[j], W), right = clamp(col_runs.stop(j), W);
+      NewNorms<T> unknown(call);
       int64_t n = 0;
       for (int64_t r = top; r < bottom; ++r) {
         for (int64_t c = left; c < right; ++c, ++n) {
           taps[n] = gather(image.at(r, c), image.channel, C, workspace, FIRST_TAP + n);
-          float& norm = workspace.norms[r * W + c];
-          if (norm < 0) norm = token_norm(taps[n], taps[n], call);
-          workspace.weights[n] = call.temperature * norm;
+          if (norm_at(r, c) < 0) unknown.add(taps[n], norm_at(r, c));
         }
+      }
+      unknown.compute();
+      n = 0;
+      for (int64_t r = top; r < bottom; ++r) {
+        for (int64_t c = left; c < right; ++c, ++n) workspace.weights[n] = call.temperature * norm_at(r, c);
       }
       softmax(workspace.weights, n, int64_t{row_runs.count[i]} * col_runs.count[j] - n);
       const OutToken<T> out(call, frame, i, j, workspace);
@@ -333,12 +441,14 @@ void norm_rows(const Piece& piece, int64_t W, int64_t frame) {
   const Frame<T> image = frame_of_x<T>(call, frame);
   const Strides& s = call.out_strides;
   float* const norms = static_cast<float*>(call.out) + frame_offset(call, s, frame);
+  NewNorms<T> unknown(call);
   for (int64_t i = piece.first; i < piece.last; ++i) {
     for (int64_t j = 0; j < W; ++j) {
-      const T* token = gather(image.at(i, j), image.channel, call.C, piece.workspace, FIRST_TAP);
-      norms[i * s.row + j * s.col] = token_norm(token, token, call);
+      const T* token = gather(image.at(i, j), image.channel, call.C, piece.workspace, FIRST_TAP + unknown.n);
+      unknown.add(token, norms[i * s.row + j * s.col]);
     }
   }
+  unknown.compute();
 }
 
 template <typename T>

@@ -38,8 +38,11 @@ struct Gradients {
   double* windows;
 };
 
+// Floats of the widest vectors, the largest number of tokens whose norms are computed at once.
+constexpr int64_t MOST_LANES = 16;
+
 // Channels of a block of the widest vectors. Sums of tokens are stored in whole blocks.
-constexpr int64_t WIDEST_BLOCK = 32;
+constexpr int64_t WIDEST_BLOCK = 2 * MOST_LANES;
 
 struct Kernels {
   const char* name;  // of the set of vector instructions

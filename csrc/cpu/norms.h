@@ -13,8 +13,8 @@ namespace stgp::cpu {
 
 namespace {
 
-// Prefetches a block of a token that is read soon. Norms wait for memory, while sums read tokens from the cache: loops
-// of both kinds prefetch a part of the next window, so that memory is always busy. Any address may be prefetched.
+// Prefetches a block of a token that is read soon, so that memory is busy while the loop computes with tokens in the
+// cache. Any address may be prefetched.
 template <typename T>
 inline void prefetch(const T* block) {
   constexpr int LINE = 64;  // bytes of a cache line
@@ -23,27 +23,48 @@ inline void prefetch(const T* block) {
   }
 }
 
-// Sum over the first C channels of f(|t_c|). The token has `stored` channels. Two independent blocks of sums hide the
-// latency of additions. The order of the additions is fixed. `next` is the token to prefetch.
+// Sums over channels of f(|t_c|) of four tokens, in parts: one in each lane. The tokens are read side by side, so that the
+// latency of one addition is hidden by those of the others, and memory delivers several streams at once. The order of
+// the additions is fixed.
+struct Sums4 {
+  Block parts[4] = {};
+
+  template <typename T, typename F>
+  void add(const T* const* tokens, int64_t c, F f) {
+    for (int k = 0; k < 4; ++k) add_block(parts[k], load(tokens[k] + c), f);
+  }
+
+  // Adds channels c, ..., C - 1, fewer than a block. The tokens have `stored` channels.
+  template <typename T, typename F>
+  void add_rest(const T* const* tokens, int64_t c, int64_t C, int64_t stored, F f) {
+    if (c == C) return;
+    for (int k = 0; k < 4; ++k) add_block(parts[k], load_first(tokens[k] + c, C - c, stored - c), f);
+  }
+
+  template <typename F>
+  static void add_block(Block& sum, Block v, F f) {
+    sum.a += f(v.a), sum.b += f(v.b);
+  }
+
+  void store(Floats* sums) const {
+    for (int k = 0; k < 4; ++k) sums[k] = parts[k].a + parts[k].b;
+  }
+};
+
+struct Square {
+  Floats operator()(Floats v) const { return v * v; }
+};
+
+// Sums over the first C channels of f(|t_c|) of n tokens, a multiple of four, in parts. The tokens have `stored` channels.
 template <typename T, typename F>
-inline float reduce(const T* token, const T* next, int64_t C, int64_t stored, F f) {
-  Block even{}, odd{};
-  int64_t c = 0;
-  for (; c + 2 * BLOCK <= C; c += 2 * BLOCK) {
-    prefetch(next + c), prefetch(next + c + BLOCK);
-    const Block v = load(token + c), w = load(token + c + BLOCK);
-    even.a += f(v.a), even.b += f(v.b), odd.a += f(w.a), odd.b += f(w.b);
+inline void sum_channels(const T* const* tokens, int64_t n, int64_t C, int64_t stored, Floats* sums, F f) {
+  for (int64_t k = 0; k < n; k += 4) {
+    Sums4 four;
+    int64_t c = 0;
+    for (; c + BLOCK <= C; c += BLOCK) four.add(tokens + k, c, f);
+    four.add_rest(tokens + k, c, C, stored, f);
+    four.store(sums + k);
   }
-  if (c + BLOCK <= C) {
-    const Block v = load(token + c);
-    even.a += f(v.a), even.b += f(v.b);
-    c += BLOCK;
-  }
-  if (c < C) {
-    const Block v = load_first(token + c, C - c, stored - c);
-    odd.a += f(v.a), odd.b += f(v.b);
-  }
-  return sum_lanes((even.a + odd.a) + (even.b + odd.b));
 }
 
 // max_c |t_c| of the first C channels, or NaN if one of them is NaN. The token has `stored` channels. Magnitudes are
@@ -65,24 +86,74 @@ inline float largest_magnitude(const T* token, int64_t C, int64_t stored) {
 // The number of channels that the norm runs over.
 inline int64_t channels_of_norm(const Call& call) { return call.norm_channels > 0 ? call.norm_channels : call.C; }
 
-// (mean_c |t_c|^p)^(1/p), or the sum in place of the mean. `next` is the token to prefetch.
+// `count`, rounded up to whole vectors of floats.
+constexpr int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+// Sets sums[k] for n tokens, a multiple of four, to the sum over the channels of the norm of |t_c|^p, in parts: one in
+// each lane. For p = infinity, the first lane is max_c |t_c| and the others are 0.
 template <typename T>
-float token_norm(const T* token, const T* next, const Call& call) {
+void norm_sums(const T* const* tokens, int64_t n, const Call& call, Floats* sums) {
   const int64_t C = channels_of_norm(call);
   const double p = call.norm_type;
-  if (p == HUGE_VAL) return largest_magnitude(token, C, call.C);
-  float total;
-  if (p == 2) {
-    total = reduce(token, next, C, call.C, [](Floats v) { return v * v; });
+  if (p == HUGE_VAL) {
+    for (int64_t k = 0; k < n; ++k) {
+      sums[k] = Floats{};
+      sums[k][0] = largest_magnitude(tokens[k], C, call.C);
+    }
+  } else if (p == 2) {
+    sum_channels(tokens, n, C, call.C, sums, Square());
   } else if (p == 1) {
-    total = reduce(token, next, C, call.C, [](Floats v) { return absolute(v); });
+    sum_channels(tokens, n, C, call.C, sums, [](Floats v) { return absolute(v); });
   } else {
-    total =
-        reduce(token, next, C, call.C, [p](Floats v) __attribute__((always_inline)) { return power(absolute(v), p); });
+    sum_channels(tokens, n, C, call.C, sums,
+                 [p](Floats v) __attribute__((always_inline)) { return power(absolute(v), p); });
   }
-  if (call.normalize_norm) total /= static_cast<float>(C);
-  if (p == 1) return total;
-  return p == 2 ? sqrtf(total) : static_cast<float>(pow(total, 1 / p));
+}
+
+// norms[k] = (mean_c |t_c|^p)^(1/p) of n tokens, or the sum in place of the mean, from the sums that norm_sums sets. Both
+// arrays have room for whole vectors, and the sums are overwritten. The lanes of LANES sums are added up at once, since
+// those of a single vector take as long as many channels.
+__attribute__((noinline)) void norms_of_sums(Floats* sums, int64_t n, const Call& call, float* norms) {
+  const double p = call.norm_type;
+  const float count = call.normalize_norm && p != HUGE_VAL ? static_cast<float>(channels_of_norm(call)) : 1;
+  for (int64_t k = n; k < whole_vectors(n); ++k) sums[k] = Floats{};
+  for (int64_t k = 0; k < n; k += LANES) {
+    const Floats totals = sums_of_lanes(sums + k);
+    __builtin_memcpy(norms + k, &totals, sizeof totals);
+  }
+  if (p == 2) {
+    for (int64_t k = 0; k < whole_vectors(n); ++k) norms[k] = sqrtf(norms[k] / count);
+  } else if (p != HUGE_VAL) {
+    for (int64_t k = 0; k < n; ++k) {
+      const float mean = norms[k] / count;
+      norms[k] = p == 1 ? mean : static_cast<float>(pow(mean, 1 / p));
+    }
+  }
+}
+
+// The norms of up to LANES tokens. Both arrays have room for LANES of them.
+template <typename T>
+void token_norms(const T** tokens, int64_t n, const Call& call, float* norms) {
+  Floats sums[LANES];
+  int64_t read = n;
+  for (; read % 4 != 0; ++read) tokens[read] = tokens[n - 1];
+  norm_sums(tokens, read, call, sums);
+  norms_of_sums(sums, n, call, norms);
+}
+
+// Replaces the logits of windows, four for each of n windows, by their softmax. `logits` has room for whole vectors. Not
+// inlined: if the product that a logit is were fused with the subtraction, the largest logit minus itself could differ
+// from 0.
+__attribute__((noinline)) void softmax_of_fours(float* logits, int64_t n) {
+  for (int64_t k = 0; k < 4 * n; k += LANES) {
+    const Floats v = load_bytes<Floats>(logits + k);
+    const Floats beside = exchanged<1>(v, AllLanes{}), two = v > beside ? v : beside;
+    const Floats across = exchanged<2>(two, AllLanes{}), largest = two > across ? two : across;
+    const Floats power = exponential(v - largest);
+    const Floats pairs = power + exchanged<1>(power, AllLanes{});
+    const Floats weights = power / (pairs + exchanged<2>(pairs, AllLanes{}));
+    __builtin_memcpy(logits + k, &weights, sizeof weights);
+  }
 }
 
 inline float exponential(float v) { return expf(v); }

@@ -73,16 +73,26 @@ struct Image {
     const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], h = (H + 1) / 2, w = (W + 1) / 2;
     if (entry[E_NODE] >= 0) {
       const Frame<T> frame = frame_of_x<T>(call, entry[E_NODE]);
-      return {{frame.data}, H, W, frame.row, frame.col, frame.channel};
+      return {{frame.data, frame.data, frame.data, frame.data}, H, W, frame.row, frame.col, frame.channel};
     }
     Image mosaic{{}, h, w, w * call.C, call.C, 1};
     for (int k = 0; k < 4; ++k) mosaic.tiles[k] = thumbnail_at<T>(tables, call, entry[E_SOURCES + k]);
     return mosaic;
   }
 
-  const T* at(int64_t r, int64_t c) const {
-    const int64_t below = r >= h, beside = c >= w;
-    return tiles[2 * below + beside] + (r - below * h) * row + (c - beside * w) * col;
+  const T* at(int64_t r, int64_t c) const { return at_row(r).at(c); }
+
+  // Row r of the tokens, which may continue in another tile.
+  struct Row {
+    const T *left, *right;
+    int64_t w, col;
+
+    const T* at(int64_t c) const { return c < w ? left + c * col : right + (c - w) * col; }
+  };
+
+  Row at_row(int64_t r) const {
+    const int64_t below = r >= h, offset = (r - below * h) * row;
+    return {tiles[2 * below] + offset, tiles[2 * below + 1] + offset, w, col};
   }
 };
 

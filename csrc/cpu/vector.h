@@ -68,7 +68,69 @@ inline float sum_lanes(Floats v) {
   return lanes[0];
 }
 
-// ---- powers ----
+// ---- shuffles ----
+
+template <int... LANE>
+struct Lanes {};
+
+template <int N, int... LANE>
+struct Counted : Counted<N - 1, N - 1, LANE...> {};
+
+template <int... LANE>
+struct Counted<0, LANE...> {
+  using Type = Lanes<LANE...>;
+};
+
+using AllLanes = Counted<LANES>::Type;  // Lanes<0, 1, ..., LANES - 1>
+
+// The lanes SOURCE of a and b, whose lanes count from LANES on.
+template <int... SOURCE>
+inline Floats shuffle(Floats a, Floats b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, SOURCE...);
+#else
+  return __builtin_shuffle(a, b, Ints{SOURCE...});
+#endif
+}
+
+// v with lane i and lane i ^ BIT exchanged.
+template <int BIT, int... LANE>
+inline Floats exchanged(Floats v, Lanes<LANE...>) {
+  return shuffle<(LANE ^ BIT)...>(v, v);
+}
+
+// a and b consist of runs of 2 * WIDTH lanes, each of which holds parts of one sum. In the result these have WIDTH lanes,
+// and the runs of a and b alternate.
+template <int WIDTH, int... LANE>
+inline Floats fold(Floats a, Floats b, Lanes<LANE...>) {
+  return shuffle<(LANE / WIDTH % 2 * LANES + LANE / WIDTH / 2 * 2 * WIDTH + LANE % WIDTH)...>(a, b) +
+         shuffle<(LANE / WIDTH % 2 * LANES + LANE / WIDTH / 2 * 2 * WIDTH + WIDTH + LANE % WIDTH)...>(a, b);
+}
+
+// Lane i of the result is the sum of the lanes of vectors[i], in the order of sum_lanes. LANES vectors are overwritten.
+template <int WIDTH = LANES / 2>
+inline Floats sums_of_lanes(Floats* vectors) {
+  for (int i = 0; i < WIDTH; ++i) vectors[i] = fold<WIDTH>(vectors[i], vectors[i + WIDTH], AllLanes{});
+  if constexpr (WIDTH > 1) return sums_of_lanes<WIDTH / 2>(vectors);
+  return vectors[0];
+}
+
+// ---- exponentials and powers ----
+
+// e^v for v <= 0, within 1 ulp. NaN stays NaN.
+inline Floats exponential(Floats v) {
+  constexpr float ROUNDER = 0x1.8p23f;                  // a float near it has no fraction
+  const Floats low = v < -150.0f ? splat(-150.0f) : v;  // both round to 0
+  const Floats rounded = low * 1.44269504f + ROUNDER, n = rounded - ROUNDER;
+  const Floats rest = (low - n * 0x1.63p-1f) + n * 0x1.bd0106p-13f;  // log(2) is the difference of the constants
+  constexpr float SERIES[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2};
+  Floats sum = splat(1.0f / 5040);
+  for (const float coefficient : SERIES) sum = sum * rest + coefficient;
+  sum = (sum * rest * rest + rest) + 1;  // 1 comes last, since each sum before it is small
+  // 2^n can be too small for a normal float, the powers of both halves of n are not
+  const Ints exponent = bit_cast<Ints>(rounded) - bit_cast<int32_t>(ROUNDER), half = exponent >> 1;
+  return sum * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((exponent - half + 127) << 23);
+}
 
 typedef float HalfFloats __attribute__((vector_size(STGP_VECTOR_BYTES / 2)));
 typedef double Doubles __attribute__((vector_size(STGP_VECTOR_BYTES)));
@@ -161,11 +223,17 @@ inline Block load(const BFloat16* token) {
   return {bit_cast<Floats>(pairs << 16), bit_cast<Floats>(pairs & 0xffff0000u)};
 }
 
-// The upper half of each word is the nearest bfloat16, ties to even. NaN stays NaN.
+// The upper half of each word is the nearest bfloat16, ties to even. NaN stays NaN without a test: its lower half is 0, as
+// in each NaN that comes from a bfloat16 or from arithmetic, so that the addition does not reach the upper half.
 inline Words round_to_bfloat16(Floats v) {
-  const Words bits = bit_cast<Words>(v);
-  const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return v == v ? rounded : Words{} + 0x7fc00000u;
+  const Words bits = bit_cast<Words>(v), rounded = bits + 0x7fff;
+#if STGP_VECTOR_BYTES == 64
+  const __m512i odd = _mm512_set1_epi32(0x10000), one = _mm512_set1_epi32(1);
+  const __mmask16 is_odd = _mm512_test_epi32_mask(bit_cast<__m512i>(bits), odd);
+  return bit_cast<Words>(_mm512_mask_add_epi32(bit_cast<__m512i>(rounded), is_odd, bit_cast<__m512i>(rounded), one));
+#else
+  return rounded + ((bits >> 16) & 1);
+#endif
 }
 
 inline void store(BFloat16* token, Block v, bool stream) {

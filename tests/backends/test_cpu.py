@@ -316,6 +316,49 @@ def test_layouts_change_no_bit(op: str, arguments: Arguments, capability: str) -
         assert_same_bits(run(op, laid_out(x, layout), **arguments), expected)
 
 
+@HALVES
+@pytest.mark.parametrize("channels", [5, 64, 200, 3000])
+@pytest.mark.parametrize("width", [30, 34, 67])
+def test_neighbouring_windows_change_no_bit(width: int, channels: int, dtype: torch.dtype, capability: str) -> None:
+    """The kernels take up to 16 windows of a row at once, and a narrow frame has one window."""
+    x = tokens(2, 3, width, channels, dtype=dtype)
+    arguments = {"ceil_mode": True, "temperature": 30.0}
+    alone = [run("norm_pool", x[:, :, left : left + 2], **arguments) for left in range(0, width, 2)]
+    assert_same_bits(run("norm_pool", x, **arguments), torch.cat(alone, dim=2))
+
+
+# ---- memory of results ----
+
+FRESH = """
+import torch, stgridpool_kernels as stgp
+from pathlib import Path
+
+def advised():
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    return sum("hg" in flags.splitlines()[0].split() for flags in mappings[1:])
+
+x = torch.ones({shape}, dtype=torch.bfloat16, requires_grad={gradient})
+result = stgp.norm_pool(x.detach(), kernel_size=1)
+print(advised())
+del result
+if {gradient}:
+    stgp.norm_pool(x, kernel_size=1).backward(torch.ones_like(x))
+    print(advised())
+    x.grad = None
+print(advised())
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("shape", "expected"), [((1, 64, 64, 4096), 1), ((1, 64, 64, 2048), 0)])
+def test_large_fresh_results_are_advised_to_be_in_huge_pages(shape: Any, expected: int, gradient: bool) -> None:
+    """Results of 32 MiB are, those of 16 MiB are not, and no advice stays with memory that others use later."""
+    code = FRESH.format(shape=shape, gradient=gradient)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [*[str(expected)] * (2 if gradient else 1), "0"]
+
+
 def test_scratch_is_not_seen() -> None:
     """Memory of the call before is used again as it is: small after large, other ops and dtypes in between."""
     x, y = tokens(24, 9, 7, 100, dtype=torch.bfloat16), torch.full((32, 13, 12, 300), math.nan)

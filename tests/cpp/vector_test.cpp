@@ -1,4 +1,5 @@
-// Conversions between float and the 16-bit types of tokens (csrc/cpu/vector.h), against the definition of the formats.
+// csrc/cpu/vector.h: conversions between float and the 16-bit types of tokens, against the definition of the formats, sums
+// of lanes, and exponentials.
 // The vectors are those of the portable kernels: the instructions that every CPU of the architecture has.
 //
 // Exit code: 0 if all is well, 1 if not; the first differences are on stderr.
@@ -127,7 +128,11 @@ std::vector<float> floats_to_round() {
   uint64_t state = 1;
   for (int i = 0; i < 1 << 20; ++i) {
     state = state * 6364136223846793005u + 1442695040888963407u;
-    floats.push_back(std::bit_cast<float>(static_cast<uint32_t>(state >> 32)));
+    const uint32_t bits = static_cast<uint32_t>(state >> 32);
+    const float v = std::bit_cast<float>(bits);
+    // NaN of tokens of bfloat16, and of arithmetic with them, is quiet and has a lower half of 0.
+    const bool is_lower_half_free = Format<T>::FRACTION > 7 || !std::isnan(v);
+    floats.push_back(is_lower_half_free ? v : std::bit_cast<float>((bits | 0x00400000u) & 0xffff0000u));
   }
   floats.resize((floats.size() + BLOCK - 1) / BLOCK * BLOCK);
   return floats;
@@ -154,9 +159,48 @@ void test_stores_round_to_nearest_even() {
   }
 }
 
+// ---- sums and exponentials ----
+
+void test_sums_of_lanes() {
+  Floats vectors[LANES], before[LANES];
+  for (int i = 0; i < LANES; ++i) {
+    for (int lane = 0; lane < LANES; ++lane) vectors[i][lane] = std::sqrt(static_cast<float>(3 + i * LANES + lane));
+    before[i] = vectors[i];
+  }
+  const Floats sums = sums_of_lanes(vectors);
+  for (int i = 0; i < LANES; ++i) {
+    const uint32_t found = std::bit_cast<uint32_t>(sums[i]), expected = std::bit_cast<uint32_t>(sum_lanes(before[i]));
+    if (found != expected) fail("float", "the sum of the lanes", i, found, expected);
+  }
+}
+
+// Every float from -110 to 0, in steps of 1009 of them, and what is below.
+void test_exponentials() {
+  std::vector<float> exponents = {-0.0f,     -110, -149, -151, -1e9f, -1e38f, -std::numeric_limits<float>::max(),
+                                  -HUGE_VALF};
+  for (uint32_t bits = 0; bits < std::bit_cast<uint32_t>(110.0f); bits += 1009) {
+    exponents.push_back(-std::bit_cast<float>(bits));
+  }
+  for (const float v : exponents) {
+    const float found = exponential(splat(v))[LANES - 1];
+    const double exact = std::exp(double{v});
+    // An ulp of a subnormal number is 2^-149.
+    const double ulp = std::ldexp(1.0, std::max(exact > 0 ? std::ilogb(exact) : -200, -126) - 23);
+    if (!(std::abs(found - exact) <= ulp)) {
+      fail("float", "the exponential", std::bit_cast<uint32_t>(v), std::bit_cast<uint32_t>(found),
+           std::bit_cast<uint32_t>(static_cast<float>(exact)));
+    }
+  }
+  if (exponential(splat(0))[0] != 1) fail("float", "the exponential", 0, 0, 1);
+  if (exponential(splat(-HUGE_VALF))[0] != 0) fail("float", "the exponential", 0xff800000u, 1, 0);
+  if (!std::isnan(exponential(splat(NAN))[0])) fail("float", "the exponential", 0x7fc00000u, 0, 0x7fc00000u);
+}
+
 }  // namespace
 
 int main() {
+  test_sums_of_lanes();
+  test_exponentials();
   test_loads_of_every_number<Float16>();
   test_loads_of_every_number<BFloat16>();
   test_stores_round_to_nearest_even<Float16>();
