@@ -280,7 +280,7 @@ def _plan_call(name: str, x: Tensor, a: Arguments, requested: str, backward: boo
         backend = choose_backend(x, plan, norm_type)
     function, arguments = (_BACKWARD if backward else _FORWARD)[name](backend), tuple(_backend_arguments(x, plan, a))
     if backend.bind is not None and not backward and 0 not in shape:
-        function, arguments = backend.bind(function, arguments)
+        function, arguments = backend.bind(function, x, arguments)
     return PlannedCall(shape, dtype, function, arguments)
 
 

@@ -133,9 +133,9 @@ struct FusedEntry {
   const Workspace& workspace;
   Image<T> image;
   int64_t H, W, w;  // rows and columns of the node, columns of the thumbnail
-  int64_t target;
-  T* thumbnail;
-  Block* carried;  // nullptr if cells have two columns
+  T* pooled;        // the frame of out that the node is pooled into, or nullptr
+  T* thumbnail;     // nullptr if no thumbnail is stored
+  Block* carried;   // nullptr if cells have two columns
   bool stream;
 
   FusedEntry(const Piece& piece, const int32_t* entry)
@@ -145,17 +145,22 @@ struct FusedEntry {
         H(piece.tables[H_HEIGHT]),
         W(piece.tables[H_WIDTH]),
         w((W + 1) / 2),
-        target(entry[E_TARGET]),
+        pooled(pools(piece, entry) ? frame_of_out<T>(call, entry[E_TARGET]) : nullptr),
         thumbnail(thumbnail_at<T>(piece.tables, call, entry[E_SLOT])),
         carried(W % 2 == 1 ? static_cast<Block*>(workspace.carried) : nullptr),
         stream(piece.stream) {}
 
+  // Gradients need the thumbnails alone.
+  static bool pools(const Piece& piece, const int32_t* entry) {
+    return entry[E_TARGET] >= 0 && piece.call.grad == nullptr;
+  }
+
   bool has_row_above(int64_t i) const { return H % 2 == 1 && i > 0; }
   bool has_column_left(int64_t j) const { return carried != nullptr && j > 0; }
 
-  // A token around a window. The places before are those of the tokens of two windows.
-  const T* token(int64_t r, int64_t c, int64_t place) const {
-    return gather(image.at(r, c), image.channel, call.C, workspace, FIRST_TAP + 8 + place);
+  // The token at an address beside a window, gathered if need be. The places before are those of two windows.
+  const T* beside(const T* token, int64_t place) const {
+    return gather(token, image.channel, call.C, workspace, FIRST_TAP + 8 + place);
   }
 
   T* cell(int64_t i, int64_t j) const { return thumbnail + (i * w + j) * call.C; }
@@ -172,8 +177,9 @@ struct FusedEntry {
 template <typename T>
 struct Group {
   int64_t i = 0, j = 0, n = 0;
-  int64_t live = 0, pooled = 0;  // number of windows, from the first, that are shrunk, and that are pooled
-  int64_t place = 0;             // of gathered tokens
+  int64_t live = 0, pooled = 0;    // number of windows, from the first, that are shrunk, and that are pooled
+  int64_t place = 0;               // of gathered tokens
+  typename Image<T>::Row above{};  // the row of tokens above the windows, of which cells may have a part
   const T* taps[4 * MOST_WINDOWS] = {};
   float weights[4 * MOST_WINDOWS] = {};
 };
@@ -199,6 +205,7 @@ struct Walk {
     }
     const auto within = [&](int64_t count) { return count < j ? 0 : count - j < most ? count - j : most; };
     group.i = i, group.j = j, group.n = within(windows), group.live = within(shrunk), group.pooled = within(pooled);
+    group.above = e.image.at_row(i > 0 ? 2 * i - 1 : 0);
     for (int64_t r = 0; r < 2; ++r) {
       const typename Image<T>::Row row = e.image.at_row(2 * i + r < e.H ? 2 * i + r : e.H - 1);
       for (int64_t k = 2 * r; k < 4 * group.n; k += 4) {
@@ -237,7 +244,7 @@ void whole_window(const FusedEntry<T>& e, const Group<T>& group, int64_t g, cons
   Window<T> window;
   window.taps = group.taps + 4 * g, window.weights = group.weights + 4 * g;
   window.next = g < next.n ? next.taps + 4 * g : window.taps;
-  const OutToken<T> out(e.call, pool ? e.target : 0, pool ? i : 0, pool ? j : 0, e.workspace);
+  const OutToken<T> out(e.call, e.pooled, i, j, e.workspace);
   window.pooled = out.buffer;
   window.stream = e.stream;
   if (!shrink) {
@@ -245,7 +252,7 @@ void whole_window(const FusedEntry<T>& e, const Group<T>& group, int64_t g, cons
     return out.finish(C);
   }
   window.inv_count = 1.0f / static_cast<float>((2 + above) * (2 + e.has_column_left(j)));
-  for (int k = 0; k < 2; ++k) window.above[k] = above ? e.token(2 * i - 1, 2 * j + k, k) : nullptr;
+  for (int k = 0; k < 2; ++k) window.above[k] = above ? e.beside(group.above.at(2 * j + k), k) : nullptr;
   window.carried = e.carried;
   window.cell = e.cell(i, j);
   pool ? take_window<true, true>(window, C) : take_window<false, true>(window, C);
@@ -266,7 +273,7 @@ void cut_window(const FusedEntry<T>& e, const Group<T>& group, int64_t g) {
     taps[n] = group.taps[4 * g + k], weights[n++] = group.weights[4 * g + k];
   }
   if (g < group.pooled) {
-    const OutToken<T> out(e.call, e.target, i, j, e.workspace);
+    const OutToken<T> out(e.call, e.pooled, i, j, e.workspace);
     weighted_sum(taps, weights, n, 1.0f, C, out.buffer, e.stream);
     out.finish(C);
   }
@@ -275,7 +282,7 @@ void cut_window(const FusedEntry<T>& e, const Group<T>& group, int64_t g) {
     const int64_t left = e.has_column_left(j) ? 2 * j - 1 : 2 * j;
     int64_t place = 0;
     for (int64_t r = e.has_row_above(i) ? 2 * i - 1 : 2 * i; r < bottom; ++r) {
-      for (int64_t c = left; c < (r < 2 * i ? right : 2 * j); ++c) taps[n++] = e.token(r, c, place++);
+      for (int64_t c = left; c < (r < 2 * i ? right : 2 * j); ++c) taps[n++] = e.beside(e.image.at(r, c), place++);
     }
     weighted_sum(taps, ONES, n, 1.0f / static_cast<float>(n), C, e.cell(i, j), false);
   }
@@ -287,10 +294,9 @@ void fused_rows(const Piece& piece, const int32_t* entry) {
   const int32_t* tables = piece.tables;
   const int64_t C = piece.call.C;
   const FusedEntry<T> e(piece, entry);
-  const bool pools = e.target >= 0 && piece.call.grad == nullptr;  // gradients need the thumbnails alone
   Walk<T> walk{e,
                e.thumbnail != nullptr ? tables + entry[E_LIVE] : nullptr,
-               pools ? tables[H_OUT_ROWS] : 0,
+               e.pooled != nullptr ? tables[H_OUT_ROWS] : 0,
                tables[H_OUT_COLS],
                piece.last,
                e.windows_of_group(),
@@ -379,6 +385,7 @@ void pooled_rows(const Piece& piece, int64_t frame) {
   const int64_t H = tables[H_HEIGHT], W = tables[H_WIDTH], OH = tables[H_OUT_ROWS], OW = tables[H_OUT_COLS], C = call.C;
   const Runs row_runs(tables, tables[H_WINDOW_ROWS], OH), col_runs(tables, tables[H_WINDOW_COLS], OW);
   const Frame<T> image = frame_of_node<T>(tables, call, tables[tables[H_OUTPUTS] + frame]);
+  T* const out_frame = frame_of_out<T>(call, frame);
   const T** taps = reinterpret_cast<const T**>(workspace.taps);
   const auto norm_at = [&](int64_t r, int64_t c) -> float& { return workspace.norms[r * W + c]; };
   int64_t known = 0;  // norms of rows before this one have been computed, or are negative
@@ -404,7 +411,7 @@ void pooled_rows(const Piece& piece, int64_t frame) {
         for (int64_t c = left; c < right; ++c, ++n) workspace.weights[n] = call.temperature * norm_at(r, c);
       }
       softmax(workspace.weights, n, int64_t{row_runs.count[i]} * col_runs.count[j] - n);
-      const OutToken<T> out(call, frame, i, j, workspace);
+      const OutToken<T> out(call, out_frame, i, j, workspace);
       weighted_sum(taps, workspace.weights, n, 1.0f, C, out.buffer, piece.stream);
       out.finish(C);
     }
@@ -418,11 +425,12 @@ void output_rows(const Piece& piece, int64_t frame) {
   const int32_t* tables = piece.tables;
   const int64_t W = tables[H_WIDTH], C = piece.call.C;
   const Frame<T> image = frame_of_node<T>(tables, piece.call, tables[tables[H_OUTPUTS] + frame]);
+  T* const out_frame = frame_of_out<T>(piece.call, frame);
   constexpr int64_t CHANNELS = STGP_VECTOR_BYTES / sizeof(T);  // channels of a vector
   for (int64_t i = piece.first; i < piece.last; ++i) {
     for (int64_t j = 0; j < W; ++j) {
       const T* token = gather(image.at(i, j), image.channel, C, piece.workspace, FIRST_TAP);
-      const OutToken<T> out(piece.call, frame, i, j, piece.workspace);
+      const OutToken<T> out(piece.call, out_frame, i, j, piece.workspace);
       int64_t c = 0;
       for (; c + CHANNELS <= C; c += CHANNELS) store_bytes(out.buffer + c, load_bytes<Words>(token + c), piece.stream);
       __builtin_memcpy(out.buffer + c, token + c, (C - c) * sizeof(T));

@@ -108,16 +108,23 @@ inline const T* gather(const T* token, int64_t channel_stride, int64_t C, const 
 // The first place of tokens of x. Place 0 is for a token of out, or of the gradient of the result.
 constexpr int64_t FIRST_TAP = 1;
 
-// A token of out. Kernels write its channels to `buffer`, and finish() moves them to the token if they are elsewhere.
+// A frame of out.
+template <typename T>
+T* frame_of_out(const Call& call, int64_t frame) {
+  return static_cast<T*>(call.out) + frame_offset(call, call.out_strides, frame);
+}
+
+// A token of a frame of out. Kernels write its channels to `buffer`, and finish() moves them to the token if they are
+// elsewhere.
 template <typename T>
 struct OutToken {
   T* token;
   T* buffer;
   int64_t channel_stride;
 
-  OutToken(const Call& call, int64_t frame, int64_t row, int64_t col, const Workspace& w) {
+  OutToken(const Call& call, T* frame, int64_t row, int64_t col, const Workspace& w) {
     const Strides& s = call.out_strides;
-    token = static_cast<T*>(call.out) + frame_offset(call, s, frame) + row * s.row + col * s.col;
+    token = frame + row * s.row + col * s.col;
     channel_stride = s.channel;
     buffer = s.channel == 1 ? token : reinterpret_cast<T*>(w.gathered);
   }

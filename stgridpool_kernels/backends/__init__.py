@@ -22,8 +22,8 @@ from .weighting import Weighting
 logger = logging.getLogger("stgridpool_kernels")
 
 
-Bind = Callable[[Callable[..., None], tuple[Any, ...]], tuple[Callable[..., None], tuple[Any, ...]]]
-"""Type of a function that takes a function and arguments, and returns a function and arguments that do the same."""
+Bind = Callable[[Callable[..., None], Tensor, tuple[Any, ...]], tuple[Callable[..., None], tuple[Any, ...]]]
+"""Type of a function that takes a function, x and arguments, and returns a function and arguments that do the same."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Backend:
         that does not overlap x. With a plan without levels, grid_pool is norm_pool.
     grid_pool_backward, temporal_grid_backward, token_norm_backward: write the gradient with respect to x into `grad_x`,
         a contiguous tensor like x, from the gradient `grad` of the result.
-    bind(function, arguments): takes `grid_pool`, `temporal_grid` or `token_norm` and its arguments between x and out;
-        returns what does the same with fewer look-ups while the number of threads is that of now. None if nothing does.
+    bind(function, x, arguments): takes `grid_pool`, `temporal_grid` or `token_norm`, x, and the arguments between x and
+        out; returns what does the same for tokens of the shape and dtype of x with fewer look-ups, while the number of
+        threads is that of now. None if nothing does.
     opt_in_reason(): why `auto` skips the backend even though it can run, or None.
     can_fuse(plan, channels, weighting): whether the fused kernels take tokens of this many channels by a plan that is
         `fusable`.

@@ -100,6 +100,9 @@ LARGE = 1 << 20
 """Size of x, in bytes, above which a call that lacks compiled kernels warns."""
 
 
+STAGE_BYTES, MOST_STAGE_FRAMES = 24 << 20, 64
+"""Maximum size in bytes and number of frames of a stage on the CPU, where these are more than two for each thread."""
+
 LARGE_RESULT = 32 << 20
 """Size in bytes from which a fresh result is in huge pages. The C library takes each block of this size from the system
 and gives it back whole, so that the advice does not stay with memory of others."""
@@ -108,7 +111,7 @@ and gives it back whole, so that the advice does not stay with memory of others.
 def take_huge_pages(out: Tensor) -> None:
     """Have a large, fresh result on the CPU backed by huge pages, since the system clears these in a third of the time.
 
-    out: memory that nothing has been written to, of any shape and dtype. Where there are no huge pages, it does nothing.
+    out: memory that nothing has been written to, of any shape and dtype. Without huge pages this does nothing.
     """
     if out.nbytes >= LARGE_RESULT and out.device.type == "cpu" and LIBRARY is not None:
         LIBRARY.take_huge_pages(out.data_ptr(), out.nbytes)
@@ -197,18 +200,20 @@ def _run(
     """Call op(*tensors, tables, device_tables, *rest) with the tables of a plan, for a forward or for a gradient."""
     device = tensors[0].device
     is_cuda = device.type == "cuda"
-    frames_per_stage = None if is_cuda or gradient else _frames_per_stage()
+    frames_per_stage = None if is_cuda or gradient else _frames_per_stage(tensors[0])
     with torch.cuda.device(device) if is_cuda else nullcontext():
         tables = tables_of(plan, device, frames_per_stage=frames_per_stage, gradient=gradient)
         op(*tensors, *_checked(tables), *rest)
 
 
-def _frames_per_stage() -> int:
-    """Return the number of frames of a stage on the CPU.
+def _frames_per_stage(x: Tensor) -> int:
+    """Return the number of frames of a stage for tokens x on the CPU: two for each thread, or more if they are small.
 
-    Small stages keep thumbnails in the cache, but must have enough frames for all threads.
+    Thumbnails of small stages stay in the cache, but threads wait for each other between stages.
     """
-    return 2 * torch.get_num_threads()
+    fitting = STAGE_BYTES // (math.prod(x.shape[-3:]) * x.element_size())
+    power_of_two = (1 << min(fitting, MOST_STAGE_FRAMES).bit_length()) >> 1  # other numbers would make more tables
+    return max(2 * torch.get_num_threads(), power_of_two)
 
 
 def _checked(tables: Tables) -> tuple[Tensor, Tensor | None]:
@@ -253,14 +258,14 @@ def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
 
 
 def bind_on_cpu(
-    function: Callable[..., None], arguments: tuple[Any, ...]
+    function: Callable[..., None], x: Tensor, arguments: tuple[Any, ...]
 ) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """Return the op that `grid_pool` or `temporal_grid` calls on the CPU, and its arguments, with checked tables."""
     ops = {grid_pool: _GRID_POOL, temporal_grid: _TEMPORAL_GRID}
     if function not in ops:
         return function, arguments
     plan, *weighting = arguments
-    tables = _checked(tables_of(plan, torch.device("cpu"), frames_per_stage=_frames_per_stage()))
+    tables = _checked(tables_of(plan, torch.device("cpu"), frames_per_stage=_frames_per_stage(x)))
     return ops[function], (*tables, *chain.from_iterable(weighting))
 
 
