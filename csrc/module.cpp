@@ -43,7 +43,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_scratch", &stgp::release_scratch,
         "Free the memory that is kept from one CPU call for the next, at most 64 MB. Returns its size in bytes.");
 
+  // Clearing pages takes some hundred milliseconds for each gigabyte, in which other Python threads may run.
   m.def("take_huge_pages", &stgp::take_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Have the system back fresh memory, whose contents do not matter yet, by huge pages.");
 
   m.def(
