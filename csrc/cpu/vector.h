@@ -123,7 +123,8 @@ inline Floats exponential(Floats v) {
   const Floats low = v < -150.0f ? splat(-150.0f) : v;  // both round to 0
   const Floats rounded = low * 1.44269504f + ROUNDER, n = rounded - ROUNDER;
   const Floats rest = (low - n * 0x1.63p-1f) + n * 0x1.bd0106p-13f;  // log(2) is the difference of the constants
-  constexpr float SERIES[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2};
+  // The coefficient after 1 / 5040 is 1 / 720 and a little more, which stands for the terms that are left out.
+  constexpr float SERIES[] = {0.0013916f, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2};
   Floats sum = splat(1.0f / 5040);
   for (const float coefficient : SERIES) sum = sum * rest + coefficient;
   sum = (sum * rest * rest + rest) + 1;  // 1 comes last, since each sum before it is small

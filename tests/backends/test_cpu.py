@@ -91,6 +91,14 @@ def test_overflowing_norms(norm_type: float, dtype: torch.dtype, capability: str
         test_backends.test_overflowing_norms(dtype, whole_window, temperature, norm_type, "cpu", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("temperature", [1e38, -1e38])
+def test_overflowing_logits_of_cut_windows(temperature: float, capability: str) -> None:
+    """The largest of infinite logits is infinite, also where the frame ends within a window."""
+    x = torch.full((1, 5, 7, 11), 10.0)
+    assert run("norm_pool", x, ceil_mode=True, temperature=temperature).isnan().all()
+    assert stgp.norm_pool(x, ceil_mode=True, temperature=temperature, backend="reference").isnan().all()
+
+
 def test_unknown_instructions_are_refused() -> None:
     before = compiled.LIBRARY.cpu_capability()
     for name in ("", "AVX2", "neon"):
