@@ -117,7 +117,7 @@ WorkspaceSizes workspace_sizes(Op op, const int32_t* t, const Call& call) {
   if (op == Op::token_norm) {
     tokens = MOST_LANES;
   } else if (is_fused(op, t)) {
-    tokens = 13;  // those of two windows, and five around a cell
+    tokens = 12;  // those of two windows, and four around one of them
     if (t[H_SLOTS] > 0 && t[H_WIDTH] % 2 == 1) sizes.carried = product({sum({call.C, WIDEST_BLOCK}), sizeof(float)});
   } else {
     for (int l = 0; l < t[H_NUM_LEVELS]; ++l) {

