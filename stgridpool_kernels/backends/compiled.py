@@ -104,8 +104,11 @@ STAGE_BYTES, MOST_STAGE_FRAMES = 24 << 20, 64
 """Maximum size in bytes and number of frames of a stage on the CPU, where these are more than two for each thread."""
 
 LARGE_RESULT = 32 << 20
-"""Size in bytes from which a fresh result is in huge pages. glibc takes each block of this size from the system and gives
-it back whole, so that the advice does not stay with memory of others."""
+"""Size in bytes from which a fresh result is in huge pages.
+
+glibc takes each block of this size from the system and gives it back whole, so the advice does not stay with memory of
+others.
+"""
 
 
 def take_huge_pages(out: Tensor) -> None:
