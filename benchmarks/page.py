@@ -121,10 +121,10 @@ def page(files: Sequence[Path]) -> str:
     The newest CPU and the newest GPU have all tables; older results of other machines follow with the first one only.
     """
     machines = last_states(files, T64)
-    latest = [next((m for m in machines if m.run.device["type"] == kind), None) for kind in ("cpu", "cuda")]
+    latest = newest(machines)
     parts = ["# Performance\n", *sentences(files, machines)]
     for results in latest:
-        parts += section(results, files) if results else []
+        parts += section(results, files)
     for results in machines:
         parts += earlier(results) if results not in latest else []
     for kind, text in KINDS.items():
@@ -142,6 +142,12 @@ def of_machine(found: Sequence[Results], machine: Results) -> Results | None:
     """Return the results that are of the same machine, None if there are none."""
     same = (each for each in found if file_name(each.run.device) == file_name(machine.run.device))
     return next(same, None)
+
+
+def newest(machines: Sequence[Results]) -> list[Results]:
+    """Return the first result of a CPU and the first of a GPU, if there are any. Only these have pictures."""
+    firsts = (next((m for m in machines if m.run.device["type"] == kind), None) for kind in ("cpu", "cuda"))
+    return [results for results in firsts if results is not None]
 
 
 def sentences(files: Sequence[Path], machines: Sequence[Results]) -> list[str]:
@@ -275,7 +281,8 @@ def texts() -> dict[Path, str]:
 def write() -> list[Path]:
     """Draw the pictures, write the page, its details and the README, and return the files written."""
     machines = last_states(machine_files(), T64)
-    written = [path for each in machines for path in save_plots(each, PICTURES / picture_folder(each), force=True)]
+    shown = newest(machines)
+    written = [path for each in shown for path in save_plots(each, PICTURES / picture_folder(each), force=True)]
     for path, text in texts().items():
         path.write_text(text, encoding="utf-8")
         written.append(path)
