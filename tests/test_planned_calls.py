@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stgridpool_kernels as stgp
 from stgridpool_kernels import ops
-from stgridpool_kernels.backends import BACKENDS, requested_backend
+from stgridpool_kernels.backends import BACKENDS, compiled, requested_backend
 from stgridpool_kernels.plan.plan import cached_plan
 from tests.support.cases import tokens
 
@@ -168,8 +168,9 @@ def test_the_requested_backend_is_told_apart(planned: list[str], monkeypatch: py
 
 
 @pytest.mark.needs("library")
-def test_tables_follow_the_number_of_threads(threads: None) -> None:
+def test_tables_follow_the_number_of_threads(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables for the CPU have a number of frames in a stage that follows the threads of the call, not of the first."""
+    monkeypatch.setattr(compiled, "STAGE_BYTES", 0)
     plan = stgp.grid_plan([16], 6, 7)
     plan.uploads.clear()
     forms = []
@@ -178,6 +179,27 @@ def test_tables_follow_the_number_of_threads(threads: None) -> None:
         stgp.grid_pool(VIDEO, backend="cpu")
         forms.append({frames for _, frames, _ in plan.uploads})
     assert forms == [{2}, {2, 4}, {2, 4}]
+
+
+@pytest.mark.needs("library")
+@pytest.mark.parametrize(
+    ("channels", "dtype", "frames"),
+    [
+        (64, torch.bfloat16, 64),
+        (896, torch.bfloat16, 16),
+        (896, torch.float32, 8),
+        (3584, torch.bfloat16, 4),
+        (40000, torch.bfloat16, 2),
+    ],
+    ids=str,
+)
+def test_tables_follow_the_size_of_frames(channels: int, dtype: torch.dtype, frames: int, threads: None) -> None:
+    """A stage holds as many frames as fit into 24 MB, a power of two, from two for each thread to 64."""
+    torch.set_num_threads(1)
+    plan = stgp.grid_plan([1], 27, 27)
+    plan.uploads.clear()
+    stgp.grid_pool(torch.zeros(1, 27, 27, channels, dtype=dtype), backend="cpu")
+    assert [number for _, number, _ in plan.uploads] == [frames]
 
 
 # ---- what is checked at each call ----
