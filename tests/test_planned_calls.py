@@ -115,7 +115,7 @@ OTHERS: dict[str, Call] = {
 
 
 def test_calls_that_differ_are_planned_each(planned: list[str], threads: None) -> None:
-    """Of two calls in turns, each keeps its own plan and its own result, whichever came first."""
+    """Two different calls that take turns keep their own plans and results, whichever came first."""
     for count in (1, 2):
         torch.set_num_threads(count)
         first = stgp.grid_pool(X)

@@ -158,7 +158,7 @@ struct FusedEntry {
   bool has_row_above(int64_t i) const { return H % 2 == 1 && i > 0; }
   bool has_column_left(int64_t j) const { return carried != nullptr && j > 0; }
 
-  // The token at an address beside a window, gathered if need be. The places before are those of two windows.
+  // Returns the token at an address beside a window, gathered if need be. The places before are those of two windows.
   const T* beside(const T* token, int64_t place) const {
     return gather(token, image.channel, call.C, workspace, FIRST_TAP + 8 + place);
   }
@@ -184,7 +184,7 @@ struct Group {
   float weights[4 * MOST_WINDOWS] = {};
 };
 
-// The windows of some rows of an entry, group by group.
+// Walk goes through the windows of some rows of an entry, group by group.
 template <typename T>
 struct Walk {
   const FusedEntry<T>& e;
@@ -353,7 +353,7 @@ void summary_rows(const Piece& piece, const int32_t* level, int64_t s) {
   }
 }
 
-// Norms that are computed LANES at a time.
+// NewNorms collects tokens and computes their norms LANES at a time.
 template <typename T>
 struct NewNorms {
   const Call& call;

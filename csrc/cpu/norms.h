@@ -55,7 +55,8 @@ struct Square {
   Floats operator()(Floats v) const { return v * v; }
 };
 
-// Sums over the first C channels of f(|t_c|) of n tokens, a multiple of four, in parts. The tokens have `stored` channels.
+// Sets sums[k] to the sum over the first C channels of f(|t_c|) of each of n tokens, a multiple of four, in parts: one in
+// each lane. The tokens have `stored` channels.
 template <typename T, typename F>
 inline void sum_channels(const T* const* tokens, int64_t n, int64_t C, int64_t stored, Floats* sums, F f) {
   for (int64_t k = 0; k < n; k += 4) {
@@ -86,7 +87,7 @@ inline float largest_magnitude(const T* token, int64_t C, int64_t stored) {
 // The number of channels that the norm runs over.
 inline int64_t channels_of_norm(const Call& call) { return call.norm_channels > 0 ? call.norm_channels : call.C; }
 
-// `count`, rounded up to whole vectors of floats.
+// Returns `count`, rounded up to whole vectors of floats.
 constexpr int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // Sets sums[k] for n tokens, a multiple of four, to the sum over the channels of the norm of |t_c|^p, in parts: one in
@@ -131,7 +132,7 @@ __attribute__((noinline)) void norms_of_sums(Floats* sums, int64_t n, const Call
   }
 }
 
-// The norms of up to LANES tokens. Both arrays have room for LANES of them.
+// Computes the norms of n tokens, at most LANES. Both arrays have room for LANES of them.
 template <typename T>
 void token_norms(const T** tokens, int64_t n, const Call& call, float* norms) {
   Floats sums[LANES];
@@ -141,8 +142,8 @@ void token_norms(const T** tokens, int64_t n, const Call& call, float* norms) {
   norms_of_sums(sums, n, call, norms);
 }
 
-// Replaces the logits of windows, four for each of n windows, by their softmax. `logits` has room for whole vectors. Not
-// inlined: if the product that a logit is were fused with the subtraction, the largest logit minus itself could differ
+// Replaces the logits of windows, four for each of n windows, by their softmax. `logits` has room for whole vectors. The
+// function is not inlined: if the product that a logit is were fused with the subtraction, the largest logit minus itself could differ
 // from 0.
 __attribute__((noinline)) void softmax_of_fours(float* logits, int64_t n) {
   for (int64_t k = 0; k < 4 * n; k += LANES) {

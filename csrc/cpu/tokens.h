@@ -108,7 +108,7 @@ inline const T* gather(const T* token, int64_t channel_stride, int64_t C, const 
 // The first place of tokens of x. Place 0 is for a token of out, or of the gradient of the result.
 constexpr int64_t FIRST_TAP = 1;
 
-// A frame of out.
+// Returns the first token of a frame of out.
 template <typename T>
 T* frame_of_out(const Call& call, int64_t frame) {
   return static_cast<T*>(call.out) + frame_offset(call, call.out_strides, frame);

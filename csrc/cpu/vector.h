@@ -1,6 +1,6 @@
 // Vectors of floats, STGP_VECTOR_BYTES wide, and conversions between them and tokens. The arithmetic is that of the
 // compiler's vector types, which exist on every architecture. Intrinsics are used for operations that these types lack:
-// conversions of float16, and stores past the cache.
+// conversions of float16, roundings to bfloat16 by masks of AVX-512, and stores past the cache.
 //
 // kernels.cpp is compiled once for each set of vector instructions. All functions in it and in its headers are in an
 // unnamed namespace, and they use no header of the C++ library: if two of the objects had a function of one name, the
@@ -83,7 +83,7 @@ struct Counted<0, LANE...> {
 
 using AllLanes = Counted<LANES>::Type;  // Lanes<0, 1, ..., LANES - 1>
 
-// The lanes SOURCE of a and b, whose lanes count from LANES on.
+// Returns the lanes SOURCE of a and b. Those of b are numbered from LANES on.
 template <int... SOURCE>
 inline Floats shuffle(Floats a, Floats b) {
 #if defined(__clang__)
@@ -93,7 +93,7 @@ inline Floats shuffle(Floats a, Floats b) {
 #endif
 }
 
-// v with lane i and lane i ^ BIT exchanged.
+// Returns v with lane i and lane i ^ BIT exchanged.
 template <int BIT, int... LANE>
 inline Floats exchanged(Floats v, Lanes<LANE...>) {
   return shuffle<(LANE ^ BIT)...>(v, v);

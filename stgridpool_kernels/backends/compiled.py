@@ -106,13 +106,13 @@ STAGE_BYTES, MOST_STAGE_FRAMES = 24 << 20, 64
 LARGE_RESULT = 32 << 20
 """Size in bytes from which a fresh result is in huge pages.
 
-glibc takes each block of this size from the system and gives it back whole, so the advice does not stay with memory of
-others.
+glibc takes a block of this size from the system and gives it back whole, so that the advice stays with no other memory,
+unless its heap has a free block that is large enough.
 """
 
 
 def take_huge_pages(out: Tensor) -> None:
-    """Have a large, fresh result on the CPU backed by huge pages, since the system clears these in a third of the time.
+    """Have a large, fresh result on the CPU backed by huge pages, which the system clears in less time than small ones.
 
     out: memory that nothing has been written to, of any shape and dtype. Without huge pages this does nothing.
     """

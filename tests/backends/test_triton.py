@@ -513,7 +513,7 @@ def test_norm_pool_reads_every_token_once() -> None:
 
 @pytest.mark.parametrize("op", ["grid_pool", "norm_pool"])
 def test_tokens_of_several_blocks_ask_for_the_same_bytes(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is carried, every channel is loaded and stored as often as by a block that holds all of them."""
+    """Kernels that carry no column load and store every channel as often as a block that holds all channels does."""
     x = tokens(32, 4, 6, 100, dtype=torch.bfloat16)
     with counted_traffic() as in_a_block:
         run(op, x, norm_channels=10)

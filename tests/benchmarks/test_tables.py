@@ -59,7 +59,7 @@ def test_a_gpu_has_a_column_for_every_backend() -> None:
 
 
 def test_ratios_next_to_a_plain_average() -> None:
-    """What is slower than avg_pool2d is bold, and what was not measured is a dash."""
+    """Ratios are bold where avg_pool2d is faster, and a ratio that was not measured is a dash."""
     given, fresh = plain_tables(Results(RUN, SWEEP))
     head = "| channels | 1 frame | 8 frames |\n| --- | ---: | ---: |\n"
     assert given == f"bfloat16, given memory:\n\n{head}| 64 | **0.50** / - | - / **0.99** |\n| 896 | - / - | - / - |"

@@ -1,6 +1,6 @@
 // csrc/cpu/vector.h: conversions between float and the 16-bit types of tokens, against the definition of the formats, sums
 // of lanes, and exponentials.
-// The vectors are those of the portable kernels: the instructions that every CPU of the architecture has.
+// It is built once for each set of vector instructions, as the kernels are.
 //
 // Exit code: 0 if all is well, 1 if not; the first differences are on stderr.
 
@@ -70,7 +70,7 @@ void fail(const char* format, const char* what, uint32_t from, uint32_t found, u
   if (++failures <= 20) std::fprintf(stderr, "%s: %s of %x is %x, not %x\n", format, what, from, found, expected);
 }
 
-// Where load puts the channels of a block among its lanes, a before b.
+// Returns the lane of a block, those of a before those of b, into which load puts each channel.
 template <typename T>
 std::vector<int> lanes_of_channels() {
   std::vector<int> lanes;
@@ -174,7 +174,7 @@ void test_sums_of_lanes() {
   }
 }
 
-// Every float from -110 to 0, in steps of 1009 of them, and what is below.
+// The exponents are every 1009th float from -110 to 0, and some below.
 void test_exponentials() {
   std::vector<float> exponents = {-0.0f,     -110, -149, -151, -1e9f, -1e38f, -std::numeric_limits<float>::max(),
                                   -HUGE_VALF};
