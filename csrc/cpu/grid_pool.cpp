@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <thread>
+#include <vector>
 
 #include "../sizes.h"
 #include "../tables.h"
@@ -187,9 +188,11 @@ struct Phase {
 
 using Phases = std::deque<Phase>;  // not a vector, because a Phase cannot be moved
 
-// Runs work(phase, n, first, last, workspace) for rows [first, last) of each n in [0, count) of each phase. Pieces
-// start in order, each on the next free thread, because both pieces and threads differ in speed. Deadlock-free: a
-// thread only waits for pieces that another thread has already started.
+// Runs work(phase, n, first, last, workspace) for rows [first, last) of each n in [0, count) of each phase. Every thread
+// starts with a part of its own: neighbouring pieces, whose tokens are in its cache if it had them in the call before. A
+// thread that has no pieces left takes those of others, because both pieces and threads differ in speed. Deadlock-free:
+// a thread comes to a phase after all pieces of those before it have been taken, so it waits only for other threads that
+// work, or that wait for earlier phases.
 template <typename F>
 class Runner {
  public:
@@ -203,17 +206,18 @@ class Runner {
       most = std::max(most, phase.count * phase.height);
     }
     const int64_t useful = sum({bytes, BYTES_PER_THREAD - 1}) / BYTES_PER_THREAD;
-    const int64_t workers = std::min<int64_t>({threads.run == nullptr ? 1 : threads.count, useful, most});
+    parts = std::max<int64_t>(std::min<int64_t>({threads.run == nullptr ? 1 : threads.count, useful, most}), 1);
     for (Phase& phase : phases) {
       // Four pieces a thread balance the load. Smaller pieces would read more rows twice, where their cells overlap.
-      phase.band = workers <= 1 ? phase.height
-                                : std::clamp<int64_t>(phase.count * phase.height / (4 * workers), 1, phase.height);
+      phase.band =
+          parts == 1 ? phase.height : std::clamp<int64_t>(phase.count * phase.height / (4 * parts), 1, phase.height);
       phase.pieces = phase.unfinished = phase.count * phase.bands();
     }
-    if (workers <= 1) {
+    taken = std::vector<std::atomic<int64_t>>(phases.size() * parts);
+    if (parts == 1) {
       task(0, this);
     } else {
-      threads.run(static_cast<int>(workers), task, this, threads.pool);
+      threads.run(static_cast<int>(parts), task, this, threads.pool);
     }
   }
 
@@ -222,18 +226,21 @@ class Runner {
 
   void take_pieces(int thread) {
     const Workspace workspace = sizes.at(memory + thread * sizes.bytes());
-    int64_t first_piece = 0, s = 0;
+    for (int64_t s = 0; s < static_cast<int64_t>(phases.size()); ++s) {
+      for (int64_t k = 0; k < parts; ++k) take_part(s, (thread + k) % parts, workspace);
+    }
+  }
+
+  // Takes what is left of a part of phase s.
+  void take_part(int64_t s, int64_t part, const Workspace& workspace) {
+    Phase& phase = phases[s];
+    const int64_t begin = phase.pieces * part / parts, end = phase.pieces * (part + 1) / parts, bands = phase.bands();
     for (;;) {
-      const int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
-      while (s < static_cast<int64_t>(phases.size()) && piece >= first_piece + phases[s].pieces) {
-        first_piece += phases[s++].pieces;
-      }
-      if (s == static_cast<int64_t>(phases.size())) return;
-      Phase& phase = phases[s];
+      const int64_t piece = begin + taken[s * parts + part].fetch_add(1, std::memory_order_relaxed);
+      if (piece >= end) return;
       wait_for(phase.after);
-      const int64_t bands = phase.bands(), n = (piece - first_piece) / bands;
-      const int64_t first = (piece - first_piece) % bands * phase.band;
-      work(s, n, first, std::min(first + phase.band, phase.height), workspace);
+      const int64_t first = piece % bands * phase.band;
+      work(s, piece / bands, first, std::min(first + phase.band, phase.height), workspace);
       phase.unfinished.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -254,7 +261,9 @@ class Runner {
   const WorkspaceSizes sizes;
   char* const memory;
   const F& work;
-  std::atomic<int64_t> next = 0, finished = 0;
+  int64_t parts = 1;                        // of each phase, one for each thread
+  std::vector<std::atomic<int64_t>> taken;  // number of pieces that were taken of each part, phase after phase
+  std::atomic<int64_t> finished = 0;        // number of phases, from the first, that are complete
 };
 
 // Runs work(phase, n, piece) for all pieces of all phases. The workspaces of the threads follow what the call stores.

@@ -81,6 +81,14 @@ stgp::cpu::Threads threads_of(int count) {
   return {count, run, nullptr};
 }
 
+// Tasks that run one after another on the calling thread, the last one first.
+stgp::cpu::Threads in_turn(int count) {
+  const auto run = [](int count, void (*task)(int, void*), void* work, void*) {
+    for (int i = count - 1; i >= 0; --i) task(i, work);
+  };
+  return {count, run, nullptr};
+}
+
 std::vector<char> read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) give_up("cannot read " + path);
@@ -260,6 +268,7 @@ int run_file(char** arguments) {
       const std::vector<char>& of_result = op == Op::temporal_grid_backward ? x : grad;
       const std::vector<char> alone = run(p, x, op, {}, of_result);
       CHECK(alone == run(p, x, op, threads_of(count), of_result));
+      CHECK(alone == run(p, x, op, in_turn(count), of_result));
       CHECK(alone == run(p, x, op, {count, nullptr, nullptr}, of_result));  // no threads in spite of the count
       write_file(out_path + "." + name + "." + capability, alone);
     }
