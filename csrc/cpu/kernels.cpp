@@ -1,6 +1,5 @@
-// The arithmetic of the CPU kernels, compiled once for each set of vector instructions (see vector.h). The loops over
-// channels come first: a weighted sum of tokens, and both results of a window at once. The functions below them choose
-// the tokens.
+// The arithmetic of the CPU kernels, compiled once for each set of vector instructions (see vector.h): a weighted sum of
+// tokens, then the fused form, the general form and the norms.
 
 #include "kernels.h"
 
@@ -60,70 +59,6 @@ void weighted_sum(const T* const* taps, const float* weights, int64_t n, float s
   }
 }
 
-// A window of four tokens, which is also a cell of a thumbnail: upper left, upper right, lower left, lower right.
-template <typename T>
-struct Window {
-  const T* const* taps;
-
-  // pooled = sum_k weights[k] * taps[k]
-  const float* weights;
-  T* pooled = nullptr;
-  bool stream = false;  // whether `pooled` is stored past the cache
-
-  // cell = inv_count * (sum of the taps + the two tokens above them + the column to the left of all these)
-  T* cell = nullptr;
-  float inv_count = 0;
-  const T* above[2] = {};    // nullptr if the cell has two rows
-  Block* carried = nullptr;  // in: the sum of the column to the left; out: that of the right one. nullptr if W is even
-
-  const T* const* next;  // taps of a window that is read later, to prefetch
-};
-
-// POOL computes `pooled`, SHRINK computes `cell`. Both read each token once.
-template <bool POOL, bool SHRINK, typename T>
-void take_window(const Window<T>& window, int64_t C) {
-  const Window<T> s = window;  // a copy: the compiler cannot know that stores leave `window` as it is
-  const T* const taps[4] = {s.taps[0], s.taps[1], s.taps[2], s.taps[3]};
-  const T* const next[4] = {s.next[0], s.next[1], s.next[2], s.next[3]};
-  Floats weights[4] = {};
-  for (int k = 0; POOL && k < 4; ++k) weights[k] = splat(s.weights[k]);
-  const auto blocks = [&](int64_t c, const auto& load_at, const auto& store_at) {
-    Block v[4];
-    for (int k = 0; k < 4; ++k) v[k] = load_at(taps[k] + c);
-    if (POOL) {
-      Block sum = {weights[0] * v[0].a, weights[0] * v[0].b};
-      for (int k = 1; k < 4; ++k) {
-        sum.a += weights[k] * v[k].a;
-        sum.b += weights[k] * v[k].b;
-      }
-      store_at(s.pooled + c, sum, s.stream);
-    }
-    if (SHRINK) {
-      Block left = {v[0].a + v[2].a, v[0].b + v[2].b}, right = {v[1].a + v[3].a, v[1].b + v[3].b};
-      if (s.above[0] != nullptr) {
-        const Block l = load_at(s.above[0] + c), r = load_at(s.above[1] + c);
-        left.a += l.a, left.b += l.b, right.a += r.a, right.b += r.b;
-      }
-      if (s.carried != nullptr) {
-        Block& column = s.carried[c / BLOCK];
-        left.a += column.a, left.b += column.b;
-        column = right;
-      }
-      store_at(s.cell + c, Block{(left.a + right.a) * s.inv_count, (left.b + right.b) * s.inv_count}, false);
-    }
-  };
-  int64_t c = 0;
-  for (; c + BLOCK <= C; c += BLOCK) {
-    for (int k = 0; k < 4; ++k) prefetch(next[k] + c);
-    blocks(c, [](const T* token) { return load(token); }, [](T* token, Block v, bool past) { store(token, v, past); });
-  }
-  if (c < C) {
-    blocks(
-        c, [=](const T* token) { return load_some(token, C - c); },
-        [=](T* token, Block v, bool) { store_some(token, v, C - c); });
-  }
-}
-
 // ---- fused form ----
 
 // An entry: a node that is pooled into a frame of out and shrunk into a thumbnail.
@@ -168,7 +103,7 @@ struct FusedEntry {
   // The number of windows in a group. There is room to gather the tokens of one window.
   int64_t windows_of_group() const {
     const int64_t fitting = GROUP_BYTES / (4 * call.C * int64_t{sizeof(T)});
-    return image.channel != 1 || fitting < 1 ? 1 : fitting < MOST_WINDOWS ? fitting : MOST_WINDOWS;
+    return image.channel != 1 || fitting < 1 ? 1 : least(fitting, MOST_WINDOWS);
   }
 };
 
@@ -180,8 +115,14 @@ struct Group {
   int64_t live = 0, pooled = 0;    // number of windows, from the first, that are shrunk, and that are pooled
   int64_t place = 0;               // of gathered tokens
   typename Image<T>::Row above{};  // the row of tokens above the windows, of which cells may have a part
-  const T* taps[4 * MOST_WINDOWS] = {};
-  float weights[4 * MOST_WINDOWS] = {};
+  const T* taps[4 * MOST_WINDOWS];
+  float weights[4 * MOST_WINDOWS];
+
+  // The number of windows, from the first, whose four tokens are in the frame.
+  int64_t whole(const FusedEntry<T>& e) const {
+    if (2 * i + 2 > e.H) return 0;
+    return 2 * (j + n) > e.W ? n - 1 : n;
+  }
 };
 
 // Walk goes through the windows of some rows of an entry, group by group.
@@ -203,12 +144,18 @@ struct Walk {
       windows = shrunk > pooled ? shrunk : pooled;
       if (j < windows) break;
     }
-    const auto within = [&](int64_t count) { return count < j ? 0 : count - j < most ? count - j : most; };
+    const auto within = [&](int64_t count) { return count < j ? 0 : least(count - j, most); };
     group.i = i, group.j = j, group.n = within(windows), group.live = within(shrunk), group.pooled = within(pooled);
     group.above = e.image.at_row(i > 0 ? 2 * i - 1 : 0);
     for (int64_t r = 0; r < 2; ++r) {
       const typename Image<T>::Row row = e.image.at_row(2 * i + r < e.H ? 2 * i + r : e.H - 1);
-      for (int64_t k = 2 * r; k < 4 * group.n; k += 4) {
+      // In most windows the tokens are neighbours in memory: both are in one tile, and neither is beyond the edge.
+      const int64_t end = e.image.channel != 1 ? 0 : 2 * j < row.w ? least(row.w, e.W) : e.W;
+      int64_t k = 2 * r;
+      for (const T* token = row.at(2 * j); k < 4 * least(group.n, end / 2 - j); k += 4, token += 2 * row.col) {
+        group.taps[k] = token, group.taps[k + 1] = token + row.col;
+      }
+      for (; k < 4 * group.n; k += 4) {
         const int64_t c = 2 * (j + k / 4), right = c + 1 < e.W ? c + 1 : c;
         group.taps[k] = gather(row.at(c), e.image.channel, e.call.C, e.workspace, group.place + k);
         group.taps[k + 1] = gather(row.at(right), e.image.channel, e.call.C, e.workspace, group.place + k + 1);
@@ -225,7 +172,8 @@ void weigh(const FusedEntry<T>& e, Group<T>& group) {
   Floats sums[4 * MOST_WINDOWS];
   norm_sums(group.taps, n, e.call, sums);
   norms_of_sums(sums, n, e.call, group.weights);
-  for (int64_t k = 0; k < n; ++k) group.weights[k] *= e.call.temperature;
+  const float temperature = e.call.temperature;
+  for (int64_t k = 0; k < whole_vectors(n); ++k) group.weights[k] *= temperature;
   if (2 * group.i + 2 > e.H || 2 * (group.j + group.n) > e.W) {
     for (int64_t k = 0; k < n; ++k) {
       const bool is_there = 2 * group.i + k / 2 % 2 < e.H && 2 * (group.j + k / 4) + k % 2 < e.W;
@@ -235,28 +183,94 @@ void weigh(const FusedEntry<T>& e, Group<T>& group) {
   softmax_of_fours(group.weights, group.pooled);
 }
 
-// Window g of a group, whose four tokens are in the frame: pools it and shrinks it. The tokens of group `next` are
-// prefetched meanwhile.
+// A window whose four tokens are in the frame, which is also a cell of a thumbnail.
 template <typename T>
-void whole_window(const FusedEntry<T>& e, const Group<T>& group, int64_t g, const Group<T>& next) {
-  const int64_t C = e.call.C, i = group.i, j = group.j + g;
-  const bool pool = g < group.pooled, shrink = g < group.live, above = e.has_row_above(i);
-  Window<T> window;
-  window.taps = group.taps + 4 * g, window.weights = group.weights + 4 * g;
-  window.next = g < next.n ? next.taps + 4 * g : window.taps;
-  const OutToken<T> out(e.call, e.pooled, i, j, e.workspace);
-  window.pooled = out.buffer;
-  window.stream = e.stream;
-  if (!shrink) {
-    take_window<true, false>(window, C);
-    return out.finish(C);
+struct Window {
+  const T* taps[4];
+  const T* next[4];  // the taps of a window that is read later, to prefetch
+
+  // pooled = sum_k weights[k] * taps[k]
+  Floats weights[4];
+  T* pooled;
+  bool stream;  // whether `pooled` is stored past the cache
+
+  // cell = inv_count * (sum of the taps + the two tokens above them + the column to the left of all these)
+  T* cell;
+  float inv_count;
+  const T* above[2];  // nullptr if the cell has two rows
+  Block* carried;     // in: the sum of the column to the left; out: that of the right one. nullptr if W is even
+};
+
+// POOL computes `pooled`, SHRINK computes `cell`. Both read each token once.
+template <bool POOL, bool SHRINK, typename T>
+inline void take_window(const Window<T>& w, int64_t C) {
+  const auto blocks = [&](int64_t c, const auto& load_at, const auto& store_at) {
+    Block v[4];
+    for (int k = 0; k < 4; ++k) v[k] = load_at(w.taps[k] + c);
+    if (POOL) {
+      Block sum = {w.weights[0] * v[0].a, w.weights[0] * v[0].b};
+      for (int k = 1; k < 4; ++k) {
+        sum.a += w.weights[k] * v[k].a;
+        sum.b += w.weights[k] * v[k].b;
+      }
+      store_at(w.pooled + c, sum, w.stream);
+    }
+    if (SHRINK) {
+      Block left = {v[0].a + v[2].a, v[0].b + v[2].b}, right = {v[1].a + v[3].a, v[1].b + v[3].b};
+      if (w.above[0] != nullptr) {
+        const Block l = load_at(w.above[0] + c), r = load_at(w.above[1] + c);
+        left.a += l.a, left.b += l.b, right.a += r.a, right.b += r.b;
+      }
+      if (w.carried != nullptr) {
+        Block& column = w.carried[c / BLOCK];
+        left.a += column.a, left.b += column.b;
+        column = right;
+      }
+      store_at(w.cell + c, Block{(left.a + right.a) * w.inv_count, (left.b + right.b) * w.inv_count}, false);
+    }
+  };
+  int64_t c = 0;
+  for (; c + BLOCK <= C; c += BLOCK) {
+    for (int k = 0; k < 4; ++k) prefetch(w.next[k] + c);
+    blocks(c, [](const T* token) { return load(token); }, [](T* token, Block v, bool past) { store(token, v, past); });
   }
-  window.inv_count = 1.0f / static_cast<float>((2 + above) * (2 + e.has_column_left(j)));
-  for (int k = 0; k < 2; ++k) window.above[k] = above ? e.beside(group.above.at(2 * j + k), k) : nullptr;
-  window.carried = e.carried;
-  window.cell = e.cell(i, j);
-  pool ? take_window<true, true>(window, C) : take_window<false, true>(window, C);
-  if (pool) out.finish(C);
+  if (c < C) {
+    blocks(
+        c, [=](const T* token) { return load_some(token, C - c); },
+        [=](T* token, Block v, bool) { store_some(token, v, C - c); });
+  }
+}
+
+// Windows [first, last) of a group, whose four tokens are in the frame. POOL pools them, SHRINK shrinks them. The tokens
+// of group `next` are prefetched meanwhile. The function is not inlined, so that the loop has all registers.
+template <bool POOL, bool SHRINK, typename T>
+__attribute__((noinline)) void take_windows(const FusedEntry<T>& e, const Group<T>& group, int64_t first, int64_t last,
+                                            const Group<T>& next) {
+  const int64_t C = e.call.C, i = group.i;
+  const bool above = e.has_row_above(i);
+  for (int64_t g = first; g < last; ++g) {
+    const int64_t j = group.j + g;
+    Window<T> window;
+    for (int k = 0; k < 4; ++k) window.taps[k] = group.taps[4 * g + k];
+    const T* const* const later = g < next.n ? next.taps + 4 * g : group.taps + 4 * g;
+    for (int k = 0; k < 4; ++k) window.next[k] = later[k];
+    if (SHRINK) {
+      window.inv_count = 1.0f / static_cast<float>((2 + above) * (2 + e.has_column_left(j)));
+      for (int k = 0; k < 2; ++k) window.above[k] = above ? e.beside(group.above.at(2 * j + k), k) : nullptr;
+      window.carried = e.carried;
+      window.cell = e.cell(i, j);
+    }
+    if (!POOL) {
+      take_window<POOL, SHRINK>(window, C);
+      continue;
+    }
+    for (int k = 0; k < 4; ++k) window.weights[k] = splat(group.weights[4 * g + k]);
+    const OutToken<T> out(e.call, e.pooled, i, j, e.workspace);
+    window.pooled = out.buffer;
+    window.stream = e.stream;
+    take_window<POOL, SHRINK>(window, C);
+    out.finish(C);
+  }
 }
 
 // Window g of a group at the edge of the frame, where it has one or two tokens.
@@ -311,13 +325,11 @@ void fused_rows(const Piece& piece, const int32_t* entry) {
     if (group->j == 0 && e.carried != nullptr && group->live > 0) {
       __builtin_memset(e.carried, 0, (C + BLOCK - 1) / BLOCK * sizeof(Block));
     }
-    for (int64_t g = 0; g < group->n; ++g) {
-      if (2 * group->i + 2 <= e.H && 2 * (group->j + g) + 2 <= e.W) {
-        whole_window(e, *group, g, *next);
-      } else {
-        cut_window(e, *group, g);
-      }
-    }
+    const int64_t whole = group->whole(e), pooled = least(whole, group->pooled), live = least(whole, group->live);
+    take_windows<true, true>(e, *group, 0, least(pooled, live), *next);
+    take_windows<true, false>(e, *group, least(pooled, live), pooled, *next);
+    take_windows<false, true>(e, *group, least(pooled, live), live, *next);
+    for (int64_t g = whole; g < group->n; ++g) cut_window(e, *group, g);
     Group<T>* const done = group;
     group = next, next = done;
   }

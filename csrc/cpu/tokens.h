@@ -21,11 +21,13 @@ struct Runs {
   int64_t stop(int64_t i) const { return int64_t{start[i]} + count[i]; }
 };
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // The position from 0 to size that is nearest.
 inline int64_t clamp(int64_t position, int64_t size) { return position < 0 ? 0 : position < size ? position : size; }
 
 // Windows of the fused form are 2 x 2: window i has the rows, or columns, 2 * i, ..., window_end(i, size) - 1.
-inline int64_t window_end(int64_t i, int64_t size) { return 2 * i + 2 < size ? 2 * i + 2 : size; }
+inline int64_t window_end(int64_t i, int64_t size) { return least(2 * i + 2, size); }
 
 // A frame of tokens with any strides, which count elements.
 template <typename T>

@@ -55,7 +55,7 @@ inline V load_bytes(const void* from) {
   return v;
 }
 
-inline Floats splat(float value) { return Floats{} + value; }
+inline Floats splat(float value) { return value - Floats{}; }  // not a sum, which takes an instruction: -0 + 0 is 0
 
 inline Floats absolute(Floats v) { return bit_cast<Floats>(bit_cast<Ints>(v) & 0x7fffffff); }
 
