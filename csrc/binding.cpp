@@ -19,6 +19,7 @@
 #include <optional>
 #include <utility>
 
+#include "binding.h"
 #include "grid_pool.h"
 #include "sizes.h"
 #include "tables.h"
@@ -121,13 +122,11 @@ void set_weighting(Call& call, double temperature, double norm_type, bool normal
   call.norm_channels = norm_channels;
 }
 
-// Raises an error, which names the sizes of x, unless there is memory for `bytes` of scratch.
-void check_scratch(bool is_there, int64_t bytes, const Tensor& x) {
-  const int64_t rank = x.dim();
+// Raises an error, which names the sizes of a frame, unless there is memory for `bytes` of scratch.
+void check_scratch(bool is_there, int64_t bytes, int64_t H, int64_t W, int64_t C) {
   STD_TORCH_CHECK(is_there, "no memory for ", bytes,
-                  bytes == MOST_BYTES ? " bytes of scratch or more" : " bytes of scratch", ", which frames of ",
-                  x.sizes()[rank - 3], " x ", x.sizes()[rank - 2], " tokens of ", x.sizes()[rank - 1],
-                  " channels take");
+                  bytes == MOST_BYTES ? " bytes of scratch or more" : " bytes of scratch", ", which frames of ", H,
+                  " x ", W, " tokens of ", C, " channels take");
 }
 
 // ---- on the CPU ----
@@ -136,7 +135,7 @@ void check_scratch(bool is_there, int64_t bytes, const Tensor& x) {
 // takes longer than the work on it. If two calls run at the same time, the second one allocates its own memory.
 class Scratch {
  public:
-  Scratch(Call& call, int64_t bytes, const Tensor& x) {
+  Scratch(Call& call, int64_t bytes, int64_t H, int64_t W) {
     if (bytes == 0) return;
     {
       const std::lock_guard<std::mutex> guard(mutex);
@@ -145,7 +144,7 @@ class Scratch {
     }
     if (size < bytes) {
       memory.reset(static_cast<char*>(std::aligned_alloc(SCRATCH_ALIGNMENT, aligned(bytes))));
-      check_scratch(memory != nullptr, bytes, x);
+      check_scratch(memory != nullptr, bytes, H, W, call.C);
       size = bytes;
     }
     call.scratch = memory.get();
@@ -195,9 +194,9 @@ cpu::Threads torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()), run, nullptr};
 }
 
-void run_on_cpu(Op op, Call& call, const Tensor& x, const int32_t* t) {
+void run_on_cpu(Op op, Call& call, const int32_t* t) {
   const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(op, t, call, threads), x);
+  const Scratch scratch(call, cpu::scratch_bytes(op, t, call, threads), t[H_HEIGHT], t[H_WIDTH]);
   switch (op) {
     case Op::grid_pool:
       return cpu::grid_pool(t, call, threads);
@@ -239,7 +238,7 @@ void run_on_cuda(Op op, Call& call, const Tensor& x, const Tensor& tables, const
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int32_t *t = words_of(tables), *on_device = checked_device_words(device_tables, tables, x);
   const int64_t bytes = cuda::scratch_bytes(op, t, call);
-  check_scratch(bytes < MOST_BYTES, bytes, x);
+  check_scratch(bytes < MOST_BYTES, bytes, t[H_HEIGHT], t[H_WIDTH], call.C);
   // The tensor may go before the kernels are done: torch's allocator reuses its memory in the order of the stream.
   const Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   call.scratch = scratch.mutable_data_ptr();
@@ -264,12 +263,12 @@ void run_on_cuda(Op op, Call& call, const Tensor& x, const Tensor& tables, const
 // ---- the ops ----
 
 // Runs a checked call on the device of x.
-void run(Op op, Call& call, const Tensor& x, const Tensor& tables,
+void run(Op op, Call& call, [[maybe_unused]] const Tensor& x, const Tensor& tables,
          [[maybe_unused]] const std::optional<Tensor>& device_tables) {
 #ifdef STGP_CUDA
   if (x.is_cuda()) return run_on_cuda(op, call, x, tables, device_tables);
 #endif
-  run_on_cpu(op, call, x, words_of(tables));
+  run_on_cpu(op, call, words_of(tables));
 }
 
 void grid_pool_by_tables(const Tensor& x, const Tensor& tables, const std::optional<Tensor>& device_tables,
@@ -357,7 +356,7 @@ void token_norm_compiled(const Tensor& x, double norm_type, bool normalize_norm,
   }
 #endif
   const cpu::Threads threads = torch_threads();
-  const Scratch scratch(call, cpu::scratch_bytes(Op::token_norm, nullptr, call, threads), x);
+  const Scratch scratch(call, cpu::scratch_bytes(Op::token_norm, nullptr, call, threads), H, W);
   cpu::token_norm(frames_of(x), H, W, call, threads);
 }
 
@@ -373,6 +372,26 @@ void implement_ops(Library& library) {
 }
 
 }  // namespace
+
+DenseCall::DenseCall(Op op, uintptr_t tables, DType dtype, int64_t T, int64_t C, double temperature, double norm_type,
+                     bool normalize_norm, int64_t norm_channels)
+    : op(op), tables(reinterpret_cast<const int32_t*>(tables)) {
+  const int32_t* const t = this->tables;
+  const auto strides = [&](int64_t H, int64_t W) { return Strides{T * H * W * C, H * W * C, W * C, C, 1}; };
+  call.dtype = dtype;
+  call.T = T;
+  call.C = C;
+  call.x_strides = strides(t[H_HEIGHT], t[H_WIDTH]);
+  call.out_strides = op == Op::grid_pool ? strides(t[H_OUT_ROWS], t[H_OUT_COLS]) : call.x_strides;
+  set_weighting(call, temperature, norm_type, normalize_norm, norm_channels);
+}
+
+void DenseCall::run(uintptr_t x, uintptr_t out) const {
+  Call complete = call;
+  complete.x = reinterpret_cast<const void*>(x);
+  complete.out = reinterpret_cast<void*>(out);
+  run_on_cpu(op, complete, tables);
+}
 
 int64_t release_scratch() { return Scratch::release(); }
 

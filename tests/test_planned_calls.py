@@ -282,6 +282,34 @@ def test_tokens_are_read_at_each_call() -> None:
     assert torch.equal(stgp.grid_pool(X.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)), before)
 
 
+def spread(x: Tensor) -> Tensor:
+    """Return tokens that equal x, of which every other one in memory is another token."""
+    room = torch.full((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), math.nan, dtype=x.dtype)
+    return room[..., ::2, :].copy_(x)
+
+
+@pytest.mark.needs("library")
+@pytest.mark.parametrize("name", ["grid_pool", "norm_pool", "temporal_grid"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("videos", [(8,), (2, 8)], ids=["video", "batch"])
+def test_the_layout_is_that_of_each_call(
+    name: str, dtype: torch.dtype, videos: tuple[int, ...], planned: list[str]
+) -> None:
+    """Contiguous tensors skip the private op of the library. One plan serves them and others, with the same bits."""
+    function = getattr(stgp, name)
+    x = tokens(*videos, 4, 10, 6).to(dtype)
+    expected = function(x, backend="cpu")
+    for given in (spread(x), x):
+        for out in (spread(expected), torch.full_like(expected, math.nan)):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                function(given, out=out, backend="cpu")
+            assert torch.equal(out, expected)
+            private = [event.name for event in profile.events() if event.name.endswith("_by_tables")]
+            assert len(private) == (0 if given.is_contiguous() and out.is_contiguous() else 1)
+            out.fill_(math.nan)
+    assert planned == [name]
+
+
 def test_every_call_logs_its_backend(caplog: pytest.LogCaptureFixture) -> None:
     with stgp.use_backend("reference"):
         stgp.grid_pool(X)

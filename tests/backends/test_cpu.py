@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -674,6 +675,15 @@ def test_library_of_other_tables_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(
         ImportError, match=r"of version \S+ and its ops take other arguments\. Build it again .* or remove it: /"
     ):
+        compiled._load()
+
+
+def test_library_from_before_dense_calls_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = SimpleNamespace(TABLES_VERSION=tables.VERSION, build_info=compiled.LIBRARY.build_info)
+    monkeypatch.setattr(compiled.importlib.util, "module_from_spec", lambda spec: older)
+    spec = SimpleNamespace(loader=SimpleNamespace(exec_module=lambda library: None), origin="/_C.so")
+    monkeypatch.setattr(compiled.PathFinder, "find_spec", lambda name, path: spec)
+    with pytest.raises(ImportError, match=r"its ops take other arguments\. Build it again .* or remove it: /_C\.so"):
         compiled._load()
 
 
