@@ -17,6 +17,10 @@ namespace {
 // two groups fit into a first-level cache of 32 KB: those that are read twice, and those that are prefetched meanwhile.
 constexpr int64_t MOST_WINDOWS = 16, GROUP_BYTES = 14 << 10;
 
+// The largest size in bytes of the tokens of a window for which a quarter of the next tokens is prefetched while norms
+// are computed, from tokens in the cache. With larger windows they would displace tokens that are read once more.
+constexpr int64_t EARLY_BYTES = 32 << 10;
+
 // ---- loops over channels ----
 
 // sums = sum_k weights[k] * taps[k] * scale, for BLOCKS blocks from channel c on.
@@ -72,6 +76,7 @@ struct FusedEntry {
   T* thumbnail;     // nullptr if no thumbnail is stored
   Block* carried;   // nullptr if cells have two columns
   bool stream;
+  bool early;  // whether the first token of a pooled window is prefetched while norms are computed
 
   FusedEntry(const Piece& piece, const int32_t* entry)
       : call(piece.call),
@@ -83,7 +88,8 @@ struct FusedEntry {
         pooled(pools(piece, entry) ? frame_of_out<T>(call, entry[E_TARGET]) : nullptr),
         thumbnail(thumbnail_at<T>(piece.tables, call, entry[E_SLOT])),
         carried(W % 2 == 1 ? static_cast<Block*>(workspace.carried) : nullptr),
-        stream(piece.stream) {}
+        stream(piece.stream),
+        early(4 * call.C * int64_t{sizeof(T)} <= EARLY_BYTES) {}
 
   // Gradients need the thumbnails alone.
   static bool pools(const Piece& piece, const int32_t* entry) {
@@ -165,12 +171,12 @@ struct Walk {
   }
 };
 
-// Computes the weights of the pooled windows of a group.
+// Computes the weights of the pooled windows of a group. Tokens of group `next` are prefetched meanwhile.
 template <typename T>
-void weigh(const FusedEntry<T>& e, Group<T>& group) {
+void weigh(const FusedEntry<T>& e, Group<T>& group, const Group<T>& next) {
   const int64_t n = 4 * group.pooled;
   Floats sums[4 * MOST_WINDOWS];
-  norm_sums(group.taps, n, e.call, sums);
+  norm_sums(group.taps, n, e.call, sums, Later<T>{next.taps, e.early ? 4 * next.n : 0});
   norms_of_sums(sums, n, e.call, group.weights);
   const float temperature = e.call.temperature;
   for (int64_t k = 0; k < whole_vectors(n); ++k) group.weights[k] *= temperature;
@@ -188,6 +194,7 @@ template <typename T>
 struct Window {
   const T* taps[4];
   const T* next[4];  // the taps of a window that is read later, to prefetch
+  bool has_first;    // whether the first of these has been prefetched
 
   // pooled = sum_k weights[k] * taps[k]
   Floats weights[4];
@@ -231,7 +238,8 @@ inline void take_window(const Window<T>& w, int64_t C) {
   };
   int64_t c = 0;
   for (; c + BLOCK <= C; c += BLOCK) {
-    for (int k = 0; k < 4; ++k) prefetch(w.next[k] + c);
+    if (!w.has_first) prefetch(w.next[0] + c);
+    for (int k = 1; k < 4; ++k) prefetch(w.next[k] + c);
     blocks(c, [](const T* token) { return load(token); }, [](T* token, Block v, bool past) { store(token, v, past); });
   }
   if (c < C) {
@@ -254,6 +262,7 @@ __attribute__((noinline)) void take_windows(const FusedEntry<T>& e, const Group<
     for (int k = 0; k < 4; ++k) window.taps[k] = group.taps[4 * g + k];
     const T* const* const later = g < next.n ? next.taps + 4 * g : group.taps + 4 * g;
     for (int k = 0; k < 4; ++k) window.next[k] = later[k];
+    window.has_first = POOL && e.early;
     if (SHRINK) {
       window.inv_count = 1.0f / static_cast<float>((2 + above) * (2 + e.has_column_left(j)));
       for (int k = 0; k < 2; ++k) window.above[k] = above ? e.beside(group.above.at(2 * j + k), k) : nullptr;
@@ -321,7 +330,7 @@ void fused_rows(const Piece& piece, const int32_t* entry) {
   walk.next(*group);
   while (group->n > 0) {
     walk.next(*next);
-    if (group->pooled > 0) weigh(e, *group);
+    if (group->pooled > 0) weigh(e, *group, *next);
     if (group->j == 0 && e.carried != nullptr && group->live > 0) {
       __builtin_memset(e.carried, 0, (C + BLOCK - 1) / BLOCK * sizeof(Block));
     }

@@ -55,14 +55,26 @@ struct Square {
   Floats operator()(Floats v) const { return v * v; }
 };
 
+// Tokens that are read after others: every fourth of n is prefetched while those are read.
+template <typename T>
+struct Later {
+  const T* const* tokens = nullptr;
+  int64_t n = 0;
+};
+
 // Sets sums[k] to the sum over the first C channels of f(|t_c|) of each of n tokens, a multiple of four, in parts: one in
 // each lane. The tokens have `stored` channels.
 template <typename T, typename F>
-inline void sum_channels(const T* const* tokens, int64_t n, int64_t C, int64_t stored, Floats* sums, F f) {
+inline void sum_channels(const T* const* tokens, int64_t n, int64_t C, int64_t stored, Floats* sums, Later<T> later,
+                         F f) {
   for (int64_t k = 0; k < n; k += 4) {
+    const bool prefetches = k < later.n;
     Sums4 four;
     int64_t c = 0;
-    for (; c + BLOCK <= C; c += BLOCK) four.add(tokens + k, c, f);
+    for (; c + BLOCK <= C; c += BLOCK) {
+      if (prefetches) prefetch(later.tokens[k] + c);
+      four.add(tokens + k, c, f);
+    }
     four.add_rest(tokens + k, c, C, stored, f);
     four.store(sums + k);
   }
@@ -93,7 +105,7 @@ constexpr int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LA
 // Sets sums[k] for n tokens, a multiple of four, to the sum over the channels of the norm of |t_c|^p, in parts: one in
 // each lane. For p = infinity, the first lane is max_c |t_c| and the others are 0.
 template <typename T>
-void norm_sums(const T* const* tokens, int64_t n, const Call& call, Floats* sums) {
+void norm_sums(const T* const* tokens, int64_t n, const Call& call, Floats* sums, Later<T> later = {}) {
   const int64_t C = channels_of_norm(call);
   const double p = call.norm_type;
   if (p == HUGE_VAL) {
@@ -102,11 +114,11 @@ void norm_sums(const T* const* tokens, int64_t n, const Call& call, Floats* sums
       sums[k][0] = largest_magnitude(tokens[k], C, call.C);
     }
   } else if (p == 2) {
-    sum_channels(tokens, n, C, call.C, sums, Square());
+    sum_channels(tokens, n, C, call.C, sums, later, Square());
   } else if (p == 1) {
-    sum_channels(tokens, n, C, call.C, sums, [](Floats v) { return absolute(v); });
+    sum_channels(tokens, n, C, call.C, sums, later, [](Floats v) { return absolute(v); });
   } else {
-    sum_channels(tokens, n, C, call.C, sums,
+    sum_channels(tokens, n, C, call.C, sums, later,
                  [p](Floats v) __attribute__((always_inline)) { return power(absolute(v), p); });
   }
 }
