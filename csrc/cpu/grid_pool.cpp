@@ -57,7 +57,10 @@ Provider provider() {
 }
 
 // The least number of bytes that a thread reads or writes. Waking a thread for less takes longer than the work.
-constexpr int64_t BYTES_PER_THREAD = 512 << 10;
+constexpr int64_t BYTES_PER_THREAD = 256 << 10;
+
+// The least number of bytes of a piece of work, since its first tokens are not prefetched.
+constexpr int64_t BYTES_PER_PIECE = 128 << 10;
 
 // The least size, in bytes, of a result that is stored past the cache. In the cache, a large result would displace data
 // that is read again, and each cache line of it would be read before it is written.
@@ -183,6 +186,7 @@ struct Phase {
   Phase(int64_t count, int64_t height, int64_t row_bytes, int64_t after)
       : count(count), height(height), row_bytes(row_bytes), after(after) {}
 
+  int64_t bytes() const { return product({count, height, row_bytes}); }
   int64_t bands() const { return (height + band - 1) / band; }
 };
 
@@ -202,15 +206,16 @@ class Runner {
   void run(const Threads& threads) {
     int64_t bytes = 0, most = 0;
     for (const Phase& phase : phases) {
-      bytes = sum({bytes, product({phase.count, phase.height, phase.row_bytes})});
+      bytes = sum({bytes, phase.bytes()});
       most = std::max(most, phase.count * phase.height);
     }
-    const int64_t useful = sum({bytes, BYTES_PER_THREAD - 1}) / BYTES_PER_THREAD;
-    parts = std::max<int64_t>(std::min<int64_t>({threads.run == nullptr ? 1 : threads.count, useful, most}), 1);
+    const int64_t fed = sum({bytes, BYTES_PER_THREAD - 1}) / BYTES_PER_THREAD;
+    parts = std::max<int64_t>(std::min<int64_t>({threads.run == nullptr ? 1 : threads.count, fed, most}), 1);
     for (Phase& phase : phases) {
-      // Four pieces a thread balance the load. Smaller pieces would read more rows twice, where their cells overlap.
-      phase.band =
-          parts == 1 ? phase.height : std::clamp<int64_t>(phase.count * phase.height / (4 * parts), 1, phase.height);
+      // Four pieces a thread balance the load. Smaller ones would read more rows twice, where their cells overlap.
+      const int64_t rows = phase.count * phase.height, each = phase.bytes() / BYTES_PER_PIECE / parts;
+      const int64_t pieces = parts * std::clamp<int64_t>(each, 1, 4);
+      phase.band = parts == 1 ? phase.height : std::clamp<int64_t>((rows + pieces - 1) / pieces, 1, phase.height);
       phase.pieces = phase.unfinished = phase.count * phase.bands();
     }
     taken = std::vector<std::atomic<int64_t>>(phases.size() * parts);
