@@ -373,13 +373,13 @@ void implement_ops(Library& library) {
 
 }  // namespace
 
-DenseCall::DenseCall(Op op, uintptr_t tables, DType dtype, int64_t T, int64_t C, double temperature, double norm_type,
+DenseCall::DenseCall(Op op, uintptr_t tables, DType dtype, int64_t C, double temperature, double norm_type,
                      bool normalize_norm, int64_t norm_channels)
     : op(op), tables(reinterpret_cast<const int32_t*>(tables)) {
   const int32_t* const t = this->tables;
-  const auto strides = [&](int64_t H, int64_t W) { return Strides{T * H * W * C, H * W * C, W * C, C, 1}; };
+  const auto strides = [=](int64_t H, int64_t W) { return Strides{0, H * W * C, W * C, C, 1}; };
   call.dtype = dtype;
-  call.T = T;
+  call.T = t[H_FRAMES];  // those of all videos, since frames of contiguous videos are as far apart as those of one
   call.C = C;
   call.x_strides = strides(t[H_HEIGHT], t[H_WIDTH]);
   call.out_strides = op == Op::grid_pool ? strides(t[H_OUT_ROWS], t[H_OUT_COLS]) : call.x_strides;

@@ -34,13 +34,13 @@ PYBIND11_MODULE(_C, m) {
 
   using pybind11::arg;
   pybind11::class_<stgp::DenseCall>(m, "DenseCall", "A call on contiguous tensors, which takes their addresses.")
-      .def(pybind11::init([](bool is_pooling, uintptr_t tables, int dtype, int64_t T, int64_t C, double temperature,
+      .def(pybind11::init([](bool is_pooling, uintptr_t tables, int dtype, int64_t C, double temperature,
                              double norm_type, bool normalize_norm, int64_t norm_channels) {
              const stgp::Op op = is_pooling ? stgp::Op::grid_pool : stgp::Op::temporal_grid;
-             return stgp::DenseCall(op, tables, static_cast<stgp::DType>(dtype), T, C, temperature, norm_type,
+             return stgp::DenseCall(op, tables, static_cast<stgp::DType>(dtype), C, temperature, norm_type,
                                     normalize_norm, norm_channels);
            }),
-           arg("is_pooling"), arg("tables"), arg("dtype"), arg("T"), arg("C"), arg("temperature"), arg("norm_type"),
+           arg("is_pooling"), arg("tables"), arg("dtype"), arg("C"), arg("temperature"), arg("norm_type"),
            arg("normalize_norm"), arg("norm_channels"))
       .def("__call__", &stgp::DenseCall::run, pybind11::call_guard<pybind11::gil_scoped_release>(), arg("x"),
            arg("out"));

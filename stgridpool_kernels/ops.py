@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import backend_names, choose_backend, logger, requested_backend, requested_name, use_backend
-from .backends.compiled import take_huge_pages
+from .backends.compiled import address_of, take_huge_pages
 from .backends.weighting import Weighting
 from .once import refuse_second
 from .plan import GridPlan, grid_plan
@@ -175,7 +175,7 @@ def _check_strides(out: Tensor) -> None:
 
 def _extent(t: Tensor) -> tuple[int, int]:
     """Address of the first byte that a tensor's elements span, and the address one past the last."""
-    first = t.data_ptr()
+    first = address_of(t)
     if t.is_contiguous():  # as a tensor without elements is
         return first, first + t.nbytes
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))

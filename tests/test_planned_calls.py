@@ -8,6 +8,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -298,16 +299,28 @@ def test_the_layout_is_that_of_each_call(
     """Contiguous tensors skip the private op of the library. One plan serves them and others, with the same bits."""
     function = getattr(stgp, name)
     x = tokens(*videos, 4, 10, 6).to(dtype)
-    expected = function(x, backend="cpu")
+    arguments = {} if name == "temporal_grid" else {"temperature": 3.0, "norm_type": 1.0, "norm_channels": 5}
+    function = partial(function, backend="cpu", **arguments)
+    expected = function(x)
     for given in (spread(x), x):
         for out in (spread(expected), torch.full_like(expected, math.nan)):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                function(given, out=out, backend="cpu")
+                function(given, out=out)
             assert torch.equal(out, expected)
             private = [event.name for event in profile.events() if event.name.endswith("_by_tables")]
             assert len(private) == (0 if given.is_contiguous() and out.is_contiguous() else 1)
             out.fill_(math.nan)
     assert planned == [name]
+
+
+@pytest.mark.needs("library")
+def test_a_lazy_clone_is_read_without_a_copy() -> None:
+    """The address of a tensor that is only read leaves a lazy clone one, where torch has such a function."""
+    x = torch._lazy_clone(X)
+    expected = stgp.grid_pool(X)
+    assert torch.equal(stgp.grid_pool(x, backend="cpu"), expected)
+    assert torch.equal(stgp.grid_pool(x, backend="cpu", out=torch.empty_like(expected)), expected)
+    assert torch._C._is_cow_tensor(x) == hasattr(Tensor, "const_data_ptr")
 
 
 def test_every_call_logs_its_backend(caplog: pytest.LogCaptureFixture) -> None:

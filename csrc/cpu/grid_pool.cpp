@@ -59,7 +59,8 @@ Provider provider() {
 // The least number of bytes that a thread reads or writes. Waking a thread for less takes longer than the work.
 constexpr int64_t BYTES_PER_THREAD = 256 << 10;
 
-// The least number of bytes of a piece of work, since its first tokens are not prefetched.
+// The least number of bytes of the pieces into which the part of a thread is cut, since the first tokens of a piece are
+// not prefetched.
 constexpr int64_t BYTES_PER_PIECE = 128 << 10;
 
 // The least size, in bytes, of a result that is stored past the cache. In the cache, a large result would displace data
@@ -195,8 +196,8 @@ using Phases = std::deque<Phase>;  // not a vector, because a Phase cannot be mo
 // Runs work(phase, n, first, last, workspace) for rows [first, last) of each n in [0, count) of each phase. Every thread
 // starts with a part of its own: neighbouring pieces, whose tokens are in its cache if it had them in the call before. A
 // thread that has no pieces left takes those of others, because both pieces and threads differ in speed. Deadlock-free:
-// a thread comes to a phase after all pieces of those before it have been taken, so it waits only for other threads that
-// work, or that wait for earlier phases.
+// a piece waits only for pieces of earlier phases, which threads have all taken by then, and those of the earliest phase
+// wait for nothing.
 template <typename F>
 class Runner {
  public:

@@ -17,8 +17,8 @@ namespace {
 // two groups fit into a first-level cache of 32 KB: those that are read twice, and those that are prefetched meanwhile.
 constexpr int64_t MOST_WINDOWS = 16, GROUP_BYTES = 14 << 10;
 
-// The largest size in bytes of the tokens of a window for which a quarter of the next tokens is prefetched while norms
-// are computed, from tokens in the cache. With larger windows they would displace tokens that are read once more.
+// The largest size in bytes of a window's four tokens for which one token of each next window is prefetched while norms
+// are computed. With larger windows the prefetched tokens would displace those that are about to be read again.
 constexpr int64_t EARLY_BYTES = 32 << 10;
 
 // ---- loops over channels ----
@@ -76,7 +76,7 @@ struct FusedEntry {
   T* thumbnail;     // nullptr if no thumbnail is stored
   Block* carried;   // nullptr if cells have two columns
   bool stream;
-  bool early;  // whether the first token of a pooled window is prefetched while norms are computed
+  bool early;  // whether the first token of each next window is prefetched while norms are computed
 
   FusedEntry(const Piece& piece, const int32_t* entry)
       : call(piece.call),
@@ -89,7 +89,7 @@ struct FusedEntry {
         thumbnail(thumbnail_at<T>(piece.tables, call, entry[E_SLOT])),
         carried(W % 2 == 1 ? static_cast<Block*>(workspace.carried) : nullptr),
         stream(piece.stream),
-        early(4 * call.C * int64_t{sizeof(T)} <= EARLY_BYTES) {}
+        early(4 * call.C * int64_t{sizeof(T)} <= EARLY_BYTES && reads_all_channels(call)) {}
 
   // Gradients need the thumbnails alone.
   static bool pools(const Piece& piece, const int32_t* entry) {
@@ -189,12 +189,12 @@ void weigh(const FusedEntry<T>& e, Group<T>& group, const Group<T>& next) {
   softmax_of_fours(group.weights, group.pooled);
 }
 
-// A window whose four tokens are in the frame, which is also a cell of a thumbnail.
+// A window that has all its four tokens. A cell of a thumbnail is made of them too.
 template <typename T>
 struct Window {
   const T* taps[4];
   const T* next[4];  // the taps of a window that is read later, to prefetch
-  bool has_first;    // whether the first of these has been prefetched
+  bool has_first;    // whether the first of these was prefetched while norms were computed
 
   // pooled = sum_k weights[k] * taps[k]
   Floats weights[4];
@@ -250,7 +250,8 @@ inline void take_window(const Window<T>& w, int64_t C) {
 }
 
 // Windows [first, last) of a group, whose four tokens are in the frame. POOL pools them, SHRINK shrinks them. The tokens
-// of group `next` are prefetched meanwhile. The function is not inlined, so that the loop has all registers.
+// of group `next` are prefetched meanwhile. The function is not inlined, so that its loop need not share registers with
+// its caller.
 template <bool POOL, bool SHRINK, typename T>
 __attribute__((noinline)) void take_windows(const FusedEntry<T>& e, const Group<T>& group, int64_t first, int64_t last,
                                             const Group<T>& next) {

@@ -55,7 +55,7 @@ struct Square {
   Floats operator()(Floats v) const { return v * v; }
 };
 
-// Tokens that are read after others: every fourth of n is prefetched while those are read.
+// Tokens that will be read later. Every fourth of these n tokens is prefetched while sums of other tokens are computed.
 template <typename T>
 struct Later {
   const T* const* tokens = nullptr;
@@ -99,11 +99,16 @@ inline float largest_magnitude(const T* token, int64_t C, int64_t stored) {
 // The number of channels that the norm runs over.
 inline int64_t channels_of_norm(const Call& call) { return call.norm_channels > 0 ? call.norm_channels : call.C; }
 
+// Returns whether norms are sums over all channels of a token.
+inline bool reads_all_channels(const Call& call) {
+  return call.norm_type != HUGE_VAL && channels_of_norm(call) == call.C;
+}
+
 // Returns `count`, rounded up to whole vectors of floats.
 constexpr int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // Sets sums[k] for n tokens, a multiple of four, to the sum over the channels of the norm of |t_c|^p, in parts: one in
-// each lane. For p = infinity, the first lane is max_c |t_c| and the others are 0.
+// each lane. For p = infinity, the first lane is max_c |t_c|, the others are 0, and nothing is prefetched.
 template <typename T>
 void norm_sums(const T* const* tokens, int64_t n, const Call& call, Floats* sums, Later<T> later = {}) {
   const int64_t C = channels_of_norm(call);

@@ -55,7 +55,8 @@ inline V load_bytes(const void* from) {
   return v;
 }
 
-inline Floats splat(float value) { return value - Floats{}; }  // not a sum, which takes an instruction: -0 + 0 is 0
+// Compilers leave out the subtraction of 0, which changes no value. They must keep an addition, which turns -0 into 0.
+inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats absolute(Floats v) { return bit_cast<Floats>(bit_cast<Ints>(v) & 0x7fffffff); }
 

@@ -228,7 +228,7 @@ large = pytest.mark.parametrize(("op", "shape", "arguments"), LARGE.values(), id
 def test_threads_change_no_bit(
     op: str, shape: tuple[int, ...], arguments: Arguments, threads: Callable[[int], None]
 ) -> None:
-    """Megabytes, of which a thread takes 256 KB at least. More threads also take more frames in a step."""
+    """Calls of megabytes, which get a thread for every 256 KB. More threads also take more frames in a step."""
     x = tokens(*shape, dtype=torch.bfloat16)
     threads(1)
     alone = run(op, x, **arguments)
