@@ -61,8 +61,9 @@ HEADS = {
     "just before. Cold: other work has filled the caches, as between two layers of a model.",
     "fresh": "The time of a call with a fresh result over that with given memory, on cold caches, by the size of "
     "the result. Memory that is fresh from the system is handed out and cleared page by page while the "
-    "result is written; where the C library still holds memory that was freed before, it costs nothing. "
-    "Give `out=` where calls repeat.",
+    "result is written; where the C library still holds memory that was freed before, it costs nothing. In "
+    "a virtual machine whose host takes back what is free, it costs several times as much after a pause of "
+    "some seconds: times of the largest results vary with that. Give `out=` where calls repeat.",
 }
 KINDS = {
     "stream": "`push, N` gives a stream N frames at a time, `push, 1x4` one frame to each of four streams. Samples are "
