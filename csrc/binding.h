@@ -8,8 +8,8 @@
 
 namespace stgp {
 
-// A call of grid_pool or temporal_grid on contiguous tensors on the CPU. Everything but their addresses is set beforehand,
-// which saves the microseconds in which an op unpacks tensors and seven other arguments.
+// A call of grid_pool or temporal_grid on contiguous tensors on the CPU. Everything but their addresses is set
+// beforehand, which saves the microseconds in which an op unpacks tensors and seven other arguments.
 class DenseCall {
  public:
   // tables: the address of checked tables of the call, which must outlive this object.

@@ -87,8 +87,8 @@ struct Threads {
   void* pool = nullptr;  // passed to `run`
 };
 
-// Bytes of scratch that a call needs, a multiple of 64. For a call that needs 2^63 - 64 bytes or more it is that number,
-// which no memory has: a call must not run without its scratch.
+// Bytes of scratch that a call needs, a multiple of 64. For a call that needs 2^63 - 64 bytes or more it is that
+// number, which no memory has: a call must not run without its scratch.
 int64_t scratch_bytes(Op op, const int32_t* tables, const Call& call, const Threads& threads);
 
 void grid_pool(const int32_t* tables, const Call& call, const Threads& threads);

@@ -14,8 +14,8 @@ namespace stgp {
 
 constexpr int64_t SCRATCH_ALIGNMENT = 64;  // bytes: a cache line, and the widest vector
 
-// The largest multiple of SCRATCH_ALIGNMENT. Sizes stay there where they would exceed it: a view of a few bytes can have
-// any number of tokens, and memory for a size that has wrapped around would be too small.
+// The largest multiple of SCRATCH_ALIGNMENT. Sizes stay there where they would exceed it: a view of a few bytes can
+// have any number of tokens, and memory for a size that has wrapped around would be too small.
 constexpr int64_t MOST_BYTES = std::numeric_limits<int64_t>::max() / SCRATCH_ALIGNMENT * SCRATCH_ALIGNMENT;
 
 // The product of sizes, none of them negative, or MOST_BYTES if it is larger.

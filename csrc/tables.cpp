@@ -52,8 +52,8 @@ const char* check_levels(const int32_t* t, int64_t words) {
   return summaries == t[H_SUMMARIES] ? nullptr : "the levels do not hold all summaries";
 }
 
-// Returns the tiles that a mosaic's entry reads, as a set of bits 2 * row + col: for the live cells of its thumbnail, if
-// `live` is not nullptr, and for the windows of a pooled frame.
+// Returns the tiles that a mosaic's entry reads, as a set of bits 2 * row + col: for the live cells of its thumbnail,
+// if `live` is not nullptr, and for the windows of a pooled frame.
 int32_t tiles_read(const int32_t* t, const int32_t* live, bool pooled) {
   const int64_t H = t[H_HEIGHT], W = t[H_WIDTH], h = (H + 1) / 2, w = (W + 1) / 2;
   int32_t tiles = 0;

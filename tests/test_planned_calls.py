@@ -296,7 +296,7 @@ def spread(x: Tensor) -> Tensor:
 def test_the_layout_is_that_of_each_call(
     name: str, dtype: torch.dtype, videos: tuple[int, ...], planned: list[str]
 ) -> None:
-    """Contiguous tensors skip the private op of the library. One plan serves them and others, with the same bits."""
+    """One plan serves every layout, with the same bits. Contiguous tensors skip the private op of the library."""
     function = getattr(stgp, name)
     x = tokens(*videos, 4, 10, 6).to(dtype)
     arguments = {} if name == "temporal_grid" else {"temperature": 3.0, "norm_type": 1.0, "norm_channels": 5}

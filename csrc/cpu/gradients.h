@@ -105,8 +105,8 @@ float count_largest(const T* token, float largest, int64_t C) {
   return sum_lanes(count);
 }
 
-// gamma * d norm / d token: in the first `channels` channels, `factor` times a function of a channel's value, which is 0
-// for the value 0; in the others 0. Kind NONE is 0 everywhere; a token of norm 0 has it.
+// gamma * d norm / d token: in the first `channels` channels, `factor` times a function of a channel's value, which is
+// 0 for the value 0; in the others 0. Kind NONE is 0 everywhere; a token of norm 0 has it.
 struct Slope {
   enum Kind { NONE, L1, L2, MAX, POWER } kind = NONE;
   float factor = 0;

@@ -193,11 +193,11 @@ struct Phase {
 
 using Phases = std::deque<Phase>;  // not a vector, because a Phase cannot be moved
 
-// Runs work(phase, n, first, last, workspace) for rows [first, last) of each n in [0, count) of each phase. Every thread
-// starts with a part of its own: neighbouring pieces, whose tokens are in its cache if it had them in the call before. A
-// thread that has no pieces left takes those of others, because both pieces and threads differ in speed. Deadlock-free:
-// a piece waits only for pieces of earlier phases, which threads have all taken by then, and those of the earliest phase
-// wait for nothing.
+// Runs work(phase, n, first, last, workspace) for rows [first, last) of each n in [0, count) of each phase. Every
+// thread starts with a part of its own: neighbouring pieces, whose tokens are in its cache if it had them in the call
+// before. A thread that has no pieces left takes those of others, because both pieces and threads differ in speed.
+// Deadlock-free: a piece waits only for pieces of earlier phases, which threads have all taken by then, and those of
+// the earliest phase wait for nothing.
 template <typename F>
 class Runner {
  public:

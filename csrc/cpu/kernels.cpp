@@ -1,5 +1,5 @@
-// The arithmetic of the CPU kernels, compiled once for each set of vector instructions (see vector.h): a weighted sum of
-// tokens, then the fused form, the general form and the norms.
+// The arithmetic of the CPU kernels, compiled once for each set of vector instructions (see vector.h): a weighted sum
+// of tokens, then the fused form, the general form and the norms.
 
 #include "kernels.h"
 
@@ -13,8 +13,9 @@ namespace stgp::cpu {
 
 namespace {
 
-// The largest number of windows of a group, and the largest size in bytes of the tokens of several windows. The tokens of
-// two groups fit into a first-level cache of 32 KB: those that are read twice, and those that are prefetched meanwhile.
+// The largest number of windows of a group, and the largest size in bytes of the tokens of several windows. The tokens
+// of two groups fit into a first-level cache of 32 KB: those that are read twice, and those that are prefetched
+// meanwhile.
 constexpr int64_t MOST_WINDOWS = 16, GROUP_BYTES = 14 << 10;
 
 // The largest size in bytes of a window's four tokens for which one token of each next window is prefetched while norms
@@ -113,8 +114,9 @@ struct FusedEntry {
   }
 };
 
-// Neighbouring windows (i, j), ..., (i, j + n - 1) of an entry. A window has four tokens: upper left, upper right, lower
-// left, lower right. Where the edge of the frame cuts it, it has the token beside that one, or above it, once more.
+// Neighbouring windows (i, j), ..., (i, j + n - 1) of an entry. A window has four tokens: upper left, upper right,
+// lower left, lower right. Where the edge of the frame cuts it, it has the token beside that one, or above it, once
+// more.
 template <typename T>
 struct Group {
   int64_t i = 0, j = 0, n = 0;
@@ -249,9 +251,9 @@ inline void take_window(const Window<T>& w, int64_t C) {
   }
 }
 
-// Windows [first, last) of a group, whose four tokens are in the frame. POOL pools them, SHRINK shrinks them. The tokens
-// of group `next` are prefetched meanwhile. The function is not inlined, so that its loop need not share registers with
-// its caller.
+// Windows [first, last) of a group, whose four tokens are in the frame. POOL pools them, SHRINK shrinks them. The
+// tokens of group `next` are prefetched meanwhile. The function is not inlined, so that its loop need not share
+// registers with its caller.
 template <bool POOL, bool SHRINK, typename T>
 __attribute__((noinline)) void take_windows(const FusedEntry<T>& e, const Group<T>& group, int64_t first, int64_t last,
                                             const Group<T>& next) {

@@ -23,9 +23,9 @@ inline void prefetch(const T* block) {
   }
 }
 
-// Sums over channels of f(|t_c|) of four tokens, in parts: one in each lane. The tokens are read side by side, so that the
-// latency of one addition is hidden by those of the others, and memory delivers several streams at once. The order of
-// the additions is fixed.
+// Sums over channels of f(|t_c|) of four tokens, in parts: one in each lane. The tokens are read side by side, so that
+// the latency of one addition is hidden by those of the others, and memory delivers several streams at once. The order
+// of the additions is fixed.
 struct Sums4 {
   Block parts[4] = {};
 
@@ -62,8 +62,8 @@ struct Later {
   int64_t n = 0;
 };
 
-// Sets sums[k] to the sum over the first C channels of f(|t_c|) of each of n tokens, a multiple of four, in parts: one in
-// each lane. The tokens have `stored` channels.
+// Sets sums[k] to the sum over the first C channels of f(|t_c|) of each of n tokens, a multiple of four, in parts: one
+// in each lane. The tokens have `stored` channels.
 template <typename T, typename F>
 inline void sum_channels(const T* const* tokens, int64_t n, int64_t C, int64_t stored, Floats* sums, Later<T> later,
                          F f) {
@@ -128,9 +128,9 @@ void norm_sums(const T* const* tokens, int64_t n, const Call& call, Floats* sums
   }
 }
 
-// norms[k] = (mean_c |t_c|^p)^(1/p) of n tokens, or the sum in place of the mean, from the sums that norm_sums sets. Both
-// arrays have room for whole vectors, and the sums are overwritten. The lanes of LANES sums are added up at once, since
-// those of a single vector take as long as many channels.
+// norms[k] = (mean_c |t_c|^p)^(1/p) of n tokens, or the sum in place of the mean, from the sums that norm_sums sets.
+// Both arrays have room for whole vectors, and the sums are overwritten. The lanes of LANES sums are added up at once,
+// since those of a single vector take as long as many channels.
 __attribute__((noinline)) void norms_of_sums(Floats* sums, int64_t n, const Call& call, float* norms) {
   const double p = call.norm_type;
   const float count = call.normalize_norm && p != HUGE_VAL ? static_cast<float>(channels_of_norm(call)) : 1;
@@ -159,9 +159,9 @@ void token_norms(const T** tokens, int64_t n, const Call& call, float* norms) {
   norms_of_sums(sums, n, call, norms);
 }
 
-// Replaces the logits of windows, four for each of n windows, by their softmax. `logits` has room for whole vectors. The
-// function is not inlined: if the product that a logit is were fused with the subtraction, the largest logit minus itself could differ
-// from 0.
+// Replaces the logits of windows, four for each of n windows, by their softmax. `logits` has room for whole vectors.
+// The function is not inlined: if the product that a logit is were fused with the subtraction, the largest logit minus
+// itself could differ from 0.
 __attribute__((noinline)) void softmax_of_fours(float* logits, int64_t n) {
   for (int64_t k = 0; k < 4 * n; k += LANES) {
     const Floats v = load_bytes<Floats>(logits + k);

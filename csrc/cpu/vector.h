@@ -100,8 +100,8 @@ inline Floats exchanged(Floats v, Lanes<LANE...>) {
   return shuffle<(LANE ^ BIT)...>(v, v);
 }
 
-// a and b consist of runs of 2 * WIDTH lanes, each of which holds parts of one sum. In the result these have WIDTH lanes,
-// and the runs of a and b alternate.
+// a and b consist of runs of 2 * WIDTH lanes, each of which holds parts of one sum. In the result these have WIDTH
+// lanes, and the runs of a and b alternate.
 template <int WIDTH, int... LANE>
 inline Floats fold(Floats a, Floats b, Lanes<LANE...>) {
   return shuffle<(LANE / WIDTH % 2 * LANES + LANE / WIDTH / 2 * 2 * WIDTH + LANE % WIDTH)...>(a, b) +
@@ -225,8 +225,8 @@ inline Block load(const BFloat16* token) {
   return {bit_cast<Floats>(pairs << 16), bit_cast<Floats>(pairs & 0xffff0000u)};
 }
 
-// The upper half of each word is the nearest bfloat16, ties to even. NaN stays NaN without a test: its lower half is 0, as
-// in each NaN that comes from a bfloat16 or from arithmetic, so that the addition does not reach the upper half.
+// The upper half of each word is the nearest bfloat16, ties to even. NaN stays NaN without a test: its lower half is 0,
+// as in each NaN that comes from a bfloat16 or from arithmetic, so that the addition does not reach the upper half.
 inline Words round_to_bfloat16(Floats v) {
   const Words bits = bit_cast<Words>(v), rounded = bits + 0x7fff;
 #if STGP_VECTOR_BYTES == 64

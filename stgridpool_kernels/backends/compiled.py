@@ -115,7 +115,7 @@ unless its heap has a free block that is large enough.
 address_of: Callable[[Tensor], int] = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
 """Function that returns the address of the first element of a tensor that is only read.
 
-`data_ptr` would copy a lazy clone first. Older torch has nothing else.
+Older torch has only `data_ptr` for that, which copies a lazy clone first.
 """
 
 

@@ -1,6 +1,5 @@
-// csrc/cpu/vector.h: conversions between float and the 16-bit types of tokens, against the definition of the formats, sums
-// of lanes, and exponentials.
-// It is built once for each set of vector instructions, as the kernels are.
+// csrc/cpu/vector.h: conversions between float and the 16-bit types of tokens, against the definition of the formats,
+// sums of lanes, and exponentials. It is built once for each set of vector instructions, as the kernels are.
 //
 // Exit code: 0 if all is well, 1 if not; the first differences are on stderr.
 
