@@ -13,6 +13,12 @@ OPS = {"channels-last `avg_pool2d`": PLAIN, "`norm_pool`": "norm_pool:cpu", "`gr
 """Providers by their names in sentences. Each writes into fresh memory, or into given memory with ":out"."""
 
 
+def cost(results: Results, prefill: Results | None) -> str:
+    """Return, for the README, the share of grid_pool in a prefill if there are any, then what 64 frames cost."""
+    share = share_of_prefill(prefill) if prefill else ""
+    return f"{share[:1].upper()}{share[1:]}. {large_calls(results, None)}" if share else large_calls(results, None)
+
+
 def large_calls(results: Results, prefill: Results | None) -> str:
     """Return the cost of 64 frames next to the poolings that the ops stand in for, and as a share of a prefill.
 
@@ -30,7 +36,8 @@ def large_calls(results: Results, prefill: Results | None) -> str:
         text += f" (into given memory: {listed([show_time(row.us) if row else 'not measured' for row in given])})"
     if llava := results.find(T64, LLAVA):
         text += f", and {show_time(llava.us)} with LLaVA's own call"
-    return f"{text}{share_of_prefill(prefill) if prefill else ''}."
+    share = share_of_prefill(prefill) if prefill else ""
+    return f"{text}; {share}." if share else f"{text}."
 
 
 def share_of_prefill(results: Results) -> str:
@@ -43,10 +50,12 @@ def share_of_prefill(results: Results) -> str:
             shares[name] = f"{show_number(100 * pooling.us / (pooling.us + prefill.us))} %"
     if len(shares) < 2:
         return ""
-    frames, channels = rows["pool:grid_pool()"].frames, rows["pool:grid_pool()"].shape[-1]
+    pooled = rows["pool:grid_pool()"]
+    size = pooled.workload.removeprefix("prefill-")
     return (
-        f"; of the time until a language model has read {frames} frames of {channels} channels, `grid_pool` is "
-        f"{shares['grid_pool()']} where LLaVA's own call is {shares[LLAVA]}"
+        f"of the time until a decoder of the shape of Qwen2-{size}, with random weights, has read {pooled.frames} "
+        f"frames of {pooled.shape[-1]} channels, `grid_pool` is {shares['grid_pool()']} where LLaVA's own call is "
+        f"{shares[LLAVA]}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Generation of docs/performance.md, its details and pictures, and the README's table from benchmarks/results.
+"""Generation of docs/performance.md, its details and pictures, and the README's words on cost from benchmarks/results.
 
 For every machine and kind of workload, the last measured state of the code counts. All figures come from these results.
 """
@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.details import details
-from benchmarks.findings import large_calls, listed, not_measured, small_calls
-from benchmarks.goals import T16, T64, goals
+from benchmarks.findings import cost, large_calls, listed, not_measured, small_calls
+from benchmarks.goals import T64, goals
 from benchmarks.plot import save_plots
 from benchmarks.report import (
     filled,
     machine_line,
     remarks,
     show_number,
-    show_time,
     state_line,
     workload_title,
 )
@@ -40,13 +39,6 @@ PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 PICTURES = ROOT / "docs" / "performance"
 DETAILS = PICTURES / "details.md"
 MARK = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-README_TITLES = {
-    "avg_pool2d": "channels-last `avg_pool2d`",
-    "llava_avg_pool": "LLaVA's own call",
-    "naive_grid_pool": "ST-GridPool op by op",
-    "norm_pool:cpu": "**`norm_pool`**",
-    "grid_pool:cpu": "**`grid_pool`**",
-}
 
 HEADS = {
     "summary": "Times of a call in ms, each after other work has filled the caches: with given memory (`out=`), "
@@ -248,35 +240,21 @@ def picture_folder(results: Results) -> str:
     return file_name(results.run.device).removesuffix(".jsonl")
 
 
-def readme_table(results: Results) -> str:
-    """Return a table of medians for 16 and 64 frames, with the machine and, if there is one, the picture below."""
-    titles = ["", "16 frames, given memory", "fresh result", "64 frames, given memory", "fresh result"]
-    lines = []
-    for provider in ("avg_pool2d", "llava_avg_pool", "naive_grid_pool", "norm_pool:cpu", "grid_pool:cpu"):
-        rows = [results.find(workload, f"{provider}{out}") for workload in (T16, T64) for out in (":out", "")]
-        cells = [show_time(row.us) if row and row.is_timed else "-" for row in rows]
-        if any(cell != "-" for cell in cells):
-            lines.append([README_TITLES[provider], *cells])
-    facts = f"Frames of 27 × 27 × 3584 in bfloat16, pooled to 13 × 13; medians. {machine_line(results.run)}."
-    picture = PICTURES / picture_folder(results) / "ratios.png"
-    text = "Time of the main workloads, relative to the fastest kernel"
-    shown = f"\n\n![{text}]({picture.relative_to(ROOT).as_posix()})" if picture.exists() else ""
-    return f"{table(titles, lines)}\n\n{filled(facts)}{shown}"
-
-
-def with_table(readme: str, files: Sequence[Path]) -> str:
-    """Return the text of the README with the newest table of a CPU."""
-    cpus = [results for results in last_states(files, T64) if results.run.device["type"] == "cpu"]
-    if not cpus:
+def with_cost(readme: str, files: Sequence[Path]) -> str:
+    """Return the text of the README with the paragraph on what a large call costs, from the newest results of a CPU."""
+    cpu = next((results for results in last_states(files, T64) if results.run.device["type"] == "cpu"), None)
+    if cpu is None:
         return readme
     before, _, rest = readme.partition(MARK[0])
-    return f"{before}{MARK[0]}\n{readme_table(cpus[0])}\n{MARK[1]}{rest.partition(MARK[1])[2]}"
+    prefill = of_machine(last_states(files, "prefill"), cpu)
+    paragraph = filled(f"**Cost.** {cost(cpu, prefill)} (*{state_line(cpu.run)}.*)")
+    return f"{before}{MARK[0]}\n{paragraph}\n{MARK[1]}{rest.partition(MARK[1])[2]}"
 
 
 def texts() -> dict[Path, str]:
     """Return the texts of the page, its details and the README that follow from the results."""
     files = machine_files()
-    return {PAGE: page(files), DETAILS: details(files), README: with_table(README.read_text(encoding="utf-8"), files)}
+    return {PAGE: page(files), DETAILS: details(files), README: with_cost(README.read_text(encoding="utf-8"), files)}
 
 
 def write() -> list[Path]:

@@ -158,7 +158,7 @@ def save_by_function(name):
 @pytest.mark.parametrize("policy", [lambda name: [recorded(name)], save_by_function], ids=["list", "function"])
 @pytest.mark.parametrize("name", ["grid_pool", "norm_pool"])
 def test_selective_checkpointing_saves_a_result_by_the_op_that_gradients_record(name, policy, compiled, monkeypatch):
-    """The README names the op, since a policy does not see the public one."""
+    """docs/get-started.md names the op, since a policy does not see the public one."""
     torch._dynamo.reset()
     ran, run = [], ops._run
     monkeypatch.setattr(ops, "_run", lambda called, *arguments: ran.append(called) or run(called, *arguments))

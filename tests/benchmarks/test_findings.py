@@ -30,8 +30,8 @@ def test_large_calls() -> None:
     assert large_calls(Results(RUN, rows), Results(RUN, reads)) == f"{first}{given}{llava}."
     reads += [prefill("pool", "llava_avg_pool", 10, 13), prefill("prefill", "llava_avg_pool", 3_990, 13)]
     assert large_calls(Results(RUN, rows), Results(RUN, reads)).endswith(
-        "; of the time until a language model has read 64 frames of 3584 channels, `grid_pool` is 0.025 % where "
-        "LLaVA's own call is 0.25 %."
+        "; of the time until a decoder of the shape of Qwen2-7b, with random weights, has read 64 frames of 3584 "
+        "channels, `grid_pool` is 0.025 % where LLaVA's own call is 0.25 %."
     )
 
 

@@ -1,4 +1,4 @@
-"""docs/performance.md, its details and the README's table are what the committed results say."""
+"""docs/performance.md, its details and the README's paragraph on cost are what the committed results say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from benchmarks import page
 from benchmarks.details import details
 from benchmarks.goals import ONE_FRAME, T16
-from benchmarks.page import DETAILS, MARK, PAGE, README, with_table
+from benchmarks.page import DETAILS, MARK, PAGE, README, with_cost
 from benchmarks.results import BenchRow, add_rates, append
 from tests.benchmarks.rows import RUN, make_row
 
@@ -139,15 +139,16 @@ def test_details(of_cpu: Path) -> None:
     assert "plain" not in text
 
 
-def test_readme_table(of_cpu: Path) -> None:
-    text = with_table(f"before\n{MARK[0]}\nold\n{MARK[1]}\nafter\n", [of_cpu])
-    assert text.startswith(
-        f"before\n{MARK[0]}\n|  | 16 frames, given memory | fresh result | 64 frames, given memory |"
-    )
-    assert text.endswith(f"\n{MARK[1]}\nafter\n")
-    assert "| channels-last `avg_pool2d` | - | 2.60 ms | - | 31.0 ms |\n| **`norm_pool`** | 2.00 ms | - |" in text
-    assert "LLaVA" not in text  # what was wrong has no time
-    assert "Some CPU" in text
+def test_readme_cost(of_cpu: Path) -> None:
+    """The README's paragraph is between its marks, begins with the prefill if there is one, and ends with the state."""
+    text = with_cost(f"before\n{MARK[0]}\nold\n{MARK[1]}\nafter\n", [of_cpu])
+    assert text.startswith(f"before\n{MARK[0]}\n**Cost.** On Some CPU with 1 thread, pooling 64 frames")
+    assert text.endswith(f" (*2026-11-22, commit 7cc5a8a.*)\n{MARK[1]}\nafter\n")
+    assert "LLaVA's own call" not in text  # what was wrong has no time
+    append(of_cpu, RUN, prefill("pool", "llava_avg_pool", 10, 13), prefill("prefill", "llava_avg_pool", 3_990, 13))
+    text = with_cost(f"{MARK[0]}{MARK[1]}", [of_cpu])
+    assert text.startswith(f"{MARK[0]}\n**Cost.** Of the time until a decoder of the shape of Qwen2-7b, with random")
+    assert "LLaVA's own call is 0.25 %. On Some CPU" in " ".join(text.split())
     gpu = of_cpu.with_name("cuda-some-gpu.jsonl")
     append(gpu, replace(RUN, device={"type": "cuda", "name": "Some GPU"}), *ROWS)
-    assert with_table("as it is", [gpu]) == "as it is"
+    assert with_cost("as it is", [gpu]) == "as it is"

@@ -31,3 +31,4 @@ ENGINES = TRANSFORMERS, LLAVA_NEXT, VLLM, SGLANG, LMMS_EVAL, OTHER_ENGINES = tup
     for name in ("transformers", "llava_next", "vllm", "sglang", "lmms_eval", "other_engines")
 )
 SCALING, STREAMING = Page("scaling.md"), Page("streaming.md")
+GET_STARTED, TEMPERATURE, COMMAND_LINE = Page("get-started.md"), Page("temperature.md"), Page("command-line.md")

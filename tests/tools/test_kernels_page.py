@@ -58,7 +58,7 @@ def test_counted_bytes_are_of_this_plan(name: str) -> None:
 
 @pytest.mark.parametrize("shape", ["64 × 27 × 27 × 3584", "64 × 24 × 24 × 4096"])
 def test_bytes_of_a_gradient_add_up(shape: str) -> None:
-    """The ratios are those of the tables, and what the README promises."""
+    """The ratios are those of the tables, and at most 3."""
     of_call = PAGE.split(f"\n{shape} bfloat16, frames pooled", 1)[1]
     of_gradient = PAGE.split("With `--gradient`", 1)[1].split(shape, 1)[1]
     megabytes = re.search(r"^\| requests.*?\| +([\d.]+)", of_call, re.MULTILINE)
