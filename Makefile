@@ -13,7 +13,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*
 cpu_torchvision = site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
     cp tools/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 
-.PHONY: help demo quick test test-all test-transformers test-vllm test-vllm-next test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench bench-pruning performance prefill fuzz sanitize arm-check cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal clean
+.PHONY: help demo quick test test-all test-transformers test-vllm test-vllm-next test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench bench-pruning performance prefill fuzz sanitize arm-check cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal docs clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -207,6 +207,14 @@ gpu-rehearsal: gpu-library ## gpu-check from end to end on a CPU
 	git archive HEAD | tar -x -C $(REHEARSAL)/tree
 	cp stgridpool_kernels/_C.cpython-312-*.so $(REHEARSAL)/tree/stgridpool_kernels/
 	PATH="$(CURDIR)/$(REHEARSAL)/venv/bin:$$PATH" STGP_COMMIT=$$(git rev-parse HEAD) $(MAKE) -C $(REHEARSAL)/tree gpu-check PYTHON=python ARGS="--stand-ins tests.tools.gpu_stand_ins --limit 1800 $(ARGS)"
+
+build/docs/installed: tools/requirements/docs.txt requirements.txt tools/environment.py
+	$(PYTHON) -m tools.environment build/docs $<
+	touch $@
+
+docs: build/docs/installed ## the site of docs/ in build/site; needs Python 3.11
+	build/docs/bin/python -m mkdocs build --strict
+	build/docs/bin/python -m tools.check_site build/site
 
 $(INSTALLED): requirements.txt tools/environment.py tools/cpu_torchvision.py
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("stgridpool_kernels needs Python 3.10 or newer, found " + sys.version)'
