@@ -56,9 +56,9 @@ def test_a_page_begins_with_its_only_heading_of_the_first_level(page: str) -> No
 )
 def test_what_the_reference_describes_is_there_and_has_a_docstring(page: str, described: tuple[str, str]) -> None:
     path, options = described
-    [names] = re.findall(r"members: \[(.*)\]", options) or [""]
+    [names] = re.findall(r"members: \[(.*)\]", options, re.DOTALL) or [""]
     found = pkgutil.resolve_name(path)
-    for one in [found, *(getattr(found, name) for name in names.split(", ") if name)]:
+    for one in [found, *(getattr(found, name) for name in re.findall(r"\w+", names))]:
         assert one.__doc__
 
 
