@@ -15,8 +15,8 @@ OPS = {"channels-last `avg_pool2d`": PLAIN, "`norm_pool`": "norm_pool:cpu", "`gr
 
 def cost(results: Results, prefill: Results | None) -> str:
     """Return, for the README, the share of grid_pool in a prefill if there are any, then what 64 frames cost."""
-    share = share_of_prefill(prefill) if prefill else ""
-    return f"{share[:1].upper()}{share[1:]}. {large_calls(results, None)}" if share else large_calls(results, None)
+    share, text = share_of_prefill(prefill) if prefill else "", large_calls(results, None)
+    return text.replace(", pooling", f", {share}; pooling", 1) if share else text
 
 
 def large_calls(results: Results, prefill: Results | None) -> str:

@@ -68,7 +68,7 @@ def test_advice_on_a_temperature_is_what_is_printed(
     """The page shows the last lines of the command for the packaged tokens, which its snippet saves."""
     monkeypatch.chdir(tmp_path)
     TEMPERATURE.run("tokens", {})
-    (command,) = re.findall(r"^stgp ([^#\n]+)", TEMPERATURE.text, re.MULTILINE)
+    command, *_ = re.findall(r"^stgp ([^#\n]+)", TEMPERATURE.text, re.MULTILINE)
     assert main(shlex.split(command)) == 0
     (advice,) = re.findall(r"<!-- printed -->\n```\n(.*?)```", TEMPERATURE.text, re.DOTALL)
     assert " ".join(advice.split()) in " ".join(capsys.readouterr().out.split())

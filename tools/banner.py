@@ -6,6 +6,7 @@ python -m tools.banner
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,10 @@ def draw_pooling(figure: Figure, x: torch.Tensor, frames: np.ndarray) -> None:
     write(figure, MIDDLE + 222, 196, f"pooled token = {terms}", fontsize=9, weight="bold")
     pooled = stgp.norm_pool(x).shape[1:3]
     explained = (
-        "A plain average has 0.25 four times. The norm is the\n"
-        "RMS over channels; the temperature, here 1, says how\n"
-        "much it counts. A high norm is not the same as an\n"
-        "important token: compare the two pictures.\n"
+        "A plain average has 0.25 four times. This is the least\n"
+        "even window of these frames: at temperature 1, as here,\n"
+        f"the largest weight of half of them is below {median(norms):.2f}. A high\n"
+        "norm is not the same as an important token.\n"
         f"The {tokens[0]} × {tokens[1]} tokens of a frame become {pooled[0]} × {pooled[1]}."
     )
     write(figure, MIDDLE + 222, 172, explained, fontsize=9, color=GREY)
@@ -159,10 +160,19 @@ def squares(axes: Axes, values: torch.Tensor, title: str, colour: str, **scale: 
         axes.text(col, row, text, color="black" if is_light else colour, **style)
 
 
+def largest_weights(norms: torch.Tensor) -> torch.Tensor:
+    """Return the largest weight of each 2 × 2 window by the norms (T, H, W)."""
+    return torch.softmax(norms.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3), -1).amax(-1)
+
+
+def median(norms: torch.Tensor) -> float:
+    """Return the median of the windows' largest weights, rounded up to two digits."""
+    return math.ceil(100 * float(largest_weights(norms).median())) / 100
+
+
 def most_decided(norms: torch.Tensor) -> tuple[int, int, int]:
     """Return frame, row and column of the 2 × 2 window with the largest weight by the norms (T, H, W)."""
-    windows = norms.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)
-    largest = torch.softmax(windows, -1).amax(-1)
+    largest = largest_weights(norms)
     place = int(largest.argmax())
     frame, rest = divmod(place, largest[0].numel())
     return frame, *divmod(rest, largest.shape[2])

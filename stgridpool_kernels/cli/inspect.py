@@ -1,4 +1,4 @@
-"""The command `stgp inspect`: read the tokens of a file or a video, measure them, print a table, draw a figure."""
+"""The command `stgp inspect`: read the tokens of a file or a video, measure them, print a table, may draw a figure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .terminal import printable
 
 def inspect_command(
     path: Path,
-    output: Path,
+    output: Path | None,
     *,
     options: dict[str, Any],
     num_frames: int,
@@ -36,7 +36,7 @@ def inspect_command(
     force: bool,
     console: Console,
 ) -> None:
-    """Inspect the tokens of a token file or of a video; print a table and write a figure.
+    """Inspect the tokens of a token file or of a video; print a table and, where `output` is given, write a figure.
 
     options: arguments of `grid_pool` except `out`. num_frames, grid, tap, key: arguments of `load_input`, which reads
     the file. device: device that pools. Of a batch (B, T, H, W, C) and of packed videos (`frame_counts`) only the first
@@ -44,8 +44,9 @@ def inspect_command(
 
     Raises FileExistsError, ImportError, TypeError or ValueError before anything is written.
     """
-    check_picture(output, force)
-    require_matplotlib()
+    if output is not None:
+        check_picture(output, force)
+        require_matplotlib()
     name = printable(path.name)
     with console.status(f"reading {escape(name)}") as status:
         x, frames = load_input(
@@ -58,10 +59,12 @@ def inspect_command(
     options = dict(options)
     x, frames, which = _first_video(x, frames, options.pop("frame_counts", None))
     inspection = inspect_tokens(x.to(device), **options)
-    save_figure(inspection, frames, output, force=force, name=name)
+    if output is not None:
+        save_figure(inspection, frames, output, force=force, name=name)
     console.print(_table(inspection, device, f"{name}{which}"))
     console.print(inspection.advice, markup=False, highlight=False)
-    console.print(f"figure: {printable(str(output))}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    if output is not None:
+        console.print(f"figure: {printable(str(output))}", style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def _first_video(

@@ -143,7 +143,7 @@ def _add_inspect(commands: Any) -> None:
     )
     parser.epilog = "example:\n  stgp inspect clip.mp4 -o clip.png --temperature 2"
     parser.add_argument("input", type=Path, metavar="IN", help="a token file or a video")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the picture, a PNG file")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="a picture of it, a PNG file (default: none)")
     add_device_option(parser, "pools")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     add_input_options(parser)
@@ -154,7 +154,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
     options = op_options(args)
     check_options(options)
     device = device_of(args)
-    check_outputs([args.input], [args.output], made=False, force=args.force)
+    check_outputs([args.input], [args.output] if args.output else [], made=False, force=args.force)
     check_video_options(args, [args.input])
     from .inspect import inspect_command
 

@@ -137,7 +137,7 @@ def test_solved_temperature_gives_the_target(options: dict[str, Any], scale: flo
     again = inspect_tokens(x, **{**options, "temperature": solved})
     assert np.quantile(again.largest_weights[solved], 0.95) == pytest.approx(found.target_weight, rel=1e-4)
     assert found.target_weight == (0.75 if options.get("kernel_size") == (1, 2) else 0.5)
-    assert f"take a temperature near {solved:.2g}." in found.advice
+    assert f"in 5 % of the windows takes {solved:.2g}." in found.advice
     assert f"torch.{found.dtype}" == str(dtype)
     assert torch.equal(x.detach(), before)
     assert x.grad is None
@@ -349,6 +349,22 @@ def test_a_file_is_measured_and_drawn(capsys: pytest.CaptureFixture[str]) -> Non
         assert (picture.format, picture.size[0]) == ("PNG", 1500)
     assert len(png) <= 1_000_000
     assert sorted(path.name for path in Path().iterdir()) == ["[bold]x.npy", "out.png"]
+
+
+@pytest.mark.usefixtures("_here")
+def test_without_a_name_for_it_nothing_is_drawn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers and advice need no matplotlib, which an installation without the extra `demo` lacks."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    np.save("x.npy", load_fixture()[0])
+    assert main(["inspect", "x.npy"]) == 0
+    text = capsys.readouterr().out
+    assert "At temperature 1 the largest weight" in text
+    assert "figure" not in text
+    assert [path.name for path in Path().iterdir()] == ["x.npy"]
+    assert main(["inspect", "x.npy", "-o", "x.png"]) == 1
+    assert "the figure needs matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_here")

@@ -139,6 +139,7 @@ def test_every_snippet_of_the_pages_is_run() -> None:
         "qwen_register",
         "compress",
         "inspect",
+        "inspect_llava",
         "internvl",
         "llava",
         "vllm",

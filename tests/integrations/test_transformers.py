@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from stgridpool_kernels import grid_pool
 from stgridpool_kernels.integrations import transformers as integration
 from stgridpool_kernels.integrations.base import PoolOptions, pool_flat, video_token_count
 from tests.support import tiny_models
@@ -467,7 +469,7 @@ def test_the_snippets_of_the_page_for_a_loaded_model_run(tmp_path: Path) -> None
     ids = prompt([8 * 196 + 1])
     names: dict[str, Any] = {"inputs": {"input_ids": ids, "pixel_values_videos": videos, "pad_token_id": 0}}
     TRANSFORMERS.run("patch", names, (CHECKPOINT, str(tmp_path)))
-    given = embed(model, ids, videos, temperature=2.0)
+    given = embed(model, ids, videos)
     expected = model.generate(inputs_embeds=given, max_new_tokens=20, pad_token_id=0, do_sample=False)
     assert names["answer"][:, ids.shape[1] :].tolist() == expected.tolist()
 
@@ -477,6 +479,18 @@ def test_the_snippets_of_the_page_for_a_loaded_model_run(tmp_path: Path) -> None
     found = answers(names["model"], input_ids=ids, pixel_values_videos=videos)[0]
     given = embed(model, ids, videos, output_size=(10, 10), ceil_mode=False)
     assert found.tolist() == answers(model, inputs_embeds=given)[0].tolist()
+
+
+def test_tokens_can_be_saved_for_inspection_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved are the tokens that a patched model pools."""
+    monkeypatch.chdir(tmp_path)
+    model, videos = tiny_models.onevision(), pixels(tiny_models.onevision(), 1, 8)
+    TRANSFORMERS.run("inspect_llava", {"model": model, "inputs": {"pixel_values_videos": videos}})
+    tokens = load_file("tokens.safetensors")["tokens"]
+    assert tokens.shape[:3] == (8, 27, 27)
+    integration.patch(model)
+    by_page = grid_pool(tokens, ceil_mode=True)
+    assert_same_bits(features_of(model, videos).reshape(by_page.shape), by_page)
 
 
 def test_the_page_quotes_the_refusal() -> None:
