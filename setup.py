@@ -1,4 +1,7 @@
-"""Build stgridpool_kernels._C by CMakeLists.txt if that is possible. All other settings are in pyproject.toml."""
+"""Build stgridpool_kernels._C by CMakeLists.txt if that is possible, and describe the package by README.md.
+
+All other settings are in pyproject.toml.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ import sysconfig
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.config.pyprojecttoml import load_file
 
 PYTHON = sys.executable
 ROOT = Path(__file__).resolve().parent
@@ -57,6 +62,14 @@ def build_folder() -> Path:
     choice += [os.getenv(name) for name in ("CXX", "CUDA_HOME", "CUDAHOSTCXX", "CMAKE_ARGS")]
     choice += [shutil.which(tool) for tool in ("c++", "g++", "clang++", "nvcc")]
     return ROOT / "build" / f"cmake-{hashlib.sha256(repr(choice).encode()).hexdigest()[:8]}"
+
+
+def description() -> str:
+    """Return README.md with the links that a package index can follow."""
+    repository = load_file(ROOT / "pyproject.toml")["project"]["urls"]["Repository"]
+    version = run_path(str(ROOT / "stgridpool_kernels/version.py"))["__version__"]
+    with_links = run_path(str(ROOT / "tools/long_description.py"))["long_description"]
+    return str(with_links((ROOT / "README.md").read_text(encoding="utf-8"), repository, version))
 
 
 class RecordingBuild(build_py):
@@ -106,6 +119,8 @@ if __name__ == "__main__":
         print(f"stgridpool_kernels: the compiled CPU and CUDA kernels are left out: {reason}", file=sys.stderr)
     library = Extension("stgridpool_kernels._C", sources=[])
     setup(
+        long_description=description(),
+        long_description_content_type="text/markdown",
         ext_modules=[library] if reason is None else [],
         cmdclass={"build_ext": CMakeBuild, "build_py": RecordingBuild},
     )
