@@ -9,7 +9,8 @@ name without a version has the version of requirements.txt at the root of the tr
 Packages are installed with --no-deps, but for torch, since there are builds of it for many devices. It comes first,
 with what it asks for, in the versions of the list. Afterwards everything that a package requires must be installed in a
 fitting version, and nothing may be installed that is not in the list. Exceptions are the parts of CUDA, which a torch
-for CUDA chooses, and pip, which comes with Python.
+for CUDA chooses, and pip, which comes with Python. A list that names Triton has its own, whichever the torch for CUDA
+asks for, since one for the CPU asks for none.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def faults(pins: Pins, exempt: Iterable[str], installed: Iterable[metadata.Distr
             found.append(f"{name} {versions[name]} is not listed")
         for requirement in asked if name not in exempt else ():
             needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            if needed and not fits(requirement):
+            own_triton = name == "torch" and requirement.name == "triton" and "triton" in wanted
+            if needed and not own_triton and not fits(requirement):
                 found.append(
                     f"{name} {versions[name]} needs {requirement}, got {versions.get(canonical(requirement.name))}"
                 )

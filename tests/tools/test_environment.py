@@ -123,6 +123,19 @@ def test_another_torch_chooses_for_itself() -> None:
     assert len(faults(pins, [], there, "torch==2.13.0")) == 3
 
 
+def test_a_list_with_triton_has_its_own_beside_a_torch_for_cuda() -> None:
+    """Packages of the index are built for CUDA, and each of their versions asks for one version of Triton."""
+    there = installed(torch=("2.13.0", ["triton==3.7.1"]), triton=("3.9.0", []))
+    pins = {"torch": ["torch==2.13.0"]}
+    [fault] = faults(pins, [], there, "torch==2.13.0")
+    assert fault == "torch 2.13.0 needs triton==3.7.1, got 3.9.0"
+    pins["triton"] = ["triton==3.9.0"]
+    assert faults(pins, [], there, "torch==2.13.0") == []
+    assert faults(pins, [], installed(torch=("2.13.0", []), triton=("3.7.1", []))) == [
+        "triton==3.9.0 is listed, got 3.7.1"
+    ]
+
+
 def test_requirements_of_incomplete_packages_are_not_asked_for() -> None:
     pins = {"engine": ["engine==1"]}
     there = installed(engine=("1", ["a", "b>2"]))
