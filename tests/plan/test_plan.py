@@ -356,10 +356,12 @@ def test_repr_is_short_and_complete() -> None:
 
 @pytest.mark.parametrize("frames", [1024, 4096, 16384])
 def test_a_plan_is_made_in_a_few_lines_a_frame(frames: int) -> None:
-    """A new plan runs fewer than six lines a frame at any number of frames; a kept one is found in fewer than 50.
+    """A new plan runs fewer than six lines a frame and 500 more; a kept one is found in fewer than 50.
+
+    Python 3.14 counts 5.7 a frame and 410 more, Python 3.11 counts 4.8 and 420.
 
     `make bench ARGS="-k plan"` takes times.
     """
     plan = grid_plan((frames,), 27, 27)
-    assert frames < steps(lambda: dataclasses.replace(plan), lines=True) < 6 * frames
+    assert frames < steps(lambda: dataclasses.replace(plan), lines=True) < 6 * frames + 500
     assert steps(lambda: grid_plan((frames,), 27, 27), lines=True) < 50
