@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from .namespace import NAMESPACE
 from .once import refuse_second
 from .ops import ARGUMENTS, Arguments, check_call, gridding_plan, op_names
 from .plan import GridPlan
@@ -72,7 +73,7 @@ def _dispatch(name: str, rule: Any, cls: type, op: Any, types: Any, args: Any, k
 
 for _name in ARGUMENTS:
     for _op, _rule in zip(op_names(_name), (_forward, _forward_out, _recorded, _backward), strict=True):
-        torch.library.register_torch_dispatch(f"stgp::{_op}", DTensor, partial(_dispatch, _name, _rule))
+        torch.library.register_torch_dispatch(f"{NAMESPACE}::{_op}", DTensor, partial(_dispatch, _name, _rule))
 
 
 def _both(name: str, value: Tensor, x: Tensor) -> tuple[DTensor, DTensor]:

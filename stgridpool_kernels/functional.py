@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from .arguments import check_names, check_tensor, converted, warn_of_layout
 from .backends import use_backend
+from .namespace import OPS
 from .ops import ARGUMENTS, check_arguments, op_names
 from .plan.values import word
 
-_OPS = {name: getattr(torch.ops.stgp, op_names(name)[0]) for name in ARGUMENTS}
-_OUT_OPS = {name: getattr(torch.ops.stgp, op_names(name)[1]) for name in ARGUMENTS}
+_OPS = {name: getattr(OPS, op_names(name)[0]) for name in ARGUMENTS}
+_OUT_OPS = {name: getattr(OPS, op_names(name)[1]) for name in ARGUMENTS}
 
 
 def _call(name: str, x: Tensor, out: Tensor | None, backend: str, given: tuple[Any, ...]) -> Tensor:

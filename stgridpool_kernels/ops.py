@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from .backends import backend_names, choose_backend, logger, requested_backend, requested_name, use_backend
 from .backends.compiled import address_of, take_huge_pages
 from .backends.weighting import Weighting
+from .namespace import NAMESPACE, OPS
 from .once import refuse_second
 from .plan import GridPlan, grid_plan
 from .plan.plan import cached_plan, level_shapes, pooled_size
@@ -69,8 +70,8 @@ _BACKWARD = {name: attrgetter(f"{_OF_BACKEND.get(name, name)}_backward") for nam
 MAX_CALLS = 256
 """Maximum number of planned calls that are kept, which are the last used ones. As many plans are cached."""
 
-refuse_second(hasattr(torch.ops.stgp, "grid_pool"))
-_library = torch.library.Library("stgp", "DEF")
+refuse_second(hasattr(OPS, "grid_pool"))
+_library = torch.library.Library(NAMESPACE, "DEF")
 _defaults: dict[str, Arguments] = {}
 
 
@@ -104,7 +105,7 @@ def check_arguments(arguments: Arguments) -> None:
     if arguments.get("norm_channels") is not None:
         count("norm_channels", arguments["norm_channels"], 1)
     x = torch.empty(1, 1 << 20, 1 << 20, 1, device="meta", dtype=torch.float64)
-    torch.ops.stgp.grid_pool(x, **arguments | {"norm_channels": None})
+    OPS.grid_pool(x, **arguments | {"norm_channels": None})
 
 
 def _check(x: Tensor, a: Arguments) -> None:
@@ -346,7 +347,7 @@ def _define(name: str) -> None:
     # request is saved as one: its index in `backend_names()`.
     _library.define(f"_{name}_recorded(Tensor x, *, {arguments}) -> (Tensor out, Tensor backend)")
     _library.define(f"_{name}_backward(Tensor grad, Tensor x, Tensor backend, *, {arguments}) -> Tensor")
-    schema = getattr(torch.ops.stgp, name).default._schema
+    schema = getattr(OPS, name).default._schema
     # the dispatcher leaves out arguments that equal their default; `_defaults[name] | given` puts them back
     _defaults[name] = {argument.name: argument.default_value for argument in schema.arguments if argument.kwarg_only}
 
@@ -393,15 +394,15 @@ def _fake(name: str) -> None:
 
     fakes: tuple[Callable[..., Any], ...] = (forward, forward_out, recorded, backward)
     for op, fake in zip(op_names(name), fakes, strict=True):
-        torch.library.register_fake(f"stgp::{op}", fake, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
 
 
 def _differentiate(name: str) -> None:
-    op, _, recorded_op, backward_op = (getattr(torch.ops.stgp, op).default for op in op_names(name))
+    op, _, recorded_op, backward_op = (getattr(OPS, op).default for op in op_names(name))
 
     def forward(keyset: Any, x: Tensor, **given: Any) -> Tensor:
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(f"stgp::{name} has no forward-mode derivative")
+            raise RuntimeError(f"{NAMESPACE}::{name} has no forward-mode derivative")
         if torch.is_grad_enabled() and x.requires_grad:
             return cast(Tensor, recorded_op(x, **given)[0])
         below = keyset & torch._C._after_autograd_keyset
@@ -420,11 +421,12 @@ def _differentiate(name: str) -> None:
         return cast(Tensor, backward_op(grad, *ctx.saved_tensors, **ctx.arguments))
 
     def double_backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise RuntimeError(f"stgp::{name} can be differentiated once only: its backward has no gradient")
+        raise RuntimeError(f"{NAMESPACE}::{name} can be differentiated once only: its backward has no gradient")
 
     _library.impl(name, forward, "Autograd", with_keyset=True)
-    torch.library.register_autograd(f"stgp::_{name}_recorded", backward, setup_context=setup_context, lib=_library)
-    torch.library.register_autograd(f"stgp::_{name}_backward", double_backward, lib=_library)
+    once, twice = (f"{NAMESPACE}::_{name}_{part}" for part in ("recorded", "backward"))
+    torch.library.register_autograd(once, backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(twice, double_backward, lib=_library)
 
 
 for _name in ARGUMENTS:

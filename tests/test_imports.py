@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "stgridpool_kernels"
 FLOORS = [
-    ("version", "once", "plan", "io.writing"),
+    ("version", "namespace", "once", "plan", "io.writing"),
     ("backends",),
     ("ops",),
     ("dtensor",),
@@ -146,7 +146,7 @@ def test_ops_that_a_backend_calls_are_declared_beside_it() -> None:
     for module, path in MODULES.items():
         text = path.read_text(encoding="utf-8")
         if floor(module) < floor(f"{PACKAGE}.ops"):
-            assert set(re.findall(r"torch\.ops\.stgp\.(\w+)", text)) <= set(re.findall(r'"(_\w+)\(Tensor', text))
+            assert set(re.findall(r"\bOPS\.(\w+)", text)) <= set(re.findall(r'"(_\w+)\(Tensor', text))
 
 
 def test_tests_import_no_benchmarks_and_no_tools() -> None:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..namespace import NAMESPACE, OPS
 from ..once import refuse_second
 from ..plan import GridPlan
 from ..plan.tables import VERSION
 from .device_tables import Tables, tables_of, tables_of_chunk
-from .missing import why_missing
+from .missing import PACKAGE, why_missing
 from .weighting import Weighting
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,8 +37,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # The ops get checked tensors. `tables` holds the words of the plan (plan/tables.py), which `_check_tables` has checked,
 # and `device_tables` the same words on the device of x, or None if that is the CPU.
-refuse_second(hasattr(torch.ops.stgp, "_grid_pool_by_tables"))
-_library = torch.library.Library("stgp", "FRAGMENT")
+refuse_second(hasattr(OPS, "_grid_pool_by_tables"))
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _PLAN = "Tensor tables, Tensor? device_tables"
 _NORM = "float norm_type, bool normalize_norm, int norm_channels"
 # `cells` is the maximum number of cells or windows per thread block of the fused CUDA kernels, 0 for their choice.
@@ -55,8 +56,8 @@ _library.define(f"_temporal_grid_backward_by_tables(Tensor grad, {_PLAN}, Tensor
 _library.define(f"_temporal_grid_by_tables(Tensor x, {_PLAN}, Tensor(a!) out) -> ()")
 _library.define("_check_tables(Tensor tables) -> ()")
 _library.define(f"_token_norm_compiled(Tensor x, {_NORM}, Tensor(a!) out) -> ()")
-_GRID_POOL = torch.ops.stgp._grid_pool_by_tables.default
-_TEMPORAL_GRID = torch.ops.stgp._temporal_grid_by_tables.default
+_GRID_POOL = OPS._grid_pool_by_tables.default
+_TEMPORAL_GRID = OPS._temporal_grid_by_tables.default
 
 # ---- calls that the library can run ----
 
@@ -73,9 +74,9 @@ MOST_FUSED_CHANNELS = 1 << 28
 
 def _load() -> ModuleType | None:
     """Return the compiled library, None if there is none. Raises ImportError with the cause if it does not load."""
-    name = "stgridpool_kernels._C"
+    name = f"{PACKAGE}._C"
     # The library must be beside this package: a search by name finds that of another checkout which is installed too.
-    spec = PathFinder.find_spec(name, sys.modules["stgridpool_kernels"].__path__)
+    spec = PathFinder.find_spec(name, sys.modules[PACKAGE].__path__)
     if spec is None or spec.loader is None or not spec.origin:
         return None
     advice = f"Build it again with this torch ({torch.__version__}), or remove it: {spec.origin}"
@@ -230,7 +231,7 @@ def _frames_per_stage(x: Tensor) -> int:
 def _checked(tables: Tables) -> tuple[Tensor, Tensor | None]:
     """Return tables, whose words are checked at their first use, as the two arguments of an op."""
     if not tables.checked:
-        torch.ops.stgp._check_tables.default(tables.words)
+        OPS._check_tables.default(tables.words)
         tables.checked = True
     return tables.words, tables.use_now() if tables.tensor.is_cuda else None
 
@@ -251,7 +252,7 @@ def grid_pool(x: Tensor, plan: GridPlan, weighting: Weighting, out: Tensor) -> N
 
 
 def grid_pool_backward(grad: Tensor, x: Tensor, plan: GridPlan, weighting: Weighting, grad_x: Tensor) -> None:
-    op = torch.ops.stgp._grid_pool_backward_by_tables.default
+    op = OPS._grid_pool_backward_by_tables.default
     _run(op, (grad, x), plan, *weighting, grad_x, gradient=True)
 
 
@@ -260,12 +261,12 @@ def temporal_grid(x: Tensor, plan: GridPlan, out: Tensor) -> None:
 
 
 def temporal_grid_backward(grad: Tensor, x: Tensor, plan: GridPlan, grad_x: Tensor) -> None:
-    _run(torch.ops.stgp._temporal_grid_backward_by_tables.default, (grad,), plan, grad_x, gradient=True)
+    _run(OPS._temporal_grid_backward_by_tables.default, (grad,), plan, grad_x, gradient=True)
 
 
 def token_norm(x: Tensor, weighting: Weighting, out: Tensor) -> None:
     _, *norm = weighting
-    torch.ops.stgp._token_norm_compiled.default(x, *norm, out)
+    OPS._token_norm_compiled.default(x, *norm, out)
 
 
 def bind_on_cpu(
@@ -297,6 +298,6 @@ def bind_on_cpu(
 
 
 def pool_chunk(x: Tensor, words: tuple[int, ...], weighting: Weighting, slots: Tensor, out: Tensor) -> None:
-    op = torch.ops.stgp._pool_chunk_by_tables.default
+    op = OPS._pool_chunk_by_tables.default
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         op(x, *_checked(tables_of_chunk(words, x.device)), *weighting, slots, out)

@@ -11,7 +11,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGE = "stgridpool_kernels"
+PACKAGE = __name__.rsplit(".", 2)[0]
+"""Name of the package that this module is part of, under which a copy of it may have been loaded."""
 
 RECORD = "left_out.txt"
 """File of the package in which setup.py writes why a build left the library out."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -260,8 +259,7 @@ def run(
         return prepare(CallSpec(x, out, plan, weighting, grad, chunk, capability_of(x.device)))
 
     if x.device.type == "cpu":
-        # triton's interpreter computes with NumPy, which warns of NaN and overflow
-        with np.errstate(all="ignore"), warnings.catch_warnings():
+        with warnings.catch_warnings():  # triton's interpreter computes with NumPy, which warns of NaN and overflow
             warnings.simplefilter("ignore")
             _find(key, prepared, False)(x, out, 0, False, thumbnails, grad)
         return
