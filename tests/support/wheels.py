@@ -69,8 +69,12 @@ def copy_tests(folder: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 
-def run_backend_tests(python: Path, folder: Path, env: dict[str, str]) -> str:
-    """Run the tests of the backend `cpu`, with golden values, on the package of `python`; return pytest's last line."""
-    selected = ("tests/backends/test_backends.py", "-k", "cpu and not triton and not cuda and not reference")
+def run_backend_tests(python: Path, folder: Path, env: dict[str, str], backend: str = "cpu") -> str:
+    """Run the tests of a backend, with golden values, on the package of `python`; return pytest's last line.
+
+    backend: `cpu`, or `reference` of a package without a library.
+    """
+    others = {"cpu": "triton or cuda or reference", "reference": "triton or cuda"}[backend]
+    selected = ("tests/backends/test_backends.py", "-k", f"{backend} and not ({others})")
     shown = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected, cwd=folder, env=env)
     return shown.strip().splitlines()[-1]
