@@ -101,6 +101,11 @@ test-lmms-eval: build/with_lmms_eval/installed ## the models for lmms-eval, in a
 	$(call editable,build/with_lmms_eval)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 build/with_lmms_eval/bin/python -m pytest tests/with_lmms_eval $(ARGS)
 
+# The folder that is loaded is made from the checkout, which is beside it on the path.
+test-kernels: build/with_kernels/installed ## the folder for Hugging Face's package kernels, loaded by it
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 PYTHONPATH=. build/with_kernels/bin/python -m pytest \
+	    --confcutdir=tests/with_kernels tests/with_kernels $(ARGS)
+
 TRANSFORMERS ?= 5.17.0 5.23.0 5.24.0
 OF_TRANSFORMERS := $(addprefix tests/integrations/,test_transformers.py test_grid_models.py test_internvl.py test_compress.py)
 

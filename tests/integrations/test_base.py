@@ -30,7 +30,7 @@ from stgridpool_kernels.integrations.base import (
     video_token_count,
 )
 from tests.support import toy_engine
-from tests.support.pages import ENGINES, FOLDER, INTEGRATIONS, OTHER_ENGINES
+from tests.support.pages import ENGINES, FOLDER, HF_KERNELS, INTEGRATIONS, OTHER_ENGINES
 from tests.support.tolerance import assert_same_bits
 
 CALLS = {
@@ -126,8 +126,8 @@ def test_the_snippet_of_the_page_runs() -> None:
 
 
 def test_every_snippet_of_the_pages_is_run() -> None:
-    """The tests of each integration run those of its page; that of vLLM runs in tests/with_vllm."""
-    pages = (INTEGRATIONS, *ENGINES)
+    """The tests of each integration run those of its page; two run in tests/with_vllm and tests/with_kernels."""
+    pages = (INTEGRATIONS, *ENGINES, HF_KERNELS)
     assert {page.name for page in pages} == {f"integrations/{file.name}" for file in FOLDER.glob("integrations/*.md")}
     assert {name for page in pages for name in page.snippets} == {
         "flat",
@@ -143,6 +143,7 @@ def test_every_snippet_of_the_pages_is_run() -> None:
         "internvl",
         "llava",
         "vllm",
+        "hf_kernel",
     }
     for page in pages:
         assert page.text.count("```python") == len(page.snippets)

@@ -25,7 +25,7 @@ class Page:
         exec(compile(source, f"docs/{self.name}: {snippet}", "exec"), names)
 
 
-INTEGRATIONS = Page("integrations/README.md")
+INTEGRATIONS, HF_KERNELS = Page("integrations/README.md"), Page("integrations/hf_kernels.md")
 ENGINES = TRANSFORMERS, LLAVA_NEXT, VLLM, SGLANG, LMMS_EVAL, OTHER_ENGINES = tuple(
     Page(f"integrations/{name}.md")
     for name in ("transformers", "llava_next", "vllm", "sglang", "lmms_eval", "other_engines")
