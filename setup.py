@@ -39,7 +39,7 @@ def why_left_out() -> str | None:
     """Return why the library cannot or must not be built, None if it is to be built."""
     if os.environ.get("STGP_NO_EXT") == "1":
         asked = "STGP_NO_EXT=1 was set, as it is for the wheel py3-none-any"
-        return f"{asked}; install from source without it, beside torch and a C++20 compiler"
+        return f"{asked}; install from source without it, on Linux beside torch and a C++20 compiler"
     if sys.platform != "linux":
         return f"they are built on Linux only, and this is {sys.platform}"
     torch = find_torch()

@@ -17,8 +17,8 @@ from stgridpool_kernels.backends import compiled, missing
 
 ROOT = Path(__file__).parents[1]
 NO_EXT = (
-    "STGP_NO_EXT=1 was set, as it is for the wheel py3-none-any; install from source without it, beside torch and a "
-    "C++20 compiler"
+    "STGP_NO_EXT=1 was set, as it is for the wheel py3-none-any; install from source without it, on Linux beside torch "
+    "and a C++20 compiler"
 )
 """Reason of a build with STGP_NO_EXT=1, which those read too who got the wheel from somebody else."""
 
