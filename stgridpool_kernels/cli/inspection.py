@@ -302,7 +302,8 @@ def _advice_on_weights(found: Inspection) -> str:
     )
     if found.target_temperature is None:
         return f"{text} No temperature lifts the largest weight to {target} in 5 % of the windows: norms tie."
-    return f"{text} A largest weight above {target} in 5 % of the windows takes {found.target_temperature:.2g}."
+    temperature = f"a temperature near {found.target_temperature:.2g}"
+    return f"{text} A largest weight above {target} in 5 % of the windows takes {temperature}."
 
 
 def _verdict(median: float, top: float, uniform: float) -> str:

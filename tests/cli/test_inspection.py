@@ -137,7 +137,7 @@ def test_solved_temperature_gives_the_target(options: dict[str, Any], scale: flo
     again = inspect_tokens(x, **{**options, "temperature": solved})
     assert np.quantile(again.largest_weights[solved], 0.95) == pytest.approx(found.target_weight, rel=1e-4)
     assert found.target_weight == (0.75 if options.get("kernel_size") == (1, 2) else 0.5)
-    assert f"in 5 % of the windows takes {solved:.2g}." in found.advice
+    assert f"in 5 % of the windows takes a temperature near {solved:.2g}." in found.advice
     assert f"torch.{found.dtype}" == str(dtype)
     assert torch.equal(x.detach(), before)
     assert x.grad is None

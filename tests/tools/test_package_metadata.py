@@ -21,7 +21,7 @@ import stgridpool_kernels
 from tests.support.wheels import BUILT
 from tools.long_description import long_description
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = load_file(ROOT / "pyproject.toml")["project"]
 REPOSITORY: str = PROJECT["urls"]["Repository"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
