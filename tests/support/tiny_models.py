@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,3 +83,42 @@ def prompt(placeholders: Sequence[int]) -> Tensor:
     for video, count in enumerate(placeholders):
         ids += [VIDEO] * count + [8 + video, 9]
     return torch.tensor([ids])
+
+
+def processor(model: Any) -> Any:
+    """Return the library's own processor for one of these models, with a tokenizer of single characters."""
+    transformers: Any = importlib.import_module("transformers")
+    kind, vision = model.config.model_type, model.config.vision_config
+    size = {"height": vision.image_size, "width": vision.image_size}
+    if kind == "llava_onevision":
+        prefix, images = "LlavaOnevision", "LlavaOnevisionImageProcessor"
+        settings = {"num_image_tokens": (vision.image_size // vision.patch_size) ** 2}
+    else:
+        prefix, images, settings = "LlavaNextVideo", "LlavaNextImageProcessor", {"patch_size": vision.patch_size}
+    videos = getattr(
+        importlib.import_module(f"transformers.models.{kind}.video_processing_{kind}"), f"{prefix}VideoProcessor"
+    )
+    contents = "{% if part['type'] == 'video' %}<video>{% else %}{{ part['text'] }}{% endif %}"
+    return getattr(transformers, f"{prefix}Processor")(
+        image_processor=getattr(transformers, images)(size=size, crop_size=size),
+        video_processor=videos(size=size, crop_size=size),
+        tokenizer=_tokenizer(transformers),
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        chat_template=f"{{% for part in messages[0]['content'] %}}{contents}{{% endfor %}}",
+        **settings,
+    )
+
+
+def _tokenizer(transformers: Any) -> Any:
+    """Return a tokenizer whose words are the letters, with the special tokens of the models' configurations."""
+    tokenizers = importlib.import_module("tokenizers")
+    special = {"<pad>": 0, "<bos>": 1, "<unk>": 2, "<image>": IMAGE, "<video>": VIDEO, "<eos>": 63}
+    words = {letter: 3 + number for number, letter in enumerate(string.ascii_letters)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({**special, **words}, unk_token="<unk>"))
+    split = tokenizers.pre_tokenizers
+    made.pre_tokenizer = split.Sequence([split.WhitespaceSplit(), split.Split("", "isolated")])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+    return tokenizer
