@@ -58,6 +58,10 @@ bench-pruning: $(BUILT) build/with_vllm/installed ## vLLM's pruning of tokens ne
 performance: $(BUILT) ## docs/performance.md, its details and pictures from benchmarks/results
 	$(VENV)/bin/python -m benchmarks page $(ARGS)
 
+# The compiled kernels are those of the checkout, beside which the environment has the same torch.
+notebook: $(BUILT) build/notebook/installed ## examples/method.ipynb with what its cells print and draw
+	IPYTHONDIR=$(CURDIR)/build/notebook/ipython PYTHONPATH=$(CURDIR) build/notebook/bin/python -m tools.run_notebook examples/method.ipynb
+
 fuzz: $(BUILT) ## 5 minutes of random calls of the CPU kernels against the reference
 	$(VENV)/bin/python -m tools.fuzz --seconds 300 $(ARGS)
 
@@ -90,6 +94,10 @@ engines: ## the integrations on LLaVA-NeXT, SGLang, lmms-eval and vLLM, in envir
 
 build/with_%/installed: tests/with_%/requirements.txt requirements.txt $(wildcard tools/requirements/*.txt) tools/environment.py
 	$(PYTHON) -m tools.environment build/with_$* $<
+	touch $@
+
+build/notebook/installed: tools/requirements/notebook.txt tools/requirements/suite.txt requirements.txt tools/environment.py
+	$(PYTHON) -m tools.environment build/notebook $<
 	touch $@
 
 # Metadata that `make wheel` leaves in the checkout would hide the installed entry points, so it is removed.
