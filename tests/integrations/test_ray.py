@@ -24,6 +24,7 @@ from stgridpool_kernels.io.encoder import find_sample_video
 from stgridpool_kernels.io.inputs import load_input
 from stgridpool_kernels.io.token_files import read_tokens, write_tokens
 from stgridpool_kernels.io.video import VideoWarning
+from tests.support.examples import run_example
 from tests.support.pages import SCALING
 
 MARK = f"STGP_RAY_TEST={uuid.uuid4().hex}"
@@ -122,6 +123,49 @@ def test_the_page_on_scaling(
     SCALING.run("step", {}, *((f'"{folder}/', f'"{tmp_path}/{folder}/') for folder in ("tokens", "pooled")))
     assert "'state': 'written'" in capsys.readouterr().out
     assert torch.equal(read_tokens(written), stgp.grid_pool(x, temperature=2.0))
+
+
+def test_the_example(cluster: None, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """examples/ray_pool.py pools the files of a folder, and names those that it cannot pool."""
+    (inputs / ".hidden.npy").unlink()
+    out, names = tmp_path / "out", ["a.npy", "b.pt", "c.safetensors"]
+    for state in ("written", "skipped"):
+        with pytest.raises(SystemExit, match="1"):
+            run_example("ray_pool.py", inputs, out, "--temperature", 2)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines.pop() == f"1 failed, 3 {state}"
+        [failed] = [line for line in lines if line.startswith("failed")]
+        assert failed.startswith(f"failed: {inputs / 'broken.npy'}: cannot be read (")
+        assert sorted({*lines} - {failed}) == [f"{state}: {out / name}.safetensors" for name in names]
+    for name in names:
+        expected = stgp.grid_pool(read_tokens(inputs / name), temperature=2.0)
+        assert torch.equal(read_tokens(out / f"{name}.safetensors"), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing", "out"), "No such file or directory: 'missing'"),
+        (("in/more", "out", "--temperature", "nan"), "temperature must be finite"),
+        (("in/more", "out", "--actors", "0"), "--actors must be at least 1, got 0"),
+        (("empty", "out"), "empty has no token files (.npy, .npz, .pt, .safetensors) and no videos"),
+    ],
+)
+def test_the_example_refuses_bad_input_before_ray_starts(
+    inputs: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import ray
+
+    monkeypatch.chdir(inputs.parent)
+    monkeypatch.setattr(ray.data, "from_items", lambda *_: pytest.fail("Ray was asked"))
+    Path("empty").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        run_example("ray_pool.py", *arguments)
+    assert message in capsys.readouterr().err
 
 
 def workers() -> list[int]:

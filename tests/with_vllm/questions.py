@@ -172,10 +172,12 @@ def _answer_qwen(kind: str, text: str, options: dict[str, Any] | None) -> dict[s
     return _generated(model, inputs["input_ids"].shape[1], **inputs)
 
 
-def answer_to_video(kind: str, video: Tensor, options: dict[str, Any] | None) -> dict[str, Any]:
+def answer_to_video(
+    kind: str, video: Tensor, options: dict[str, Any] | None, text: str = "h i {long} w h a t ?"
+) -> dict[str, Any]:
     """Return what transformers answers to a question about a video (F, 3, height, width) of one frame a second."""
     model, processor = _qwen(kind, json.dumps(options))
-    inputs = models.ask(processor, prompt_text(kind, "h i {long} w h a t ?"), [video], frames_per_second=1.0)
+    inputs = models.ask(processor, prompt_text(kind, text), [video], frames_per_second=1.0)
     return _generated(model, inputs["input_ids"].shape[1], **inputs)
 
 

@@ -1,4 +1,7 @@
-"""The two snippets of the page on vLLM run with a model of few random weights in place of the checkpoint."""
+"""The two snippets of the page on vLLM run with a model of few random weights in place of the checkpoint.
+
+The server of the second one is also asked by examples/vllm_client.py.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import questions
@@ -28,7 +32,8 @@ from runner import CLOSE, Runner, assert_same_answers, difference
 
 from tests.support import tiny_grid_models as models
 
-PAGE = (Path(__file__).parents[2] / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
 CHECKPOINT = "Qwen/Qwen3-VL-8B-Instruct"
 KIND = "qwen3_vl"
 OPTIONS = {"mode": "pool", "temperature": 2.0}
@@ -73,9 +78,12 @@ def from_jpegs(name: str) -> torch.Tensor:
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-@pytest.fixture
-def server(folder: Path, tmp_path: Path, settings: dict[str, str]) -> Iterator[tuple[str, Path]]:
+@pytest.fixture(scope="module")
+def server(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, settings: dict[str, str]
+) -> Iterator[tuple[str, Path]]:
     """Yield the address of the server that the page's command starts, and the file that it logs to."""
+    tmp_path = tmp_path_factory.mktemp("server")
     [command] = re.findall(r"```\n(vllm serve .*?)\n```", PAGE, re.DOTALL)
     assert command.count(CHECKPOINT) == 1
     template = tmp_path / "template.jinja"
@@ -163,3 +171,36 @@ def asked(address: str, name: str) -> dict[str, Any]:
         "tokens": best["token_ids"],
         "logprobs": [step["logprob"] for step in best["logprobs"]["content"]],
     }
+
+
+def test_the_client_of_the_examples(server: tuple[str, Path], tmp_path: Path) -> None:
+    """The file that examples/vllm_client.py sends is decoded by the server, and here by OpenCV too."""
+    frames, rows, cols = 20, 5, 6
+    written = cv2.VideoWriter(
+        str(tmp_path / "clip.mp4"),
+        cv2.VideoWriter_fourcc(*"mp4v"),
+        1.0,
+        (2 * models.PATCH * cols, 2 * models.PATCH * rows),
+    )
+    for picture in models.pictures(frames, rows, cols, seed=5):
+        written.write(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))
+    written.release()
+    read = cv2.VideoCapture(str(tmp_path / "clip.mp4"))
+    shown = np.stack([cv2.cvtColor(read.read()[1], cv2.COLOR_BGR2RGB) for _ in range(frames)])
+
+    command = [sys.executable, str(ROOT / "examples" / "vllm_client.py"), "clip.mp4", "--question", "w h a t ?"]
+    command += ["--server", server[0], "--max-tokens", str(tiny.ANSWER)]
+    direct = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    done = subprocess.run(command, cwd=tmp_path, env=direct, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    heading, answer = done.stdout.splitlines()
+
+    video = torch.from_numpy(shown).permute(0, 3, 1, 2)
+    reference, unlike = (
+        questions.answer_to_video(KIND, video, {**OPTIONS, **other}, "{long}w h a t ?")
+        for other in ({}, {"temperature": -2.0})
+    )
+    assert heading.endswith(f": {reference['places']} tokens in the prompt")
+    tokenizer = models.build(KIND)[1].tokenizer
+    assert answer.split() == tokenizer.decode(reference["tokens"], skip_special_tokens=True).split()
+    assert reference["tokens"] != unlike["tokens"]
