@@ -6,7 +6,7 @@ python examples/streaming_camera.py --state stream.pt                 # … and 
 python examples/streaming_camera.py clip.mp4                          # a video, through the demo's vision tower
 ffmpeg -i /dev/video0 -f matroska - | python examples/streaming_camera.py -   # a camera, until Ctrl-C
 
-Videos need pip install ".[demo]" and the two packages that the README installs after it.
+Videos need pip install ".[demo]" and the two packages that docs/command-line.md installs after it.
 """
 
 from __future__ import annotations
