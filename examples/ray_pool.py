@@ -3,8 +3,8 @@
 python examples/ray_pool.py stgridpool_kernels/io/data pooled --key tokens    # the packaged tokens, in a checkout
 python examples/ray_pool.py videos/ pooled/ --temperature 2 --actors 4
 
-It needs pip install ".[ray]", and for videos ".[demo]" and the two packages that the README installs after it. Without
-steps of one's own, python -m stgridpool_kernels.integrations.ray does the same with more options.
+It needs pip install ".[ray]", and for videos ".[demo]" and the two packages that docs/command-line.md installs after
+it. Without steps of one's own, python -m stgridpool_kernels.integrations.ray does the same with more options.
 """
 
 from __future__ import annotations
