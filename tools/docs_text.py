@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "changelog.md": "CHANGELOG.md"}
 """Pages of the site that are files at the root of the repository, by their name in the site."""
 
 _CODE_OR_LINK = re.compile(r"(^ *```.*?^ *```$|`[^`]+`)|(?<=\]\()[^)\s]+(?=\))", re.DOTALL | re.MULTILINE)
