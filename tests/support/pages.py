@@ -31,4 +31,6 @@ ENGINES = TRANSFORMERS, LLAVA_NEXT, VLLM, SGLANG, LMMS_EVAL, OTHER_ENGINES = tup
     for name in ("transformers", "llava_next", "vllm", "sglang", "lmms_eval", "other_engines")
 )
 SCALING, STREAMING = Page("scaling.md"), Page("streaming.md")
-GET_STARTED, TEMPERATURE, COMMAND_LINE = Page("get-started.md"), Page("temperature.md"), Page("command-line.md")
+GET_STARTED, METHOD, TEMPERATURE, COMMAND_LINE = (
+    Page(f"{name}.md") for name in ("get-started", "method", "temperature", "command-line")
+)
