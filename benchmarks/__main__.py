@@ -5,7 +5,7 @@
     python -m benchmarks compare A B          print the changes from A to B, and mark those beyond the noise
     python -m benchmarks plot FILE FOLDER     draw results
     python -m benchmarks goals [FILE …]       print the goals that results reach
-    python -m benchmarks page                 write docs/performance.md, its details and the README's words on cost
+    python -m benchmarks page                 write docs/performance.md, its details and the README's table of costs
 
 FILE is a file of JSON lines and stands for its newest run; FILE@RUN stands for the run whose name begins with RUN.
 """
@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     reached.add_argument("--tables", action="store_true", help="print the results first")
     reached.add_argument("results", nargs="*", metavar="FILE", help="default: the files of all machines")
     written = commands.add_parser(
-        "page", help="write docs/performance.md, its details and pictures, and the README's words on cost"
+        "page", help="write docs/performance.md, its details and pictures, and the README's table of costs"
     )
     written.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a text is not up to date")
     for command in commands.choices.values():

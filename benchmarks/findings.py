@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from benchmarks.goals import ONE_FRAME, T64
 from benchmarks.report import plural, show_number, show_time
@@ -13,10 +14,24 @@ OPS = {"channels-last `avg_pool2d`": PLAIN, "`norm_pool`": "norm_pool:cpu", "`gr
 """Providers by their names in sentences. Each writes into fresh memory, or into given memory with ":out"."""
 
 
-def cost(results: Results, prefill: Results | None) -> str:
-    """Return, for the README, the share of grid_pool in a prefill if there are any, then what 64 frames cost."""
-    share, text = share_of_prefill(prefill) if prefill else "", large_calls(results, None)
-    return text.replace(", pooling", f", {share}; pooling", 1) if share else text
+def cost(results: Results, prefill: Results | None) -> list[list[str]]:
+    """Return the lines of the README's table: what 64 frames cost, then what that is of a prefill, if there are any.
+
+    Columns are grid_pool, LLaVA's own call and channels-last avg_pool2d. A cell is "-" where nothing was measured.
+    """
+    rows = [results.find(T64, provider) for provider in ("grid_pool:cpu", LLAVA, PLAIN)]
+    times = [show_time(row.us) if row and row.is_timed else "-" for row in rows]
+    lines = [["64 frames of 27 × 27 × 3584, bfloat16, into a fresh result", *times]]
+    found = shares_of_prefill(prefill).values() if prefill else ()
+    for pooling in {each.pooling.workload: each.pooling for each in found}.values():
+        model = (
+            f"{pooling.frames} frames by a decoder of the shape of Qwen2-{pooling.workload.removeprefix('prefill-')}"
+        )
+        lines.append([f"share of a prefill of {model}", *(show_share(each.share) for each in found), "-"])
+    if found and all(each.of_all for each in found):
+        gains = (show_share(each.of_all or 0) for each in found)
+        lines.append(["pooling and that prefill, next to a prefill of all tokens", *gains, "-"])
+    return lines
 
 
 def large_calls(results: Results, prefill: Results | None) -> str:
@@ -40,23 +55,51 @@ def large_calls(results: Results, prefill: Results | None) -> str:
     return f"{text}; {share}." if share else f"{text}."
 
 
-def share_of_prefill(results: Results) -> str:
-    """Return the shares of grid_pool and of LLaVA's own call in the time of a pooling and the prefill after it."""
+PREFILLS = ("grid_pool()", LLAVA)
+"""Poolings before the prefills that are compared, by the names of their providers."""
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A pooling and the prefill after it: percent that the pooling takes of both, and both of a prefill of all tokens.
+
+    pooling: the result of the pooling. of_all: None if the prefill of all tokens was not timed.
+    """
+
+    pooling: BenchRow
+    share: float
+    of_all: float | None
+
+
+def shares_of_prefill(results: Results) -> dict[str, Prefilled]:
+    """Return what was measured of each of `PREFILLS`, nothing unless all were."""
     rows = {row.provider: row for found in results.of("prefill").values() for row in found if row.is_timed}
+    unpooled = rows.get("prefill:unpooled")
     shares = {}
-    for name in ("grid_pool()", LLAVA):
+    for name in PREFILLS:
         pooling, prefill = rows.get(f"pool:{name}"), rows.get(f"prefill:{name}")
         if pooling and prefill:
-            shares[name] = f"{show_number(100 * pooling.us / (pooling.us + prefill.us))} %"
-    if len(shares) < 2:
+            both = pooling.us + prefill.us
+            shares[name] = Prefilled(pooling, 100 * pooling.us / both, 100 * both / unpooled.us if unpooled else None)
+    return shares if len(shares) == len(PREFILLS) else {}
+
+
+def share_of_prefill(results: Results) -> str:
+    """Return the shares of grid_pool and of LLaVA's own call in a pooling and the prefill after it, as a sentence."""
+    found = shares_of_prefill(results)
+    if not found:
         return ""
-    pooled = rows["pool:grid_pool()"]
-    size = pooled.workload.removeprefix("prefill-")
+    ours, llava = (found[name] for name in PREFILLS)
+    size = ours.pooling.workload.removeprefix("prefill-")
     return (
-        f"of the time until a decoder of the shape of Qwen2-{size}, with random weights, has read {pooled.frames} "
-        f"frames of {pooled.shape[-1]} channels, `grid_pool` is {shares['grid_pool()']} where LLaVA's own call is "
-        f"{shares[LLAVA]}"
+        f"of the time until a decoder of the shape of Qwen2-{size}, with random weights, has read "
+        f"{ours.pooling.frames} frames of {ours.pooling.shape[-1]} channels, `grid_pool` is {show_share(ours.share)} "
+        f"where LLaVA's own call is {show_share(llava.share)}"
     )
+
+
+def show_share(percent: float) -> str:
+    return f"{show_number(percent)} %"
 
 
 def small_calls(overhead: Results | None, empty: Results | None, plain: Results | None) -> str:

@@ -1,4 +1,4 @@
-"""Generation of docs/performance.md, its details and pictures, and the README's words on cost from benchmarks/results.
+"""Generation of docs/performance.md, its details and pictures, and the README's table of costs from benchmarks/results.
 
 For every machine and kind of workload, the last measured state of the code counts. All figures come from these results.
 """
@@ -59,7 +59,9 @@ HEADS = {
 }
 KINDS = {
     "stream": "`push, N` gives a stream N frames at a time, `push, 1x4` one frame to each of four streams. Samples are "
-    "whole periods of 32 frames, since a push that completes a segment takes longer.",
+    "whole periods of 32 frames, since a push that completes a segment takes longer. `grid_pool` of the whole video "
+    "was timed again in these runs, hours from those above; fresh results of this size vary, as *Fresh memory* says. "
+    "What a stream keeps is the most of one stream and of four together.",
     "gradients": "Gradients in the tokens alone, next to the ops.",
     "pruning": "EVS and VidCom2 are the methods by which vLLM drops tokens of videos (`--video-pruning-method`). Both "
     "are called at the rate q that keeps exactly as many tokens as `grid_pool` returns. With its default options that "
@@ -241,14 +243,15 @@ def picture_folder(results: Results) -> str:
 
 
 def with_cost(readme: str, files: Sequence[Path]) -> str:
-    """Return the text of the README with the paragraph on what a large call costs, from the newest results of a CPU."""
+    """Return the text of the README with its table of costs, from the newest results of a CPU."""
     cpu = next((results for results in last_states(files, T64) if results.run.device["type"] == "cpu"), None)
     if cpu is None:
         return readme
+    lines = cost(cpu, of_machine(last_states(files, "prefill"), cpu))
+    text = f"On {machine_line(cpu.run)}; weights of the decoder are random."
+    shown = table(["", "`grid_pool`", "LLaVA's own call", "channels-last `avg_pool2d`"], lines)
     before, _, rest = readme.partition(MARK[0])
-    prefill = of_machine(last_states(files, "prefill"), cpu)
-    paragraph = filled(f"**Cost.** {cost(cpu, prefill)} (*{state_line(cpu.run)}.*)")
-    return f"{before}{MARK[0]}\n{paragraph}\n{MARK[1]}{rest.partition(MARK[1])[2]}"
+    return f"{before}{MARK[0]}\n{shown}\n\n{filled(text)}\n{MARK[1]}{rest.partition(MARK[1])[2]}"
 
 
 def texts() -> dict[Path, str]:

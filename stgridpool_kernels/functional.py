@@ -130,7 +130,7 @@ def grid_pool(
         span two videos.
     out: tensor of the result's shape, dtype and device to write into; it must not overlap x, and is returned.
     backend: "auto" or one of `available_backends()`; "auto" follows `use_backend`, then STGP_BACKEND, then takes the
-        fastest.
+        first that can run, in an order that `stgp info` shows.
 
     Integers, numbers and sequences of them may be those of NumPy and torch, except while torch compiles. Warns once if
     the shape of x looks like that of another layout: channels first, or flattened frames.

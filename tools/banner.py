@@ -100,7 +100,8 @@ def draw_gridding(figure: Figure, frames: np.ndarray) -> None:
         row[0].set_ylabel(name, fontsize=10, weight="bold", rotation=0, ha="right", va="center", labelpad=6)
     levels = (
         f"This is the first of three levels, with segments of {SEGMENT} frames. The next two do the same with segments "
-        f"of {2 * SEGMENT} and {4 * SEGMENT}\nframes, so that their mosaics contain those of the level before."
+        f"of {2 * SEGMENT} and {4 * SEGMENT}\nframes; where these divide a video evenly, their mosaics contain those "
+        "of the level before."
     )
     write(figure, left, 104, levels, fontsize=9.5, color=GREY)
 

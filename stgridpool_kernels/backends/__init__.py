@@ -137,7 +137,7 @@ def check_backend(name: str, argument: str = "backend") -> None:
 
 
 class use_backend:
-    """Context manager: calls inside run on the backend `name`; "auto" takes the fastest that can run.
+    """Context manager: calls inside run on the backend `name`; "auto" takes the first that can run.
 
     It is a context variable: it holds for the current thread or asyncio task and for copies of its context. It may
     surround a call to a compiled function; entered inside one, it raises RuntimeError. Unknown names raise ValueError

@@ -111,7 +111,7 @@ def add_op_options(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=backend_names(),
         default="auto",
-        help="backend that runs the op; auto follows STGP_BACKEND, then takes the fastest that can (default: auto)",
+        help="backend that runs the op; auto follows STGP_BACKEND, then takes the first that can (default: auto)",
     )
 
 

@@ -1,4 +1,4 @@
-"""docs/performance.md, its details and the README's paragraph on cost are what the committed results say."""
+"""docs/performance.md, its details and the README's table of costs are what the committed results say."""
 
 from __future__ import annotations
 
@@ -139,19 +139,17 @@ def test_details(of_cpu: Path) -> None:
     assert "plain" not in text
 
 
-def test_readme_cost(of_cpu: Path) -> None:
-    """The README's paragraph is between its marks, begins with the prefill if there is one, and ends with the state."""
+def test_readme_costs(of_cpu: Path) -> None:
+    """The README's table is between its marks, with prefills where both were measured, and the machine below."""
     text = with_cost(f"before\n{MARK[0]}\nold\n{MARK[1]}\nafter\n", [of_cpu])
-    assert text.startswith(f"before\n{MARK[0]}\n**Cost.** On Some CPU with 1 thread, pooling 64 frames")
-    assert text.endswith(f" (*2026-11-22, commit 7cc5a8a.*)\n{MARK[1]}\nafter\n")
-    assert "LLaVA's own call" not in text  # what was wrong has no time
+    assert text.startswith(f"before\n{MARK[0]}\n|  | `grid_pool` | LLaVA's own call | channels-last `avg_pool2d` |\n")
+    assert text.endswith(f"; weights of the decoder are random.\n{MARK[1]}\nafter\n")
+    assert "64 frames of 27 × 27 × 3584, bfloat16, into a fresh result | - | - | 31.0 ms |" in text
+    assert "prefill" not in text
     append(of_cpu, RUN, prefill("pool", "llava_avg_pool", 10, 13), prefill("prefill", "llava_avg_pool", 3_990, 13))
     text = with_cost(f"{MARK[0]}{MARK[1]}", [of_cpu])
-    text = " ".join(text.split())
-    assert text.startswith(
-        f"{MARK[0]} **Cost.** On Some CPU with 1 thread, of the time until a decoder of the shape of"
-    )
-    assert "LLaVA's own call is 0.25 %; pooling 64 frames" in text
+    assert "| share of a prefill of 64 frames by a decoder of the shape of Qwen2-7b | 0.025 % | 0.25 % | - |" in text
+    assert "| pooling and that prefill, next to a prefill of all tokens | 20.0 % | 20.0 % | - |" in text
     gpu = of_cpu.with_name("cuda-some-gpu.jsonl")
     append(gpu, replace(RUN, device={"type": "cuda", "name": "Some GPU"}), *ROWS)
     assert with_cost("as it is", [gpu]) == "as it is"
