@@ -19,12 +19,10 @@ _ABSOLUTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//")
 
 
 def long_description(readme: str, repository: str, version: str) -> str:
-    """Return a README in Markdown with absolute links.
+    """Return a README in Markdown, the file in the root of the repository, with absolute links.
 
-    Args:
-        readme: its text, in the root of the repository.
-        repository: the address of the repository, in the form that GitHub gives files and pictures below it.
-        version: what follows `v` in the name of the tag.
+    readme: its text. repository: the address of the repository, in the form that GitHub gives files and pictures below
+    it. version: what follows `v` in the name of the tag.
     """
     pages, files = (f"{repository}/{kind}/v{version}" for kind in ("blob", "raw"))
 
