@@ -1,7 +1,7 @@
 """A question about a video file to a running server of vLLM with ST-GridPool, over the HTTP interface of OpenAI.
 
 vllm serve Qwen/Qwen3-VL-8B-Instruct --hf-overrides \\
-    '{"architectures": ["StgpQwen3VLForConditionalGeneration"], "stgp_options": {"mode": "pool", "temperature": 2.0}}'
+    '{"architectures": ["StgpQwen3VLForConditionalGeneration"], "stgp_options": {"frame_strides": [1, 2, 4]}}'
 
 python examples/vllm_client.py clip.mp4
 python examples/vllm_client.py clip.mp4 --question "Who is it?" --server http://127.0.0.1:8000

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
 CHECKPOINT = "Qwen/Qwen3-VL-8B-Instruct"
 KIND = "qwen3_vl"
-OPTIONS = {"mode": "pool", "temperature": 2.0}
+OPTIONS = {"mode": "pool", "frame_strides": (1, 2, 4)}
 
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -61,7 +61,7 @@ def test_the_snippet(runner: Runner, folder: Path) -> None:
     [result] = runner([engine], questions.media(KIND))
     reference = questions.expected(KIND, OPTIONS)
     assert_same_answers(result["answers"], {name: reference[name] for name in questions.PROMPTS})
-    assert "ModeOptions(mode='pool', ceil_mode=True, temperature=2.0)" in runner.log
+    assert "ModeOptions(mode='pool', frame_strides=(1, 2, 4), ceil_mode=True)" in runner.log
 
 
 def jpegs(name: str) -> list[bytes]:
@@ -141,7 +141,7 @@ def test_the_server(server: tuple[str, Path]) -> None:
     )
     assert_same_answers(answers, reference)
     assert all(difference(answers[name], unlike[name]) > 10 * CLOSE for name in names)
-    assert "ModeOptions(mode='pool', ceil_mode=True, temperature=2.0)" in log.read_text()
+    assert "ModeOptions(mode='pool', frame_strides=(1, 2, 4), ceil_mode=True)" in log.read_text()
 
 
 def asked(address: str, name: str) -> dict[str, Any]:
