@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import venv
 from collections.abc import Iterable
 from importlib import metadata
@@ -53,6 +54,14 @@ def read_pins(listed: Path) -> Pins:
             lines = main[name]
         pins[name] = lines
     return pins
+
+
+def distributions() -> Iterable[metadata.Distribution]:
+    """Return what is installed in the environment of this Python.
+
+    The folder that it was started in is not looked at: a build leaves the package's metadata in a checkout.
+    """
+    return metadata.distributions(path=sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")}))
 
 
 def incomplete(listed: Path) -> set[str]:
@@ -147,7 +156,7 @@ def main() -> None:
     listed = args.listed.resolve()
     if not args.check:
         make(args.folder.absolute(), listed, args.torch or None)
-    elif found := faults(read_pins(listed), incomplete(listed), metadata.distributions(), args.torch):
+    elif found := faults(read_pins(listed), incomplete(listed), distributions(), args.torch):
         sys.exit("\n".join([f"{args.folder} is not what {args.listed} says:", *found]))
 
 

@@ -168,3 +168,13 @@ def test_every_lower_bound_is_a_requirement_of_one_version(
             assert allowed.extras == lowest.extras
     assert {"torch", "numpy", "cmake", "pytest", "matplotlib", "ray"} <= {one.name for one in printed[()]}
     assert {one.name for one in printed[("bench",)]} == {"matplotlib", "transformers"}
+
+
+def test_metadata_in_the_folder_of_a_checkout_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strange.egg-info").mkdir()
+    (tmp_path / "strange.egg-info" / "PKG-INFO").write_text("Name: strange\nVersion: 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert metadata.version("strange") == "1"
+    names = {one.name for one in environment.distributions()}
+    assert "pytest" in names
+    assert "strange" not in names
