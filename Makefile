@@ -202,7 +202,7 @@ wheel: $(INSTALLED) build/wheel-tools/installed ## source distribution and wheel
 	rm -rf build/wheel dist/*.tar.gz $(wheels)
 	$(VENV)/bin/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 	rm -rf *.egg-info
-	STGP_NO_EXT= $(of_sdist) build/wheel
+	STGP_NO_EXT= CMAKE_ARGS=-DSTGP_CUDA=OFF $(of_sdist) build/wheel
 	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
 	STGP_NO_EXT=1 $(of_sdist) dist
 	build/wheel-tools/bin/check-wheel-contents $(wheels)

@@ -135,7 +135,8 @@ def slower_shapes(results: Results) -> str:
     place = min(worst, key=worst.__getitem__)
     row: BenchRow = measured[place][0]
     most = f", most on {' × '.join(map(str, row.shape))} {row.dtype}, in {worst[place]:.2f} of the time"
-    text = f"of {len(measured)} shapes of 1 to 64 frames, `avg_pool2d` is faster {' and '.join(texts)}"
+    which = f"`avg_pool2d` is faster, with given memory or with a fresh result, {' and '.join(texts)}"
+    text = f"of {len(measured)} shapes of 1 to 64 frames, {which}"
     return text + (most if worst[place] < 1 else "")
 
 

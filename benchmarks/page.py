@@ -248,7 +248,8 @@ def with_cost(readme: str, files: Sequence[Path]) -> str:
     if cpu is None:
         return readme
     lines = cost(cpu, of_machine(last_states(files, "prefill"), cpu))
-    text = f"On {machine_line(cpu.run)}; weights of the decoder are random, and prefills of as many tokens differ by noise."
+    decoder = "weights of the decoder are random, and prefills of as many tokens differ by noise"
+    text = f"On {machine_line(cpu.run)}; {decoder}."
     shown = table(["", "`grid_pool`", "LLaVA's own call", "channels-last `avg_pool2d`"], lines)
     before, _, rest = readme.partition(MARK[0])
     return f"{before}{MARK[0]}\n{shown}\n\n{filled(text)}\n{MARK[1]}{rest.partition(MARK[1])[2]}"

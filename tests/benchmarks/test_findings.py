@@ -45,11 +45,11 @@ def test_small_calls() -> None:
     assert small_calls(Results(RUN, one_frame), Results(RUN, empty), Results(RUN, SWEEP)) == (
         "On one frame of 9 × 9 tokens of 384 channels `grid_pool` takes 29.2 µs (206 µs) where `avg_pool2d` takes 5.70 "
         "µs (42.6 µs), on warm caches (and after other work has filled them); a call without any frames takes 15.5 µs "
-        "(150 µs); of 3 shapes of 1 to 64 frames, `avg_pool2d` is faster than `norm_pool` on 1 and than `grid_pool` on "
-        "2, most on 1 × 27 × 27 × 64 bfloat16, in 0.25 of the time."
+        "(150 µs); of 3 shapes of 1 to 64 frames, `avg_pool2d` is faster, with given memory or with a fresh result, "
+        "than `norm_pool` on 1 and than `grid_pool` on 2, most on 1 × 27 × 27 × 64 bfloat16, in 0.25 of the time."
     )
     text = small_calls(None, None, Results(RUN, SWEEP[-2:]))
-    assert text.endswith("is faster than `norm_pool` on 0 and than `grid_pool` on 0.")
+    assert text.endswith(" than `norm_pool` on 0 and than `grid_pool` on 0.")
 
 
 def test_what_was_not_measured() -> None:

@@ -24,7 +24,9 @@ class Config:
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """Division of the fused kernels into programs. Their block is a window of 4 tokens. No choice changes results.
+    """Division of the fused kernels into programs. Their block is a window of 4 tokens.
+
+    No choice but the number of warps changes a bit of a result.
 
     num_warps: warps of 32 threads per program. stages: depth of the pipeline of a program's walk over cells if W is
         odd; from 2 on, tokens of later steps are copied to shared memory in advance.
