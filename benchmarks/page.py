@@ -106,7 +106,7 @@ METHOD = """\
 (every workload that fits into memory), `python -m benchmarks --shape plain empty 1x9x9x384`, `python -m benchmarks
 --shape stream gradients`, `make prefill`, `make bench-pruning`, and on a machine with a GPU `make gpu-check`.
 `python -m benchmarks compare A B` shows the changes beyond the noise, `make bench` runs microbenchmarks under
-pytest-benchmark, and `stgp bench` answers the first question in seconds, without a checkout.
+pytest-benchmark, and `stgp bench` answers the first question in half a minute, without a checkout.
 """
 
 
