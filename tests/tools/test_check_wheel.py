@@ -1,4 +1,4 @@
-"""What tools/check_wheel.py refuses of wheels, on files that no build has made."""
+"""tools/check_wheel.py refuses wheels that are wrong, here files that no build has made."""
 
 from __future__ import annotations
 

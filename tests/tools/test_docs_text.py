@@ -1,4 +1,4 @@
-"""What pages and docstrings become on their way into the site of docs/."""
+"""Pages and docstrings are changed as they must be on their way into the site of docs/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a package index shows of a distribution: its description, whose links all lead somewhere, and its metadata."""
+"""A distribution has the description and the metadata that a package index shows, and links that lead somewhere."""
 
 from __future__ import annotations
 
